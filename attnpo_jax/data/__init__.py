@@ -1,0 +1,1 @@
+"""From preference files to rows: sources, tokenization, batching, and the prepared dataset."""

@@ -1,0 +1,42 @@
+"""Files that appear under their final name only when they are whole."""
+
+import os
+import pathlib
+import uuid
+
+
+def temporary_pattern(name: str) -> str:
+    """Glob pattern of what a killed `write_atomically` of a file called `name` leaves behind."""
+    return f".{name}.*.tmp"
+
+
+def write_atomically(path: str | os.PathLike, content: bytes | memoryview) -> None:
+    """Write `content` to `path` so that a reader sees the old file or the whole new one.
+
+    The bytes go to a temporary file in the same folder, reach the disk, and are then renamed.
+
+    Raises:
+        OSError: the disk is full or the folder can't be written; the temporary file is removed and
+            whatever was at `path` before stays.
+    """
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        try:
+            rest = memoryview(content).cast("B")
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    # The rename itself must survive a power cut too.
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

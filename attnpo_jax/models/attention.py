@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-# A finite stand-in for minus infinity: a padding query that sees nothing gets a uniform row, not NaN.
+# Finite, unlike minus infinity: a padding query that sees nothing gets a uniform row, not NaN.
 MASKED = -1e30
 
 
@@ -91,7 +91,7 @@ def attention_rows(
     *,
     past: Past | None = None,
 ) -> jax.Array:
-    """Attention probabilities (B, N, Q, P + L) in float32 of the queries that stand at `read_BQ`."""
+    """Attention probabilities (B, N, Q, P + L), float32, of the queries that stand at `read_BQ`."""
     mask_BQL = layout.visible(read_BQ, 0, k_BLKH.shape[1])
     return _probabilities(q_BQNH, k_BLKH, mask_BQL, past)
 

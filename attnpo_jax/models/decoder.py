@@ -3,8 +3,8 @@
 A row is `[prefix | branch 1 | branch 2]`: two continuations of one beginning that never see each
 other (see `attention.RowLayout`). The same forward pass serves policy, reference and judge.
 
-Parameters are a nested dict of arrays; those of the layers are stacked on axis 0 and scanned, so that
-compile time does not grow with depth.
+Parameters are a nested dict of arrays; those of the layers are stacked on axis 0 and scanned, so
+that compile time does not grow with depth.
 
 Shapes: B rows, L row length, P length of a shared past, D width, N query heads, K key-value heads,
 H head dim, F feed-forward width, V vocabulary, S source layers, Q read positions.
@@ -54,7 +54,7 @@ REMAT_POLICIES = {
 
 
 def _param(shape: tuple[int, ...], axes: tuple[str, ...], rngs: nnx.Rngs, dtype, scale: float):
-    """A parameter of given logical axes: ones for scale 0 (norms), else normal with that deviation."""
+    """A parameter with named axes: ones for scale 0 (norms), else normal with that deviation."""
     assert len(shape) == len(axes), (shape, axes)
     if scale == 0.0:
         return nnx.Param(jnp.ones(shape, dtype), axes=axes)
@@ -62,7 +62,7 @@ def _param(shape: tuple[int, ...], axes: tuple[str, ...], rngs: nnx.Rngs, dtype,
 
 
 class Layers(nnx.Module):
-    """The transformer layers: every parameter has a leading axis that the forward pass scans over."""
+    """The transformer layers: every parameter has a leading axis, which the passes scan over."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
         c, n = config, config.num_layers

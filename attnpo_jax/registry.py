@@ -1,0 +1,179 @@
+"""Named functions whose keyword-only arguments are their hyperparameters.
+
+Weightings and objectives are both chosen by name in a config, and both take their hyperparameters
+as keyword-only arguments. A `Registry` holds such functions, reads the hyperparameters from the
+signatures, and checks names and values before anything runs. `load_plugins` imports a user's own
+files, so that decorators in them can register more functions.
+"""
+
+import functools
+import hashlib
+import importlib.util
+import inspect
+import os
+import pathlib
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+REQUIRED = inspect.Parameter.empty
+"""Stands in `Registry.hyperparameters` for the default of a hyperparameter that has none."""
+
+
+class RegistryError(ValueError):
+    """An unknown name, a hyperparameter that does not fit, or a function that cannot register."""
+
+
+class PluginError(ValueError):
+    """A plugin file that is missing or fails while it is imported."""
+
+
+class Registry:
+    """Functions of one kind, by name.
+
+    Args:
+      kind: what the functions are, for error messages ("weighting", "objective").
+      inputs: names of the positional arguments every function of this kind takes.
+    """
+
+    def __init__(self, kind: str, inputs: tuple[str, ...]):
+        self.kind = kind
+        self.inputs = inputs
+        self._functions: dict[str, Callable[..., Any]] = {}
+
+    def register(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Adds a function under its own name; for use as a decorator.
+
+        Running the same definition again (a notebook cell, a reloaded module) replaces it.
+
+        Raises:
+          RegistryError: the name belongs to a function of another module, or the arguments are
+            not the positional inputs of this kind followed by keyword-only hyperparameters.
+        """
+        name = function.__name__
+        parameters = list(inspect.signature(function).parameters.values())
+        positional = [
+            p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ]
+        variadic = [p for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        if variadic or len(positional) != len(self.inputs):
+            wanted = ", ".join((*self.inputs, "*", "hyperparameter=default", "..."))
+            raise RegistryError(
+                f"{self.kind} {name!r} has the signature {inspect.signature(function)}; accepted: "
+                f"({wanted}), with keyword-only hyperparameters and no *args or **kwargs"
+            )
+        known = self._functions.get(name)
+        if known is not None and known.__module__ != function.__module__:
+            raise RegistryError(
+                f"{self.kind} {name!r} of {function.__module__} is already registered by "
+                f"{known.__module__}; give it another name"
+            )
+        self._functions[name] = function
+        return function
+
+    def names(self) -> tuple[str, ...]:
+        """The registered names, sorted."""
+        return tuple(sorted(self._functions))
+
+    def get(self, name: str) -> Callable[..., Any]:
+        """The function of that name.
+
+        Raises:
+          RegistryError: no such name; the message lists those there are.
+        """
+        if name not in self._functions:
+            raise RegistryError(
+                f"unknown {self.kind} {name!r}; accepted: {', '.join(self.names())} "
+                "(your own: name its file in config.plugins)"
+            )
+        return self._functions[name]
+
+    def hyperparameters(self, name: str) -> dict[str, Any]:
+        """Hyperparameters of a function and their defaults (`REQUIRED` where there is none).
+
+        Raises:
+          RegistryError: no such name.
+        """
+        parameters = inspect.signature(self.get(name)).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+    def annotations(self, name: str) -> dict[str, Any]:
+        """Annotated types of the hyperparameters that have one.
+
+        Raises:
+          RegistryError: no such name.
+        """
+        hints = typing.get_type_hints(self.get(name))
+        return {key: hints[key] for key in self.hyperparameters(name) if key in hints}
+
+    def bind(self, name: str, hyperparameters: Mapping[str, Any]) -> functools.partial:
+        """The function with its hyperparameters set; those left out keep their defaults.
+
+        Raises:
+          RegistryError: no such name, a hyperparameter the function does not have, or one
+            without default that is missing. The message lists what is accepted.
+        """
+        accepted = self.hyperparameters(name)
+        listed = ", ".join(accepted) or "none"
+        unknown = [key for key in hyperparameters if key not in accepted]
+        if unknown:
+            raise RegistryError(
+                f"{self.kind} {name!r} has no hyperparameter {', '.join(map(repr, unknown))}; "
+                f"accepted: {listed}"
+            )
+        missing = [
+            key
+            for key, default in accepted.items()
+            if default is REQUIRED and key not in hyperparameters
+        ]
+        if missing:
+            raise RegistryError(
+                f"{self.kind} {name!r} needs a value for {', '.join(map(repr, missing))}; "
+                f"its hyperparameters: {listed}"
+            )
+        return functools.partial(self.get(name), **hyperparameters)
+
+
+_loaded_plugins: dict[pathlib.Path, types.ModuleType] = {}
+
+
+def load_plugins(files: Iterable[str | os.PathLike]) -> list[types.ModuleType]:
+    """Imports Python files that register weightings or objectives, each once per process.
+
+    Args:
+      files: paths; relative ones count from the current directory.
+
+    Returns:
+      The imported modules, in the order of `files`.
+
+    Raises:
+      PluginError: a file does not exist or raises while it is imported; the message names it.
+    """
+    modules = []
+    for file in files:
+        path = pathlib.Path(file).expanduser().resolve()
+        if path not in _loaded_plugins:
+            _loaded_plugins[path] = _import_file(path)
+        modules.append(_loaded_plugins[path])
+    return modules
+
+
+def _import_file(path: pathlib.Path) -> types.ModuleType:
+    if not path.is_file():
+        raise PluginError(f"plugin {path}: no such file")
+    # The digest keeps two files of the same name in different folders apart.
+    digest = hashlib.sha256(str(path).encode()).hexdigest()[:12]
+    name = f"attnpo_plugin_{path.stem}_{digest}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise PluginError(f"plugin {path}: not a Python file (accepted: a path ending in .py)")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise PluginError(f"plugin {path}: {type(error).__name__}: {error}") from error
+    return module

@@ -65,10 +65,10 @@ def default_config() -> config_dict.ConfigDict:
     # Hub id, local Hugging Face folder, or "smollm2-135m-instruct" (fetched once, then cached).
     model.source = "smollm2-135m-instruct"
     # Jinja file used in place of the tokenizer's own chat template; None: the tokenizer's.
-    model.chat_template = config_dict.placeholder(str)
+    model.chat_template = _any(None)
     # What the forward and backward passes compute in: "float32" or "bfloat16".
     model.dtype = "float32"
-    # What parameters and optimizer state are kept in: "float32" or "bfloat16".
+    # What the parameters are kept in: "float32" or "bfloat16".
     model.param_dtype = "float32"
     # What the backward pass recomputes: "none" (fastest, most memory), "dots" (all but the
     # outputs of matrix products), "layer" (all but each layer's input; least memory).
@@ -130,7 +130,7 @@ def default_config() -> config_dict.ConfigDict:
     optim.b2 = 0.999
     optim.eps = 1e-8
     optim.weight_decay = 0.0
-    # Largest global norm of the gradient, to which larger ones are scaled down.
+    # Largest global norm of the gradient, to which larger ones are scaled down; 0: no limit.
     optim.max_grad_norm = 1.0
 
     config.train = train = config_dict.ConfigDict()

@@ -137,7 +137,7 @@ RULES: dict[str, Rule] = {
     "optim.b2": _share(1.0, inclusive=False),
     "optim.eps": _positive(),
     "optim.weight_decay": _not_negative(),
-    "optim.max_grad_norm": _positive(),
+    "optim.max_grad_norm": _not_negative(),
     "train.batch_size": _integer(1),
     "train.microbatch_size": _integer(1),
     "train.epochs": _integer(1),
@@ -217,17 +217,17 @@ def problems(
 
 
 def suggest(field: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    """ " (did you mean config.x?)" for the known field that looks most like it, or "".
+    """The words " (did you mean config.x?)" for the known fields most like this one, or "".
 
-    Another section's field of the same last name counts as alike.
+    Fields of that name in other sections count as most alike.
     """
     last = field.split(".")[-1]
-    same_name = [k for k in known if k.split(".")[-1] == last]
-    close = same_name or difflib.get_close_matches(field, list(known), n=1, cutoff=0.6)
+    close = [k for k in known if k.split(".")[-1] == last]
+    close = close or difflib.get_close_matches(field, list(known), n=1)
     if not close:
         lasts = {k.split(".")[-1]: k for k in known}
-        close = [lasts[k] for k in difflib.get_close_matches(last, list(lasts), n=1, cutoff=0.6)]
-    return f" (did you mean config.{close[0]}?)" if close else ""
+        close = [lasts[k] for k in difflib.get_close_matches(last, list(lasts), n=1)]
+    return f" (did you mean {' or '.join(f'config.{k}' for k in close)}?)" if close else ""
 
 
 def _leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

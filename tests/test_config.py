@@ -134,6 +134,7 @@ def test_a_bad_value_is_named_with_what_is_accepted(field, value, accepted):
         ("weighting.layer", (0, -1)),
         ("objective.beta", 1),
         ("optim.warmup_ratio", 0),
+        ("optim.max_grad_norm", 0.0),
         ("parallel.mesh.data", 8),
     ],
 )
@@ -151,7 +152,8 @@ def test_unknown_and_missing_fields_are_named():
         validate(config)
     assert set(caught.value.problems) == {
         "config.model.sorce = 'x': unknown field (did you mean config.model.source?)",
-        "config.optim.batch_size = 8: unknown field (did you mean config.train.batch_size?)",
+        "config.optim.batch_size = 8: unknown field "
+        "(did you mean config.judge.batch_size or config.train.batch_size?)",
         "config.train.epochs: missing",
     }
 

@@ -64,7 +64,10 @@ def test_prompts_are_short_chats_that_end_in_a_user_turn(split):
         turns = roles[1:] if roles[0] == "system" else roles
         assert turns == ["user", "assistant"] * (len(turns) // 2) + ["user"], row["id"]
         assert 4 <= words(chat[-1]["content"]) <= 35, row["id"]
-    assert len(ids_where(rows, lambda row: not isinstance(row["prompt"], str))) == MULTI_TURN[split]
+    multi_turn = ids_where(
+        rows, lambda row: sum(turn["role"] == "user" for turn in messages(row)) > 1
+    )
+    assert len(multi_turn) == MULTI_TURN[split]
 
 
 def test_ids_prompts_and_responses_are_unique_over_both_splits():

@@ -31,8 +31,11 @@ def write_atomically(path: str | os.PathLike, content: bytes | memoryview) -> No
         finally:
             os.close(descriptor)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            # A failed write or fsync does not say which file it was about.
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     # The rename itself must survive a power cut too.
     folder = os.open(path.parent, os.O_RDONLY)

@@ -1,0 +1,487 @@
+"""The prepared dataset on disk: what judge and reference say about every pair, computed once.
+
+A folder that `datasets.load_from_disk` reads:
+
+- `plan.json`, written first: the components that the rows depend on, and how rows fall into
+  shards;
+- `data-00000-of-00010.arrow`, ...: the shards, Arrow streams with the columns of the module
+  `shards`. Each appears under its final name only when it is whole, so whatever has that name
+  survives an interruption and is not computed again;
+- `state.json`, `dataset_info.json`: what `datasets` wants beside them;
+- `prepared.json`, written last: its presence means that all shards were there. It holds
+  `fingerprint` and the `components` behind it (model, template, lengths, source layers ...),
+  `num_rows`, `rows_per_shard`, `shards` (file, rows, bytes, sha256), `counts` and `versions`.
+
+`components` is a JSON object. Two of its entries have a meaning here: `source_layers`, a list of
+layer indices (S of them), and `num_layers`, the model's number of layers.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+
+import attnpo_jax
+from attnpo_jax.data import atomic, shards
+
+FORMAT = 1
+PLAN, METADATA = "plan.json", "prepared.json"
+RECORDED_VERSIONS = (
+    "datasets",
+    "flax",
+    "jax",
+    "numpy",
+    "pyarrow",
+    "tokenizers",
+    "transformers",
+)
+
+
+class PreparedMismatch(ValueError):
+    """The folder holds a dataset that was prepared from something else.
+
+    Attributes:
+        differences: component name (nested ones joined by dots) -> (value on disk, value wanted).
+    """
+
+    def __init__(self, path: pathlib.Path, differences: dict[str, tuple[Any, Any]]):
+        lines = [
+            f"  {name}: on disk {_short(on_disk)}, config {_short(wanted)}"
+            for name, (on_disk, wanted) in differences.items()
+        ]
+        super().__init__(
+            f"{path} was prepared with other settings:\n"
+            + "\n".join(lines)
+            + "\nAccepted: the settings on disk, another workdir, or this folder deleted."
+        )
+        self.differences = differences
+
+
+class DamagedShard(ValueError):
+    """A shard of a complete dataset is missing or is not what was written."""
+
+    def __init__(self, file: pathlib.Path, found: str, remedy: str):
+        super().__init__(
+            f"{file}: {found}; {remedy}run prepare again, which recomputes this shard only"
+        )
+        self.file = file
+
+
+def fingerprint(components: Mapping[str, Any]) -> str:
+    """sha256 (hex) of the components as canonical JSON; tuples count as lists.
+
+    Raises:
+        TypeError, ValueError: a component has no JSON form (NaN has none either).
+    """
+    text = json.dumps(
+        _canonical(components), sort_keys=True, separators=(",", ":"), ensure_ascii=True
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def status(path: str | os.PathLike, components: Mapping[str, Any]) -> str:
+    """`absent`, `partial` (some shards or the metadata still to write) or `complete`.
+
+    Shards are looked at by name and size; `Prepared.open` checks what is in them.
+
+    Raises:
+        PreparedMismatch: the folder belongs to other components.
+    """
+    path = pathlib.Path(path)
+    _check_components(path, components)
+    metadata = _read_json(path / METADATA)
+    if metadata is None:
+        return "absent" if _read_json(path / PLAN) is None else "partial"
+    whole = all(
+        (path / shard["file"]).is_file() and (path / shard["file"]).stat().st_size == shard["bytes"]
+        for shard in metadata["shards"]
+    )
+    described = all((path / name).is_file() for name in ("state.json", "dataset_info.json"))
+    return "complete" if whole and described else "partial"
+
+
+class PreparedWriter:
+    """Writes a prepared dataset shard by shard; picks up where an interrupted writer stopped.
+
+    Every process makes a writer, writes the shards that its `pending` lists, and when all processes
+    are through, process 0 calls `finish`. A finished dataset may be opened again: shards that were
+    deleted since are pending.
+
+    Args:
+        path: the folder; made if need be.
+        components: what the rows depend on; see the module's docstring.
+        num_rows: rows in the whole dataset.
+        rows_per_shard: rows in every shard but the last. A plan on disk overrules it, so that the
+            shards that are there keep their place.
+        ids: the ids of all rows in order; shards on disk with other ids are then computed again.
+        process_index, process_count: this process writes shards `index % process_count ==
+            process_index`.
+
+    Raises:
+        PreparedMismatch: an unfinished or finished dataset in `path` has other components.
+        FileExistsError: `path` holds Arrow files of unknown origin.
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        components: Mapping[str, Any],
+        num_rows: int,
+        rows_per_shard: int,
+        *,
+        ids: Sequence[str] | None = None,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        if num_rows < 1 or rows_per_shard < 1:
+            raise ValueError(
+                f"num_rows is {num_rows}, rows_per_shard {rows_per_shard}; both must be 1 or more"
+            )
+        if not 0 <= process_index < process_count:
+            raise ValueError(f"process_index is {process_index} of {process_count} processes")
+        if ids is not None and len(ids) != num_rows:
+            raise ValueError(f"{len(ids)} ids for {num_rows} rows")
+        for name in ("source_layers", "num_layers"):
+            if name not in components:
+                raise ValueError(f"components lack {name!r}; found: {', '.join(components)}")
+
+        self.path = pathlib.Path(path)
+        self._components = _canonical(components)
+        self._num_rows = num_rows
+        self._ids = ids
+        self._process_index, self._process_count = process_index, process_count
+        self._features = shards.features(len(self._components["source_layers"]))
+        self._digests: dict[str, str] = {}
+
+        self.path.mkdir(parents=True, exist_ok=True)
+        _check_components(self.path, self._components, num_rows)
+        plan = _read_json(self.path / PLAN) or _read_json(self.path / METADATA)
+        if plan is None:
+            if any(self.path.glob("*.arrow")):
+                raise FileExistsError(
+                    f"{self.path} holds Arrow files but no {PLAN}; move them away"
+                )
+            plan = {
+                "format": FORMAT,
+                "components": self._components,
+                "num_rows": num_rows,
+                "rows_per_shard": rows_per_shard,
+            }
+            _write_json(self.path / PLAN, plan)
+        self.rows_per_shard: int = plan["rows_per_shard"]
+        self.num_shards = -(-num_rows // self.rows_per_shard)
+
+        # What a killed process left of the shards that are this one's.
+        for shard in self._own_shards():
+            for leftover in self.path.glob(atomic.temporary_pattern(self.shard_name(shard))):
+                leftover.unlink()
+
+    def shard_name(self, shard: int) -> str:
+        """The shard's file name."""
+        return f"data-{shard:05d}-of-{self.num_shards:05d}.arrow"
+
+    def pending(self) -> list[tuple[int, int, int]]:
+        """This process's shards that still have to be written: (shard, first row, row after last).
+
+        A shard that is there but can't be used is listed too, with a warning that says why.
+        """
+        recorded = self._recorded_digests()
+        pending = []
+        for shard in self._own_shards():
+            fault = self._fault(shard, recorded)
+            if fault is not None:
+                pending.append((shard, *self._row_range(shard)))
+                if fault != "missing":
+                    warnings.warn(
+                        f"{self.path / self.shard_name(shard)}: {fault}; will be computed again",
+                        RuntimeWarning,
+                        stacklevel=2,
+                    )
+        return pending
+
+    def write(self, shard: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write one shard, whole or not at all.
+
+        Args:
+            shard: index of one of this process's shards.
+            rows: one mapping a row, with exactly the columns of `shards.features`, each value
+                an array (or list) of the shape that the module `shards` gives.
+
+        Raises:
+            ValueError: a row has a wrong column, shape, id or a value that is not finite.
+            OSError: the file can't be written (disk full ...); shards written before stay usable.
+        """
+        if shard not in self._own_shards():
+            raise ValueError(
+                f"shard {shard} of {self.num_shards} is not one of process {self._process_index}"
+            )
+        start, stop = self._row_range(shard)
+        name = self.shard_name(shard)
+        if len(rows) != stop - start:
+            raise ValueError(f"{name} takes rows {start} to {stop - 1}; got {len(rows)} rows")
+        table = shards.to_table(rows, self._features)
+        if self._ids is not None:
+            shards.check_ids(table, self._ids[start:stop])
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as stream:
+            stream.write_table(table)
+        content = memoryview(sink.getvalue())
+        try:
+            atomic.write_atomically(self.path / name, content)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{error.strerror}: shard {shard} of {self.num_shards} was not written; finished "
+                "shards stay, and prepare goes on from them when run again",
+                str(self.path / name),
+            ) from error
+        self._digests[name] = hashlib.sha256(content).hexdigest()
+
+    def finish(self, counts: Mapping[str, Any]) -> None:
+        """Check that every shard of every process is there and write the metadata.
+
+        Args:
+            counts: JSON values that `prepared.json` keeps under `counts` (bad rows ...).
+
+        Raises:
+            RuntimeError: shards are missing or unusable (they are named), or this is not process 0.
+        """
+        if self._process_index != 0:
+            raise RuntimeError(f"process {self._process_index} called finish; process 0 does")
+        recorded = self._recorded_digests()
+        faults = {
+            self.shard_name(shard): fault
+            for shard in range(self.num_shards)
+            if (fault := self._fault(shard, recorded)) is not None
+        }
+        if faults:
+            named = ", ".join(f"{name} ({fault})" for name, fault in faults.items())
+            raise RuntimeError(f"{self.path} is not complete: {named}")
+
+        written = []
+        for shard in range(self.num_shards):
+            start, stop = self._row_range(shard)
+            file = self.path / self.shard_name(shard)
+            written.append(
+                {
+                    "file": file.name,
+                    "rows": stop - start,
+                    "bytes": file.stat().st_size,
+                    "sha256": self._digests.get(file.name) or _file_digest(file),
+                }
+            )
+        content_digest = hashlib.sha256(json.dumps(written).encode()).hexdigest()
+        state = {
+            "_data_files": [{"filename": shard["file"]} for shard in written],
+            "_fingerprint": content_digest[:16],
+            "_format_columns": None,
+            "_format_kwargs": {},
+            "_format_type": None,
+            "_output_all_columns": False,
+            "_split": None,
+        }
+        info = dataclasses.asdict(datasets.DatasetInfo(features=self._features))
+        metadata = {
+            "format": FORMAT,
+            "fingerprint": fingerprint(self._components),
+            "components": self._components,
+            "num_rows": self._num_rows,
+            "rows_per_shard": self.rows_per_shard,
+            "shards": written,
+            "counts": _canonical(counts),
+            "versions": _versions(),
+        }
+        for leftover in self.path.glob(atomic.temporary_pattern("*")):
+            leftover.unlink()
+        _write_json(self.path / "state.json", state)
+        _write_json(self.path / "dataset_info.json", info)
+        _write_json(self.path / METADATA, metadata)
+
+    def _own_shards(self) -> range:
+        return range(self._process_index, self.num_shards, self._process_count)
+
+    def _row_range(self, shard: int) -> tuple[int, int]:
+        start = shard * self.rows_per_shard
+        return start, min(start + self.rows_per_shard, self._num_rows)
+
+    def _recorded_digests(self) -> dict[str, str]:
+        """File name -> sha256 of a finished dataset's shards, but for those written anew since."""
+        metadata = _read_json(self.path / METADATA) or {"shards": []}
+        return {shard["file"]: shard["sha256"] for shard in metadata["shards"]} | self._digests
+
+    def _fault(self, shard: int, recorded: Mapping[str, str]) -> str | None:
+        """Why a shard can't be used: `missing` or what is wrong with it; None if it is whole."""
+        file = self.path / self.shard_name(shard)
+        if not file.is_file():
+            return "missing"
+        if file.name in recorded and _file_digest(file) != recorded[file.name]:
+            return "not the bytes that were written"
+        start, stop = self._row_range(shard)
+        try:
+            table = shards.read_table(file)
+            shards.check_table(table, self._features, stop - start)
+            if self._ids is not None:
+                shards.check_ids(table, self._ids[start:stop])
+        except (pa.ArrowException, OSError, ValueError) as error:
+            return f"can't be used ({error})"
+        return None
+
+
+class Prepared:
+    """A complete prepared dataset, memory-mapped; random access to rows as numpy arrays.
+
+    Made by `Prepared.open`. Arrays are read-only views of the mapped files.
+    """
+
+    def __init__(self, path: pathlib.Path, meta: dict[str, Any], tables: Sequence[pa.Table]):
+        self.path = path
+        self._meta = meta
+        self._shards = [shards.Shard(table) for table in tables]
+
+    @classmethod
+    def open(cls, path: str | os.PathLike) -> "Prepared":
+        """Open the dataset in folder `path` after checking every shard's checksum.
+
+        Raises:
+            FileNotFoundError: there is no complete dataset.
+            DamagedShard: a shard is missing or its bytes have changed; the message says what to do.
+        """
+        path = pathlib.Path(path)
+        meta = _read_json(path / METADATA)
+        if meta is None:
+            raise FileNotFoundError(f"{path} has no {METADATA}: not prepared, or not to the end")
+        if meta["format"] != FORMAT:
+            raise ValueError(f"{path / METADATA}: format {meta['format']}; accepted: {FORMAT}")
+        expected = shards.features(len(meta["components"]["source_layers"]))
+        tables = []
+        for shard in meta["shards"]:
+            file = path / shard["file"]
+            if not file.is_file():
+                raise DamagedShard(file, "missing", "")
+            found = _file_digest(file)
+            if found != shard["sha256"]:
+                raise DamagedShard(
+                    file,
+                    f"damaged (sha256 {found[:12]}..., written {shard['sha256'][:12]}...)",
+                    "delete this file and ",
+                )
+            table = shards.read_table(file)
+            shards.check_table(table, expected, shard["rows"])
+            tables.append(table)
+        return cls(path, meta, tables)
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """The content of `prepared.json`."""
+        return self._meta
+
+    @property
+    def source_layers(self) -> tuple[int, ...]:
+        """The layers (S of them) whose attention the judge columns hold, in that order."""
+        return tuple(self._meta["components"]["source_layers"])
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model that judged."""
+        return self._meta["components"]["num_layers"]
+
+    def __len__(self) -> int:
+        return self._meta["num_rows"]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Row `index`: id (str), text lengths (int), int32 ids, float32 log-probs, judge (2, S, T).
+
+        Raises:
+            IndexError: `index` is not within -len and len - 1.
+        """
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)} in {self.path}")
+        shard, row = divmod(int(index) % len(self), self._meta["rows_per_shard"])
+        return self._shards[shard].row(row)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[index] for index in range(len(self)))
+
+    def lengths(self) -> dict[str, np.ndarray]:
+        """Tokens by row: `prompt`, `chosen`, `rejected` -> int32 (rows,); reads offsets alone."""
+        return {
+            name: np.concatenate([shard.lengths(f"{name}_ids") for shard in self._shards])
+            for name in ("prompt", "chosen", "rejected")
+        }
+
+
+# Metadata.
+
+
+def _check_components(
+    path: pathlib.Path, components: Mapping[str, Any], num_rows: int | None = None
+) -> None:
+    wanted = {"format": FORMAT, **_canonical(components)}
+    if num_rows is not None:
+        wanted["num_rows"] = num_rows
+    for name in (METADATA, PLAN):
+        found = _read_json(path / name)
+        if found is None:
+            continue
+        on_disk = {"format": found["format"], **found["components"]}
+        if num_rows is not None:
+            on_disk["num_rows"] = found["num_rows"]
+        differences = dict(_differences(on_disk, wanted))
+        if differences:
+            raise PreparedMismatch(path, differences)
+
+
+def _differences(
+    on_disk: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    for name in sorted(set(on_disk) | set(wanted)):
+        old, new = on_disk.get(name), wanted.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differences(old, new, f"{prefix}{name}.")
+        elif old != new or (name in on_disk) != (name in wanted):
+            yield f"{prefix}{name}", (old, new)
+
+
+def _canonical(value: Any) -> Any:
+    """The value as it comes back from JSON (tuples as lists, keys as strings)."""
+    return json.loads(json.dumps(value, allow_nan=False))
+
+
+def _short(value: Any, limit: int = 100) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def _read_json(file: pathlib.Path) -> dict[str, Any] | None:
+    """The file's content, or None if there is no such file."""
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{file}: not readable ({error}); delete it and prepare again") from error
+
+
+def _write_json(file: pathlib.Path, content: Any) -> None:
+    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+    atomic.write_atomically(file, text.encode())
+
+
+def _file_digest(file: pathlib.Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    versions = {name: importlib.metadata.version(name) for name in RECORDED_VERSIONS}
+    return {"attnpo_jax": attnpo_jax.__version__} | versions

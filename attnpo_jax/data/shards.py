@@ -1,0 +1,194 @@
+"""The columns of a prepared dataset, and rows to Arrow shards and back.
+
+One row a pair:
+
+- `id`: string;
+- `prompt_ids`, `chosen_ids`, `rejected_ids`: int32, as trained on;
+- `chosen_text_length`, `rejected_text_length`: int32, how many leading tokens of the response are
+  text; the rest are template tokens;
+- `judge_chosen`, `judge_rejected`: float32 (2, S, T), raw attention by order, source layer and text
+  token;
+- `judge_verdict`: float32 (2,), by order, log p(letter of the chosen response) minus log p(the
+  other letter);
+- `ref_chosen_logps`, `ref_rejected_logps`: float32, reference log-probs of every response token.
+
+A shard is read without a Python object per element: columns are kept as flat values and offsets.
+"""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+
+_RESPONSES = ("chosen", "rejected")
+_INT_LISTS = ("prompt_ids", "chosen_ids", "rejected_ids")
+_FLOAT_LISTS = ("ref_chosen_logps", "ref_rejected_logps")
+_JUDGE = ("judge_chosen", "judge_rejected")
+_TEXT_LENGTHS = ("chosen_text_length", "rejected_text_length")
+
+
+def features(num_sources: int) -> datasets.Features:
+    """The columns of a prepared dataset whose judge rows have `num_sources` (S) source layers."""
+    int_list = datasets.List(datasets.Value("int32"))
+    float_list = datasets.List(datasets.Value("float32"))
+    judge = datasets.List(datasets.List(float_list, length=num_sources), length=2)
+    return datasets.Features(
+        {"id": datasets.Value("string")}
+        | dict.fromkeys(_INT_LISTS, int_list)
+        | dict.fromkeys(_TEXT_LENGTHS, datasets.Value("int32"))
+        | dict.fromkeys(_JUDGE, judge)
+        | {"judge_verdict": datasets.List(datasets.Value("float32"), length=2)}
+        | dict.fromkeys(_FLOAT_LISTS, float_list)
+    )
+
+
+def to_table(rows: Sequence[Mapping[str, Any]], columns: datasets.Features) -> pa.Table:
+    """Rows as a table with exactly `columns`; ValueError names the row and column that is wrong."""
+    num_sources = columns["judge_chosen"].feature.length
+    checked = [_checked_row(row, columns, num_sources) for row in rows]
+
+    def gather(name: str) -> list[np.ndarray]:
+        return [row[name] for row in checked]
+
+    arrays: dict[str, pa.Array] = {"id": pa.array([row["id"] for row in checked], pa.string())}
+    for name in (*_INT_LISTS, *_FLOAT_LISTS):
+        parts = gather(name)
+        arrays[name] = _list_array([len(part) for part in parts], parts)
+    for name in _TEXT_LENGTHS:
+        arrays[name] = pa.array(np.array(gather(name), np.int32))
+    for name in _JUDGE:
+        parts = gather(name)
+        lengths = np.repeat([part.shape[2] for part in parts], 2 * num_sources)
+        lists = _list_array(lengths, [part.reshape(-1) for part in parts])
+        per_source = pa.FixedSizeListArray.from_arrays(lists, num_sources)
+        arrays[name] = pa.FixedSizeListArray.from_arrays(per_source, 2)
+    verdicts = pa.array(np.concatenate(gather("judge_verdict")))
+    arrays["judge_verdict"] = pa.FixedSizeListArray.from_arrays(verdicts, 2)
+    schema = columns.arrow_schema
+    return pa.Table.from_arrays([arrays[name] for name in schema.names], schema=schema)
+
+
+def _list_array(lengths: Sequence[int] | np.ndarray, parts: Sequence[np.ndarray]) -> pa.Array:
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    if offsets[-1] > np.iinfo(np.int32).max:
+        raise ValueError(f"{offsets[-1]} values in a column of one shard; lower rows_per_shard")
+    return pa.ListArray.from_arrays(
+        pa.array(offsets.astype(np.int32)), pa.array(np.concatenate(parts))
+    )
+
+
+def _checked_row(
+    row: Mapping[str, Any], columns: datasets.Features, num_sources: int
+) -> dict[str, Any]:
+    """The row with arrays of the columns' types, every shape checked against the others."""
+    if set(row) != set(columns):
+        lacking, surplus = sorted(set(columns) - set(row)), sorted(set(row) - set(columns))
+        raise ValueError(f"row {row.get('id')!r}: lacks {lacking}, has unknown {surplus}")
+    if not isinstance(row["id"], str):
+        raise ValueError(f"row {row['id']!r}: `id` is no string")
+
+    checked: dict[str, Any] = {"id": row["id"]}
+    for name in _INT_LISTS:
+        checked[name] = _checked_array(row, name, "iu", (None,)).astype(np.int32)
+    for name in _TEXT_LENGTHS:
+        checked[name] = int(_checked_array(row, name, "iu", ()))
+    for response in _RESPONSES:
+        tokens = len(checked[f"{response}_ids"])
+        text_length = checked[f"{response}_text_length"]
+        if not 1 <= text_length <= tokens:
+            raise ValueError(
+                f"row {row['id']!r}: `{response}_text_length` is {text_length}; accepted: 1 to "
+                f"{tokens}, the number of `{response}_ids`"
+            )
+        shapes = {
+            f"judge_{response}": (2, num_sources, text_length),
+            f"ref_{response}_logps": (tokens,),
+        }
+        for name, shape in shapes.items():
+            checked[name] = _checked_array(row, name, "f", shape).astype(np.float32)
+    checked["judge_verdict"] = _checked_array(row, "judge_verdict", "f", (2,)).astype(np.float32)
+    return checked
+
+
+def _checked_array(
+    row: Mapping[str, Any], name: str, kinds: str, shape: tuple[int | None, ...]
+) -> np.ndarray:
+    value = np.asarray(row[name])
+    fits = value.ndim == len(shape) and all(
+        wanted in (None, found) for wanted, found in zip(shape, value.shape, strict=True)
+    )
+    # ml_dtypes' bfloat16 has kind "V"; it is refused too: float32 is what the columns promise.
+    if not fits or value.dtype.kind not in kinds or value.size == 0:
+        shape_text = "at least one" if shape == (None,) else f"shape {shape}"
+        accepted = f"{'integers' if 'i' in kinds else 'floats'}, {shape_text}"
+        raise ValueError(
+            f"row {row['id']!r}: `{name}` is {value.dtype} of shape {value.shape}; accepted: "
+            f"{accepted}"
+        )
+    if not np.isfinite(value).all():
+        raise ValueError(f"row {row['id']!r}: `{name}` holds a value that is not finite")
+    return value
+
+
+def read_table(file: pathlib.Path) -> pa.Table:
+    """The table of a shard file, memory-mapped; pa.ArrowInvalid if it is no whole stream."""
+    with pa.memory_map(str(file)) as source:
+        return pa.ipc.open_stream(source).read_all()
+
+
+def check_table(table: pa.Table, expected: datasets.Features, num_rows: int) -> None:
+    """ValueError unless the table has these columns, this many rows, and sound offsets."""
+    if not table.schema.equals(expected.arrow_schema):
+        raise ValueError(f"columns {table.schema.names} of other types than a prepared dataset's")
+    if table.num_rows != num_rows or table.column("id").num_chunks != 1:
+        raise ValueError(f"{table.num_rows} rows, expected {num_rows} in one batch")
+    table.validate(full=True)
+
+
+def check_ids(table: pa.Table, ids: Sequence[str]) -> None:
+    """ValueError unless the table's `id` column is `ids`."""
+    for place, (found, wanted) in enumerate(zip(table.column("id").to_pylist(), ids, strict=True)):
+        if found != wanted:
+            raise ValueError(f"row {place} of the shard has id {found!r}, expected {wanted!r}")
+
+
+class Shard:
+    """One shard's columns as flat values and row offsets, views of the mapped file."""
+
+    def __init__(self, table: pa.Table):
+        columns = {name: table.column(name).chunk(0) for name in table.column_names}
+        self._ids = columns["id"]
+        self._text_lengths = {name: columns[name].to_numpy() for name in _TEXT_LENGTHS}
+        self._lists = {
+            name: (columns[name].offsets.to_numpy(), columns[name].values.to_numpy())
+            for name in (*_INT_LISTS, *_FLOAT_LISTS)
+        }
+        self._verdicts = columns["judge_verdict"].values.to_numpy().reshape(-1, 2)
+        self._judge = {}
+        for name in _JUDGE:
+            per_source = columns[name].values
+            num_sources = per_source.type.list_size
+            lists = per_source.values
+            # Row i's 2 * S lists are neighbours of one length: its values are one block.
+            starts = lists.offsets.to_numpy()[:: 2 * num_sources]
+            self._judge[name] = (num_sources, starts, lists.values.to_numpy())
+
+    def row(self, row: int) -> dict[str, Any]:
+        """Row `row` of the shard; arrays are views."""
+        content: dict[str, Any] = {"id": self._ids[row].as_py()}
+        for name, (offsets, values) in self._lists.items():
+            content[name] = values[offsets[row] : offsets[row + 1]]
+        for name, lengths in self._text_lengths.items():
+            content[name] = int(lengths[row])
+        for name, (num_sources, starts, values) in self._judge.items():
+            block = values[starts[row] : starts[row + 1]]
+            content[name] = block.reshape(2, num_sources, -1)
+        content["judge_verdict"] = self._verdicts[row]
+        return content
+
+    def lengths(self, name: str) -> np.ndarray:
+        """Length of every row's list in column `name`, int32 (rows,)."""
+        return np.diff(self._lists[name][0])

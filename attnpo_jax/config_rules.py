@@ -217,13 +217,9 @@ def problems(
 
 
 def suggest(field: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    """The words " (did you mean config.x?)" for the known fields most like this one, or "".
-
-    Fields of that name in other sections count as most alike.
-    """
+    """The words " (did you mean config.x?)" for the known fields of such a name, or ""."""
     last = field.split(".")[-1]
     close = [k for k in known if k.split(".")[-1] == last]
-    close = close or difflib.get_close_matches(field, list(known), n=1)
     if not close:
         lasts = {k.split(".")[-1]: k for k in known}
         close = [lasts[k] for k in difflib.get_close_matches(last, list(lasts), n=1)]

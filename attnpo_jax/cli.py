@@ -1,0 +1,321 @@
+"""The command line: `attnpo <command> --config=FILE --workdir=DIR [--config.section.field=value]`.
+
+Parses, checks, and calls; the work is in the modules it calls. Nothing heavy is imported before a
+command really runs, so that `attnpo --help` answers at once.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import importlib.metadata
+import logging
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import attnpo_jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """What a command calls, `function(config, workdir)` of `module`, and what it says of itself."""
+
+    module: str
+    function: str
+    summary: str
+
+
+COMMANDS = {
+    "prepare": Command(
+        "attnpo_jax.prepare",
+        "prepare",
+        "Judge every pair and take the reference's log-probabilities, once; resumes.",
+    ),
+    "train": Command(
+        "attnpo_jax.train.loop",
+        "train",
+        "Train on the prepared pairs; resumes from the newest checkpoint.",
+    ),
+    "run": Command(
+        "attnpo_jax.run",
+        "run",
+        "prepare, train, evaluate and export, skipping what is done.",
+    ),
+    "export": Command(
+        "attnpo_jax.export",
+        "export",
+        "Write the newest checkpoint as a Hugging Face folder, workdir/export.",
+    ),
+}
+VERSION_SUMMARY = "Print the versions of attnpo_jax and of the libraries it computes with."
+
+OPTIONS = """\
+Options:
+  --config=FILE[:ARG]           Config file, a Python file with get_config(); ARG is its argument.
+  --config.SECTION.FIELD=VALUE  Set one field of the config; any number of these.
+  --workdir=DIR                 Folder of everything that is written: config.json, prepared/,
+                                checkpoints/, metrics.jsonl, export/.
+  --verbosity=LEVEL             debug, info (default), warning or error.
+  --flagfile=FILE               Read further options from a file, one a line.
+  --help                        Print this.
+"""
+LEVELS = ("debug", "info", "warning", "error")
+VALUE_OPTIONS = ("config", "workdir", "verbosity", "flagfile")
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+
+class UsageError(ValueError):
+    """A command line that cannot be understood."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line.
+
+    Args:
+      argv: the arguments after the program's name; None: the process's own.
+
+    Returns:
+      Exit code: 0, 1 for an error that the user can mend (told in one message on stderr), 2 for a
+      command line that cannot be understood, 130 when interrupted.
+
+    Raises:
+      Exception: whatever is not expected, with its traceback.
+    """
+    try:
+        return _main(sys.argv[1:] if argv is None else list(argv))
+    except UsageError as error:
+        print(f"attnpo: error: {error}\n(see attnpo --help)", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        print("attnpo: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        if not _is_expected(error):
+            raise
+        print(f"attnpo: error: {error}", file=sys.stderr)
+        return EXIT_FAILED
+
+
+def _main(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "-help", "--help", "help"):
+        print(_help())
+        return 0
+    name, *arguments = argv
+    if name in ("version", "--version"):
+        print(_versions())
+        return 0
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise UsageError(f"unknown command {name!r}{hint}; commands: {', '.join(COMMANDS)}")
+    options, overrides = _split(arguments)
+    if "help" in options:
+        print(_help(name))
+        return 0
+    for required, example in (("config", "configs/quickstart.py"), ("workdir", "DIR")):
+        if not options.get(required):
+            raise UsageError(f"{name} needs --{required}={example}")
+    _start_logging(options.get("verbosity") or "info")
+
+    from attnpo_jax import config as config_lib
+
+    config = load_config(options["config"], overrides)
+    config_lib.validate(config)
+    _use_compilation_cache()
+    command = COMMANDS[name]
+    function = getattr(importlib.import_module(command.module), command.function)
+    function(config, pathlib.Path(options["workdir"]).expanduser())
+    return 0
+
+
+def load_config(spec: str, overrides: Sequence[str] = ()) -> Any:
+    """The config of a file, changed as a command line says.
+
+    Overrides of `weighting.name` and `objective.name` come first, whatever their place: they
+    switch the section to that function's hyperparameters, which others may then set. Values of
+    hyperparameters that the old and the new function share are kept.
+
+    Args:
+      spec: path of a config file, or `path:argument`.
+      overrides: `--config.section.field=value`, as on the command line.
+
+    Returns:
+      A ConfigDict, not validated yet.
+
+    Raises:
+      UsageError: a field that does not exist, or a value that is not of its type.
+      ConfigError, FileNotFoundError: see `attnpo_jax.config.load_file` and `complete_sections`.
+    """
+    from attnpo_jax import config as config_lib
+
+    config = config_lib.load_file(spec)
+    by_field: dict[str, list[str]] = {}
+    for override in overrides:
+        by_field.setdefault(_field(override), []).append(override)
+
+    config = _apply(config, by_field.get("plugins", []))
+    switched = {}
+    for section in config_lib.SECTIONS:
+        for override in by_field.get(f"{section}.name", []):
+            switched[section] = override.partition("=")[2]
+    config = config_lib.complete_sections(config, **switched)
+
+    known = list(config_lib.flatten(config))
+    for field in by_field:
+        if field not in known:
+            raise UsageError(_unknown_field(field, known))
+    return _apply(config, list(overrides))
+
+
+def _unknown_field(field: str, known: Sequence[str]) -> str:
+    from attnpo_jax.config_rules import suggest
+
+    inside = [k for k in known if k.startswith(f"{field}.")]
+    if inside:
+        listed = ", ".join(f"--config.{k}" for k in inside)
+        return f"--config.{field} is a section; set its fields: {listed}"
+    section = field.rpartition(".")[0]
+    beside = [k for k in known if section and k.rpartition(".")[0] == section]
+    listed = f"; fields of config.{section}: " + ", ".join(k.rpartition(".")[2] for k in beside)
+    return f"--config.{field}: unknown field{suggest(field, known)}{listed if beside else ''}"
+
+
+def _apply(config: Any, overrides: list[str]) -> Any:
+    from absl import flags
+    from ml_collections import config_flags
+
+    arguments = ["attnpo", *overrides]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
+    try:
+        values(arguments)
+    except flags.Error as error:
+        raise UsageError(str(error)) from error
+    return values["config"].value
+
+
+def _field(override: str) -> str:
+    return re.sub(r"^--?(no)?config\.", "", override.partition("=")[0])
+
+
+def _split(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Separates the options from the overrides of config fields.
+
+    Returns:
+      Values of the options by name ("help" has ""), and overrides, each one string.
+    """
+    from absl import flags
+
+    try:
+        arguments = flags.FlagValues().read_flags_from_files(arguments)
+    except flags.Error as error:
+        raise UsageError(str(error)) from error
+    options: dict[str, str] = {}
+    overrides: list[str] = []
+    rest = iter(range(len(arguments)))
+    for i in rest:
+        flag, equals, value = arguments[i].partition("=")
+        if not flag.startswith("-") or not flag.lstrip("-"):
+            raise UsageError(f"unexpected argument {arguments[i]!r}; options start with --")
+        name = flag.lstrip("-")
+        # As absl has it, a value may follow as the next argument. A minus sign with a digit is a
+        # value too.
+        following = arguments[i + 1] if i + 1 < len(arguments) else "--"
+        takes_next = name in VALUE_OPTIONS or name.startswith("config.")
+        if not equals and takes_next and re.match(r"[^-]|-\.?\d", following):
+            value, equals = following, "="
+            next(rest)
+        if re.match(r"(no)?config\.", name):
+            overrides.append(f"--{name}{equals}{value}")
+        elif name in ("help", "h"):
+            options["help"] = ""
+        elif name not in VALUE_OPTIONS:
+            raise UsageError(f"unknown option {flag}{_similar_option(name)}")
+        elif not value:
+            raise UsageError(f"{flag} needs a value")
+        elif name == "verbosity" and value not in LEVELS:
+            raise UsageError(f"--verbosity={value}; accepted: {', '.join(LEVELS)}")
+        else:
+            options[name] = value
+    return options, overrides
+
+
+def _similar_option(name: str) -> str:
+    if "." in name:
+        return f" (did you mean --config.{name}?)"
+    close = difflib.get_close_matches(name, (*VALUE_OPTIONS, "help"), n=1)
+    return f" (did you mean --{close[0]}?)" if close else ""
+
+
+def _is_expected(error: Exception) -> bool:
+    """Whether the message alone tells the user what to mend.
+
+    So it is for the errors this package defines, those of files and network, and the ValueErrors
+    it raises itself. A ValueError from inside a library is a bug here, and keeps its traceback.
+    """
+    if isinstance(error, OSError) or type(error).__module__.split(".")[0] == "attnpo_jax":
+        return True
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    raised_in = frame.tb_frame.f_globals.get("__name__", "") if frame is not None else ""
+    return isinstance(error, ValueError) and raised_in.split(".")[0] == "attnpo_jax"
+
+
+def _start_logging(level: str) -> None:
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.WARNING,
+        format="%(asctime)s %(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+    )
+    # The libraries' own notes would drown ours; their warnings are wanted.
+    logging.getLogger("attnpo_jax").setLevel(level.upper())
+
+
+def _use_compilation_cache() -> None:
+    """Keeps compiled programs between runs, where `$JAX_COMPILATION_CACHE_DIR` says or at home."""
+    import jax
+
+    from attnpo_jax.models import embedded
+
+    if jax.config.jax_compilation_cache_dir is None:
+        folder = embedded.default_cache_dir() / "xla"
+        folder.mkdir(parents=True, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
+
+
+def _help(name: str | None = None) -> str:
+    if name is not None:
+        usage = (
+            f"Usage: attnpo {name} --config=FILE --workdir=DIR [--config.SECTION.FIELD=VALUE ...]"
+        )
+        return f"{usage}\n\n{COMMANDS[name].summary}\n\n{OPTIONS}"
+    summaries = {key: command.summary for key, command in COMMANDS.items()}
+    summaries["version"] = VERSION_SUMMARY
+    listed = "\n".join(f"  {key:<10}{summary}" for key, summary in summaries.items())
+    return (
+        "Usage: attnpo COMMAND --config=FILE --workdir=DIR [--config.SECTION.FIELD=VALUE ...]\n\n"
+        "Token-weighted direct preference optimization.\n\n"
+        f"Commands:\n{listed}\n\n{OPTIONS}\n"
+        "Example:\n"
+        "  attnpo run --config=configs/quickstart.py --workdir=/tmp/attnpo \\\n"
+        "      --config.objective.name=ipo --config.objective.beta=0.05\n"
+    )
+
+
+def _versions() -> str:
+    lines = [f"attnpo_jax {attnpo_jax.__version__}", f"python {sys.version.split()[0]}"]
+    for package in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers"):
+        lines.append(f"{package} {importlib.metadata.version(package)}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

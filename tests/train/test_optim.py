@@ -169,7 +169,9 @@ def test_bfloat16_parameters_keep_their_dtype_and_get_float32_moments():
     moved = optax.apply_updates(params, updates)
     assert moved["down"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(moved["down"].astype(jnp.float32), [0.75, 1.25])
-    assert jax.tree.map(jnp.dtype, opt_state) == jax.tree.map(jnp.dtype, start.opt_state)
+    assert jax.tree.map(lambda x: x.dtype, opt_state) == jax.tree.map(
+        lambda x: x.dtype, start.opt_state
+    )
     assert optax.tree.get(opt_state, "nu")["down"].dtype == jnp.float32
 
 

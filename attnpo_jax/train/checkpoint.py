@@ -1,0 +1,335 @@
+"""Checkpoints of a training run: written in the background, checked when they are read.
+
+A checkpoint is a folder named after its step with three items: `params`, `optimizer` (the
+optimizer's state and the step), and `metadata`, a JSON object with
+
+- `identity`: what a run must share with the one that it continues, as nested JSON;
+- `tree`: dtype and shape of every array, by path;
+- `sums`: a checksum of every array, since neither Orbax nor the file format has one;
+- `progress`: whatever the caller wants to know of the position in the data.
+
+Orbax writes under a temporary name first, so that whatever has a final name was whole once.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from attnpo_jax.train.state import TrainState
+
+_ITEMS = ("params", "optimizer", "metadata")
+
+
+class CheckpointMismatch(ValueError):
+    """The newest checkpoint belongs to another run.
+
+    Attributes:
+      differences: name of a field or array -> (in the checkpoint, in this run).
+    """
+
+    def __init__(self, path: os.PathLike, differences: dict[str, tuple[Any, Any]]):
+        shown = [
+            f"  {name}: {saved} in the checkpoint, {wanted} here"
+            for name, (saved, wanted) in list(differences.items())[:12]
+        ]
+        if len(differences) > len(shown):
+            shown.append(f"  and {len(differences) - len(shown)} more")
+        super().__init__(
+            f"{path} can't be continued by this run, which differs in\n"
+            + "\n".join(shown)
+            + "\nAccepted: the settings of the checkpoint, or another workdir."
+        )
+        self.differences = differences
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or none of those there are can be read."""
+
+
+class Restored(NamedTuple):
+    """What `Checkpoints.restore` found: the state, and the `progress` saved with it."""
+
+    state: TrainState
+    progress: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one workdir; a context manager that ends when all is written.
+
+    Args:
+      folder: where they are; made if need be. A path of this machine or what else Orbax can write.
+      identity: nested JSON values that a run must share with the checkpoint that it continues.
+      keep: how many of the newest to keep; an old one goes after the new one is whole.
+    """
+
+    def __init__(self, folder: str | os.PathLike, identity: Mapping[str, Any], *, keep: int):
+        self.folder = epath.Path(folder).resolve()
+        self._identity = identity
+        self._manager = _open(
+            self.folder,
+            ocp.CheckpointManagerOptions(
+                max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
+            ),
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, error_type, error, traceback) -> None:
+        if error_type is None:
+            self.wait()
+        self._manager.close()
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, in order."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState, progress: Mapping[str, Any]) -> None:
+        """Starts to write a checkpoint of `state`; the caller may donate the state right after.
+
+        Waits for the write before it, if that is still going on.
+
+        Raises:
+          CheckpointError: the write before this one failed, or this one did at once.
+        """
+        step = int(state.step)
+        metadata = {
+            "identity": self._identity,
+            "tree": _describe(state),
+            "sums": _checksums(state),
+            "progress": progress,
+        }
+        with _naming_failures(self.folder):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(state.params),
+                    optimizer=ocp.args.StandardSave(_optimizer_item(state)),
+                    metadata=ocp.args.JsonSave(metadata),
+                ),
+            )
+
+    def wait(self) -> None:
+        """Returns when what is being written is whole.
+
+        Raises:
+          CheckpointError: it could not be written.
+        """
+        with _naming_failures(self.folder):
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+
+    def restore(self, abstract: TrainState) -> Restored | None:
+        """The newest whole checkpoint, or None if there is none at all.
+
+        A damaged one is skipped with a warning and, once an older one has been read, set aside as
+        `damaged-<step>`, so that the run can save that step again.
+
+        Args:
+          abstract: the state as `jax.ShapeDtypeStruct`s; arrays go to their shardings, or to the
+            default device where they have none.
+
+        Raises:
+          CheckpointMismatch: the newest one has another identity, or arrays of other shapes.
+          CheckpointError: there are checkpoints, but all are damaged.
+        """
+
+        def read(step: int) -> Restored:
+            metadata = _read_metadata(self._manager, step)
+            differences = differing(metadata["identity"], self._identity)
+            differences |= differing(metadata["tree"], _describe(abstract))
+            if differences:
+                raise CheckpointMismatch(self.folder / str(step), differences)
+            items = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardRestore(_placed(abstract.params)),
+                    optimizer=ocp.args.StandardRestore(_placed(_optimizer_item(abstract))),
+                ),
+            )
+            state = TrainState(params=items["params"], **items["optimizer"])
+            _verify(state, metadata["sums"])
+            return Restored(state, metadata["progress"])
+
+        found = _newest_whole(self.folder, self.steps(), read)
+        if found is None:
+            return None
+        restored, damaged = found
+        if damaged:
+            if jax.process_index() == 0:
+                for step in damaged:
+                    _set_aside(self.folder / str(step))
+            multihost_utils.sync_global_devices("damaged checkpoints set aside")
+            self._manager.reload()
+        return restored
+
+
+def restore_params(folder: str | os.PathLike, abstract_params: Any) -> tuple[Any, int]:
+    """The parameters of the newest whole checkpoint in `folder`, and its step; nothing is changed.
+
+    Args:
+      folder: as given to `Checkpoints`.
+      abstract_params: the parameters as `jax.ShapeDtypeStruct`s; see `Checkpoints.restore`.
+
+    Raises:
+      FileNotFoundError: there is no checkpoint.
+      CheckpointMismatch: the checkpoint's parameters have other names or shapes.
+      CheckpointError: all checkpoints are damaged.
+    """
+    folder = epath.Path(folder).resolve()
+    manager = _open(folder, ocp.CheckpointManagerOptions(read_only=True, create=False))
+
+    def read(step: int) -> tuple[Any, int]:
+        metadata = _read_metadata(manager, step)
+        wanted = _describe({"params": abstract_params})
+        saved = {path: kind for path, kind in metadata["tree"].items() if path.startswith("params")}
+        if differences := differing(saved, wanted):
+            raise CheckpointMismatch(folder / str(step), differences)
+        args = ocp.args.Composite(params=ocp.args.StandardRestore(_placed(abstract_params)))
+        params = manager.restore(step, args=args)["params"]
+        _verify({"params": params}, metadata["sums"])
+        return params, step
+
+    try:
+        found = _newest_whole(folder, sorted(manager.all_steps()), read)
+    finally:
+        manager.close()
+    if found is None:
+        raise FileNotFoundError(f"{folder} holds no checkpoint: train first")
+    return found[0]
+
+
+def differing(saved: Any, wanted: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
+    """Leaves of two nested JSON objects that differ, by dotted name: (saved, wanted)."""
+    if isinstance(saved, Mapping) and isinstance(wanted, Mapping):
+        found: dict[str, tuple[Any, Any]] = {}
+        for key in [*saved, *(key for key in wanted if key not in saved)]:
+            inner = f"{name}.{key}" if name else key
+            found |= differing(saved.get(key, "nothing"), wanted.get(key, "nothing"), inner)
+        return found
+    # JSON has no tuples.
+    same = _as_lists(saved) == _as_lists(wanted)
+    return {} if same else {name: (saved, wanted)}
+
+
+def _as_lists(value: Any) -> Any:
+    return [_as_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _open(folder: epath.Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
+    handlers = {
+        "params": ocp.StandardCheckpointHandler(),
+        "optimizer": ocp.StandardCheckpointHandler(),
+        "metadata": ocp.JsonCheckpointHandler(),
+    }
+    assert tuple(handlers) == _ITEMS
+    return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
+
+
+def _optimizer_item(state: TrainState) -> dict[str, Any]:
+    return {"step": state.step, "opt_state": state.opt_state}
+
+
+def _read_metadata(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
+    return manager.restore(step, args=args)["metadata"]
+
+
+def _newest_whole(
+    folder: epath.Path, steps: list[int], read: Callable[[int], Any]
+) -> tuple[Any, list[int]] | None:
+    """What `read` returns for the newest step that it can read, and the newer ones it can't."""
+    damaged: dict[int, Exception] = {}
+    for step in reversed(steps):
+        try:
+            return read(step), list(damaged)
+        except CheckpointMismatch:
+            raise
+        except Exception as error:  # whatever reading damaged files may end in
+            damaged[step] = error
+            reason = str(error).strip().split("\n")[0][:200]
+            warnings.warn(
+                f"checkpoint {folder / str(step)} is damaged and will be skipped "
+                f"({type(error).__name__}: {reason})",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+    if damaged:
+        raise CheckpointError(
+            f"none of the checkpoints in {folder} can be read (steps "
+            f"{', '.join(map(str, damaged))}); delete them to start from the beginning"
+        ) from damaged[max(damaged)]
+    return None
+
+
+def _set_aside(path: epath.Path) -> None:
+    target = path.with_name(f"damaged-{path.name}")
+    if target.exists():
+        target.rmtree()
+    path.rename(target)
+
+
+def _placed(abstract: Any) -> Any:
+    """Gives every array a sharding: without one, Orbax would use that of the run that saved it."""
+    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def place(x) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or default)
+
+    return jax.tree.map(place, abstract)
+
+
+def _describe(tree: Any) -> dict[str, str]:
+    """Dtype and shape of every array, by path: {"params.final_norm": "float32[576]", ...}."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): (
+            f"{jnp.dtype(x.dtype).name}[{','.join(map(str, x.shape))}]"
+        )
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+@jax.jit
+def _bit_sums(arrays: list[jax.Array]) -> list[jax.Array]:
+    def bit_sum(x):
+        # Integers add up exactly, so the sum is the same on any number of devices.
+        bits = x.view(f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+        return jnp.sum(bits, dtype=jnp.uint32)
+
+    return [bit_sum(x) for x in arrays]
+
+
+def _checksums(tree: Any) -> dict[str, int]:
+    """The sum modulo 2^32 of every array's bit patterns, by path; any single flip changes it."""
+    sums = jax.device_get(_bit_sums(jax.tree.leaves(tree)))
+    return dict(zip(_describe(tree), map(int, sums), strict=True))
+
+
+def _verify(tree: Any, sums: Mapping[str, int]) -> None:
+    for path, found in _checksums(tree).items():
+        if found != sums[path]:
+            raise CheckpointError(f"{path}: checksum {found}, written with {sums[path]}")
+
+
+class _naming_failures:
+    """Turns what Orbax raises on a failed write into a `CheckpointError` that names the folder."""
+
+    def __init__(self, folder: epath.Path):
+        self._folder = folder
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, error_type, error, traceback) -> None:
+        if isinstance(error, Exception):
+            raise CheckpointError(
+                f"a checkpoint could not be written to {self._folder}: {error}; those written "
+                "before stay usable"
+            ) from error

@@ -1,0 +1,237 @@
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from attnpo_jax.train import checkpoint
+from attnpo_jax.train.state import TrainState, create
+
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1))
+IDENTITY = {"model": {"num_layers": 2}, "config": {"seed": 0, "layers": (0, 1)}, "prepared": "abc"}
+
+
+def make_state(seed=0, width=16):
+    keys = jax.random.split(jax.random.key(seed), 2)
+    params = {
+        "embedding": jax.random.normal(keys[0], (50, width)),
+        "layers": {"down": jax.random.normal(keys[1], (2, width, 4), jnp.bfloat16)},
+    }
+    return create(params, OPTIMIZER)
+
+
+@jax.jit
+def advance(state):
+    updates, opt_state = OPTIMIZER.update(state.params, state.opt_state, state.params)
+    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+
+
+def abstract(state):
+    return jax.eval_shape(lambda: state)
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+    assert jax.tree.map(lambda x: x.dtype, a) == jax.tree.map(lambda x: x.dtype, b)
+
+
+def save_steps(folder, *, number, keep=2):
+    """Saves after each of `number` steps; returns the states on the host."""
+    state, states = make_state(), {}
+    with checkpoint.Checkpoints(folder, IDENTITY, keep=keep) as checkpoints:
+        for step in range(1, number + 1):
+            state = advance(state)
+            states[step] = jax.device_get(state)
+            checkpoints.save(state, {"pairs_seen": 4 * step})
+    return states
+
+
+def test_restores_the_newest_exactly_with_its_progress(tmp_path):
+    states = save_steps(tmp_path, number=3)
+    with checkpoint.Checkpoints(tmp_path, IDENTITY, keep=2) as checkpoints:
+        assert checkpoints.steps() == [2, 3]
+        restored = checkpoints.restore(abstract(make_state()))
+    assert_same(restored.state, states[3])
+    assert restored.progress == {"pairs_seen": 12}
+
+
+def test_a_donated_state_is_saved_as_it_was(tmp_path):
+    step = jax.jit(advance.__wrapped__, donate_argnums=0)
+    state = advance(make_state(width=4096))
+    expected = jax.tree.map(np.array, state)
+    with checkpoint.Checkpoints(tmp_path, IDENTITY, keep=1) as checkpoints:
+        checkpoints.save(state, {})
+        for _ in range(5):
+            state = step(state)
+        checkpoints.wait()
+        restored = checkpoints.restore(abstract(make_state(width=4096)))
+    assert_same(restored.state, expected)
+
+
+def test_nothing_to_restore(tmp_path):
+    with checkpoint.Checkpoints(tmp_path / "new", IDENTITY, keep=1) as checkpoints:
+        assert checkpoints.restore(abstract(make_state())) is None
+
+
+def test_restores_onto_other_devices(tmp_path):
+    states = save_steps(tmp_path, number=1)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "data"))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def place(x):
+        sharding = split if x.ndim > 1 else whole
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    wanted = jax.tree.map(place, abstract(make_state()))
+    with checkpoint.Checkpoints(tmp_path, IDENTITY, keep=2) as checkpoints:
+        restored = checkpoints.restore(wanted)
+    assert_same(jax.device_get(restored.state), states[1])
+    assert restored.state.params["embedding"].sharding == split
+    assert restored.state.params["embedding"].addressable_shards[0].data.shape == (50, 4)
+
+
+def test_checkpoint_of_another_model_is_refused(tmp_path):
+    save_steps(tmp_path, number=1)
+    other = IDENTITY | {"model": {"num_layers": 3}, "config": {"seed": 1, "layers": [0, 1]}}
+    with checkpoint.Checkpoints(tmp_path, other, keep=2) as checkpoints:
+        with pytest.raises(checkpoint.CheckpointMismatch) as caught:
+            checkpoints.restore(abstract(make_state(width=8)))
+    message = str(caught.value)
+    assert str(tmp_path / "1") in message
+    assert "model.num_layers: 2 in the checkpoint, 3 here" in message
+    assert "params.embedding: float32[50,16] in the checkpoint, float32[50,8] here" in message
+    assert caught.value.differences["config.seed"] == (0, 1)
+    assert "config.layers" not in caught.value.differences
+    assert "another workdir" in message
+
+
+def test_checkpoint_of_another_optimizer_is_refused(tmp_path):
+    save_steps(tmp_path, number=1)
+    wanted = abstract(create(make_state().params, optax.sgd(0.1)))
+    with checkpoint.Checkpoints(tmp_path, IDENTITY, keep=2) as checkpoints:
+        with pytest.raises(checkpoint.CheckpointMismatch, match="opt_state.*, nothing here"):
+            checkpoints.restore(wanted)
+
+
+def damage(folder, kind):
+    """Damages the largest file of the parameters."""
+    files = [p for p in (folder / "params").rglob("*") if p.is_file()]
+    largest = max(files, key=lambda p: p.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    if kind == "truncated":
+        largest.write_bytes(content[: len(content) // 2])
+    elif kind == "gone":
+        largest.unlink()
+    elif kind == "one bit":
+        content[len(content) // 2] ^= 1
+        largest.write_bytes(content)
+    elif kind == "metadata":
+        (folder / "metadata" / "metadata").write_text("{")
+
+
+@pytest.mark.parametrize("kind", ["truncated", "gone", "one bit", "metadata"])
+def test_damaged_newest_is_skipped_with_a_warning(tmp_path, kind):
+    states = save_steps(tmp_path, number=3)
+    damage(tmp_path / "3", kind)
+    with checkpoint.Checkpoints(tmp_path, IDENTITY, keep=2) as checkpoints:
+        with pytest.warns(RuntimeWarning, match=f"{tmp_path / '3'} is damaged and will be skipped"):
+            restored = checkpoints.restore(abstract(make_state()))
+        assert_same(restored.state, states[2])
+        assert checkpoints.steps() == [2]
+        # The run goes on and saves that step again.
+        checkpoints.save(advance(restored.state), {})
+    with checkpoint.Checkpoints(tmp_path, IDENTITY, keep=2) as checkpoints:
+        assert_same(checkpoints.restore(abstract(make_state())).state, states[3])
+
+
+KILLED_WHILE_SAVING = """
+import os, signal, sys
+import jax.numpy as jnp
+from attnpo_jax.train import checkpoint
+from attnpo_jax.train.state import TrainState
+
+def state(step):
+    return TrainState(jnp.int32(step), {"w": jnp.full(30_000_000, step, jnp.float32)}, ())
+
+checkpoints = checkpoint.Checkpoints(sys.argv[1], {}, keep=1)
+checkpoints.save(state(1), {})
+checkpoints.wait()
+checkpoints.save(state(2), {})
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_killed_while_saving_leaves_the_one_before(tmp_path):
+    command = [sys.executable, "-c", KILLED_WHILE_SAVING, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert len(os.listdir(tmp_path)) == 2  # the whole one and the torso
+    wanted = TrainState(
+        jax.ShapeDtypeStruct((), jnp.int32),
+        {"w": jax.ShapeDtypeStruct((30_000_000,), jnp.float32)},
+        (),
+    )
+    with checkpoint.Checkpoints(tmp_path, {}, keep=1) as checkpoints:
+        restored = checkpoints.restore(wanted)
+    assert int(restored.state.step) == 1
+    assert float(restored.state.params["w"].min()) == 1.0
+    assert os.listdir(tmp_path) == ["1"]
+
+
+def test_only_damaged_checkpoints_is_an_error_and_keeps_them(tmp_path):
+    save_steps(tmp_path, number=1)
+    damage(tmp_path / "1", "truncated")
+    with checkpoint.Checkpoints(tmp_path, IDENTITY, keep=2) as checkpoints:
+        with (
+            pytest.warns(RuntimeWarning),
+            pytest.raises(checkpoint.CheckpointError, match="none of the checkpoints.*delete them"),
+        ):
+            checkpoints.restore(abstract(make_state()))
+    assert (tmp_path / "1").is_dir()
+
+
+def test_restore_params_reads_them_alone(tmp_path):
+    states = save_steps(tmp_path, number=2)
+    params, step = checkpoint.restore_params(tmp_path, abstract(make_state()).params)
+    assert step == 2
+    assert_same(params, states[2].params)
+
+
+def test_restore_params_refuses_another_model(tmp_path):
+    save_steps(tmp_path, number=1)
+    with pytest.raises(checkpoint.CheckpointMismatch, match="params.layers.down"):
+        checkpoint.restore_params(tmp_path, abstract(make_state(width=8)).params)
+
+
+def test_restore_params_without_a_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match="train first"):
+        checkpoint.restore_params(tmp_path, abstract(make_state()).params)
+
+
+def test_full_disk_names_the_folder_and_keeps_what_was_there(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small tmpfs")
+    try:
+        states = save_steps(disk / "checkpoints", number=1)
+        with pytest.raises(checkpoint.CheckpointError, match=f"{disk}/checkpoints.*stay usable"):
+            checkpoints = checkpoint.Checkpoints(disk / "checkpoints", IDENTITY, keep=2)
+            with checkpoints:
+                pathlib.Path(disk / "filler").write_bytes(b"x" * 900_000)
+                checkpoints.save(advance(advance(make_state())), {})
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)
+            with checkpoint.Checkpoints(disk / "checkpoints", IDENTITY, keep=2) as checkpoints:
+                assert_same(checkpoints.restore(abstract(make_state())).state, states[1])
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)

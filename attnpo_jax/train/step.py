@@ -1,0 +1,205 @@
+"""The training and evaluation steps: pure functions of a state and a batch.
+
+Shapes: as in `data.batching`; P pairs (rows times pairs a row), n microbatches.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from attnpo_jax.data.batching import PairBatch
+from attnpo_jax.losses import ResponseScores
+from attnpo_jax.models.decoder import ModelConfig, Params
+from attnpo_jax.scoring import response_logps
+from attnpo_jax.train.state import TrainState
+from attnpo_jax.weighting import ResponseTokens
+
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSettings:
+    """What a step does, fixed before it is compiled.
+
+    Attributes:
+      model: the model's shape.
+      weighting: `(ResponseTokens) -> weights_BT`, hyperparameters bound.
+      objective: `(chosen, rejected: ResponseScores) -> loss_B`, hyperparameters bound.
+      beta: scale of the reported rewards.
+      source_layers: the layers on the judge arrays' source axis.
+      dtype: what activations are computed in.
+      remat: a key of `models.decoder.REMAT_POLICIES`.
+      logps_chunk: tokens whose logits exist at a time.
+    """
+
+    model: ModelConfig
+    weighting: Callable[[ResponseTokens], jax.Array]
+    objective: Callable[[ResponseScores, ResponseScores], jax.Array]
+    beta: float
+    source_layers: tuple[int, ...]
+    dtype: Any = jnp.float32
+    remat: str = "none"
+    logps_chunk: int = 1024
+
+
+def pair_losses(
+    settings: StepSettings, params: Params, batch: PairBatch
+) -> tuple[jax.Array, Metrics]:
+    """Each pair's loss and what is reported of it.
+
+    Args:
+      settings: the step's settings.
+      params: the policy's parameters; the loss is differentiable in them.
+      batch: rows without a microbatch axis.
+
+    Returns:
+      loss_P, 0 for empty slots, and a dict of metrics (P,): `rewards/*` and `logps/*`, plain and
+      weighted, under the names that TRL gives them.
+    """
+    policy_BG2T = response_logps(
+        settings.model,
+        params,
+        batch,
+        dtype=settings.dtype,
+        remat=settings.remat,
+        chunk=settings.logps_chunk,
+    )
+    T = policy_BG2T.shape[-1]
+
+    def by_response(x):
+        """(B, G, 2, ...) -> (2P, ...): the responses of a pair in turn."""
+        return x.reshape(-1, *x.shape[3:])
+
+    mask, policy, reference = (
+        by_response(x) for x in (batch.mask_BG2T, policy_BG2T, batch.reference_logps_BG2T)
+    )
+    weights = settings.weighting(
+        ResponseTokens(
+            mask_BT=mask,
+            text_mask_BT=by_response(batch.text_mask_BG2T),
+            judge_B2ST=by_response(batch.judge_BG22ST),
+            verdict_B2=jnp.repeat(batch.verdict_BG2.reshape(-1, 2), 2, axis=0),
+            reference_logps_BT=reference,
+            policy_logps_BT=jax.lax.stop_gradient(policy),
+            is_chosen=jnp.tile(jnp.array([True, False]), mask.shape[0] // 2),
+            source_layers=settings.source_layers,
+            num_layers=settings.model.num_layers,
+        )
+    )
+    # The reference is frozen, and a weighting that reads the policy is not differentiated through.
+    weights, reference = jax.lax.stop_gradient((weights, reference))
+
+    def score(weights, side):
+        w, pi, rho, m = (x.reshape(-1, 2, T)[:, side] for x in (weights, policy, reference, mask))
+        return ResponseScores(
+            policy_B=jnp.sum(w * pi, axis=-1),
+            reference_B=jnp.sum(w * rho, axis=-1),
+            weight_B=jnp.sum(w, axis=-1),
+            length_B=jnp.sum(m, axis=-1),
+        )
+
+    valid_P = batch.valid_BG.reshape(-1)
+    chosen, rejected = score(weights, 0), score(weights, 1)
+    loss_P = jnp.where(valid_P, settings.objective(chosen, rejected), 0.0)
+    ones = mask.astype(weights.dtype)
+    metrics = {
+        **_reports(settings.beta, score(ones, 0), score(ones, 1), ""),
+        **_reports(settings.beta, chosen, rejected, "weighted_"),
+    }
+    return loss_P, jax.tree.map(
+        lambda x: jnp.where(valid_P, x, 0.0), jax.lax.stop_gradient(metrics)
+    )
+
+
+def _reports(beta: float, chosen: ResponseScores, rejected: ResponseScores, prefix: str) -> Metrics:
+    reward_c = beta * (chosen.policy_B - chosen.reference_B)
+    reward_r = beta * (rejected.policy_B - rejected.reference_B)
+    return {
+        f"rewards/{prefix}chosen": reward_c,
+        f"rewards/{prefix}rejected": reward_r,
+        f"rewards/{prefix}accuracies": (reward_c > reward_r).astype(jnp.float32),
+        f"rewards/{prefix}margins": reward_c - reward_r,
+        f"logps/{prefix}chosen": chosen.policy_B,
+        f"logps/{prefix}rejected": rejected.policy_B,
+    }
+
+
+def make_train_step(
+    settings: StepSettings,
+    optimizer: optax.GradientTransformation,
+    schedule: Callable[[jax.Array], jax.Array],
+) -> Callable[[TrainState, PairBatch], tuple[TrainState, Metrics]]:
+    """A pure optimizer step over a batch of n microbatches.
+
+    Gradients of the sum of the pairs' losses are accumulated in float32 with `lax.scan`, then
+    divided by the number of pairs: the step is the same however the batch is cut.
+
+    Args:
+      settings: the step's settings.
+      optimizer: turns gradients into updates, learning rate included.
+      schedule: step -> learning rate, for the report alone.
+
+    Returns:
+      `step(state, batch) -> (state, metrics)`. Metrics are means over the pairs, `grad_norm` (before
+      clipping), `learning_rate`, the counts `pairs` and `tokens`, and two arrays over the batch's
+      slots: `pair` (row of the prepared dataset, -1 for empty) and `pair_loss`.
+    """
+
+    def loss_sum(params, microbatch):
+        loss_P, metrics = pair_losses(settings, params, microbatch)
+        totals = jax.tree.map(jnp.sum, {"loss": loss_P, **metrics})
+        return totals["loss"], (totals, loss_P)
+
+    def train_step(state: TrainState, batch: PairBatch) -> tuple[TrainState, Metrics]:
+        def accumulate(grads, microbatch):
+            g, (totals, loss_P) = jax.grad(loss_sum, has_aux=True)(state.params, microbatch)
+            return jax.tree.map(jnp.add, grads, g), (totals, loss_P)
+
+        if batch.tokens_BL.shape[0] == 1:
+            only = jax.tree.map(lambda x: x[0], batch)
+            grads, (totals, loss_nP) = jax.grad(loss_sum, has_aux=True)(state.params, only)
+        else:
+            zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
+            grads, (totals, loss_nP) = jax.lax.scan(accumulate, zeros, batch)
+            totals = jax.tree.map(jnp.sum, totals)
+        pairs = jnp.sum(batch.valid_BG)
+        grads = jax.tree.map(lambda g, p: (g / pairs).astype(p.dtype), grads, state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        metrics = {
+            **jax.tree.map(lambda total: total / pairs, totals),
+            "grad_norm": optax.global_norm(grads),
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "pairs": pairs,
+            "tokens": jnp.sum(batch.branch_BL > 0),
+            "pair": batch.pair_BG.reshape(-1),
+            "pair_loss": loss_nP.reshape(-1),
+        }
+        new_state = TrainState(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            opt_state=opt_state,
+        )
+        return new_state, metrics
+
+    return train_step
+
+
+def make_eval_step(settings: StepSettings) -> Callable[[Params, PairBatch], Metrics]:
+    """A pure evaluation step: `(params, batch) -> sums` over the batch's pairs.
+
+    The sums carry the names of the training metrics, with `pairs` for the count to divide by.
+    """
+
+    def eval_step(params: Params, batch: PairBatch) -> Metrics:
+        def sums(_, microbatch):
+            loss_P, metrics = pair_losses(settings, params, microbatch)
+            return None, jax.tree.map(jnp.sum, {"loss": loss_P, **metrics})
+
+        _, totals = jax.lax.scan(sums, None, batch)
+        return {**jax.tree.map(jnp.sum, totals), "pairs": jnp.sum(batch.valid_BG)}
+
+    return eval_step

@@ -522,7 +522,8 @@ def weights_digest(folder: str | os.PathLike) -> str:
     """
     digest = hashlib.sha256()
     for path in _weight_files(Path(folder))[0]:
-        _open(path)  # refuses a damaged header or a size that does not fit it
+        with _open(path):  # refuses a damaged header, or a size that does not fit it
+            pass
         size = path.stat().st_size
         with open(path, "rb") as file:
             prefix = file.read(8)

@@ -70,11 +70,11 @@ def default_config() -> config_dict.ConfigDict:
     model.dtype = "float32"
     # What the parameters are kept in: "float32" or "bfloat16".
     model.param_dtype = "float32"
-    # What the backward pass recomputes: "none" (fastest, most memory), "dots" (all but the
-    # outputs of matrix products), "layer" (all but each layer's input; least memory).
-    model.remat = "none"
+    # What the backward pass recomputes: "none" (most memory), "dots" (all but the outputs of
+    # matrix products), "layer" (all but each layer's input; least memory).
+    model.remat = "dots"
     # Tokens that are projected to the vocabulary at a time; bounds the memory of the logits.
-    model.logps_chunk = 1024
+    model.logps_chunk = 512
 
     config.data = data = config_dict.ConfigDict()
     # A source of pairs or a tuple of them: "builtin:train", a .json, .jsonl, .parquet or .arrow
@@ -104,10 +104,10 @@ def default_config() -> config_dict.ConfigDict:
     # Layers whose attention is kept: "quartiles" (first, one per quarter, last), "all", or a tuple
     # of layer numbers, negative ones counted from the last.
     judge.layers = _any("quartiles")
-    # Pairs judged at a time, at most.
+    # Pairs judged, or scored by the reference, at a time, at most.
     judge.batch_size = 8
     # Tokens of a batch (rows times their padded length), at most; a longer row goes alone.
-    judge.token_budget = 8192
+    judge.token_budget = 4096
 
     config.prepare = prepare = config_dict.ConfigDict()
     # Pairs in one file of the prepared dataset; an interruption loses less than one file.

@@ -436,20 +436,24 @@ def _check_components(
         on_disk = {"format": found["format"], **found["components"]}
         if num_rows is not None:
             on_disk["num_rows"] = found["num_rows"]
-        differences = dict(_differences(on_disk, wanted))
-        if differences:
-            raise PreparedMismatch(path, differences)
+        found_differences = differences(on_disk, wanted)
+        if found_differences:
+            raise PreparedMismatch(path, found_differences)
 
 
-def _differences(
+def differences(
     on_disk: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = ""
-) -> Iterator[tuple[str, tuple[Any, Any]]]:
+) -> dict[str, tuple[Any, Any]]:
+    """Components that differ: name, nested ones joined by dots -> (on disk, wanted)."""
+    on_disk, wanted = _canonical(on_disk), _canonical(wanted)
+    found: dict[str, tuple[Any, Any]] = {}
     for name in sorted(set(on_disk) | set(wanted)):
         old, new = on_disk.get(name), wanted.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
-            yield from _differences(old, new, f"{prefix}{name}.")
+            found |= differences(old, new, f"{prefix}{name}.")
         elif old != new or (name in on_disk) != (name in wanted):
-            yield f"{prefix}{name}", (old, new)
+            found[f"{prefix}{name}"] = (old, new)
+    return found
 
 
 def _canonical(value: Any) -> Any:

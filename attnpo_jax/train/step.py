@@ -144,9 +144,9 @@ def make_train_step(
       schedule: step -> learning rate, for the report alone.
 
     Returns:
-      `step(state, batch) -> (state, metrics)`. Metrics are means over the pairs, `grad_norm` (before
-      clipping), `learning_rate`, the counts `pairs` and `tokens`, and two arrays over the batch's
-      slots: `pair` (row of the prepared dataset, -1 for empty) and `pair_loss`.
+      `step(state, batch) -> (state, metrics)`. Metrics are means over the pairs, `grad_norm`
+      (before clipping), `learning_rate`, the counts `pairs` and `tokens`, and two arrays over the
+      batch's slots: `pair` (row of the prepared dataset, -1 for empty) and `pair_loss`.
     """
 
     def loss_sum(params, microbatch):

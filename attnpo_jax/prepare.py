@@ -1,0 +1,336 @@
+"""`attnpo prepare`: the judge's and the reference's passes over a dataset, once, to disk.
+
+Rows are written shard by shard. An interruption at any moment loses the shard under way, no more.
+"""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import config_dict
+from rich.console import Console
+from rich.table import Table
+
+from attnpo_jax import config as config_lib
+from attnpo_jax import provenance, scoring
+from attnpo_jax.data import prepared
+from attnpo_jax.data.batching import (
+    Example,
+    RowShape,
+    choose_buckets,
+    fill_rows,
+    plan_batches,
+    round_up,
+)
+from attnpo_jax.data.sources import Pair, load_pairs
+from attnpo_jax.data.tokenize import ChatTokenizer, TokenizedPair, tokenize_pair
+from attnpo_jax.judge import SAMPLE, Judge, Judgement
+from attnpo_jax.judge_prompt import JudgePrompt
+from attnpo_jax.language_model import LanguageModel
+from attnpo_jax.models import checkpoints
+from attnpo_jax.progress import PairProgress
+
+
+def prepare(
+    config: config_dict.ConfigDict, workdir: str | os.PathLike, *, console: Console | None = None
+) -> None:
+    """Prepares the training pairs and, if there are any, the held-out ones.
+
+    What is on disk already and still fits is kept: a finished dataset as a whole, an unfinished one
+    shard by shard. At the end, each split's figures are printed.
+
+    Args:
+      config: see `attnpo_jax.config.default_config`.
+      workdir: the run's folder; the datasets go to `prepared/train` and `prepared/eval` below it.
+      console: where the figures go; None for standard output.
+
+    Raises:
+      ConfigError: the config is wrong; nothing was loaded.
+      BadRow: a row is no preference pair, and the config does not say to skip it.
+      PreparedMismatch: the dataset on disk was prepared with other settings.
+      OSError: a shard could not be written; those before it stay.
+    """
+    config_lib.validate(config)
+    workdir, console = pathlib.Path(workdir), console or Console()
+    folder = checkpoints.resolve(config.model.source)
+    config_lib.check_layers(config, checkpoints.load_config(folder).num_layers)
+    tokenizer = ChatTokenizer.load(folder, provenance.read_chat_template(config))
+    splits = ["train", "eval"] if config.data.eval else ["train"]
+    # All splits are checked before any of them is computed.
+    todo = [_Split.read(config, split, workdir, folder, tokenizer) for split in splits]
+    model = None
+    for split in todo:
+        if split.status == "complete":
+            console.print(f"{split.path}: complete, used as it is", highlight=False)
+        else:
+            model = model or _load(config, folder, tokenizer)
+            _fill(config, model, split)
+        console.print(summary(split.name, prepared.Prepared.open(split.path)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Split:
+    """A split's pairs, and where and as what they are prepared."""
+
+    name: str
+    path: pathlib.Path
+    pairs: list[Pair]
+    num_bad_rows: int
+    components: dict[str, Any]
+    status: str
+
+    @classmethod
+    def read(cls, config, name: str, workdir: pathlib.Path, folder, tokenizer) -> "_Split":
+        path = provenance.split_path(workdir, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        loaded = load_pairs(
+            config.data[name],
+            on_bad_row=config.data.on_bad_row,
+            bad_rows_path=path.parent / f"{name}.bad_rows.jsonl",
+        )
+        components = provenance.components(config, name, folder, tokenizer, loaded.pairs)
+        status = prepared.status(path, components)
+        return cls(name, path, loaded.pairs, len(loaded.bad_rows), components, status)
+
+
+def _load(config, folder: pathlib.Path, tokenizer: ChatTokenizer) -> LanguageModel:
+    model_config = checkpoints.load_config(folder)
+    params = checkpoints.load_params(
+        folder, model_config, param_dtype=jnp.dtype(config.model.param_dtype)
+    )
+    return LanguageModel(folder, model_config, params, tokenizer)
+
+
+def _fill(config: config_dict.ConfigDict, model: LanguageModel, split: _Split) -> None:
+    """Computes and writes the shards that are not there yet, then the metadata."""
+    pairs = split.pairs
+    writer = prepared.PreparedWriter(
+        split.path,
+        split.components,
+        len(pairs),
+        config.prepare.rows_per_shard,
+        ids=[pair.id for pair in pairs],
+    )
+    pending = writer.pending()
+    if pending:
+        judge = Judge(
+            model,
+            template=config.judge.template,
+            max_length=config.judge.max_length,
+            max_answer_length=config.judge.max_answer_length,
+            source_layers=split.components["source_layers"],
+            dtype=jnp.dtype(config.model.dtype),
+            batch_size=config.judge.batch_size,
+            token_budget=config.judge.token_budget,
+            num_buckets=config.data.num_buckets,
+        )
+
+        def tokenize(some: Sequence[Pair]) -> tuple[list[TokenizedPair], list[JudgePrompt]]:
+            return (
+                [
+                    tokenize_pair(
+                        model.tokenizer,
+                        pair,
+                        max_length=config.data.max_length,
+                        max_prompt_length=config.data.max_prompt_length,
+                    )
+                    for pair in some
+                ],
+                [judge.prompter.build(pair) for pair in some],
+            )
+
+        sample = [
+            pairs[i] for i in np.linspace(0, len(pairs) - 1, min(SAMPLE, len(pairs)), dtype=int)
+        ]
+        tokenized, prompts = tokenize(sample)
+        judge.fit(prompts)
+        reference = _Reference(config, model, tokenized)
+        total = sum(stop - start for _, start, stop in pending)
+        with (
+            PairProgress(f"prepare {split.name}", total, bar=config.log.progress) as progress,
+            ThreadPoolExecutor(max_workers=1) as ahead,
+        ):
+            # The next shard is tokenized while this one is on the device.
+            following = ahead.submit(tokenize, pairs[pending[0][1] : pending[0][2]])
+            for k, (shard, _, _) in enumerate(pending):
+                tokenized, prompts = following.result()
+                if k + 1 < len(pending):
+                    following = ahead.submit(tokenize, pairs[pending[k + 1][1] : pending[k + 1][2]])
+                rows = _shard_rows(judge, reference, tokenized, prompts, progress)
+                writer.write(shard, rows)
+    writer.finish({"pairs": len(pairs), "bad_rows": split.num_bad_rows})
+
+
+def _shard_rows(
+    judge: Judge,
+    reference: "_Reference",
+    tokenized: Sequence[TokenizedPair],
+    prompts: Sequence[JudgePrompt],
+    progress: PairProgress,
+) -> list[dict[str, Any]]:
+    judgements: dict[int, Judgement] = {}
+    # Both passes move the bar by half of what they did: either may take longer than the other.
+    for done in judge.run(prompts, tokenized):
+        judgements.update(done)
+        progress.add(len(done) / 2)
+    logps: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    for done in reference.run(tokenized):
+        logps.update(done)
+        progress.add(len(done) / 2)
+    return [
+        {
+            "id": pair.id,
+            "prompt_ids": pair.prompt_ids,
+            "chosen_ids": pair.chosen_ids,
+            "rejected_ids": pair.rejected_ids,
+            "chosen_text_length": pair.chosen_text_length,
+            "rejected_text_length": pair.rejected_text_length,
+            "judge_chosen": judgements[i].chosen,
+            "judge_rejected": judgements[i].rejected,
+            "judge_verdict": judgements[i].verdict,
+            "ref_chosen_logps": logps[i][0],
+            "ref_rejected_logps": logps[i][1],
+        }
+        for i, pair in enumerate(tokenized)
+    ]
+
+
+class _Reference:
+    """The reference's log-probs, in batches of few shapes chosen from a sample."""
+
+    def __init__(self, config, model: LanguageModel, sample: Sequence[TokenizedPair]):
+        self._model = model
+        self._batch_size = config.judge.batch_size
+        self._token_budget = config.judge.token_budget
+        examples = [_example(i, pair) for i, pair in enumerate(sample)]
+        lengths = np.array([e.row_length for e in examples])
+        self._shapes = {
+            length: RowShape(
+                length,
+                round_up(max(e.scored_length for e in examples if e.row_length <= length)),
+                round_up(max(_longest(e) for e in examples if e.row_length <= length)),
+            )
+            for length in choose_buckets(lengths, config.data.num_buckets)
+        }
+        dtype, chunk = jnp.dtype(config.model.dtype), config.model.logps_chunk
+        self._logps = jax.jit(
+            lambda params, batch: scoring.response_logps(
+                model.config, params, batch, dtype=dtype, chunk=chunk
+            )
+        )
+
+    def run(
+        self, tokenized: Sequence[TokenizedPair]
+    ) -> Iterator[list[tuple[int, tuple[np.ndarray, np.ndarray]]]]:
+        """Yields, batch by batch, (place, (chosen's log-probs, rejected's)) lists."""
+        examples = [_example(i, pair) for i, pair in enumerate(tokenized)]
+        lengths = np.array([e.row_length for e in examples])
+        waiting = None
+        for items, length, size in plan_batches(
+            lengths, tuple(self._shapes), self._batch_size, self._token_budget
+        ):
+            batch = [examples[i] for i in items]
+            shape = self._shapes.get(length)
+            if shape is None or any(
+                e.scored_length > shape.scored or _longest(e) > shape.response for e in batch
+            ):
+                # Not like anything in the sample: the roomiest shape of this length.
+                shape = RowShape(length, length, length)
+            rows = [[e] for e in batch] + [[]] * (size - len(batch))
+            output = self._logps(self._model.params, fill_rows(rows, shape, num_sources=0))
+            if waiting is not None:
+                yield _read_logps(*waiting)
+            waiting = batch, output
+        if waiting is not None:
+            yield _read_logps(*waiting)
+
+
+def _example(index: int, pair: TokenizedPair) -> Example:
+    return Example(
+        index,
+        pair.prompt_ids,
+        (pair.chosen_ids, pair.rejected_ids),
+        (pair.chosen_text_length, pair.rejected_text_length),
+    )
+
+
+def _longest(example: Example) -> int:
+    return max(len(ids) for ids in example.response_ids)
+
+
+def _read_logps(batch: Sequence[Example], output: jax.Array):
+    logps_BG2T = jax.device_get(output)
+    return [
+        (e.index, tuple(logps_BG2T[b, 0, r, : len(ids)] for r, ids in enumerate(e.response_ids)))
+        for b, e in enumerate(batch)
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeFigures:
+    """What the judge did on a dataset.
+
+    Attributes:
+      agreement: share of pairs whose verdict prefers the chosen response in (both orders, one
+        order, none).
+      position_bias: mean log-odds for the letter A over both orders; 0 for a judge that does not
+        care where an answer stands.
+      entropy: per source layer, mean entropy of a response's weights before the sink fix, as a
+        share of the uniform weights' entropy (responses of one token left out).
+      first_token: per source layer, mean share of the weight that the first token has.
+    """
+
+    agreement: tuple[float, float, float]
+    position_bias: float
+    entropy: tuple[float, ...]
+    first_token: tuple[float, ...]
+
+
+def judge_figures(dataset: prepared.Prepared) -> JudgeFigures:
+    """Sums up a prepared dataset's judgements."""
+    verdicts = np.zeros((len(dataset), 2))
+    entropies, firsts = [], []
+    for i, row in enumerate(dataset):
+        verdicts[i] = row["judge_verdict"]
+        for side in ("judge_chosen", "judge_rejected"):
+            raw = row[side].astype(np.float64)
+            n = raw.shape[-1]
+            total = raw.sum(axis=-1, keepdims=True)
+            share = np.where(total > 0, raw / np.where(total > 0, total, 1), 1 / n).mean(axis=0)
+            firsts.append(share[:, 0])
+            if n > 1:
+                logs = np.log(share, where=share > 0, out=np.zeros_like(share))
+                entropies.append(-(share * logs).sum(axis=-1) / np.log(n))
+    right = (verdicts > 0).sum(axis=1)
+    return JudgeFigures(
+        agreement=tuple(float(np.mean(right == k)) for k in (2, 1, 0)),
+        # Order 0 has the chosen answer at A, order 1 at B.
+        position_bias=float(np.mean(verdicts * [1, -1])),
+        entropy=tuple(np.mean(entropies, axis=0).tolist()) if entropies else (),
+        first_token=tuple(np.mean(firsts, axis=0).tolist()),
+    )
+
+
+def summary(split: str, dataset: prepared.Prepared) -> Table:
+    """A table of what was prepared and of how the judge judged."""
+    figures = judge_figures(dataset)
+    table = Table(title=f"prepared: {split}", show_header=False)
+    table.add_row("pairs", str(len(dataset)))
+    table.add_row("bad rows", str(dataset.meta["counts"]["bad_rows"]))
+    both, one, none = (f"{share:.1%}" for share in figures.agreement)
+    table.add_row("verdict agrees with the label", f"both orders {both}, one {one}, none {none}")
+    table.add_row("position bias", f"{figures.position_bias:+.3f} log-odds for A")
+    for layer, entropy, first in zip(
+        dataset.source_layers, figures.entropy, figures.first_token, strict=False
+    ):
+        table.add_row(
+            f"weights of layer {layer}",
+            f"entropy {entropy:.1%} of uniform, first token {first:.1%}",
+        )
+    return table

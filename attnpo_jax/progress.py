@@ -1,0 +1,70 @@
+"""Progress bars that count pairs."""
+
+import logging
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_LOG = logging.getLogger(__name__)
+
+# Without a terminal, a line of log is written this often.
+SECONDS_BETWEEN_LINES = 30.0
+
+
+class PairProgress:
+    """A bar with pairs per second and the time left; off a terminal, a line of log now and then.
+
+    Args:
+      what: what is going on.
+      total: pairs to do.
+      bar: whether anything is shown at all.
+      console: where the bar goes; None for standard error.
+    """
+
+    def __init__(self, what: str, total: int, *, bar: bool, console: Console | None = None):
+        console = console or Console(stderr=True)
+        self._what, self._total, self._done = what, total, 0.0
+        self._start = self._spoke = time.monotonic()
+        self._bar = None
+        if bar and console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed:.0f}/{task.total} pairs"),
+                TextColumn("{task.fields[rate]} pairs/s"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(elapsed_when_finished=False),
+                console=console,
+            )
+            self._task = self._bar.add_task(what, total=total, rate="-")
+
+    def __enter__(self) -> "PairProgress":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def add(self, pairs: float) -> None:
+        """Counts pairs that are done."""
+        self._done += pairs
+        now = time.monotonic()
+        rate = self._done / max(now - self._start, 1e-9)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done, rate=f"{rate:.2f}")
+        elif now - self._spoke > SECONDS_BETWEEN_LINES or self._done >= self._total:
+            self._spoke = now
+            left = (self._total - self._done) / rate
+            _LOG.info(
+                "%s: %.0f of %d pairs, %.2f pairs/s, %.0f s left",
+                self._what,
+                self._done,
+                self._total,
+                rate,
+                left,
+            )

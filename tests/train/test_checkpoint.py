@@ -62,11 +62,13 @@ def test_restores_the_newest_exactly_with_its_progress(tmp_path):
     assert restored.progress == {"pairs_seen": 12}
 
 
-def test_a_donated_state_is_saved_as_it_was(tmp_path):
+def test_a_donated_state_is_saved_as_it_was_when_written_in_the_background(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint.jax, "default_backend", lambda: "tpu")
     step = jax.jit(advance.__wrapped__, donate_argnums=0)
     state = advance(make_state(width=4096))
     expected = jax.tree.map(np.array, state)
     with checkpoint.Checkpoints(tmp_path, IDENTITY, keep=1) as checkpoints:
+        monkeypatch.undo()
         checkpoints.save(state, {})
         for _ in range(5):
             state = step(state)
@@ -153,7 +155,7 @@ def test_damaged_newest_is_skipped_with_a_warning(tmp_path, kind):
 
 
 KILLED_WHILE_SAVING = """
-import os, signal, sys
+import os, pathlib, signal, sys, threading
 import jax.numpy as jnp
 from attnpo_jax.train import checkpoint
 from attnpo_jax.train.state import TrainState
@@ -161,11 +163,17 @@ from attnpo_jax.train.state import TrainState
 def state(step):
     return TrainState(jnp.int32(step), {"w": jnp.full(30_000_000, step, jnp.float32)}, ())
 
+def die_when_the_second_is_begun():
+    while not list(pathlib.Path(sys.argv[1]).glob("2*/params*/*")):
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
+
 checkpoints = checkpoint.Checkpoints(sys.argv[1], {}, keep=1)
 checkpoints.save(state(1), {})
 checkpoints.wait()
+threading.Thread(target=die_when_the_second_is_begun).start()
 checkpoints.save(state(2), {})
-os.kill(os.getpid(), signal.SIGKILL)
+checkpoints.wait()
 """
 
 

@@ -1,0 +1,284 @@
+"""The training loop: `train(config, workdir)`, in the order in which things happen.
+
+A step's metrics are read while the next step runs, so that the device never waits for the host.
+Before a checkpoint is written, all metrics up to its step are on the disk, and evaluation at that
+step is done: what a resumed run finds in `metrics.jsonl` up to its checkpoint is complete.
+"""
+
+import dataclasses
+import math
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import config_dict
+
+from attnpo_jax import config as config_lib
+from attnpo_jax import losses, weighting
+from attnpo_jax.data import atomic
+from attnpo_jax.data.batching import EvalBatches, PairBatch, TrainBatches
+from attnpo_jax.data.prepared import METADATA, Prepared
+from attnpo_jax.models import checkpoints as models
+from attnpo_jax.models.decoder import ModelConfig, abstract_params
+from attnpo_jax.provenance import open_prepared, split_path
+from attnpo_jax.train import optim
+from attnpo_jax.train.checkpoint import Checkpoints
+from attnpo_jax.train.metrics import MetricsWriter
+from attnpo_jax.train.progress import Throughput, TrainProgress
+from attnpo_jax.train.state import create
+from attnpo_jax.train.step import StepSettings, make_eval_step, make_train_step
+
+# What decides the course of a run. The data and the judge's part are covered by what the prepared
+# dataset says of itself; anything else (how often to log or save, batch shapes, devices) may change
+# when a run is resumed.
+DECISIVE = (
+    "seed",
+    "model.dtype",
+    "model.param_dtype",
+    "data.shuffle",
+    "weighting",
+    "objective",
+    "optim",
+    "train.batch_size",
+    "train.epochs",
+    "train.steps",
+)
+
+# Batches that wait, ready, for the device.
+AHEAD = 4
+
+
+class NonFiniteError(FloatingPointError):
+    """A step whose loss or gradient is not finite; the run has stopped.
+
+    Attributes:
+      step: the step, counted from 1.
+      pair_ids: the pairs whose loss is not finite, or all of the step's if each one's is.
+    """
+
+    def __init__(
+        self, step: int, values: Mapping[str, float], pair_ids: list[str], last: int | None
+    ):
+        kept = (
+            f"the checkpoint of step {last} is kept"
+            if last is not None
+            else "no checkpoint has been written yet"
+        )
+        super().__init__(
+            f"step {step}: loss is {values['loss']}, grad_norm {values['grad_norm']}; "
+            f"pairs: {', '.join(pair_ids)}; {kept}"
+        )
+        self.step = step
+        self.pair_ids = pair_ids
+
+
+def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
+    """Trains on the prepared pairs of `workdir`, from its newest checkpoint if it has one.
+
+    Writes `config.json`, `metrics.jsonl` and `checkpoints/`. Evaluates before the first step and
+    after the last, and in between as the config says.
+
+    Args:
+      config: see `attnpo_jax.config.default_config`.
+      workdir: the run's folder, which holds `prepared/`.
+
+    Raises:
+      ConfigError: the config is wrong; nothing was loaded.
+      FileNotFoundError: there is no prepared dataset.
+      PreparedMismatch: it was prepared from something else than the config says.
+      CheckpointMismatch: the checkpoints of `workdir` belong to another run.
+      NonFiniteError: a loss or gradient was not finite.
+    """
+    config_lib.validate(config)
+    workdir = pathlib.Path(workdir)
+    model_folder = models.resolve(config.model.source)
+    model = models.load_config(model_folder)
+    config_lib.check_layers(config, model.num_layers)
+
+    splits = ("train", "eval") if config.data.eval else ("train",)
+    for split in splits:
+        if not (split_path(workdir, split) / METADATA).is_file():
+            raise FileNotFoundError(
+                f"{split_path(workdir, split)}: not prepared, or not to the end; run `attnpo "
+                "prepare` with this config and workdir first"
+            )
+    data = open_prepared(config, workdir, "train")
+    batches = TrainBatches(
+        data,
+        batch_size=config.train.batch_size,
+        microbatch_size=config.train.microbatch_size,
+        shuffle=config.data.shuffle,
+        seed=config.seed,
+        epochs=config.train.epochs,
+        steps=config.train.steps,
+        num_buckets=config.data.num_buckets,
+    )
+    total_steps = len(batches)
+    eval_batches = None
+    if config.data.eval:
+        eval_batches = EvalBatches(
+            open_prepared(config, workdir, "eval"),
+            batch_size=config.train.eval_batch_size,
+            num_buckets=config.data.num_buckets,
+        )
+
+    schedule = optim.make_schedule(config.optim, total_steps)
+    optimizer = optim.make_optimizer(config.optim, schedule)
+    settings = step_settings(config, model, data)
+    train_step = jax.jit(make_train_step(settings, optimizer, schedule), donate_argnums=0)
+    eval_step = jax.jit(make_eval_step(settings))
+    param_dtype = jnp.dtype(config.model.param_dtype)
+
+    with Checkpoints(
+        workdir / "checkpoints",
+        identity(config, model, data),
+        keep=config.train.keep_checkpoints,
+    ) as checkpoints:
+        restored = checkpoints.restore(
+            jax.eval_shape(lambda p: create(p, optimizer), abstract_params(model, param_dtype))
+        )
+        if restored is None:
+            params = models.load_params(model_folder, model, param_dtype=param_dtype)
+            state, start, pairs_seen = create(params, optimizer), 0, 0
+            del params  # donated with the state
+        else:
+            state, start = restored.state, int(restored.state.step)
+            pairs_seen = restored.progress["pairs_seen"]
+        last_saved = start if restored is not None else None
+        atomic.write_atomically(workdir / "config.json", config_lib.to_json(config).encode())
+
+        with (
+            MetricsWriter(workdir, start, log=config.log, config=config.to_dict()) as metrics,
+            TrainProgress(total_steps, start, bar=config.log.progress) as progress,
+        ):
+            speed = Throughput()
+
+            def report(step: int, of_step: dict[str, jax.Array]) -> None:
+                """Waits for a step, checks it, and writes its metrics if they are wanted."""
+                nonlocal pairs_seen
+                counted = ("loss", "grad_norm", "pairs", "tokens")
+                values = {k: v.item() for k, v in _fetch(of_step, counted).items()}
+                finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
+                pairs_seen += values["pairs"]
+                speed.add(values["pairs"], values["tokens"])
+                if step % config.train.log_every == 0 or step == total_steps or not finite:
+                    scalars = [name for name, value in of_step.items() if value.ndim == 0]
+                    values = {k: v.item() for k, v in _fetch(of_step, scalars).items()}
+                    values["epoch"] = step / batches.steps_per_epoch
+                    values |= speed.look()
+                    metrics.write(step, values)
+                    progress.metrics(step, values)
+                progress.step(step)
+                if not finite:
+                    metrics.flush()
+                    ids = _suspects(data, of_step)
+                    raise NonFiniteError(step, values, ids, last_saved)
+
+            def evaluate_at(step: int) -> None:
+                if eval_batches is not None:
+                    progress.note("evaluating")
+                    values = evaluate(eval_step, state.params, eval_batches)
+                    metrics.write(step, values | {"epoch": step / batches.steps_per_epoch})
+                    speed.restart()
+
+            if start == 0:
+                evaluate_at(0)
+            unreported: tuple[int, dict[str, jax.Array]] | None = None
+            speed.restart()
+            for step, host_batch in enumerate(read_ahead(batches, start), start + 1):
+                batch = jax.device_put(host_batch)
+                with jax.transfer_guard("disallow"):
+                    state, of_step = train_step(state, batch)
+                if unreported is not None:
+                    report(*unreported)
+                unreported = step, of_step
+
+                evaluates = _is_due(step, config.train.eval_every, total_steps)
+                saves = _is_due(step, config.train.save_every, total_steps)
+                if evaluates or saves:
+                    report(*unreported)
+                    unreported = None
+                if evaluates:
+                    evaluate_at(step)
+                if saves:
+                    metrics.flush()
+                    checkpoints.save(state, {"pairs_seen": pairs_seen})
+                    last_saved = step
+                    speed.restart()
+            checkpoints.wait()
+
+
+def step_settings(
+    config: config_dict.ConfigDict, model: ModelConfig, data: Prepared
+) -> StepSettings:
+    """What the config says about a step."""
+    return StepSettings(
+        model=model,
+        weighting=config_lib.bind_section(weighting, config.weighting),
+        objective=config_lib.bind_section(losses, config.objective),
+        # An objective of one's own need not have a beta; its rewards are plain log-ratios.
+        beta=config.objective.get("beta", 1.0),
+        source_layers=data.source_layers,
+        dtype=jnp.dtype(config.model.dtype),
+        remat=config.model.remat,
+        logps_chunk=config.model.logps_chunk,
+    )
+
+
+def identity(config: config_dict.ConfigDict, model: ModelConfig, data: Prepared) -> dict[str, Any]:
+    """What a run must share with a checkpoint in order to continue it."""
+    fields = config_lib.flatten(config)
+    decisive = {
+        field: value
+        for field, value in fields.items()
+        if field in DECISIVE or field.split(".")[0] in DECISIVE
+    }
+    return {
+        "config": decisive,
+        "model": dataclasses.asdict(model),
+        "prepared": data.meta["components"],
+    }
+
+
+def evaluate(
+    eval_step: Callable[[Any, PairBatch], dict[str, jax.Array]], params: Any, batches: EvalBatches
+) -> dict[str, float]:
+    """Means over all pairs of `batches`, under the names of the training metrics after `eval_`."""
+    sums = []
+    for host_batch in read_ahead(batches):
+        batch = jax.device_put(host_batch)
+        with jax.transfer_guard("disallow"):
+            sums.append(eval_step(params, batch))
+    on_host = jax.device_get(sums)
+    totals = {name: math.fsum(float(s[name]) for s in on_host) for name in on_host[0]}
+    pairs = totals.pop("pairs")
+    return {f"eval_{name}": total / pairs for name, total in totals.items()}
+
+
+def read_ahead(batches: TrainBatches | EvalBatches, start: int = 0) -> Iterator[PairBatch]:
+    """Batches `start`, `start + 1`, ... in order, made by threads before they are asked for."""
+    if start == len(batches):
+        return iter(())
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=AHEAD)
+    return iter(grain.MapDataset.source(batches)[start:].to_iter_dataset(options))
+
+
+def _is_due(step: int, every: int, total_steps: int) -> bool:
+    return step == total_steps or (every > 0 and step % every == 0)
+
+
+def _fetch(values: Mapping[str, jax.Array], names: Any) -> dict[str, np.ndarray]:
+    return jax.device_get({name: values[name] for name in names})
+
+
+def _suspects(data: Prepared, of_step: Mapping[str, jax.Array]) -> list[str]:
+    """Ids of the step's pairs whose loss is not finite; of all its pairs if every loss is."""
+    arrays = _fetch(of_step, ("pair", "pair_loss"))
+    there = arrays["pair"] >= 0
+    bad = there & ~np.isfinite(arrays["pair_loss"])
+    return [data[int(row)]["id"] for row in arrays["pair"][bad if bad.any() else there]]

@@ -1,0 +1,97 @@
+"""How fast a run is, and the bar that says so."""
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_LOG = logging.getLogger(__name__)
+
+
+class Throughput:
+    """Pairs and tokens per second since the last look, pauses left out."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets what was counted: what comes next is timed from here."""
+        self._pairs = self._tokens = 0
+        self._start = time.perf_counter()
+
+    def add(self, pairs: int, tokens: int) -> None:
+        """Counts a finished step."""
+        self._pairs += pairs
+        self._tokens += tokens
+
+    def look(self) -> dict[str, float]:
+        """The speeds since the last look or restart; counts anew from here."""
+        seconds = max(time.perf_counter() - self._start, 1e-9)
+        speeds = {
+            "pairs_per_second": self._pairs / seconds,
+            "tokens_per_second": self._tokens / seconds,
+        }
+        self.restart()
+        return speeds
+
+
+class TrainProgress:
+    """A progress bar on a terminal; elsewhere, a line of log for every line of metrics.
+
+    Args:
+      total: steps of the whole run.
+      done: steps that were done before.
+      bar: whether a bar is wanted at all.
+      console: where it goes; None for standard error.
+    """
+
+    def __init__(self, total: int, done: int, *, bar: bool, console: Console | None = None):
+        console = console or Console(stderr=True)
+        self._total = total
+        self._bar = None
+        if bar and console.is_terminal:
+            self._bar = Progress(
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(),
+                TextColumn("{task.description}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=console,
+            )
+            self._task = self._bar.add_task("compiling", total=total, completed=done)
+
+    def __enter__(self) -> "TrainProgress":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def note(self, text: str) -> None:
+        """Says what the run is at, when that is not a step."""
+        if self._bar is not None:
+            self._bar.update(self._task, description=text)
+        else:
+            _LOG.info("%s", text)
+
+    def step(self, done: int) -> None:
+        """Moves the bar to `done` steps."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done)
+
+    def metrics(self, done: int, values: Mapping[str, float]) -> None:
+        """Shows a line of training metrics."""
+        text = (
+            f"loss {values['loss']:.4f}  accuracy {values['rewards/accuracies']:.2f}  "
+            f"{values['pairs_per_second']:.2f} pairs/s"
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, description=text)
+        else:
+            _LOG.info("step %d/%d  %s", done, self._total, text)

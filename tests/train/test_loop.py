@@ -1,0 +1,320 @@
+"""The loop on a tiny random model. Run as a script, this file is a run that kills itself."""
+
+import json
+import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from attnpo_jax import config as config_lib
+from attnpo_jax import losses
+from attnpo_jax.data.prepared import Prepared, PreparedWriter
+from attnpo_jax.models import checkpoints as models
+from attnpo_jax.models import decoder
+from attnpo_jax.train import loop, metrics, optim
+from attnpo_jax.train.checkpoint import CheckpointMismatch
+
+NUM_PAIRS, BATCH = 10, 4  # an epoch is three steps, the last one of two pairs
+
+HF_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+}
+
+
+def write_model(folder, **changes):
+    source = folder / "source"
+    source.mkdir(parents=True)
+    (source / "config.json").write_text(json.dumps(HF_CONFIG | changes))
+    model = models.load_config(source)
+    params = decoder.init_params(model, jax.random.key(0))
+    models.save(folder / "model", model, params, source_folder=source)
+    return folder / "model"
+
+
+def write_prepared(workdir, *, reference=lambda row, side, logps: logps):
+    rng = np.random.default_rng(0)
+
+    def row_of(index):
+        ids = {name: rng.integers(0, 64, rng.integers(4, 30)) for name in ("prompt", *SIDES)}
+        row = {"id": f"pair-{index}", "prompt_ids": ids["prompt"].astype(np.int32)}
+        row["judge_verdict"] = rng.normal(size=2).astype(np.float32)
+        for side in SIDES:
+            length = len(ids[side])
+            logps = rng.uniform(-6, -3, length).astype(np.float32)
+            row[f"{side}_ids"] = ids[side].astype(np.int32)
+            row[f"{side}_text_length"] = length - 1
+            row[f"judge_{side}"] = rng.random((2, 2, length - 1), np.float32)
+            row[f"ref_{side}_logps"] = reference(index, side, logps)
+        return row
+
+    rows = [row_of(index) for index in range(NUM_PAIRS)]
+    for split in ("train", "eval"):
+        components = {"source_layers": [0, 3], "num_layers": 4, "split": split}
+        writer = PreparedWriter(workdir / "prepared" / split, components, NUM_PAIRS, NUM_PAIRS)
+        writer.write(0, rows)
+        writer.finish({})
+
+
+SIDES = ("chosen", "rejected")
+
+
+def make_config(model, **changes):
+    """A config of six steps; `changes` have dotted names with __ for the dots."""
+    config = config_lib.default_config()
+    config.model.source = str(model)
+    config.judge.layers = (0, 3)
+    config.optim.learning_rate = 1e-2
+    config.train.batch_size = BATCH
+    config.train.microbatch_size = 2
+    config.train.epochs = 2
+    config.data.num_buckets = 1
+    for name, value in changes.items():
+        section, field = name.split("__")
+        config[section][field] = value
+    return config
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+    """Most of these runs compile the same steps; a cache saves nearly all of their time."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(autouse=True)
+def any_components(monkeypatch):
+    """These datasets were not made by `prepare`, so nothing is compared with the config."""
+    monkeypatch.setattr(loop, "open_prepared", open_unchecked)
+
+
+def open_unchecked(config, workdir, split):
+    return Prepared.open(workdir / "prepared" / split)
+
+
+def run(workdir, config):
+    if not (workdir / "prepared").exists():
+        write_prepared(workdir)
+    loop.train(config, workdir)
+    return metrics.read(workdir)
+
+
+def without_clock(lines):
+    return [{k: v for k, v in line.items() if not k.endswith("_per_second")} for line in lines]
+
+
+def steps_of(lines, kind):
+    name = {"train": "loss", "eval": "eval_loss"}[kind]
+    return [line["step"] for line in lines if name in line]
+
+
+def saved_steps(workdir):
+    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+
+
+def test_lines_of_a_whole_run(tmp_path, model):
+    config = make_config(model, data__shuffle=False, data__num_buckets=2)
+    lines = run(tmp_path, config)
+    assert [(line["step"], "eval_loss" in line) for line in lines] == [
+        (0, True), *((step, False) for step in range(1, 7)), (6, True),
+    ]  # fmt: skip
+    first, *training, last = lines
+    schedule = optim.make_schedule(config.optim, 6)
+    assert [line["learning_rate"] for line in training] == [float(schedule(i)) for i in range(6)]
+    assert [line["epoch"] for line in training] == [s / 3 for s in range(1, 7)]
+    assert [line["pairs"] for line in training] == [4, 4, 2, 4, 4, 2]
+    assert all(line["pairs_per_second"] > 0 and line["tokens_per_second"] > 0 for line in training)
+    names = {f"rewards/{k}" for k in ("chosen", "rejected", "accuracies", "margins")}
+    names |= {f"rewards/weighted_{k}" for k in ("chosen", "rejected", "accuracies", "margins")}
+    names |= {f"logps/{w}{k}" for w in ("", "weighted_") for k in SIDES}
+    assert names | {"loss"} <= training[0].keys()
+    assert {f"eval_{name}" for name in names | {"loss"}} <= last.keys()
+    # The same ten pairs are held out here, and the first update has rate 0: until step 2 ends, the
+    # model is the one evaluated before the start.
+    before = (4 * training[0]["loss"] + 4 * training[1]["loss"]) / 8
+    assert last["eval_loss"] < first["eval_loss"]
+    assert before == pytest.approx(first["eval_loss"], rel=0.5)
+    assert saved_steps(tmp_path) == [6]
+    written = config_lib.from_json((tmp_path / "config.json").read_text())
+    assert not config_lib.diff(written, config)
+
+
+def test_evaluation_is_the_mean_over_pairs(tmp_path, model):
+    whole = make_config(
+        model, data__shuffle=False, train__batch_size=NUM_PAIRS, train__epochs=1,
+        train__eval_batch_size=3,
+    )  # fmt: skip
+    first, step, _ = run(tmp_path, whole)
+    # One batch of all the pairs that are evaluated too, before any update.
+    for name in ("loss", "rewards/weighted_margins", "logps/chosen", "rewards/accuracies"):
+        assert first[f"eval_{name}"] == pytest.approx(step[name], rel=1e-5), name
+
+
+def test_intervals(tmp_path, model):
+    config = make_config(
+        model, train__log_every=4, train__eval_every=3, train__save_every=2,
+        train__keep_checkpoints=2,
+    )  # fmt: skip
+    lines = run(tmp_path, config)
+    assert steps_of(lines, "train") == [4, 6]
+    assert steps_of(lines, "eval") == [0, 3, 6]
+    assert saved_steps(tmp_path) == [4, 6]
+
+
+def test_no_evaluation_without_held_out_pairs(tmp_path, model):
+    lines = run(tmp_path, make_config(model, data__eval="", train__steps=2))
+    assert steps_of(lines, "eval") == [] and steps_of(lines, "train") == [1, 2]
+
+
+def test_log_every_does_not_change_the_run(tmp_path, model):
+    every = run(tmp_path / "a", make_config(model))
+    some = run(tmp_path / "b", make_config(model, train__log_every=3))
+    kept = [line for line in without_clock(every) if line["step"] % 3 == 0]
+    assert without_clock(some) == kept
+
+
+@pytest.mark.parametrize("kill_at", [1, 5])
+def test_killed_and_resumed_run_equals_the_undisturbed_one(tmp_path, model, kill_at):
+    config = make_config(model, train__save_every=2, train__eval_every=3)
+    undisturbed = run(tmp_path / "undisturbed", config)
+
+    workdir = tmp_path / "killed"
+    write_prepared(workdir)
+    (workdir / "wanted.json").write_text(config_lib.to_json(config))
+    package = pathlib.Path(config_lib.__file__).parents[1]
+    paths = os.pathsep.join([str(package), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, __file__, str(workdir), str(kill_at)],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert steps_of(metrics.read(workdir), "train") == list(range(1, kill_at + 1))
+    assert saved_steps(workdir) == [step for step in (2, 4) if step < kill_at]
+
+    resumed = run(workdir, config)
+    assert without_clock(resumed) == without_clock(undisturbed)
+    assert saved_steps(workdir) == [4, 6]
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path, model):
+    config = make_config(model, train__steps=2)
+    run(tmp_path, config)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    run(tmp_path, config)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_resuming_with_other_settings_is_refused(tmp_path, model):
+    run(tmp_path, make_config(model, train__steps=2))
+    before = {p: p.read_bytes() for p in (tmp_path / "metrics.jsonl", tmp_path / "config.json")}
+    other = make_config(model, train__steps=2, optim__learning_rate=2e-2, objective__beta=0.3)
+    with pytest.raises(CheckpointMismatch) as caught:
+        run(tmp_path, other)
+    assert caught.value.differences.keys() == {
+        "config.optim.learning_rate",
+        "config.objective.beta",
+    }
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_resuming_with_another_model_is_refused(tmp_path, model):
+    run(tmp_path, make_config(model, train__steps=2))
+    wider = write_model(tmp_path / "other", intermediate_size=48)
+    with pytest.raises(CheckpointMismatch, match="model.intermediate_size: 32 .*, 48 here"):
+        run(tmp_path, make_config(wider, train__steps=2))
+
+
+def test_what_does_not_decide_the_run_may_change_on_resume(tmp_path, model):
+    run(tmp_path, make_config(model, train__steps=2))
+    run(tmp_path, make_config(model, train__steps=2, train__log_every=2, model__remat="layer"))
+
+
+def test_infinite_loss_stops_with_step_and_pair(tmp_path, model):
+    def reference(row, side, logps):
+        # Their sum overflows float32: the loss of pair 9, in step 3, becomes infinite.
+        return np.full_like(logps, -3e38) if (row, side) == (9, "rejected") else logps
+
+    write_prepared(tmp_path, reference=reference)
+    config = make_config(model, data__shuffle=False, train__save_every=1, data__eval="")
+    with pytest.raises(loop.NonFiniteError) as caught:
+        run(tmp_path, config)
+    assert (caught.value.step, caught.value.pair_ids) == (3, ["pair-9"])
+    assert "step 3: loss is inf" in str(caught.value)
+    assert "the checkpoint of step 2 is kept" in str(caught.value)
+    assert saved_steps(tmp_path) == [1, 2]
+    lines = metrics.read(tmp_path)
+    assert steps_of(lines, "train") == [1, 2, 3] and lines[-1]["loss"] == math.inf
+
+
+def test_non_finite_gradient_of_finite_losses_names_all_pairs_of_the_step(tmp_path, model):
+    @losses.register
+    def cliff(chosen, rejected, *, beta: float = 0.1):
+        # The square root of 0: the value is 0, the slope is infinite.
+        return jax.numpy.sqrt(0.0 * beta * (chosen.policy_B - rejected.policy_B))
+
+    config = make_config(model, data__shuffle=False, train__log_every=100)
+    config.objective = config_lib.section_for(losses, "cliff")
+    with pytest.raises(loop.NonFiniteError, match="no checkpoint has been written") as caught:
+        run(tmp_path, config)
+    assert (caught.value.step, caught.value.pair_ids) == (1, [f"pair-{i}" for i in range(4)])
+    assert steps_of(metrics.read(tmp_path), "train") == [1]
+
+
+def test_config_is_checked_before_anything_is_loaded(tmp_path):
+    config = make_config(tmp_path / "no such model", optim__schedule="sawtooth")
+    with pytest.raises(config_lib.ConfigError, match="optim.schedule = 'sawtooth'"):
+        loop.train(config, tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+
+def test_prepared_dataset_must_be_there(tmp_path, model):
+    with pytest.raises(FileNotFoundError, match="prepared/train: .*`attnpo prepare`"):
+        loop.train(make_config(model), tmp_path)
+
+
+def killed_run(workdir: pathlib.Path, kill_at: int):
+    loop.open_prepared = open_unchecked
+    write = metrics.MetricsWriter.write
+
+    def write_and_die(self, step, values):
+        write(self, step, values)
+        if step == kill_at and "loss" in values:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    metrics.MetricsWriter.write = write_and_die
+    loop.train(config_lib.from_json((workdir / "wanted.json").read_text()), workdir)
+
+
+if __name__ == "__main__":
+    killed_run(pathlib.Path(sys.argv[1]), int(sys.argv[2]))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import datetime
 import hashlib
 import json
 import pathlib
@@ -28,12 +27,20 @@ from attnpo_jax.data.alignment import close_gaps
 if TYPE_CHECKING:
     from attnpo_jax.data.sources import Pair
 
-# Private-use characters: templates neither trim them nor branch on them.
-_MARK = "\ue000{}\ue001"
-_MARK_RE = re.compile("\ue000([0-9]+)\ue001")
+# Private-use characters: templates neither trim them nor branch on them. The letters betray a
+# template that changes case.
+_MARK = "\ue000aB{}\ue001"
+_MARK_RE = re.compile("\ue000aB([0-9]+)\ue001")
 _PROBES = " \n\t\r"
 # Templates that print today's date would otherwise tokenize the same pair differently every day.
-_DATE = datetime.datetime(2024, 7, 26)
+# This hides the function that they ask; the empty expression at its end keeps the line break that
+# Jinja would take from behind a block.
+_DATE = {"%d": "26", "%m": "07", "%b": "Jul", "%B": "July", "%y": "24", "%Y": "2024"}
+_FIXED_DATE = (
+    "{%- macro strftime_now(format) -%}{{- format"
+    + "".join(f" | replace('{code}', '{value}')" for code, value in _DATE.items())
+    + " -}}{%- endmacro -%}{{ '' }}"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,6 +256,10 @@ class ChatTokenizer:
     def _skeleton(self, roles: tuple[str, ...], generation_prompt: bool) -> tuple[str | _Slot, ...]:
         """Texts and slots in turn, a text (maybe empty) first and last."""
 
+        template = self.chat_template
+        if "strftime_now" in template:
+            template = _FIXED_DATE + template
+
         def parts(before: str = "", after: str = "") -> list[str]:
             messages = [
                 {"role": role, "content": before + _MARK.format(i) + after}
@@ -257,11 +268,10 @@ class ChatTokenizer:
             try:
                 rendered = self.tokenizer.apply_chat_template(
                     messages,
-                    chat_template=self.chat_template,
+                    chat_template=template,
                     tokenize=False,
                     add_generation_prompt=generation_prompt,
                     enable_thinking=False,
-                    strftime_now=_DATE.strftime,
                 )
             except jinja2.TemplateError as error:
                 raise ValueError(
@@ -271,6 +281,8 @@ class ChatTokenizer:
             return _MARK_RE.split(rendered)
 
         plain = parts()
+        if any(_MARK[0] in text for text in plain):
+            raise self._altered("conversation's")
         slots = range(1, len(plain), 2)
         trimmed_left = {k: "" for k in slots}
         trimmed_right = {k: "" for k in slots}
@@ -280,11 +292,11 @@ class ChatTokenizer:
                 if left[k - 1 : k + 1] == plain[k - 1 : k + 1]:
                     trimmed_left[k] += probe
                 elif left[k - 1 : k + 1] != [plain[k - 1] + probe, plain[k]]:
-                    raise self._altered(roles[int(plain[k])])
+                    raise self._altered(f"{roles[int(plain[k])]} message's")
                 if right[k : k + 2] == plain[k : k + 2]:
                     trimmed_right[k] += probe
                 elif right[k : k + 2] != [plain[k], probe + plain[k + 1]]:
-                    raise self._altered(roles[int(plain[k])])
+                    raise self._altered(f"{roles[int(plain[k])]} message's")
         skeleton: list[str | _Slot] = list(plain)
         for k in slots:
             skeleton[k] = _Slot(
@@ -294,10 +306,9 @@ class ChatTokenizer:
             )
         return tuple(skeleton)
 
-    def _altered(self, role: str) -> ValueError:
+    def _altered(self, whose: str) -> ValueError:
         return ValueError(
-            f"{self.origin}: the chat template alters the text of a {role} message by more than "
-            "trimming its ends"
+            f"{self.origin}: the chat template alters a {whose} text by more than trimming its ends"
         )
 
 

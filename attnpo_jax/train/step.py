@@ -57,8 +57,9 @@ def pair_losses(
       batch: rows without a microbatch axis.
 
     Returns:
-      loss_P, 0 for empty slots, and a dict of metrics (P,): `rewards/*` and `logps/*`, plain and
-      weighted, under the names that TRL gives them.
+      loss_P, 0 for empty slots, and a dict of metrics (P,): `unweighted_loss` (what the loss would
+      be with uniform weights), and `rewards/*` and `logps/*`, plain and weighted, under the names
+      that TRL gives them.
     """
     policy_BG2T = response_logps(
         settings.model,
@@ -106,8 +107,10 @@ def pair_losses(
     chosen, rejected = score(weights, 0), score(weights, 1)
     loss_P = jnp.where(valid_P, settings.objective(chosen, rejected), 0.0)
     ones = mask.astype(weights.dtype)
+    plain = score(ones, 0), score(ones, 1)
     metrics = {
-        **_reports(settings.beta, score(ones, 0), score(ones, 1), ""),
+        "unweighted_loss": settings.objective(*plain),
+        **_reports(settings.beta, *plain, ""),
         **_reports(settings.beta, chosen, rejected, "weighted_"),
     }
     return loss_P, jax.tree.map(

@@ -13,6 +13,7 @@ from attnpo_jax.data.batching import (
     TrainBatches,
     choose_buckets,
     fill_rows,
+    pack,
     plan_batches,
 )
 from attnpo_jax.data.prepared import Prepared, PreparedWriter
@@ -209,7 +210,7 @@ def batches_of(dataset, **changes):
 
 def pairs_of(batch):
     pairs = batch.pair_BG.reshape(-1)
-    return pairs[pairs >= 0].tolist()
+    return sorted(pairs[pairs >= 0].tolist())
 
 
 def test_an_epoch_visits_each_pair_once_in_an_order_of_its_own(dataset):
@@ -258,38 +259,63 @@ def test_any_batch_can_be_made_without_those_before_it(dataset):
 
 def test_a_short_last_batch_is_filled_up_with_empty_rows(dataset):
     batch = batches_of(dataset, shuffle=False)[2]
-    assert batch.tokens_BL.shape[:2] == (2, 2)
-    assert batch.valid_BG.tolist() == [[[True], [True]], [[True], [False]]]
-    assert batch.pair_BG.reshape(-1).tolist() == [8, 9, 10, -1]
-    assert not batch.branch_BL[1, 1].any() and not batch.mask_BG2T[1, 1].any()
+    assert batch.tokens_BL.shape[0] == 2
+    assert pairs_of(batch) == [8, 9, 10]
+    assert batch.valid_BG.sum() == 3
+    empty = ~batch.valid_BG
+    assert (batch.pair_BG[empty] == -1).all() and not batch.mask_BG2T[empty].any()
 
 
 def test_batches_hold_the_rows_of_the_dataset(dataset):
     batch = batches_of(dataset, shuffle=False, microbatch_size=4)[1]
     row = dataset[6]
     n = row["chosen_text_length"]
-    assert batch.tokens_BL[0, 2, : len(row["prompt_ids"])].tolist() == row["prompt_ids"].tolist()
-    np.testing.assert_array_equal(batch.judge_BG22ST[0, 2, 0, 0, ..., :n], row["judge_chosen"])
-    assert not batch.judge_BG22ST[0, 2, 0, 0, ..., n:].any()
-    np.testing.assert_array_equal(batch.verdict_BG2[0, 2, 0], row["judge_verdict"])
+    _, b, g = (int(axis[0]) for axis in np.nonzero(batch.pair_BG == 6))
+    inside = batch.segment_BL[0, b] == g + 1
+    ids = np.concatenate([row[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")])
+    assert batch.tokens_BL[0, b, inside].tolist() == ids.tolist()
+    np.testing.assert_array_equal(batch.judge_BG22ST[0, b, g, 0, ..., :n], row["judge_chosen"])
+    assert not batch.judge_BG22ST[0, b, g, 0, ..., n:].any()
+    np.testing.assert_array_equal(batch.verdict_BG2[0, b, g], row["judge_verdict"])
     length = len(row["rejected_ids"])
     np.testing.assert_array_equal(
-        batch.reference_logps_BG2T[0, 2, 0, 1, :length], row["ref_rejected_logps"]
+        batch.reference_logps_BG2T[0, b, g, 1, :length], row["ref_rejected_logps"]
     )
-    assert batch.mask_BG2T[0, 2, 0].sum(-1).tolist() == [n + 1, length]
+    assert batch.mask_BG2T[0, b, g].sum(-1).tolist() == [n + 1, length]
 
 
 def test_shapes_are_few_and_hold_every_batch(dataset):
     for num_buckets in (1, 2, 4):
         batches = batches_of(dataset, batch_size=2, microbatch_size=1, num_buckets=num_buckets)
         found = {
-            (b.tokens_BL.shape[-1], b.read_BM.shape[-1], b.mask_BG2T.shape[-1])
+            (*b.tokens_BL.shape[1:], b.read_BM.shape[-1], *b.mask_BG2T.shape[2::2])
             for b in (batches[i] for i in range(len(batches)))
         }
-        listed = {(s.length, s.scored, s.response) for s in batches.shapes}
-        assert found <= listed and 1 <= len(listed) <= num_buckets
+        listed = {(s.rows, s.length, s.scored, s.pairs, s.response) for s in batches.shapes}
+        assert found == listed and 1 <= len(listed) <= num_buckets
     # The longest row has 95 + 17 tokens, and every pair 17 that are scored.
     assert batches.shapes[-1] == RowShape(128, 32, 32)
+
+
+def test_packing_first_fit_decreasing_by_hand():
+    # 6 | 5+3 | 4+4: 6 leaves room 2, 5 takes the first 3 into its row, the 4s share one.
+    assert pack([4, 3, 6, 5, 4], 8) == [[2], [3, 1], [0, 4]]
+    assert pack([], 8) == []
+
+
+def test_short_pairs_share_rows_and_padding_falls(dataset):
+    together = batches_of(dataset, batch_size=8, microbatch_size=8, num_buckets=1)
+    assert max(shape.pairs for shape in together.shapes) > 1
+    lengths = dataset.lengths()
+    tokens = lengths["prompt"] + lengths["chosen"] + lengths["rejected"]
+    one_a_row = 1 - tokens.sum() / (len(tokens) * 128)
+    assert together.padding < one_a_row
+
+
+def test_rows_come_in_multiples(dataset):
+    batches = batches_of(dataset, batch_size=6, microbatch_size=6, row_multiple=4)
+    assert {shape.rows % 4 for shape in batches.shapes} == {0}
+    assert sum(int(batches[i].valid_BG.sum()) for i in range(len(batches))) == 2 * NUM_PAIRS
 
 
 def test_number_of_steps(dataset):
@@ -308,8 +334,8 @@ def test_evaluation_visits_each_pair_once_short_ones_first(dataset):
         [4, 5, 6, 7],
         [8, 9, 10],
     ]
-    lengths = [batches[i].tokens_BL.shape for i in range(3)]
-    assert lengths == [(1, 4, 64), (1, 4, 96), (1, 4, 128)]
+    sizes = [int((batches[i].branch_BL > 0).sum()) for i in range(3)]
+    assert sizes[0] < sizes[1]
 
 
 def test_a_dataset_without_pairs_is_refused():

@@ -94,16 +94,19 @@ def pair_losses(
     # The reference is frozen, and a weighting that reads the policy is not differentiated through.
     weights, reference = jax.lax.stop_gradient((weights, reference))
 
+    valid_P = batch.valid_BG.reshape(-1)
+
     def score(weights, side):
         w, pi, rho, m = (x.reshape(-1, 2, T)[:, side] for x in (weights, policy, reference, mask))
         return ResponseScores(
             policy_B=jnp.sum(w * pi, axis=-1),
             reference_B=jnp.sum(w * rho, axis=-1),
-            weight_B=jnp.sum(w, axis=-1),
-            length_B=jnp.sum(m, axis=-1),
+            # An objective may divide by these. For empty slots they are 1: a NaN there would get
+            # into the gradient, although the slot's loss is left out.
+            weight_B=jnp.where(valid_P, jnp.sum(w, axis=-1), 1),
+            length_B=jnp.where(valid_P, jnp.sum(m, axis=-1), 1),
         )
 
-    valid_P = batch.valid_BG.reshape(-1)
     chosen, rejected = score(weights, 0), score(weights, 1)
     loss_P = jnp.where(valid_P, settings.objective(chosen, rejected), 0.0)
     ones = mask.astype(weights.dtype)
@@ -139,7 +142,8 @@ def make_train_step(
     """A pure optimizer step over a batch of n microbatches.
 
     Gradients of the sum of the pairs' losses are accumulated in float32 with `lax.scan`, then
-    divided by the number of pairs: the step is the same however the batch is cut.
+    divided by the number of pairs: the step is the same however the batch is cut. The optimizer
+    gets them in float32, whatever the parameters' dtype.
 
     Args:
       settings: the step's settings.
@@ -170,7 +174,7 @@ def make_train_step(
             grads, (totals, loss_nP) = jax.lax.scan(accumulate, zeros, batch)
             totals = jax.tree.map(jnp.sum, totals)
         pairs = jnp.sum(batch.valid_BG)
-        grads = jax.tree.map(lambda g, p: (g / pairs).astype(p.dtype), grads, state.params)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32) / pairs, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics = {
             **jax.tree.map(lambda total: total / pairs, totals),

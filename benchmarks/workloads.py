@@ -324,6 +324,7 @@ class Compile:
         self._model = checkpoints.load_config(checkpoints.resolve(self._config.model.source))
         # The compiler's own start-up is not a matter of layers.
         self._compile_step(1)
+        self._compile_judge(1)
         self.info = {"layers": self._layers}
 
     def _compile_step(self, layers: int) -> float:

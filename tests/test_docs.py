@@ -172,6 +172,11 @@ def test_research_page_lists_what_a_weighting_may_use():
     assert listed == [field.name for field in dataclasses.fields(weighting.ResponseTokens)]
 
 
+def test_index_lists_every_page():
+    linked = re.findall(r"\]\((\w+\.md)\)", (DOCS / "README.md").read_text())
+    assert sorted([*linked, "README.md"]) == sorted(path.name for path in DOCS.glob("*.md"))
+
+
 def test_development_page_names_files_that_exist():
     (layout,) = blocks("development.md", "text")
     for word in re.findall(r"[\w/]+(?:\.py|/)", layout):

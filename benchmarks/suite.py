@@ -119,11 +119,12 @@ def _pass_over_pairs(suite: Suite, name: str, label: str | None = None, **spec) 
         peer = suite.peer_of(name)
         if peer is not None:
             stack.enter_context(peer)
-        sides = {"ours": ours, "matmul": matmul} | ({"peer": peer} if peer else {})
+        sides = {"matmul": matmul, "ours": ours} | ({"peer": peer} if peer else {})
         done: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
         for repeat in range(suite.repeats):
-            for side, worker in sides.items():
-                done[side].append(worker.repeat())
+            # The machine's rate before and after ours: it may change from one minute to the next.
+            for side in ("matmul", "ours", "matmul", *(["peer"] if peer else [])):
+                done[side].append(sides[side].repeat())
             took = ", ".join(f"{side} {done[side][-1]['seconds']:.2f} s" for side in sides)
             suite.say(f"  {label or name} {repeat + 1}/{suite.repeats}: {took}")
         peaks = {side: worker.finish()["peak_resident_bytes"] for side, worker in sides.items()}

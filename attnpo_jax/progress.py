@@ -19,7 +19,7 @@ class PairProgress:
     Args:
       what: what is going on.
       total: pairs to do.
-      bar: whether anything is shown at all.
+      bar: whether a terminal is given a bar; without one, there are lines of log.
       console: where the bar goes; None for standard error.
     """
 

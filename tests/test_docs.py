@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnpo_jax import cli, config_rules, losses, weighting
+from attnpo_jax import cli, config_rules, losses, registry, weighting
 from attnpo_jax import config as config_lib
 from attnpo_jax.data import shards, sources
 from attnpo_jax.data.prepared import PreparedWriter
@@ -18,6 +18,15 @@ from attnpo_jax.train.loop import DECISIVE
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
+
+
+@pytest.fixture(autouse=True)
+def own_registries(monkeypatch):
+    """What these tests register is gone when they end."""
+    for module in (weighting, losses):
+        functions = dict(module.registry._functions)
+        monkeypatch.setattr(module.registry, "_functions", functions)
+    monkeypatch.setattr(registry, "_loaded_plugins", {})
 
 
 def blocks(name: str, language: str) -> list[str]:
@@ -47,11 +56,11 @@ def test_config_page_lists_every_field_with_its_default_and_what_is_accepted():
 def test_config_page_lists_every_weighting_and_objective_with_its_hyperparameters():
     found = {name.strip("`"): hyper for name, hyper, _ in rows("config.md", 3)}
     expected = {}
-    for section, registry in config_lib.SECTIONS.items():
-        for name in registry.names():
-            if registry.get(name).__module__ != registry.__name__:
+    for section, functions in config_lib.SECTIONS.items():
+        for name in functions.names():
+            if functions.get(name).__module__ != functions.__name__:
                 continue  # another test's
-            hyper = registry.hyperparameters(name)
+            hyper = functions.hyperparameters(name)
             listed = ", ".join(f"`{key}={default!r}`" for key, default in hyper.items())
             expected[f"{section}.{name}"] = listed or "none"
     assert found == expected

@@ -47,7 +47,9 @@ def test_hyperparameters_reach_the_weighting():
         token_weights(PAIR, TOKENIZED, JUDGEMENT, "uniform", layer=0)
 
 
-def test_log_probs_are_not_made_up():
+def test_log_probs_are_not_made_up(monkeypatch):
+    monkeypatch.setattr(weighting.registry, "_functions", {})
+
     @weighting.register
     def inspected_surprise(response):
         return jnp.where(response.mask_BT, -response.policy_logps_BT, 0.0)

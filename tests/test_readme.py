@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 from ml_collections import config_dict
 
-from attnpo_jax import cli, weighting
+from attnpo_jax import cli, losses, registry, weighting
 from attnpo_jax import config as config_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -26,6 +26,15 @@ FILES = {
 }
 INSTALL, TEST, *COMMANDS = BASH
 SETUP = "python3 -m venv .venv && .venv/bin/pip install "
+
+
+@pytest.fixture(autouse=True)
+def own_registries(monkeypatch):
+    """What these tests register is gone when they end."""
+    for module in (weighting, losses):
+        functions = dict(module.registry._functions)
+        monkeypatch.setattr(module.registry, "_functions", functions)
+    monkeypatch.setattr(registry, "_loaded_plugins", {})
 
 
 @pytest.fixture

@@ -22,7 +22,6 @@ from flax import nnx
 from attnpo_jax.models.attention import (
     Past,
     RowLayout,
-    ScoreRule,
     attend,
     attention_rows,
     weighted_values,

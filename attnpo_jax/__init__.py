@@ -1,3 +1,126 @@
-"""Token-weighted direct preference optimization (TwDPO, AttentionPO) in JAX and Flax."""
+"""Token-weighted direct preference optimization (TwDPO, AttentionPO) in JAX and Flax.
+
+What is listed in `__all__` is the public API. Each name is imported when it is first used, so that
+`import attnpo_jax` costs nothing.
+
+The stages of a run are modules, each with a function of the same name that takes a config and a
+folder: `attnpo_jax.prepare.prepare(config, workdir)`, `attnpo_jax.train.loop.train`,
+`attnpo_jax.export.export`, and `attnpo_jax.run.run` for all of them.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "__version__",
+    "BadRow",
+    "ChatTokenizer",
+    "ConfigError",
+    "EvalBatches",
+    "Judge",
+    "JudgeTemplate",
+    "Judgement",
+    "LanguageModel",
+    "ModelConfig",
+    "Pair",
+    "PairBatch",
+    "Prepared",
+    "ResponseScores",
+    "ResponseTokens",
+    "StepSettings",
+    "TokenizedPair",
+    "TrainBatches",
+    "TrainState",
+    "config",
+    "default_config",
+    "export",
+    "judge",
+    "judge_pairs",
+    "load_model",
+    "load_pairs",
+    "losses",
+    "make_eval_step",
+    "make_train_step",
+    "prepare",
+    "response_logps",
+    "run",
+    "section_for",
+    "token_weights",
+    "tokenize_pair",
+    "validate",
+    "weighting",
+]
+
+# What type checkers and editors read; a test keeps it in step with `_HOMES`.
+if TYPE_CHECKING:
+    from attnpo_jax import config, export, judge, losses, prepare, run, weighting
+    from attnpo_jax.config import ConfigError, default_config, section_for, validate
+    from attnpo_jax.data.batching import EvalBatches, PairBatch, TrainBatches
+    from attnpo_jax.data.prepared import Prepared
+    from attnpo_jax.data.sources import BadRow, Pair, load_pairs
+    from attnpo_jax.data.tokenize import ChatTokenizer, TokenizedPair, tokenize_pair
+    from attnpo_jax.inspection import token_weights
+    from attnpo_jax.judge import Judge, Judgement, judge_pairs
+    from attnpo_jax.judge_prompt import JudgeTemplate
+    from attnpo_jax.language_model import LanguageModel, load_model
+    from attnpo_jax.losses import ResponseScores
+    from attnpo_jax.models.config import ModelConfig
+    from attnpo_jax.scoring import response_logps
+    from attnpo_jax.train.state import TrainState
+    from attnpo_jax.train.step import StepSettings, make_eval_step, make_train_step
+    from attnpo_jax.weighting import ResponseTokens
+
+_MODULES = ("config", "export", "judge", "losses", "prepare", "run", "weighting")
+
+_HOMES = {
+    # A model and its judgement of pairs.
+    "LanguageModel": "language_model",
+    "load_model": "language_model",
+    "ModelConfig": "models.config",
+    "Judge": "judge",
+    "Judgement": "judge",
+    "judge_pairs": "judge",
+    "JudgeTemplate": "judge_prompt",
+    "token_weights": "inspection",
+    # Pairs, from files to batches.
+    "BadRow": "data.sources",
+    "Pair": "data.sources",
+    "load_pairs": "data.sources",
+    "ChatTokenizer": "data.tokenize",
+    "TokenizedPair": "data.tokenize",
+    "tokenize_pair": "data.tokenize",
+    "Prepared": "data.prepared",
+    "EvalBatches": "data.batching",
+    "PairBatch": "data.batching",
+    "TrainBatches": "data.batching",
+    # Configs.
+    "ConfigError": "config",
+    "default_config": "config",
+    "section_for": "config",
+    "validate": "config",
+    # What a step is made of.
+    "ResponseTokens": "weighting",
+    "ResponseScores": "losses",
+    "response_logps": "scoring",
+    "StepSettings": "train.step",
+    "make_eval_step": "train.step",
+    "make_train_step": "train.step",
+    "TrainState": "train.state",
+}
+"""The module that each public class and function is defined in or belongs to."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -103,14 +103,21 @@ class Judge:
         self._lengths: tuple[int, ...] = ()
         self._letters = jnp.asarray(self.prompter.letter_ids, jnp.int32)
 
-    def fit(self, prompts: Sequence[JudgePrompt]) -> None:
+    def fit(
+        self, prompts: Sequence[JudgePrompt], *, row_lengths: Sequence[int] | None = None
+    ) -> None:
         """Looks at a sample of the prompts to come, so as to judge them fast.
 
         Finds what all of them begin with and runs it once, and chooses the row lengths to compile.
         Results do not depend on it beyond rounding.
+
+        Args:
+          prompts: the sample, at least one.
+          row_lengths: row lengths to compile, in place of those that suit the sample.
         """
         sequences = [ids for prompt in prompts for ids in prompt.ids]
         common = functools.reduce(_common_beginning, sequences)
+        common = common[: min(map(_sharable, prompts))]
         # Alone, a pair's orders share more than the template; running that apart gains nothing.
         self._common = common if len(prompts) > 1 else common[:0]
         self._past = None
@@ -120,7 +127,7 @@ class Judge:
                 self._model.config, self._model.params, self._common, dtype=self._dtype
             )
         lengths = [len(self._row(prompt).tokens) for prompt in prompts]
-        self._lengths = choose_buckets(np.array(lengths), self._num_buckets)
+        self._lengths = tuple(row_lengths or choose_buckets(np.array(lengths), self._num_buckets))
 
     def judge(self, pairs: Sequence[Pair], tokenized: Sequence[TokenizedPair]) -> list[Judgement]:
         """Judges pairs, and carries the attention over to the tokens that are trained on.
@@ -133,7 +140,7 @@ class Judge:
           One `Judgement` a pair, in order.
         """
         prompts = [self.prompter.build(pair) for pair in pairs]
-        if not self._lengths:
+        if prompts and not self._lengths:
             self.fit(prompts[:SAMPLE])
         judgements: list[Judgement | None] = [None] * len(pairs)
         for done in self.run(prompts, tokenized):
@@ -184,9 +191,7 @@ class Judge:
 
     def _begins_common(self, prompt: JudgePrompt) -> bool:
         n = len(self._common)
-        return (
-            n > 0 and prompt.prefix_length >= n and np.array_equal(prompt.ids[0][:n], self._common)
-        )
+        return n > 0 and _sharable(prompt) >= n and np.array_equal(prompt.ids[0][:n], self._common)
 
     def _row(self, prompt: JudgePrompt) -> _Row:
         p, (first, second) = prompt.prefix_length, prompt.ids
@@ -247,6 +252,15 @@ class Judge:
         return done
 
 
+def _sharable(prompt: JudgePrompt) -> int:
+    """How many first tokens can run apart: those before the orders part and the answers begin.
+
+    Answers that begin alike stay outside, since no attention is reported for what runs apart.
+    """
+    answers = (*prompt.chosen_tokens, *prompt.rejected_tokens)
+    return min([prompt.prefix_length, *(int(tokens[0]) for tokens in answers if len(tokens))])
+
+
 def _places(tokens: np.ndarray, order: int, prompt: JudgePrompt, *, skip: int, shift: int):
     """Where in the row the tokens of one order stand."""
     places = tokens - skip
@@ -254,8 +268,8 @@ def _places(tokens: np.ndarray, order: int, prompt: JudgePrompt, *, skip: int, s
 
 
 def _common_beginning(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """The ids that two prompts begin with; at least one of each stays outside."""
-    n = max(0, min(len(first), len(second)) - 1)
+    """The ids that both begin with."""
+    n = min(len(first), len(second))
     differs = np.flatnonzero(first[:n] != second[:n])
     return first[: int(differs[0]) if len(differs) else n]
 

@@ -13,6 +13,7 @@ from attnpo_jax.train import loop, metrics
 
 # Rows of the table: what is shown, and the metric's name plain and weighted.
 _ROWS = (
+    ("loss", "eval_unweighted_loss", "eval_loss"),
     ("reward accuracy", "eval_rewards/accuracies", "eval_rewards/weighted_accuracies"),
     ("reward margin", "eval_rewards/margins", "eval_rewards/weighted_margins"),
 )
@@ -61,8 +62,6 @@ def summary(before: metrics.Line, after: metrics.Line) -> Table:
     table.add_column("")
     for name in ("before", "after", "weighted, before", "weighted, after"):
         table.add_column(name, justify="right")
-    # The loss is that of the weighted log-ratios; a plain one is not computed.
-    table.add_row("loss", "", "", *(f"{line['eval_loss']:.4f}" for line in (before, after)))
     for label, plain, weighted in _ROWS:
         cells = (line[name] for name in (plain, weighted) for line in (before, after))
         table.add_row(label, *(f"{cell:.4f}" for cell in cells))

@@ -9,12 +9,14 @@ from attnpo_jax.train import metrics
 
 def eval_line(**changes):
     names = {f"rewards/{w}{k}": 0.0 for w in ("", "weighted_") for k in ("accuracies", "margins")}
-    return {f"eval_{name}": value for name, value in ({"loss": 0.6931} | names | changes).items()}
+    names |= {"loss": 0.6931, "unweighted_loss": 0.6931}
+    return {f"eval_{name}": value for name, value in (names | changes).items()}
 
 
 AFTER = eval_line(
     **{
         "loss": 0.25,
+        "unweighted_loss": 0.5,
         "rewards/accuracies": 0.8125,
         "rewards/margins": 1.5,
         "rewards/weighted_accuracies": 0.875,
@@ -62,7 +64,7 @@ def test_closing_table_compares_the_first_with_the_last_evaluation(tmp_path, mon
     for line in text.splitlines():
         label, *cells = (cell.strip() for cell in line.strip("│").split("│"))
         rows[label] = [cell for cell in cells if cell]
-    assert rows["loss"] == ["0.6931", "0.2500"]
+    assert rows["loss"] == ["0.6931", "0.5000", "0.6931", "0.2500"]
     assert rows["reward accuracy"] == ["0.0000", "0.8125", "0.0000", "0.8750"]
     assert rows["reward margin"] == ["0.0000", "1.5000", "0.0000", "2.7500"]
     for name in ("export", "metrics.jsonl", "checkpoints", "prepared", "config.json"):

@@ -1,14 +1,15 @@
 """Rows `[prompt | chosen | rejected]`, batches of a few fixed shapes, and their order.
 
 A batch is a pytree of NumPy arrays whose first axis counts the microbatches that a step accumulates
-over. Its shape is one of at most `num_buckets` (`RowShape`), chosen from the data's own lengths, so
-that a run compiles its step no more often than that.
+over. Short pairs share rows. A batch's shape is one of at most `num_buckets` (`RowShape`), chosen
+from the data's own lengths, so that a run compiles its step no more often than that.
 
 Shapes: n microbatches, B rows, L row length, M scored tokens a row, G pairs a row, T response
 tokens, S source layers; axes of size 2 are (chosen, rejected) or the judge's two orders.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 
 import grain
@@ -69,12 +70,14 @@ class RowShape:
       scored: M, response tokens a row holds.
       response: T, tokens of the longest response.
       pairs: G, pairs a row holds.
+      rows: B, rows of a microbatch.
     """
 
     length: int
     scored: int
     response: int
     pairs: int = 1
+    rows: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,8 +257,53 @@ def plan_batches(
         start += size
 
 
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Puts items into as few rows of a capacity as first-fit decreasing finds; none is split.
+
+    Args:
+      lengths: what each item takes, none more than `capacity`.
+      capacity: what a row holds.
+
+    Returns:
+      The items of each row, by number.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((r for r, left in enumerate(room) if left >= lengths[item]), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(capacity)
+        rows[row].append(item)
+        room[row] -= lengths[item]
+    return rows
+
+
+def _split_evenly(items: np.ndarray, lengths: np.ndarray, parts: int, size: int):
+    """Items in `parts` groups of at most `size`, their total lengths about equal."""
+    groups: list[list[int]] = [[] for _ in range(parts)]
+    totals = [0] * parts
+    for item in items[np.argsort(-lengths[items], kind="stable")]:
+        group = min((g for g in range(parts) if len(groups[g]) < size), key=totals.__getitem__)
+        groups[group].append(int(item))
+        totals[group] += int(lengths[item])
+    return groups
+
+
+# How many row lengths are tried, from what most batches need to twice what the longest pair needs.
+_TRIED = 24
+# A token of a row of this length costs about twice one of a short row, since it has more to attend
+# to: from the FLOPs of a 135M decoder, 6 k; less here, since attention runs below matmul speed.
+_ATTENTION_LENGTH = 2048
+
+
 class _Batches:
-    """Batches by number, each of the smallest shape that holds its pairs."""
+    """Batches by number. Several pairs share a row where that saves padding.
+
+    A step's pairs are spread over its microbatches so that each has about as many tokens, and
+    packed into rows. Which row lengths and numbers of rows are used is decided here, over all
+    batches, so that at most `num_buckets` shapes pad least.
+    """
 
     def __init__(
         self,
@@ -265,51 +313,108 @@ class _Batches:
         batch_size: int,
         microbatch_size: int,
         num_buckets: int,
+        row_multiple: int,
     ):
         self._dataset = dataset
-        self._order = order
-        self._batch_size = batch_size
-        self._microbatch_size = microbatch_size
         lengths = dataset.lengths()
-        self._rows = lengths["prompt"] + lengths["chosen"] + lengths["rejected"]
-        responses = np.maximum(lengths["chosen"], lengths["rejected"])
-        scored = lengths["chosen"] + lengths["rejected"]
-        needs = np.array([self._rows[items].max() for items in order])
-        self._shapes = tuple(
-            RowShape(
-                length=length,
-                scored=round_up(int(scored[fits].max())),
-                response=round_up(int(responses[fits].max())),
-            )
-            for length in choose_buckets(needs, num_buckets)
-            if (fits := self._rows <= length).any()
+        self._lengths = lengths["prompt"] + lengths["chosen"] + lengths["rejected"]
+        self._responses = np.maximum(lengths["chosen"], lengths["rejected"])
+        self._scored = lengths["chosen"] + lengths["rejected"]
+        parts = -(-batch_size // microbatch_size)
+        self._groups = [
+            _split_evenly(items, self._lengths, parts, microbatch_size) for items in order
+        ]
+        longest = np.array([self._lengths[items].max() for items in order])
+        chosen = self._choose(longest, num_buckets, row_multiple)
+        self._shape_of = [self._shape(chosen == k, *size) for k, size in enumerate(self._sizes)]
+        self._which = chosen
+
+    def _choose(self, longest: np.ndarray, num_buckets: int, row_multiple: int) -> np.ndarray:
+        """Sets `_sizes`, (length, rows) pairs, and returns which of them each batch uses."""
+        base = choose_buckets(longest, num_buckets)
+        spread = np.linspace(base[0], 2 * base[-1], _TRIED)
+        tried = sorted({*base, *(round_up(math.ceil(length)) for length in spread)})
+        # rows[s, c]: rows that batch s needs with the c-th length.
+        rows = np.zeros((len(longest), len(tried)), int)
+        for c, length in enumerate(tried):
+            for s in np.flatnonzero(longest <= length):
+                needed = max(len(pack(self._lengths[g], length)) for g in self._groups[s])
+                rows[s, c] = round_up(max(needed, 1), row_multiple)
+        sizes = sorted({(tried[c], int(r)) for c in range(len(tried)) for r in rows[:, c] if r})
+        cost = np.full((len(sizes), len(longest)), np.inf)
+        for k, (length, count) in enumerate(sizes):
+            c = tried.index(length)
+            fits = (rows[:, c] > 0) & (rows[:, c] <= count)
+            cost[k, fits] = length * count * (1 + length / _ATTENTION_LENGTH)
+        # Greedily: first the cheapest size that fits every batch, then whatever saves most.
+        picked: list[int] = []
+        best = np.full(len(longest), np.inf)
+        for _ in range(num_buckets):
+            totals = np.minimum(cost, best).sum(axis=1)
+            k = int(np.argmin(totals))
+            if not totals[k] < best.sum():
+                break
+            picked.append(k)
+            best = np.minimum(best, cost[k])
+        # In the order of `sizes`, and without those that later picks made useless.
+        picked = sorted({sorted(picked)[k] for k in np.argmin(cost[sorted(picked)], axis=0)})
+        self._sizes = [sizes[k] for k in picked]
+        return np.argmin(cost[picked], axis=0)
+
+    def _shape(self, uses: np.ndarray, length: int, rows: int) -> RowShape:
+        """The shape for the batches that use a (length, rows) pair: room for all that they hold."""
+        packed = [
+            [group[i] for i in row]
+            for s in np.flatnonzero(uses)
+            for group in self._groups[s]
+            for row in pack(self._lengths[group], length)
+        ]
+        return RowShape(
+            length=length,
+            scored=round_up(max(int(self._scored[row].sum()) for row in packed)),
+            response=round_up(max(int(self._responses[row].max()) for row in packed)),
+            pairs=max(len(row) for row in packed),
+            rows=rows,
         )
 
     @property
     def shapes(self) -> tuple[RowShape, ...]:
-        """The shapes that batches come in, smallest first."""
-        return self._shapes
+        """The shapes that batches come in: a step is compiled once for each."""
+        return tuple(self._shape_of)
+
+    @property
+    def padding(self) -> float:
+        """Share of the tokens of all batches that are padding."""
+        used = sum(int(self._lengths[group].sum()) for step in self._groups for group in step)
+        room = sum(
+            len(step) * self._shape_of[k].rows * self._shape_of[k].length
+            for step, k in zip(self._groups, self._which, strict=True)
+        )
+        return 1 - used / room
 
     def __len__(self) -> int:
-        return len(self._order)
+        return len(self._groups)
 
     def __getitem__(self, step: int) -> PairBatch:
         """Batch number `step`, 0-based: arrays (n, B, ...) over n microbatches of B rows."""
-        items = self._order[step]
-        need = self._rows[items].max()
-        shape = next(s for s in self._shapes if s.length >= need)
-        rows = [[Example.from_prepared(self._dataset, int(i))] for i in items]
-        rows += [[]] * (self._batch_size - len(rows))  # the last batch of an epoch may be short
+        shape = self._shape_of[self._which[step]]
+        rows = []
+        for group in self._groups[step]:
+            packed = pack(self._lengths[group], shape.length)
+            rows += [
+                [Example.from_prepared(self._dataset, group[i]) for i in row] for row in packed
+            ]
+            rows += [[]] * (shape.rows - len(packed))
         batch = fill_rows(rows, shape, len(self._dataset.source_layers))
-        return jax.tree.map(lambda x: x.reshape(-1, self._microbatch_size, *x.shape[1:]), batch)
+        return jax.tree.map(lambda x: x.reshape(-1, shape.rows, *x.shape[1:]), batch)
 
 
 class TrainBatches(_Batches):
     """The global batches of a run, by step: a function of (data, seed, sizes) alone.
 
-    Each epoch visits every pair once, in an order of its own; an epoch's last batch is filled up
-    with empty rows that count for nothing. Since batch k can be made without the ones before it, a
-    resumed run needs no more than the step number.
+    Each epoch visits every pair once, in an order of its own; an epoch's last batch may be short:
+    empty rows fill it up and count for nothing. Since batch k can be made without the ones before
+    it, a resumed run needs no more than the step number.
 
     Args:
       dataset: the prepared dataset.
@@ -320,6 +425,7 @@ class TrainBatches(_Batches):
       epochs: passes over the data.
       steps: if positive, how many steps instead, for as many epochs as that takes.
       num_buckets: how many shapes may be compiled.
+      row_multiple: microbatches have a multiple of this many rows.
 
     Raises:
       ValueError: the dataset is empty.
@@ -336,6 +442,7 @@ class TrainBatches(_Batches):
         epochs: float = 1,
         steps: int = 0,
         num_buckets: int = 4,
+        row_multiple: int = 1,
     ):
         if not len(dataset):
             raise ValueError("the prepared dataset holds no pair to train on")
@@ -351,13 +458,16 @@ class TrainBatches(_Batches):
             batch_size=batch_size,
             microbatch_size=microbatch_size,
             num_buckets=num_buckets,
+            row_multiple=row_multiple,
         )
 
 
 class EvalBatches(_Batches):
     """One pass over a dataset, its pairs sorted by length so that little is padded."""
 
-    def __init__(self, dataset: Prepared, *, batch_size: int, num_buckets: int = 4):
+    def __init__(
+        self, dataset: Prepared, *, batch_size: int, num_buckets: int = 4, row_multiple: int = 1
+    ):
         if not len(dataset):
             raise ValueError("the prepared dataset holds no pair to evaluate on")
         lengths = dataset.lengths()
@@ -370,6 +480,7 @@ class EvalBatches(_Batches):
             batch_size=batch_size,
             microbatch_size=batch_size,
             num_buckets=num_buckets,
+            row_multiple=row_multiple,
         )
 
 

@@ -189,7 +189,7 @@ def restore_params(folder: str | os.PathLike, abstract_params: Any) -> tuple[Any
       CheckpointError: all checkpoints are damaged.
     """
     folder = epath.Path(folder).resolve()
-    manager = _open(folder, ocp.CheckpointManagerOptions(read_only=True, create=False))
+    manager = _open(folder, ocp.CheckpointManagerOptions(create=False))
 
     def read(step: int) -> tuple[Any, int]:
         metadata = _read_metadata(manager, step)

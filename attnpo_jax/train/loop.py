@@ -6,6 +6,7 @@ step is done: what a resumed run finds in `metrics.jsonl` up to its checkpoint i
 """
 
 import dataclasses
+import logging
 import math
 import os
 import pathlib
@@ -51,6 +52,8 @@ DECISIVE = (
 
 # Batches that wait, ready, for the device.
 AHEAD = 4
+
+_LOG = logging.getLogger(__name__)
 
 
 class NonFiniteError(FloatingPointError):
@@ -119,6 +122,13 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
         num_buckets=config.data.num_buckets,
     )
     total_steps = len(batches)
+    _LOG.info(
+        "%d steps; rows come in %d shapes (rows x tokens: %s), %.1f%% padding",
+        total_steps,
+        len(batches.shapes),
+        ", ".join(f"{shape.rows} x {shape.length}" for shape in batches.shapes),
+        100 * batches.padding,
+    )
     eval_batches = None
     if config.data.eval:
         eval_batches = EvalBatches(
@@ -281,4 +291,5 @@ def _suspects(data: Prepared, of_step: Mapping[str, jax.Array]) -> list[str]:
     arrays = _fetch(of_step, ("pair", "pair_loss"))
     there = arrays["pair"] >= 0
     bad = there & ~np.isfinite(arrays["pair_loss"])
-    return [data[int(row)]["id"] for row in arrays["pair"][bad if bad.any() else there]]
+    rows = np.sort(arrays["pair"][bad if bad.any() else there])
+    return [data[int(row)]["id"] for row in rows]

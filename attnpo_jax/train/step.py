@@ -57,8 +57,9 @@ def pair_losses(
       batch: rows without a microbatch axis.
 
     Returns:
-      loss_P, 0 for empty slots, and a dict of metrics (P,): `rewards/*` and `logps/*`, plain and
-      weighted, under the names that TRL gives them.
+      loss_P, 0 for empty slots, and a dict of metrics (P,): `unweighted_loss` (what the loss would
+      be with uniform weights), and `rewards/*` and `logps/*`, plain and weighted, under the names
+      that TRL gives them.
     """
     policy_BG2T = response_logps(
         settings.model,
@@ -93,21 +94,26 @@ def pair_losses(
     # The reference is frozen, and a weighting that reads the policy is not differentiated through.
     weights, reference = jax.lax.stop_gradient((weights, reference))
 
+    valid_P = batch.valid_BG.reshape(-1)
+
     def score(weights, side):
         w, pi, rho, m = (x.reshape(-1, 2, T)[:, side] for x in (weights, policy, reference, mask))
         return ResponseScores(
             policy_B=jnp.sum(w * pi, axis=-1),
             reference_B=jnp.sum(w * rho, axis=-1),
-            weight_B=jnp.sum(w, axis=-1),
-            length_B=jnp.sum(m, axis=-1),
+            # An objective may divide by these. For empty slots they are 1: a NaN there would get
+            # into the gradient, although the slot's loss is left out.
+            weight_B=jnp.where(valid_P, jnp.sum(w, axis=-1), 1),
+            length_B=jnp.where(valid_P, jnp.sum(m, axis=-1), 1),
         )
 
-    valid_P = batch.valid_BG.reshape(-1)
     chosen, rejected = score(weights, 0), score(weights, 1)
     loss_P = jnp.where(valid_P, settings.objective(chosen, rejected), 0.0)
     ones = mask.astype(weights.dtype)
+    plain = score(ones, 0), score(ones, 1)
     metrics = {
-        **_reports(settings.beta, score(ones, 0), score(ones, 1), ""),
+        "unweighted_loss": settings.objective(*plain),
+        **_reports(settings.beta, *plain, ""),
         **_reports(settings.beta, chosen, rejected, "weighted_"),
     }
     return loss_P, jax.tree.map(
@@ -136,7 +142,8 @@ def make_train_step(
     """A pure optimizer step over a batch of n microbatches.
 
     Gradients of the sum of the pairs' losses are accumulated in float32 with `lax.scan`, then
-    divided by the number of pairs: the step is the same however the batch is cut.
+    divided by the number of pairs: the step is the same however the batch is cut. The optimizer
+    gets them in float32, whatever the parameters' dtype.
 
     Args:
       settings: the step's settings.
@@ -167,7 +174,7 @@ def make_train_step(
             grads, (totals, loss_nP) = jax.lax.scan(accumulate, zeros, batch)
             totals = jax.tree.map(jnp.sum, totals)
         pairs = jnp.sum(batch.valid_BG)
-        grads = jax.tree.map(lambda g, p: (g / pairs).astype(p.dtype), grads, state.params)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32) / pairs, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics = {
             **jax.tree.map(lambda total: total / pairs, totals),

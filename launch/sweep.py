@@ -1,0 +1,236 @@
+r"""Trains a grid of configs on one prepared dataset, and ranks them by held-out accuracy.
+
+    python launch/sweep.py --config=configs/quickstart.py --workdir=runs/sweep \
+        --set objective.beta=0.05,0.1 --set weighting.name=attention,uniform
+
+The judge's and the reference's passes run once, into WORKDIR/prepared. Each point of the grid is a
+run of its own in WORKDIR/runs/NAME, with a link to that dataset. Started again, the sweep skips
+finished runs and resumes the one that was interrupted; a finished run's `checkpoints/` may be
+deleted. Runs go one after another in this process.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from ml_collections import config_dict
+from rich.console import Console
+from rich.table import Table
+
+from attnpo_jax import cli, prepare
+from attnpo_jax import config as config_lib
+from attnpo_jax.data import atomic
+from attnpo_jax.data.prepared import PreparedMismatch
+from attnpo_jax.data.sources import BadRow
+from attnpo_jax.models import checkpoints
+from attnpo_jax.train import loop, metrics
+from attnpo_jax.train.checkpoint import CheckpointMismatch
+
+# What a prepared dataset does not depend on.
+SWEPT = ("seed", "weighting", "objective", "optim", "train")
+RESULT = "result.json"
+
+# Columns of the closing table, the first one ranks.
+COLUMNS = {
+    "accuracy": "eval_rewards/accuracies",
+    "weighted accuracy": "eval_rewards/weighted_accuracies",
+    "margin": "eval_rewards/margins",
+    "weighted margin": "eval_rewards/weighted_margins",
+    "loss": "eval_loss",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A point of the grid.
+
+    Attributes:
+      name: its folder's name.
+      values: the swept fields and their values as on the command line.
+      config: the config they make.
+    """
+
+    name: str
+    values: dict[str, str]
+    config: config_dict.ConfigDict
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What came of a run: its last evaluation, or why it stopped."""
+
+    run: Run
+    evaluation: dict[str, Any] | None
+    stopped: str | None = None
+
+
+def parse_axis(text: str) -> tuple[str, list[str]]:
+    """Splits `field=value,value,...`; commas inside brackets or quotes belong to a value.
+
+    >>> parse_axis("weighting.layer=-1,(0, -1)")
+    ('weighting.layer', ['-1', '(0, -1)'])
+
+    Raises:
+      UsageError: no field, no value, or a value twice.
+    """
+    field, equals, rest = text.partition("=")
+    values = re.findall(r"""(?:\([^)]*\)|\[[^]]*\]|"[^"]*"|'[^']*'|[^,])+""", rest)
+    values = [value.strip() for value in values]
+    if not field or not equals or not all(values) or not values:
+        raise cli.UsageError(f"--set {text!r}; accepted: FIELD=VALUE,VALUE,...")
+    if len(set(values)) < len(values):
+        raise cli.UsageError(f"--set {text!r}: a value is there twice")
+    return field, values
+
+
+def grid(config: str, axes: Sequence[str], overrides: Sequence[str] = ()) -> list[Run]:
+    """All runs of a sweep, checked.
+
+    Args:
+      config: the config file, as `attnpo --config` takes it.
+      axes: `field=value,value,...` each.
+      overrides: `--config.field=value`, for all runs.
+
+    Raises:
+      UsageError: an axis that cannot be understood, or that would need another prepared dataset.
+      ConfigError: a config of the grid is wrong.
+    """
+    parsed = [parse_axis(axis) for axis in axes]
+    fields = [field for field, _ in parsed]
+    for field in fields:
+        if fields.count(field) > 1:
+            raise cli.UsageError(f"--set {field} is there twice")
+        if field.split(".")[0] not in SWEPT:
+            raise cli.UsageError(
+                f"--set {field}: all runs of a sweep share one prepared dataset; accepted: fields "
+                f"of {', '.join(SWEPT)} (another --workdir for another dataset)"
+            )
+    runs = []
+    for point in itertools.product(*(values for _, values in parsed)):
+        values = dict(zip(fields, point, strict=True))
+        settings = [f"--config.{field}={value}" for field, value in values.items()]
+        resolved = cli.load_config(config, [*overrides, *settings])
+        config_lib.validate(resolved)
+        if not resolved.data.eval:
+            raise config_lib.ConfigError(["config.data.eval: a sweep is ranked on held-out pairs"])
+        name = ",".join(f"{field}={value}" for field, value in values.items())
+        runs.append(Run(re.sub(r"[^\w.=,()+-]", "_", name), values, resolved))
+    return runs
+
+
+def sweep(runs: Sequence[Run], workdir: pathlib.Path, console: Console) -> list[Outcome]:
+    """Prepares once, then trains every run that is not finished.
+
+    Returns:
+      The outcomes, best first; runs that stopped come last.
+
+    Raises:
+      As `prepare.prepare` and `train.loop.train`; a loss that is not finite only ends its own run.
+    """
+    num_layers = checkpoints.load_config(
+        checkpoints.resolve(runs[0].config.model.source)
+    ).num_layers
+    for run in runs:
+        config_lib.check_layers(run.config, num_layers)
+    prepare.prepare(runs[0].config, workdir, console=console)
+    outcomes = []
+    for number, run in enumerate(runs, 1):
+        console.print(f"[{number}/{len(runs)}] {run.name}", highlight=False, markup=False)
+        outcomes.append(_train(run, workdir))
+    ranking = COLUMNS["accuracy"]
+    finished = [outcome for outcome in outcomes if outcome.evaluation is not None]
+    finished.sort(key=lambda outcome: -outcome.evaluation[ranking])
+    return finished + [outcome for outcome in outcomes if outcome.evaluation is None]
+
+
+def _train(run: Run, workdir: pathlib.Path) -> Outcome:
+    folder = workdir / "runs" / run.name
+    result = folder / RESULT
+    wanted = json.loads(config_lib.to_json(run.config))
+    if result.exists():
+        found = json.loads(result.read_text())
+        if found["config"] == wanted:
+            return Outcome(run, found["evaluation"])
+    folder.mkdir(parents=True, exist_ok=True)
+    link = folder / "prepared"
+    if not link.is_symlink():
+        link.symlink_to(os.path.relpath(workdir / "prepared", folder))
+    try:
+        loop.train(run.config, folder)
+    except loop.NonFiniteError as error:
+        return Outcome(run, None, str(error))
+    finally:
+        # The next run compiles its own steps; these would stay in memory.
+        jax.clear_caches()
+    evaluation = [line for line in metrics.read(folder) if "eval_loss" in line][-1]
+    content = json.dumps({"config": wanted, "evaluation": evaluation}, indent=2) + "\n"
+    atomic.write_atomically(result, content.encode())
+    return Outcome(run, evaluation)
+
+
+def ranking(outcomes: Sequence[Outcome]) -> Table:
+    """A table of the outcomes in their order."""
+    table = Table(title="held-out pairs after training, best accuracy first")
+    for field in outcomes[0].run.values:
+        table.add_column(field)
+    for column in COLUMNS:
+        table.add_column(column, justify="right")
+    for outcome in outcomes:
+        if outcome.evaluation is None:
+            cells = ["stopped", *[""] * (len(COLUMNS) - 1)]
+        else:
+            cells = [f"{outcome.evaluation[name]:.4f}" for name in COLUMNS.values()]
+        table.add_row(*outcome.run.values.values(), *cells)
+    return table
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a sweep; returns the exit code, 1 if a run stopped or the input is wrong."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, metavar="FILE")
+    parser.add_argument("--workdir", required=True, type=pathlib.Path, metavar="DIR")
+    parser.add_argument(
+        "--set",
+        dest="axes",
+        action="append",
+        required=True,
+        metavar="FIELD=VALUE,...",
+        help="an axis of the grid; --config.FIELD=VALUE sets a field in all runs",
+    )
+    options, overrides = parser.parse_known_args(argv)
+    unknown = [text for text in overrides if not re.match(r"--(no)?config\.", text)]
+    if unknown:
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    console = Console()
+    try:
+        runs = grid(options.config, options.axes, overrides)
+        outcomes = sweep(runs, options.workdir, console)
+    except (
+        cli.UsageError,
+        config_lib.ConfigError,
+        BadRow,
+        PreparedMismatch,
+        CheckpointMismatch,
+        OSError,
+    ) as error:
+        print(f"sweep: error: {error}", file=sys.stderr)
+        return 1
+    console.print(ranking(outcomes))
+    stopped = [outcome for outcome in outcomes if outcome.stopped]
+    for outcome in stopped:
+        console.print(f"{outcome.run.name}: {outcome.stopped}", highlight=False, markup=False)
+    return 1 if stopped else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""A sweep over a tiny random model, judged, prepared and trained for real."""
+
+import importlib.util
+import io
+import json
+import pathlib
+import sys
+
+import jax
+import pytest
+import tokenizers
+import transformers
+from rich.console import Console
+from tokenizers import pre_tokenizers
+
+from attnpo_jax import cli, config_rules
+from attnpo_jax.models import checkpoints, decoder
+
+ROOT = pathlib.Path(__file__).parents[2]
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] + '\n' + m['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CONFIG = """
+from attnpo_jax.config import default_config
+
+def get_config():
+    config = default_config()
+    config.model.source = {model!r}
+    config.data.train = config.data.eval = {data!r}
+    config.data.num_buckets = 1
+    config.train.batch_size = config.train.microbatch_size = 2
+    config.optim.learning_rate = 1e-2
+    config.log.progress = False
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def sweep():
+    spec = importlib.util.spec_from_file_location("sweep", ROOT / "launch" / "sweep.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["sweep"] = module  # where dataclasses look it up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    source, model = folder / "source", folder / "model"
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE({letter: i for i, letter in enumerate(alphabet)}, [])
+    )
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    fast.chat_template = CHATML
+    fast.save_pretrained(source)
+    hf_config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 258,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
+    }
+    (source / "config.json").write_text(json.dumps(hf_config))
+    shape = checkpoints.load_config(source)
+    params = decoder.init_params(shape, jax.random.key(0))
+    checkpoints.save(model, shape, params, source_folder=source)
+    pairs = [
+        {"prompt": f"Spell {word}.", "chosen": word, "rejected": word[::-1]}
+        for word in ("house", "river", "cloud", "stone")
+    ]
+    data = folder / "pairs.json"
+    data.write_text(json.dumps(pairs))
+    config = folder / "tiny.py"
+    config.write_text(CONFIG.format(model=str(model), data=str(data)))
+    return str(config)
+
+
+def test_grid_has_every_combination_and_keeps_what_is_not_swept(sweep, config_file):
+    axes = ["weighting.name=attention,uniform", "objective.beta=0.1,0.5"]
+    runs = sweep.grid(config_file, axes, ["--config.train.epochs=3"])
+    assert [(r.config.weighting.name, r.config.objective.beta) for r in runs] == [
+        ("attention", 0.1), ("attention", 0.5), ("uniform", 0.1), ("uniform", 0.5),
+    ]  # fmt: skip
+    assert runs[0].name == "weighting.name=attention,objective.beta=0.1"
+    assert {(r.config.train.epochs, r.config.optim.learning_rate) for r in runs} == {(3, 1e-2)}
+
+
+def test_prepares_once_trains_each_point_ranks_and_does_not_repeat(
+    sweep, config_file, tmp_path, monkeypatch
+):
+    runs = sweep.grid(config_file, ["weighting.name=attention,uniform"])
+    trained = []
+    train = sweep.loop.train
+
+    def counted(config, workdir):
+        trained.append(workdir.name)
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        train(config, workdir)
+
+    monkeypatch.setattr(sweep.loop, "train", counted)
+    console = Console(file=io.StringIO(), width=200)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.sweep(runs, tmp_path, console)
+    outcomes = sweep.sweep(runs, tmp_path, console)
+
+    names = [run.name for run in runs]
+    assert trained == [names[0], names[1], names[1]]
+    prepared = tmp_path / "prepared"
+    assert all((tmp_path / "runs" / name / "prepared").samefile(prepared) for name in names)
+    # What a run reports of itself is what the ranking shows.
+    accuracies = [outcome.evaluation["eval_rewards/accuracies"] for outcome in outcomes]
+    assert accuracies == sorted(accuracies, reverse=True)
+    for outcome in outcomes:
+        lines = (tmp_path / "runs" / outcome.run.name / "metrics.jsonl").read_text().splitlines()
+        assert json.loads(lines[-1]) == outcome.evaluation
+    # Uniform weights make no difference between weighted and plain; attention does.
+    same = {
+        outcome.run.name: outcome.evaluation["eval_rewards/margins"]
+        == pytest.approx(outcome.evaluation["eval_rewards/weighted_margins"])
+        for outcome in outcomes
+    }
+    assert [same[name] for name in names] == [False, True]
+    console.print(sweep.ranking(outcomes))
+    assert "uniform" in console.file.getvalue()
+
+
+def test_a_run_that_diverges_is_listed_last_and_the_others_go_on(
+    sweep, config_file, tmp_path, monkeypatch, capsys
+):
+    def train(config, workdir):
+        if config.objective.beta == 0.1:
+            raise sweep.loop.NonFiniteError(3, {"loss": float("nan"), "grad_norm": 1.0}, ["p"], 2)
+        line = {"step": 2} | dict.fromkeys(sweep.COLUMNS.values(), 0.75)
+        (workdir / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+
+    monkeypatch.setattr(sweep.loop, "train", train)
+    monkeypatch.setattr(sweep.prepare, "prepare", lambda *_, **__: None)
+    arguments = [f"--config={config_file}", f"--workdir={tmp_path}"]
+    assert sweep.main([*arguments, "--set", "objective.beta=0.1,0.5"]) == 1
+    printed = capsys.readouterr().out
+    assert printed.index("0.7500") < printed.index("stopped") < printed.index("step 3: loss is nan")
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        (["data.max_length=64,128"], "share one prepared dataset"),
+        (["objective.beta"], "FIELD=VALUE,VALUE"),
+        (["objective.beta="], "FIELD=VALUE,VALUE"),
+        (["objective.beta=0.1,0.1"], "a value is there twice"),
+        (["objective.beta=0.1", "objective.beta=0.2"], "--set objective.beta is there twice"),
+        (["objective.gamma=1,2"], "config.objective.gamma: unknown field"),
+    ],
+)
+def test_axes_that_cannot_be_swept(sweep, config_file, axes, message):
+    with pytest.raises(cli.UsageError, match=message):
+        sweep.grid(config_file, axes)
+
+
+def test_every_point_is_checked_before_anything_runs(sweep, config_file, tmp_path):
+    with pytest.raises(config_rules.ConfigError, match=r"objective.beta = -1.0"):
+        sweep.grid(config_file, ["objective.beta=0.1,-1.0"])
+    with pytest.raises(config_rules.ConfigError, match=r"data.eval"):
+        sweep.grid(config_file, ["seed=1,2"], ["--config.data.eval="])
+    runs = sweep.grid(config_file, ["weighting.layer=0,5"])
+    with pytest.raises(config_rules.ConfigError, match="layer 5"):
+        sweep.sweep(runs, tmp_path / "work", Console(file=io.StringIO()))
+    assert not (tmp_path / "work").exists()
+
+
+def test_values_with_commas_of_their_own(sweep):
+    assert sweep.parse_axis("weighting.layer=-1,(0,1),[2, 3]") == (
+        "weighting.layer", ["-1", "(0,1)", "[2, 3]"],
+    )  # fmt: skip

@@ -1,0 +1,183 @@
+"""The documentation's tables and code against what they describe."""
+
+import ast
+import dataclasses
+import pathlib
+import re
+import shlex
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnpo_jax import cli, config_rules, losses, weighting
+from attnpo_jax import config as config_lib
+from attnpo_jax.data import shards, sources
+from attnpo_jax.data.prepared import PreparedWriter
+from attnpo_jax.train.loop import DECISIVE
+
+ROOT = pathlib.Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+
+
+def blocks(name: str, language: str) -> list[str]:
+    text = (DOCS / name).read_text()
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
+
+
+def rows(name: str, columns: int) -> list[list[str]]:
+    """Cells of all tables with so many columns, headers left out."""
+    lines = re.findall(r"^\| (.*) \|$", (DOCS / name).read_text(), re.M)
+    tables = [line.split(" | ") for line in lines]
+    return [row for row in tables if len(row) == columns and row[0].startswith("`")]
+
+
+def test_config_page_lists_every_field_with_its_default_and_what_is_accepted():
+    found = {
+        field.strip("`"): (default, accepted)
+        for field, default, accepted, _ in rows("config.md", 4)
+    }
+    values = config_lib.flatten(config_lib.default_config())
+    expected = {
+        field: (f"`{values[field]!r}`", rule.accepted) for field, rule in config_rules.RULES.items()
+    }
+    assert found == expected
+
+
+def test_config_page_lists_every_weighting_and_objective_with_its_hyperparameters():
+    found = {name.strip("`"): hyper for name, hyper, _ in rows("config.md", 3)}
+    expected = {}
+    for section, registry in config_lib.SECTIONS.items():
+        for name in registry.names():
+            if registry.get(name).__module__ != registry.__name__:
+                continue  # another test's
+            hyper = registry.hyperparameters(name)
+            listed = ", ".join(f"`{key}={default!r}`" for key, default in hyper.items())
+            expected[f"{section}.{name}"] = listed or "none"
+    assert found == expected
+
+
+def test_config_page_says_what_a_resumed_run_must_share():
+    text = (DOCS / "config.md").read_text()
+    sentence = re.search(r"A run resumes only with the same (.*?), and the same", text, re.S)[1]
+    assert set(re.findall(r"`([\w.]+)`", sentence)) == set(DECISIVE)
+
+
+def test_data_page_lists_the_prepared_columns():
+    listed = [name for row in rows("data.md", 3) for name in re.findall(r"`(\w+)`", row[0])]
+    assert sorted(listed) == sorted(shards.features(1))
+
+
+def test_data_page_s_rows_are_all_the_same_pair(tmp_path):
+    (text,) = blocks("data.md", "json")
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(text)
+    pairs = sources.load_pairs(str(file)).pairs
+    assert len(pairs) == 4
+    assert {(p.prompt[-1]["content"], p.chosen.strip(), p.rejected.strip()) for p in pairs} == {
+        ("Name a prime.", "7", "8")
+    }
+
+
+def test_data_page_counts_the_builtin_pairs():
+    counts = re.findall(r"`builtin:(\w+)` \((\d+)", (DOCS / "data.md").read_text())
+    assert [split for split, _ in counts] == ["train", "eval"]
+    for split, count in counts:
+        assert len(sources.load_pairs(f"builtin:{split}").pairs) == int(count)
+
+
+def test_data_page_reads_a_prepared_dataset(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = pathlib.Path("runs/quickstart/prepared/eval")
+    writer = PreparedWriter(folder, {"source_layers": [3], "num_layers": 4}, 2, 2)
+    attention = np.full((2, 1, 1), 0.5, np.float32)
+    row = {
+        "prompt_ids": np.array([1], np.int32),
+        "chosen_ids": np.array([2, 3], np.int32),
+        "rejected_ids": np.array([4], np.int32),
+        "chosen_text_length": 1,
+        "rejected_text_length": 1,
+        "judge_chosen": attention,
+        "judge_rejected": attention,
+        "ref_chosen_logps": np.array([-1, -1], np.float32),
+        "ref_rejected_logps": np.array([-1], np.float32),
+    }
+    verdicts = {"a": [0.5, 0.25], "b": [1.0, -1.0]}
+    writer.write(
+        0,
+        [row | {"id": i, "judge_verdict": np.array(v, np.float32)} for i, v in verdicts.items()],
+    )
+    writer.finish({})
+    (code,) = blocks("data.md", "python")
+    exec(compile(code, "data.md", "exec"), {})
+    assert "1 of 2 pairs judged as labelled in both orders, layers (3,)" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def plugins(tmp_path_factory):
+    """The research page's two functions as plugin files, by name."""
+    folder = tmp_path_factory.mktemp("plugins")
+    for code in blocks("research.md", "python"):
+        (function,) = (n for n in ast.parse(code).body if isinstance(n, ast.FunctionDef))
+        (folder / f"{function.name}.py").write_text(code)
+    return folder
+
+
+def test_research_page_s_command_resolves(plugins, monkeypatch):
+    (command,) = blocks("research.md", "bash")
+    _, script, *arguments = shlex.split(command)
+    assert (ROOT / script).is_file()
+    monkeypatch.chdir(plugins)
+    (plugins / "configs").symlink_to(ROOT / "configs")
+    overrides = [a for a in arguments if a.startswith("--config.")]
+    config = cli.load_config(
+        "configs/quickstart.py", [*overrides, "--config.weighting.name=surprise"]
+    )
+    config_lib.validate(config)
+    weigh = config_lib.bind_section(weighting, config.weighting)
+    mask = jnp.array([[True, True, False], [False, False, False]])
+    logps = jnp.log(jnp.array([[0.5, 0.25, 1.0], [1.0, 1.0, 1.0]]))
+    response = weighting.ResponseTokens(
+        mask_BT=mask,
+        text_mask_BT=mask,
+        judge_B2ST=jnp.zeros((2, 2, 1, 3)),
+        verdict_B2=jnp.zeros((2, 2)),
+        reference_logps_BT=logps,
+        policy_logps_BT=logps,
+        is_chosen=jnp.array([True, False]),
+    )
+    # Scores 2 and 4, scaled to a sum of 2 tokens; a padding row has none.
+    weights = weigh(response).tolist()
+    assert weights[0] == pytest.approx([2 / 3, 4 / 3, 0.0]) and weights[1] == [0.0, 0.0, 0.0]
+
+
+def test_research_page_s_objective(plugins):
+    config = config_lib.default_config()
+    config.plugins = (str(plugins / "exponential.py"),)
+    config = config_lib.complete_sections(config, objective="exponential")
+    config_lib.validate(config)
+
+    def scores(log_ratio):
+        one = jnp.ones(1)
+        return losses.ResponseScores(
+            policy_B=log_ratio * one, reference_B=0 * one, weight_B=one, length_B=one
+        )
+
+    loss = config_lib.bind_section(losses, config.objective)
+    assert loss(scores(5.0), scores(-5.0)).tolist() == pytest.approx([0.36788], abs=1e-5)  # 1/e
+
+
+def test_research_page_lists_what_a_weighting_may_use():
+    listed = [name for row in rows("research.md", 3) for name in re.findall(r"`(\w+)`", row[0])]
+    assert listed == [field.name for field in dataclasses.fields(weighting.ResponseTokens)]
+
+
+def test_index_lists_every_page():
+    linked = re.findall(r"\]\((\w+\.md)\)", (DOCS / "README.md").read_text())
+    assert sorted([*linked, "README.md"]) == sorted(path.name for path in DOCS.glob("*.md"))
+
+
+def test_development_page_names_files_that_exist():
+    (layout,) = blocks("development.md", "text")
+    for word in re.findall(r"[\w/]+(?:\.py|/)", layout):
+        assert (ROOT / word).exists() or (ROOT / "attnpo_jax" / word).exists(), word

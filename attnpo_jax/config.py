@@ -101,8 +101,9 @@ def default_config() -> config_dict.ConfigDict:
     judge.max_length = 2048
     # Tokens each answer keeps in a prompt that has to be shortened.
     judge.max_answer_length = 768
-    # Layers whose attention is kept: "quartiles" (first, one per quarter, last), "all", or a tuple
-    # of layer numbers, negative ones counted from the last.
+    # Layers whose attention is kept: "quartiles" (first, one per quarter, last; of a model with
+    # sliding-window layers, among its global ones), "all", or a tuple of layer numbers, negative
+    # ones counted from the last.
     judge.layers = _any("quartiles")
     # Pairs judged, or scored by the reference, at a time, at most.
     judge.batch_size = 8
@@ -270,26 +271,45 @@ def validate(config: config_dict.ConfigDict) -> None:
         raise ConfigError(found)
 
 
-def source_layers(judge_layers: str | Sequence[int], num_layers: int) -> tuple[int, ...]:
+def source_layers(
+    judge_layers: str | Sequence[int],
+    num_layers: int,
+    global_layers: Sequence[int] | None = None,
+) -> tuple[int, ...]:
     """The layers whose attention the judge keeps, counted from 0.
 
     Args:
       judge_layers: `config.judge.layers`.
       num_layers: how many layers the model has.
+      global_layers: the layers that see the whole judge prompt, ascending, of which `quartiles`
+        chooses; None for all.
 
     Raises:
-      ConfigError: a layer the model does not have.
+      ConfigError: a layer the model does not have, or `quartiles` of no global layer.
 
     >>> source_layers("quartiles", 30)
     (0, 6, 14, 21, 29)
     >>> source_layers((0, -1), 30)
     (0, 29)
+    >>> source_layers("quartiles", 10, global_layers=(4, 9))
+    (4, 9)
     """
     if judge_layers == "all":
         return tuple(range(num_layers))
     if judge_layers == "quartiles":
-        quarters = (num_layers // 4, num_layers // 2, 3 * num_layers // 4, num_layers)
-        return tuple(sorted({0, *(max(quarter - 1, 0) for quarter in quarters)}))
+        candidates = range(num_layers) if global_layers is None else global_layers
+        if not candidates:
+            raise ConfigError(
+                [
+                    "config.judge.layers = 'quartiles': every layer of this model has a sliding "
+                    "window shorter than judge.max_length, so none is sure to see both answers; "
+                    "accepted: layers by number, or a judge.max_length within the window"
+                ]
+            )
+        n = len(candidates)
+        quarters = (n // 4, n // 2, 3 * n // 4, n)
+        places = sorted({0, *(max(quarter - 1, 0) for quarter in quarters)})
+        return tuple(candidates[place] for place in places)
     outside = [x for x in judge_layers if not -num_layers <= x < num_layers]
     if outside:
         raise ConfigError(
@@ -303,8 +323,20 @@ def source_layers(judge_layers: str | Sequence[int], num_layers: int) -> tuple[i
     return tuple(sorted({x % num_layers for x in judge_layers}))
 
 
-def check_layers(config: config_dict.ConfigDict, num_layers: int) -> tuple[int, ...]:
-    """Checks `judge.layers` and `weighting.layer` against the number of layers of the model.
+def check_layers(
+    config: config_dict.ConfigDict,
+    num_layers: int,
+    layer_windows: Sequence[int | None] | None = None,
+) -> tuple[int, ...]:
+    """Checks `judge.layers` and `weighting.layer` against the layers of the model.
+
+    `quartiles` takes global layers alone: one with a sliding window may not see both answers. Where
+    all layers have a window, those will do whose window holds the whole judge prompt.
+
+    Args:
+      config: the run's config.
+      num_layers: how many layers the model has.
+      layer_windows: see `models.config.ModelConfig`.
 
     Returns:
       The judge's source layers.
@@ -312,7 +344,12 @@ def check_layers(config: config_dict.ConfigDict, num_layers: int) -> tuple[int, 
     Raises:
       ConfigError: a layer the model does not have, or a weighting's layer the judge does not keep.
     """
-    sources = source_layers(config.judge.layers, num_layers)
+    global_layers = None
+    if layer_windows is not None:
+        global_layers = [i for i, window in enumerate(layer_windows) if window is None] or [
+            i for i, window in enumerate(layer_windows) if window >= config.judge.max_length
+        ]
+    sources = source_layers(config.judge.layers, num_layers, global_layers)
     if "layer" in config.weighting:
         try:
             weighting.select_sources(config.weighting.layer, sources, num_layers)

@@ -21,7 +21,7 @@ from attnpo_jax.data.sources import Pair
 from attnpo_jax.data.tokenize import TokenizedPair, tokenize_pair
 from attnpo_jax.judge_prompt import JudgePrompt, JudgePrompter, JudgeTemplate
 from attnpo_jax.language_model import LanguageModel
-from attnpo_jax.models import decoder
+from attnpo_jax.models import decoder, head
 from attnpo_jax.models.decoder import ModelConfig, Params, Past
 
 # How many prompts are looked at to find their common beginning and the row lengths to compile.
@@ -313,11 +313,8 @@ def _judge_rows(
         past=past,
         dtype=dtype,
     )
-    logits_BQV = jnp.einsum(
-        "bqd,vd->bqv",
-        output.hidden_BQD,
-        decoder.unembedding(params).astype(dtype),
-        preferred_element_type=jnp.float32,
+    logits_BQV = head.logits(
+        output.hidden_BQD, decoder.unembedding(params), softcap=config.final_logit_softcapping
     )
     for_a_BQ = logits_BQV[..., letters[0]] - logits_BQV[..., letters[1]]
     answer_BQ = jnp.argmax(logits_BQV, axis=-1).astype(jnp.int32)

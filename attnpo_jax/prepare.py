@@ -59,7 +59,8 @@ def prepare(
     config_lib.validate(config)
     workdir, console = pathlib.Path(workdir), console or Console()
     folder = checkpoints.resolve(config.model.source)
-    config_lib.check_layers(config, checkpoints.load_config(folder).num_layers)
+    shape = checkpoints.load_config(folder)
+    config_lib.check_layers(config, shape.num_layers, shape.layer_windows)
     tokenizer = ChatTokenizer.load(folder, provenance.read_chat_template(config))
     splits = ["train", "eval"] if config.data.eval else ["train"]
     # All splits are checked before any of them is computed.

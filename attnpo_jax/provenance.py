@@ -64,7 +64,7 @@ def components(
         "data": data,
         "max_length": config.data.max_length,
         "max_prompt_length": config.data.max_prompt_length,
-        "source_layers": list(check_layers(config, model.num_layers)),
+        "source_layers": list(check_layers(config, model.num_layers, model.layer_windows)),
         "num_layers": model.num_layers,
     }
 

@@ -47,7 +47,13 @@ def response_logps(
         remat=remat,
     )
     hidden_BMD = jnp.take_along_axis(hidden_BLD, batch.read_BM[..., None], axis=1)
-    logps_BM = token_logps(hidden_BMD, decoder.unembedding(params), batch.target_BM, chunk=chunk)
+    logps_BM = token_logps(
+        hidden_BMD,
+        decoder.unembedding(params),
+        batch.target_BM,
+        softcap=config.final_logit_softcapping,
+        chunk=chunk,
+    )
     B = logps_BM.shape[0]
     flat = jnp.take_along_axis(logps_BM, batch.index_BG2T.reshape(B, -1), axis=1)
     return jnp.where(batch.mask_BG2T, flat.reshape(batch.mask_BG2T.shape), 0.0)

@@ -262,6 +262,31 @@ def test_check_layers_wants_the_weighting_s_layer_among_the_sources():
     assert check_layers(config, 30) == (7, 29)
 
 
+def test_quartiles_take_global_layers_where_others_have_a_sliding_window():
+    config = default_config()
+    complete_sections(config, weighting="uniform")
+    # Gemma 2: every other layer is global; of those 13, places 0, 2, 5, 8 and 12.
+    alternating = (4096, None) * 13
+    assert check_layers(config, 26, alternating) == (1, 5, 11, 17, 25)
+    # Gemma-3-4B: 5 global layers of 34.
+    windows = tuple(None if (i + 1) % 6 == 0 else 1024 for i in range(34))
+    assert check_layers(config, 34, windows) == (5, 11, 17, 29)
+    config.judge.layers = (0, -1)
+    assert check_layers(config, 34, windows) == (0, 33)
+
+
+def test_quartiles_take_local_layers_only_if_they_see_the_whole_judge_prompt():
+    config = default_config()
+    complete_sections(config, weighting="uniform")
+    assert config.judge.max_length == 2048
+    assert check_layers(config, 32, (4096,) * 32) == (0, 7, 15, 23, 31)
+    assert check_layers(config, 32, (2048,) * 32) == (0, 7, 15, 23, 31)
+    with pytest.raises(ConfigError, match="judge.layers = 'quartiles': .*window shorter than"):
+        check_layers(config, 32, (2047,) * 32)
+    config.judge.layers = "all"
+    assert check_layers(config, 3, (2047,) * 3) == (0, 1, 2)
+
+
 def test_json_round_trip_keeps_tuples_sections_and_types():
     config = default_config()
     config.data.train = ("a.jsonl", "b.jsonl")

@@ -25,13 +25,25 @@ class RowLayout:
     Attributes:
       branch_BL: int32; 0 padding, 1 prefix, 2 and 3 the branches.
       segment_BL: int32; which of the pairs packed into the row, or None for one pair a row.
+      positions_BL: int32 positions, which sliding windows are counted in: those of a branch
+        continue the prefix's. None where no layer has a window.
     """
 
     branch_BL: jax.Array
     segment_BL: jax.Array | None = None
+    positions_BL: jax.Array | None = None
 
-    def visible(self, query_BQ: jax.Array, key_start: int, key_stop: int) -> jax.Array:
-        """Mask (B, Q, key_stop - key_start) of the keys that the queries at given places see."""
+    def visible(
+        self,
+        query_BQ: jax.Array,
+        key_start: int,
+        key_stop: int,
+        window: int | jax.Array | None = None,
+    ) -> jax.Array:
+        """Mask (B, Q, key_stop - key_start) of the keys that the queries at given places see.
+
+        With a `window`, a query sees as many positions at most, its own included.
+        """
         places = jnp.arange(key_start, key_stop)
         branch_q = jnp.take_along_axis(self.branch_BL, query_BQ, axis=1)[:, :, None]
         branch_k = self.branch_BL[:, None, key_start:key_stop]
@@ -40,7 +52,42 @@ class RowLayout:
         if self.segment_BL is not None:
             segment_q = jnp.take_along_axis(self.segment_BL, query_BQ, axis=1)[:, :, None]
             mask &= segment_q == self.segment_BL[:, None, key_start:key_stop]
+        if window is not None:
+            mask &= self._near(query_BQ, self.positions_BL[:, key_start:key_stop], window)
         return mask
+
+    def past_visible(
+        self, query_BQ: jax.Array, length: int, window: int | jax.Array | None
+    ) -> jax.Array | None:
+        """Mask (B, Q, P) of a shared past of `length` tokens; None where all of it is visible."""
+        if window is None:
+            return None
+        return self._near(query_BQ, jnp.arange(length)[None], window)
+
+    def _near(self, query_BQ, key_positions_BK, window) -> jax.Array:
+        position_q = jnp.take_along_axis(self.positions_BL, query_BQ, axis=1)[:, :, None]
+        return position_q - key_positions_BK[:, None, :] < window
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreRule:
+    """How a layer's scores become probabilities; the defaults are a Llama's.
+
+    Attributes:
+      scale: what query-key products are multiplied with; None for H^-1/2.
+      softcap: bound c on the scaled scores, as c * tanh(score / c); None for no bound.
+      window: positions a query sees at most, its own included, or None for all. An array where it
+        differs from layer to layer.
+    """
+
+    scale: float | None = None
+    softcap: float | None = None
+    window: int | jax.Array | None = None
+
+
+def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+    """cap * tanh(x / cap): bounds x smoothly (arXiv 2408.00118, section 2); x itself for None."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 @jax.tree_util.register_dataclass
@@ -63,10 +110,11 @@ def attend(
     v_BLKH: jax.Array,
     layout: RowLayout,
     *,
+    rule: ScoreRule = ScoreRule(),
     past: Past | None = None,
     block: int = 256,
 ) -> jax.Array:
-    """Attention outputs (B, L, N, H) under the row's visibility rule; scores scaled by H^-1/2.
+    """Attention outputs (B, L, N, H) under the row's visibility rule.
 
     Queries are taken in blocks, each against the keys up to its own end only, so that scores are
     never held for more than `block` queries, and the half of them that causality hides is mostly
@@ -76,7 +124,7 @@ def attend(
     outputs = []
     for start in range(0, L, block):
         stop = min(start + block, L)
-        step = functools.partial(_attend_block, start=start, layout=layout, past=past)
+        step = functools.partial(_attend_block, start=start, layout=layout, rule=rule, past=past)
         outputs.append(
             jax.checkpoint(step)(q_BLNH[:, start:stop], k_BLKH[:, :stop], v_BLKH[:, :stop])
         )
@@ -89,11 +137,11 @@ def attention_rows(
     layout: RowLayout,
     read_BQ: jax.Array,
     *,
+    rule: ScoreRule = ScoreRule(),
     past: Past | None = None,
 ) -> jax.Array:
     """Attention probabilities (B, N, Q, P + L), float32, of the queries that stand at `read_BQ`."""
-    mask_BQL = layout.visible(read_BQ, 0, k_BLKH.shape[1])
-    return _probabilities(q_BQNH, k_BLKH, mask_BQL, past)
+    return _probabilities(q_BQNH, k_BLKH, read_BQ, layout, rule, past)
 
 
 def weighted_values(p_BNQL: jax.Array, v_BLKH: jax.Array, *, past: Past | None = None) -> jax.Array:
@@ -107,23 +155,30 @@ def weighted_values(p_BNQL: jax.Array, v_BLKH: jax.Array, *, past: Past | None =
     return out_BQKGH.reshape(B, Q, N, H)
 
 
-def _attend_block(q_BLNH, k_BLKH, v_BLKH, *, start: int, layout: RowLayout, past: Past | None):
+def _attend_block(q_BLNH, k_BLKH, v_BLKH, *, start: int, layout, rule, past: Past | None):
     B, L = q_BLNH.shape[:2]
     query_BL = jnp.broadcast_to(jnp.arange(start, start + L), (B, L))
-    mask_BLL = layout.visible(query_BL, 0, k_BLKH.shape[1])
-    p_BNLL = _probabilities(q_BLNH, k_BLKH, mask_BLL, past)
+    p_BNLL = _probabilities(q_BLNH, k_BLKH, query_BL, layout, rule, past)
     return weighted_values(p_BNLL, v_BLKH, past=past)
 
 
-def _probabilities(q_BQNH, k_BLKH, mask_BQL, past: Past | None) -> jax.Array:
+def _probabilities(
+    q_BQNH, k_BLKH, query_BQ, layout: RowLayout, rule: ScoreRule, past: Past | None
+) -> jax.Array:
     B, Q, N, H = q_BQNH.shape
     K = k_BLKH.shape[2]
-    q_BQKGH = (q_BQNH * H**-0.5).reshape(B, Q, K, N // K, H)
-    scores = jnp.einsum("bqkgh,blkh->bkgql", q_BQKGH, k_BLKH, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask_BQL[:, None, None], scores, MASKED)
+    scale = H**-0.5 if rule.scale is None else rule.scale
+    q_BQKGH = (q_BQNH * scale).reshape(B, Q, K, N // K, H)
+
+    def scores(spec, keys, mask_BQL):
+        s = jnp.einsum(spec, q_BQKGH, keys, preferred_element_type=jnp.float32)
+        s = soft_cap(s, rule.softcap)
+        return s if mask_BQL is None else jnp.where(mask_BQL[:, None, None], s, MASKED)
+
+    mask_BQL = layout.visible(query_BQ, 0, k_BLKH.shape[1], rule.window)
+    scores_BKGQL = scores("bqkgh,blkh->bkgql", k_BLKH, mask_BQL)
     if past is not None:
-        scores_past = jnp.einsum(
-            "bqkgh,pkh->bkgqp", q_BQKGH, past.keys, preferred_element_type=jnp.float32
-        )
-        scores = jnp.concatenate([scores_past, scores], axis=-1)
-    return jax.nn.softmax(scores, axis=-1).reshape(B, N, Q, -1)
+        mask_BQP = layout.past_visible(query_BQ, past.keys.shape[0], rule.window)
+        scores_past = scores("bqkgh,pkh->bkgqp", past.keys, mask_BQP)
+        scores_BKGQL = jnp.concatenate([scores_past, scores_BKGQL], axis=-1)
+    return jax.nn.softmax(scores_BKGQL, axis=-1).reshape(B, N, Q, -1)

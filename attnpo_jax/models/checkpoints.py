@@ -10,14 +10,14 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import huggingface_hub
 import jax
 import jax.numpy as jnp
-import ml_dtypes  # noqa: F401  numpy learns bfloat16 by this import
+import ml_dtypes
 import numpy as np
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -25,45 +25,28 @@ from safetensors import SafetensorError, safe_open
 
 from attnpo_jax.models import embedded
 from attnpo_jax.models.decoder import ModelConfig, abstract_params
+from attnpo_jax.models.tensors import (
+    Part,
+    Slot,
+    is_carried,
+    parts,
+    read_part,
+    table,
+    text_prefix,
+    to_hf,
+    whole_shapes,
+)
 
 __all__ = ["CheckpointError", "load_config", "load_params", "resolve", "save", "weights_digest"]
 
-# How a tensor of ours (without the layer axis) becomes Hugging Face's: for each axis there, the
-# axes of ours that it merges, in order. Linear weights are (out, in) there, (in, out) here.
-_SAME_VECTOR = ((0,),)
-_SAME_MATRIX = ((0,), (1,))
-_TRANSPOSED = ((1,), (0,))
-_HEADS_OUT = ((1, 2), (0,))  # (D, N, H) -> (N * H, D)
-_HEADS_IN = ((2,), (0, 1))  # (N, H, D) -> (D, N * H)
-_HEADS_BIAS = ((0, 1),)  # (N, H) -> (N * H,)
-
-# The one table of names, for loading and saving alike. Which of the optional ones a model has
-# follows from `abstract_params`.
-_TABLE = {
-    "embedding": ("model.embed_tokens.weight", _SAME_MATRIX),
-    "final_norm": ("model.norm.weight", _SAME_VECTOR),
-    "lm_head": ("lm_head.weight", _SAME_MATRIX),
-    "layers/attention_norm": ("model.layers.{layer}.input_layernorm.weight", _SAME_VECTOR),
-    "layers/query": ("model.layers.{layer}.self_attn.q_proj.weight", _HEADS_OUT),
-    "layers/key": ("model.layers.{layer}.self_attn.k_proj.weight", _HEADS_OUT),
-    "layers/value": ("model.layers.{layer}.self_attn.v_proj.weight", _HEADS_OUT),
-    "layers/output": ("model.layers.{layer}.self_attn.o_proj.weight", _HEADS_IN),
-    "layers/query_bias": ("model.layers.{layer}.self_attn.q_proj.bias", _HEADS_BIAS),
-    "layers/key_bias": ("model.layers.{layer}.self_attn.k_proj.bias", _HEADS_BIAS),
-    "layers/value_bias": ("model.layers.{layer}.self_attn.v_proj.bias", _HEADS_BIAS),
-    "layers/output_bias": ("model.layers.{layer}.self_attn.o_proj.bias", _SAME_VECTOR),
-    "layers/mlp_norm": ("model.layers.{layer}.post_attention_layernorm.weight", _SAME_VECTOR),
-    "layers/gate": ("model.layers.{layer}.mlp.gate_proj.weight", _TRANSPOSED),
-    "layers/up": ("model.layers.{layer}.mlp.up_proj.weight", _TRANSPOSED),
-    "layers/down": ("model.layers.{layer}.mlp.down_proj.weight", _TRANSPOSED),
-    "layers/gate_bias": ("model.layers.{layer}.mlp.gate_proj.bias", _SAME_VECTOR),
-    "layers/up_bias": ("model.layers.{layer}.mlp.up_proj.bias", _SAME_VECTOR),
-    "layers/down_bias": ("model.layers.{layer}.mlp.down_proj.bias", _SAME_VECTOR),
-}
-
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_FLOAT_TYPES = ("F32", "BF16", "F16", "F64")
+_FLOAT_TYPES = {
+    "F32": np.dtype(np.float32),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+    "F64": np.dtype(np.float64),
+}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl")
 _COMPANIONS = (
     "generation_config.json",
@@ -75,6 +58,8 @@ _COMPANIONS = (
     "merges.txt",
     "tokenizer.model",
     "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
     "*.jinja",
 )
 _MARKER = "attnpo_export.json"
@@ -83,15 +68,6 @@ _SHARD_BYTES = 5 * 10**9
 
 class CheckpointError(ValueError):
     """A checkpoint folder can't be used; the message names the file or tensor and what is wrong."""
-
-
-class _Tensor(NamedTuple):
-    """One tensor of a parameter, as Hugging Face has it: `layer` is None for unstacked ones."""
-
-    name: str
-    path: str
-    layer: int | None
-    shape: tuple[int, ...]
 
 
 class _Stored(NamedTuple):
@@ -202,79 +178,37 @@ def _stored_tensors(files: list[Path]) -> dict[str, _Stored]:
     return stored
 
 
-# --- The two layouts -----------------------------------------------------------------------------
-
-
-def _hf_shape(shape: tuple[int, ...], layout) -> tuple[int, ...]:
-    return tuple(math.prod(shape[axis] for axis in group) for group in layout)
-
-
-def _tensors(shapes: Mapping[str, Any]) -> Iterator[_Tensor]:
-    """Every Hugging Face tensor of a model, given its flat tree of shapes; grouped by parameter."""
-    for path, leaf in shapes.items():
-        template, layout = _TABLE[path]
-        if not path.startswith("layers/"):
-            yield _Tensor(template, path, None, _hf_shape(leaf.shape, layout))
-            continue
-        for layer in range(leaf.shape[0]):
-            name = template.format(layer=layer)
-            yield _Tensor(name, path, layer, _hf_shape(leaf.shape[1:], layout))
-
-
-def _to_hf(value: np.ndarray, layout) -> np.ndarray:
-    order = [axis for group in layout for axis in group]
-    return np.ascontiguousarray(value.transpose(order).reshape(_hf_shape(value.shape, layout)))
-
-
-def _read_part(stored: _Stored, name: str, shape, layout, bounds) -> np.ndarray:
-    """The part within `bounds` (start and stop for each axis of ours) of a tensor, in our layout.
-
-    Of a merged axis, the file is sliced along its outermost axis of ours; only that range is read.
-    """
-    cut, split, rest = [], [], []
-    for group in layout:
-        outer, *inner = group
-        block = math.prod(shape[axis] for axis in inner)
-        start, stop = bounds[outer]
-        cut.append(slice(start * block, stop * block))
-        split += [stop - start, *(shape[axis] for axis in inner)]
-        rest += [slice(None), *(slice(*bounds[axis]) for axis in inner)]
-    # Opened anew for every tensor: pages of a file that stays mapped would count as our memory.
-    with _open(stored.file) as opened:
-        read = opened.get_slice(name)[tuple(cut)]
-    order = [axis for group in layout for axis in group]
-    return read.reshape(split)[tuple(rest)].transpose(np.argsort(order))
-
-
 # --- Loading -------------------------------------------------------------------------------------
 
 
 def _check_stored(
     folder: Path,
-    wanted: list[_Tensor],
+    config: ModelConfig,
+    slots: Mapping[str, Slot],
+    wanted: list[Part],
     stored: Mapping[str, _Stored],
     weight_map: Mapping[str, str],
 ) -> None:
     """Raises one error that names every missing, extra, misshapen and non-float tensor."""
     missing, misshapen, not_float = [], [], []
-    for tensor in wanted:
-        found = stored.get(tensor.name)
+    shapes = whole_shapes(wanted)
+    for name, shape in shapes.items():
+        found = stored.get(name)
         if found is None:
-            file = weight_map.get(tensor.name, _INDEX if weight_map else _SINGLE)
-            missing.append(f"{tensor.name} (not in {file})")
-        elif found.shape != tensor.shape:
-            misshapen.append(
-                f"{tensor.name} in {found.file.name}: found {found.shape}, expected {tensor.shape}"
-            )
+            file = weight_map.get(name, _INDEX if weight_map else _SINGLE)
+            missing.append(f"{name} (not in {file})")
+        elif found.shape != shape:
+            misshapen.append(f"{name} in {found.file.name}: found {found.shape}, expected {shape}")
         elif found.dtype not in _FLOAT_TYPES:
-            not_float.append(f"{tensor.name} in {found.file.name}: {found.dtype}")
-    known = {tensor.name for tensor in wanted}
+            not_float.append(f"{name} in {found.file.name}: {found.dtype}")
     # A tied head and the rotary table are copies of what the model has or computes anyway.
-    known.add(_TABLE["lm_head"][0])
+    known = {*shapes, slots["lm_head"].name}
     extra = [
         f"{name} in {found.file.name}"
         for name, found in stored.items()
-        if name not in known and not name.endswith("rotary_emb.inv_freq")
+        if name not in known
+        and not name.endswith("rotary_emb.inv_freq")
+        and not is_carried(config, name)
     ]
     problems = []
     for what, names in (
@@ -294,27 +228,29 @@ def _check_stored(
 def _parameter_reader(
     leaf: jax.ShapeDtypeStruct,
     layout,
-    tensors: list[_Tensor],
+    layers: list[Part],
     stored: Mapping[str, _Stored],
 ) -> Callable[[tuple[slice, ...]], np.ndarray]:
     """A function from an index (one slice an axis) to that part of a parameter, in its dtype."""
-    stacked = tensors[0].layer is not None
+    stacked = layers[0].layer is not None
     shape = leaf.shape if stacked else (1, *leaf.shape)
-    # Devices that hold copies of one part ask for it one after the other.
-    parts: dict[tuple, np.ndarray] = {}
+    # Devices that hold copies of one stack ask for it one after the other.
+    stacks: dict[tuple, np.ndarray] = {}
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
         full = index if stacked else (slice(None), *index)
         bounds = tuple(part.indices(size)[:2] for part, size in zip(full, shape, strict=True))
-        if bounds in parts:
-            return parts[bounds]
+        if bounds in stacks:
+            return stacks[bounds]
         # Converted while it is copied into place: no second copy of the stack is made.
         stack = np.empty([stop - start for start, stop in bounds], leaf.dtype)
-        for row, tensor in enumerate(tensors[slice(*bounds[0])]):
-            found = stored[tensor.name]
-            stack[row] = _read_part(found, tensor.name, shape[1:], layout, bounds[1:])
-        parts[bounds] = stack if stacked else stack[0]
-        return parts[bounds]
+        for row, part in enumerate(layers[slice(*bounds[0])]):
+            # Opened anew for every part: pages of a file that stays mapped count as our memory.
+            with _open(stored[part.name].file) as opened:
+                tensor = opened.get_slice(part.name)
+                stack[row] = read_part(tensor, shape[1:], layout, bounds[1:], part.start)
+        stacks[bounds] = stack if stacked else stack[0]
+        return stacks[bounds]
 
     return read
 
@@ -348,15 +284,16 @@ def load_params(
     folder = Path(folder)
     files, weight_map = _weight_files(folder)
     shapes = flatten_dict(abstract_params(config, param_dtype), sep="/")
-    wanted = list(_tensors(shapes))
     stored = _stored_tensors(files)
-    _check_stored(folder, wanted, stored, weight_map)
+    slots = table(config, text_prefix(stored))
+    wanted = list(parts(slots, shapes))
+    _check_stored(folder, config, slots, wanted, stored, weight_map)
     flat_shardings = {} if shardings is None else flatten_dict(shardings, sep="/")
 
     params = {}
     for path, leaf in shapes.items():
         read = _parameter_reader(
-            leaf, _TABLE[path][1], [tensor for tensor in wanted if tensor.path == path], stored
+            leaf, slots[path].layout, [part for part in wanted if part.path == path], stored
         )
         if shardings is None:
             params[path] = jax.device_put(read((slice(None),) * len(leaf.shape)))
@@ -372,16 +309,69 @@ def load_params(
 # --- Saving --------------------------------------------------------------------------------------
 
 
-def _plan_shards(tensors: list[_Tensor], params: Mapping[str, Any]) -> list[list[_Tensor]]:
+class _Export(NamedTuple):
+    """One tensor of an export.
+
+    Attributes:
+      layers: the parts of parameters that it is made of; none for a tensor that is carried over
+        from the source.
+      shape: its shape.
+      dtype: what it is written in.
+    """
+
+    layers: list[Part]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+def _source_tensors(folder: Path, config: ModelConfig) -> dict[str, _Stored]:
+    """The tensors of the folder that a model came from; none for one that came from its config."""
+    has_weights = (folder / _SINGLE).is_file() or (folder / _INDEX).is_file()
+    if not has_weights and config.model_type != "gemma3":
+        return {}
+    return _stored_tensors(_weight_files(folder)[0])
+
+
+def _exports(
+    slots: Mapping[str, Slot],
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    source: Mapping[str, _Stored],
+) -> dict[str, _Export]:
+    """The tensors of an export by name: layer by layer, as the model runs."""
+    of_model = sorted(parts(slots, params), key=lambda p: -1 if p.layer is None else p.layer)
+    shapes = whole_shapes(of_model)
+    exports: dict[str, _Export] = {}
+    for part in of_model:
+        if part.name not in exports:
+            dtype = np.dtype(params[part.path].dtype)
+            found = source.get(part.name)
+            if found is not None and found.dtype in _FLOAT_TYPES:
+                theirs = _FLOAT_TYPES[found.dtype]
+                # In a wider type than the parameters', nothing would be gained.
+                dtype = theirs if theirs.itemsize <= dtype.itemsize else dtype
+            exports[part.name] = _Export([], shapes[part.name], dtype)
+        exports[part.name].layers.append(part)
+    for name, found in source.items():
+        if is_carried(config, name):
+            if found.dtype not in _FLOAT_TYPES:
+                raise CheckpointError(
+                    f"{name} in {found.file}: {found.dtype} can't be carried over"
+                )
+            exports[name] = _Export([], found.shape, _FLOAT_TYPES[found.dtype])
+    return exports
+
+
+def _plan_shards(exports: Mapping[str, _Export]) -> list[list[str]]:
     """Cuts the tensors, in order, into runs of at most `_SHARD_BYTES` (or of one tensor)."""
-    shards: list[list[_Tensor]] = [[]]
+    shards: list[list[str]] = [[]]
     filled = 0
-    for tensor in tensors:
-        size = math.prod(tensor.shape) * params[tensor.path].dtype.itemsize
+    for name, export in exports.items():
+        size = math.prod(export.shape) * export.dtype.itemsize
         if shards[-1] and filled + size > _SHARD_BYTES:
             shards.append([])
             filled = 0
-        shards[-1].append(tensor)
+        shards[-1].append(name)
         filled += size
     return shards
 
@@ -391,28 +381,45 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _write_weights(folder: Path, params: Mapping[str, Any]) -> None:
-    # Layer by layer, as the model runs, and not parameter by parameter.
-    tensors = sorted(_tensors(params), key=lambda t: -1 if t.layer is None else t.layer)
-    shards = _plan_shards(tensors, params)
+def _assembled(export: _Export, slots: Mapping[str, Slot], params: Mapping[str, Any]) -> np.ndarray:
+    """A tensor of the export from the parameters that it is made of."""
+    pieces = []
+    for part in export.layers:
+        value = params[part.path]
+        # Only this layer comes to the host, not the whole stack.
+        value = np.asarray(value if part.layer is None else value[part.layer])
+        pieces.append(to_hf(value, slots[part.path].layout))
+    whole = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+    return whole.astype(export.dtype, copy=False)
+
+
+def _write_weights(
+    folder: Path, config: ModelConfig, params: Mapping[str, Any], source: Mapping[str, _Stored]
+) -> np.dtype:
+    """Writes all tensors; returns the dtype of the embedding."""
+    slots = table(config, text_prefix(source))
+    exports = _exports(slots, config, params, source)
+    shards = _plan_shards(exports)
     weight_map, total = {}, 0
     for number, shard in enumerate(shards, start=1):
         file = _SINGLE
         if len(shards) > 1:
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         arrays = {}
-        for tensor in shard:
-            value = params[tensor.path]
-            # Only this layer comes to the host, not the whole stack.
-            value = np.asarray(value if tensor.layer is None else value[tensor.layer])
-            arrays[tensor.name] = _to_hf(value, _TABLE[tensor.path][1])
-            weight_map[tensor.name] = file
-            total += arrays[tensor.name].nbytes
+        for name in shard:
+            if exports[name].layers:
+                arrays[name] = _assembled(exports[name], slots, params)
+            else:
+                with _open(source[name].file) as opened:
+                    arrays[name] = opened.get_tensor(name)
+            weight_map[name] = file
+            total += arrays[name].nbytes
         # transformers refuses safetensors files that do not say which framework laid them out.
         safetensors.numpy.save_file(arrays, folder / file, metadata={"format": "pt"})
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         _write_json(folder / _INDEX, index)
+    return exports[slots["embedding"].name].dtype
 
 
 def _check_params(config: ModelConfig, params: Mapping[str, Any]) -> None:
@@ -441,19 +448,21 @@ def save(
     """Exports parameters as a Hugging Face folder that transformers loads.
 
     Writes safetensors (shards of 5 GB with an index above that size), and from `source_folder`
-    config.json with its dtype brought up to date, tokenizer, chat template and generation config.
-    Everything goes to a folder beside the target first, so the target is whole or absent.
+    config.json with its dtype brought up to date, tokenizer, chat template and generation config,
+    and the tensors of parts that are not trained here, such as a vision tower. A tensor has the
+    dtype that it has in `source_folder`, or the parameter's own if that is narrower. Everything
+    goes to a folder beside the target first, so the target is whole or absent.
 
     Args:
       folder: where to write; may exist if it is empty or an earlier export.
       config: the model's config.
-      params: the parameter tree; tensors keep their dtype.
+      params: the parameter tree, in any floating dtype.
       source_folder: the folder that the model was loaded from.
       overwrite: also replace a folder that is not an earlier export.
 
     Raises:
       CheckpointError: the target holds something else, the parameters do not fit `config`, or
-        `source_folder` has no config.json.
+        `source_folder` lacks config.json, or a vision tower that belongs into the export.
       OSError: the disk is full or the place can't be written; what was at `folder` stays.
     """
     folder, source_folder = Path(folder).absolute(), Path(source_folder)
@@ -468,23 +477,24 @@ def save(
     flat = flatten_dict(params, sep="/")
     _check_params(config, flat)
     content = _read_json(source_folder / "config.json")
-    # transformers 5 writes `dtype`, earlier versions know only `torch_dtype`; as the source has it.
-    for key in {"dtype", "torch_dtype"} & content.keys() or {"torch_dtype"}:
-        content[key] = flat["embedding"].dtype.name
+    source = _source_tensors(source_folder, config)
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
     temporary.mkdir()
     try:
-        _write_json(temporary / "config.json", content)
         for pattern in _COMPANIONS:
             for companion in source_folder.glob(pattern):
                 shutil.copyfile(companion, temporary / companion.name)
         _write_json(temporary / _MARKER, {"written_by": "attnpo_jax"})
         try:
-            _write_weights(temporary, flat)
+            dtype = _write_weights(temporary, config, flat, source)
         except SafetensorError as error:
             raise OSError(f"could not write the weights of {folder}: {error}") from error
+        # transformers 5 writes `dtype`, earlier versions know only `torch_dtype`.
+        for key in {"dtype", "torch_dtype"} & content.keys() or {"torch_dtype"}:
+            content[key] = dtype.name
+        _write_json(temporary / "config.json", content)
         for file in temporary.iterdir():
             # The safetensors writer makes private files; the weights are as readable as the rest.
             shutil.copymode(temporary / "config.json", file)

@@ -2,9 +2,20 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
-SUPPORTED_MODEL_TYPES = ("llama",)
+SUPPORTED_MODEL_TYPES = (
+    "gemma2",
+    "gemma3",
+    "gemma3_text",
+    "llama",
+    "mistral",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,11 +29,41 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class LinearRopeScaling:
+    """All rotary frequencies divided by one factor: positions squeezed into the trained range."""
+
+    factor: float
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Everything that the decoder's parameters and forward pass depend on.
 
-    Field names are those of Hugging Face's `LlamaConfig`, but for `num_layers`, `num_heads` and
-    `num_kv_heads`. Instances are hashable, so a jitted function may close over one.
+    Names of the fields that Hugging Face has too are Hugging Face's, but for `num_layers`,
+    `num_heads` and `num_kv_heads`. The defaults of the others are those of a Llama. Instances are
+    hashable, so a jitted function may close over one. Dropout rates are left out: nothing here
+    drops anything, in training either.
+
+    Attributes:
+      attention_bias: biases on query, key, value and output projections.
+      qkv_bias: biases on query, key and value alone.
+      mlp_bias: biases on the three feed-forward projections.
+      activation: of the gate; `gelu_pytorch_tanh` is GELU's tanh approximation.
+      norm_style: how an RMS norm applies its weight. `llama`: after rounding to the activations'
+        dtype; `olmo2`: before rounding; `gemma`: before rounding, and one is added to the weight.
+      pre_norms: norms on what goes into attention and feed-forward.
+      post_norms: norms on what they give back to the residual stream.
+      qk_norm: norms on queries and keys before rotation: over each head, or over the whole
+        projection at once.
+      embedding_scale: what token embeddings are multiplied with.
+      query_pre_attn_scalar: scores are multiplied with its power -1/2; None for `head_dim`.
+      attn_logit_softcapping: bound c of the scores, c * tanh(score / c).
+      final_logit_softcapping: the same for the logits over the vocabulary.
+      layer_windows: for each layer, how many positions up to and with its own a token sees, or None
+        for all; None in place of the tuple where no layer has a window.
+      local_rope_theta: rotary base of the layers that have a window, unscaled, where it is another
+        than `rope_theta`.
+      nope_layers: layers without rotary positions.
     """
 
     vocab_size: int
@@ -35,11 +76,24 @@ class ModelConfig:
     model_type: str = "llama"
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: RopeScaling | LinearRopeScaling | None = None
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 2048
     attention_bias: bool = False
+    qkv_bias: bool = False
     mlp_bias: bool = False
+    activation: Literal["silu", "gelu_pytorch_tanh"] = "silu"
+    norm_style: Literal["llama", "olmo2", "gemma"] = "llama"
+    pre_norms: bool = True
+    post_norms: bool = False
+    qk_norm: Literal["head", "projection"] | None = None
+    embedding_scale: float | None = None
+    query_pre_attn_scalar: float | None = None
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    layer_windows: tuple[int | None, ...] | None = None
+    local_rope_theta: float | None = None
+    nope_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -49,10 +103,16 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary positions, found {self.head_dim}")
+        if self.layer_windows is not None and len(self.layer_windows) != self.num_layers:
+            raise ValueError(
+                f"layer_windows has {len(self.layer_windows)} entries for {self.num_layers} layers"
+            )
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
-        """Reads a parsed `config.json`.
+        """Reads a parsed `config.json`; of a `gemma3` model, its text part.
+
+        A field that is absent has the value that transformers gives it for the model type.
 
         Raises:
           ValueError: the model type, or a feature that changes the result, is not supported; the
@@ -64,11 +124,12 @@ class ModelConfig:
                 f"config.json: model_type {model_type!r} is not supported; "
                 f"supported: {', '.join(SUPPORTED_MODEL_TYPES)}"
             )
-        activation = config.get("hidden_act", "silu")
-        if activation not in ("silu", "swish"):
-            raise ValueError(
-                f"config.json: hidden_act {activation!r} is not supported; supported: 'silu'"
-            )
+        if config.get("quantization_config") is not None:
+            raise _refusal("quantization_config", config["quantization_config"], "null")
+        if model_type == "gemma3":
+            config = _text_part(config)
+        config = {**_DEFAULTS[model_type], **config}
+        _refuse_unsupported(config, model_type)
         required = (
             "vocab_size",
             "hidden_size",
@@ -80,7 +141,6 @@ class ModelConfig:
         if missing:
             raise ValueError(f"config.json lacks {', '.join(missing)}")
         num_heads = config["num_attention_heads"]
-        theta, scaling = _rope(config)
         return cls(
             model_type=model_type,
             vocab_size=config["vocab_size"],
@@ -91,30 +151,212 @@ class ModelConfig:
             num_kv_heads=config.get("num_key_value_heads") or num_heads,
             head_dim=config.get("head_dim") or config["hidden_size"] // num_heads,
             rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-            rope_theta=theta,
-            rope_scaling=scaling,
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             max_position_embeddings=config.get("max_position_embeddings", 2048),
-            attention_bias=bool(config.get("attention_bias", False)),
-            mlp_bias=bool(config.get("mlp_bias", False)),
+            activation="gelu_pytorch_tanh" if model_type in _GEMMAS else "silu",
+            layer_windows=_layer_windows(config, model_type),
+            **_rope(config, model_type),
+            **_details(config, model_type),
         )
 
 
-def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Rotary base and scaling, from either of the two layouts that transformers has written.
+# --- What model types differ in ------------------------------------------------------------------
 
-    Version 5 puts both into `rope_parameters`; earlier files have `rope_theta` and `rope_scaling`.
+_GEMMAS = ("gemma2", "gemma3", "gemma3_text")
+_GEMMA = {
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "tie_word_embeddings": True,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+}
+_GEMMA3 = {
+    **_GEMMA,
+    # Files on the hub leave out of their text part whatever is as it is here.
+    "vocab_size": 262_208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 131_072,
+    "rope_theta": 1_000_000.0,
+    "rope_local_base_freq": 10_000.0,
+}
+
+# Defaults of transformers for fields that a file may leave out, where they differ from Llama's.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
+    "qwen3": {
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
+    "gemma2": {**_GEMMA, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    "gemma3_text": _GEMMA3,
+    "gemma3": _GEMMA3,
+    "phi3": {"rms_norm_eps": 1e-5},
+    "olmo2": {"rms_norm_eps": 1e-5},
+    "smollm3": {
+        "num_key_value_heads": 4,
+        "rope_theta": 2_000_000.0,
+        "tie_word_embeddings": True,
+        "no_rope_layer_interval": 4,
+    },
+}
+
+
+def _refusal(field: str, found: Any, accepted: str) -> ValueError:
+    return ValueError(f"config.json: {field} {found!r} is not supported; supported: {accepted}")
+
+
+def _text_part(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The `text_config` of a model that also sees images, with what the outer level decides."""
+    text = config.get("text_config")
+    if not isinstance(text, Mapping):
+        raise ValueError("config.json lacks text_config")
+    return {**text, "tie_word_embeddings": config.get("tie_word_embeddings", True)}
+
+
+def _refuse_unsupported(config: Mapping[str, Any], model_type: str) -> None:
+    if model_type in _GEMMAS:
+        field, accepted = "hidden_activation", ("gelu_pytorch_tanh",)
+    else:
+        field, accepted = "hidden_act", ("silu", "swish")
+    if (config.get(field) or accepted[0]) not in accepted:
+        raise _refusal(field, config[field], repr(accepted[0]))
+    if config.get("use_bidirectional_attention"):
+        raise _refusal("use_bidirectional_attention", True, "false")
+    # transformers has these fields for Gemma 3 too, but its model does not apply them.
+    unread = {"gemma3_text": ("attn",), "gemma3": ("attn", "final")}.get(model_type, ())
+    for field in (f"{name}_logit_softcapping" for name in unread):
+        if config.get(field) is not None:
+            raise _refusal(field, config[field], f"null, for {model_type}")
+
+
+def _details(config: Mapping[str, Any], model_type: str) -> dict[str, Any]:
+    """The fields of `ModelConfig` that only some model types have."""
+    details: dict[str, Any] = {}
+    if model_type not in ("mistral", "phi3", "qwen2"):
+        details["attention_bias"] = bool(config.get("attention_bias", False))
+    if model_type in ("llama", "smollm3"):
+        details["mlp_bias"] = bool(config.get("mlp_bias", False))
+    if model_type == "qwen2":
+        details["qkv_bias"] = True
+    if model_type in ("qwen3", "gemma3", "gemma3_text"):
+        details["qk_norm"] = "head"
+    if model_type == "olmo2":
+        details |= {
+            "qk_norm": "projection",
+            "norm_style": "olmo2",
+            "pre_norms": False,
+            "post_norms": True,
+        }
+    if model_type in _GEMMAS:
+        details |= {
+            "norm_style": "gemma",
+            "post_norms": True,
+            "embedding_scale": config["hidden_size"] ** 0.5,
+            "query_pre_attn_scalar": float(config["query_pre_attn_scalar"]),
+        }
+        for field in ("attn_logit_softcapping", "final_logit_softcapping"):
+            if config.get(field) is not None:
+                details[field] = float(config[field])
+    if model_type == "smollm3":
+        details["nope_layers"] = _nope_layers(config)
+    return details
+
+
+def _nope_layers(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """SmolLM3's layers without rotary positions: listed as 0, or every so many."""
+    n, interval = config["num_hidden_layers"], config["no_rope_layer_interval"]
+    listed = config.get("no_rope_layers")
+    rotates = [(i + 1) % interval for i in range(n)] if listed is None else listed
+    if len(rotates) < n:
+        raise _refusal("no_rope_layers", rotates, f"one entry for each of the {n} layers")
+    return tuple(i for i in range(n) if not rotates[i])
+
+
+def _layer_windows(config: Mapping[str, Any], model_type: str) -> tuple[int | None, ...] | None:
+    """For each layer its sliding window or None, as `ModelConfig.layer_windows` has it."""
+    n, window = config["num_hidden_layers"], config.get("sliding_window")
+    if model_type in ("qwen2", "qwen3", "smollm3") and not config.get("use_sliding_window"):
+        window = None
+    if model_type in ("llama", "olmo2"):
+        window = None
+    local = [window is not None] * n
+    if model_type in ("qwen2", "qwen3"):
+        local = [window is not None and i >= config["max_window_layers"] for i in range(n)]
+    elif model_type == "smollm3":
+        local = [window is not None and i in _nope_layers(config) for i in range(n)]
+    elif model_type in _GEMMAS:
+        pattern = 2 if model_type == "gemma2" else config.get("sliding_window_pattern", 6)
+        local = [(i + 1) % pattern != 0 for i in range(n)]
+    types = config.get("layer_types")
+    if types is not None:
+        accepted = f"'full_attention' or 'sliding_attention' for each of the {n} layers"
+        if len(types) != n or not set(types) <= {"full_attention", "sliding_attention"}:
+            raise _refusal("layer_types", types, accepted)
+        listed = [kind == "sliding_attention" for kind in types]
+        if model_type in ("llama", "mistral", "olmo2", "phi3") and listed != local:
+            raise _refusal("layer_types", types, f"one type for all layers of a {model_type} model")
+        local = listed
+    if not any(local):
+        return None
+    if not isinstance(window, int) or window < 1:
+        raise _refusal("sliding_window", window, "a positive number where layers slide")
+    return tuple(window if slides else None for slides in local)
+
+
+def _rope(config: Mapping[str, Any], model_type: str) -> dict[str, Any]:
+    """Rotary bases and scaling, from either of the two layouts that transformers has written.
+
+    Version 5 puts both into `rope_parameters`, by layer type for Gemma 3; earlier files have
+    `rope_theta`, `rope_scaling` and, for Gemma 3, `rope_local_base_freq`.
     """
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = parameters.get("rope_theta") or config.get("rope_theta") or 10_000.0
+    by_layer_type = any(isinstance(value, Mapping) for value in parameters.values())
+    if model_type not in ("gemma3", "gemma3_text"):
+        if by_layer_type:
+            raise _refusal("rope_parameters", parameters, "the same for all layers")
+        theta, scaling = _theta_and_scaling(config, parameters, config.get("rope_theta"))
+        return {"rope_theta": theta, "rope_scaling": scaling}
+    local: Mapping[str, Any] = {}
+    if by_layer_type:
+        local = parameters.get("sliding_attention") or {}
+        parameters = parameters.get("full_attention") or {}
+    theta, scaling = _theta_and_scaling(config, parameters, config["rope_theta"])
+    local_theta, scaled = _theta_and_scaling(config, local, config["rope_local_base_freq"])
+    if scaled is not None:
+        raise _refusal("rope_parameters for sliding_attention", local, "rope_type 'default'")
+    return {"rope_theta": theta, "rope_scaling": scaling, "local_rope_theta": local_theta}
+
+
+def _theta_and_scaling(
+    config: Mapping[str, Any], parameters: Mapping[str, Any], default_theta: float | None
+) -> tuple[float, RopeScaling | LinearRopeScaling | None]:
+    theta = float(parameters.get("rope_theta") or default_theta or 10_000.0)
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    share = parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    if share != 1.0:
+        raise _refusal("partial_rotary_factor", share, "1.0")
     if kind == "default":
-        return float(theta), None
-    if kind != "llama3":
+        return theta, None
+    if kind not in ("linear", "llama3"):
         raise ValueError(
-            f"config.json: rope type {kind!r} is not supported; supported: 'default', 'llama3'"
+            f"config.json: rope type {kind!r} is not supported; "
+            "supported: 'default', 'linear', 'llama3'"
         )
-    return float(theta), RopeScaling(
+    names = [field.name for field in dataclasses.fields(RopeScaling)]
+    needed = ["factor"] if kind == "linear" else names
+    missing = [name for name in needed if parameters.get(name) is None]
+    if missing:
+        raise ValueError(f"config.json: rope type {kind!r} lacks {', '.join(missing)}")
+    if kind == "linear":
+        return theta, LinearRopeScaling(float(parameters["factor"]))
+    return theta, RopeScaling(
         factor=float(parameters["factor"]),
         low_freq_factor=float(parameters["low_freq_factor"]),
         high_freq_factor=float(parameters["high_freq_factor"]),

@@ -1,10 +1,11 @@
-"""One decoder for the Llama family: parameters with their logical axes, and the forward passes.
+"""One decoder for many model types: parameters with their logical axes, and the forward passes.
 
 A row is `[prefix | branch 1 | branch 2]`: two continuations of one beginning that never see each
 other (see `attention.RowLayout`). The same forward pass serves policy, reference and judge.
 
 Parameters are a nested dict of arrays; those of the layers are stacked on axis 0 and scanned, so
-that compile time does not grow with depth.
+that compile time does not grow with depth. What differs from layer to layer beside them (a sliding
+window, the kind of rotary positions) is scanned along, where anything does (see `layer_kinds`).
 
 Shapes: B rows, L row length, P length of a shared past, D width, N query heads, K key-value heads,
 H head dim, F feed-forward width, V vocabulary, S source layers, Q read positions.
@@ -12,7 +13,6 @@ H head dim, F feed-forward width, V vocabulary, S source layers, Q read position
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -26,10 +26,12 @@ from attnpo_jax.models.attention import (
     attention_rows,
     weighted_values,
 )
-from attnpo_jax.models.config import ModelConfig, RopeScaling
+from attnpo_jax.models.config import LinearRopeScaling, ModelConfig, RopeScaling
+from attnpo_jax.models.layer_kinds import layer_kinds, rope_tables, rotate
 
 __all__ = [
     "Decoder",
+    "LinearRopeScaling",
     "ModelConfig",
     "Past",
     "Params",
@@ -52,13 +54,22 @@ REMAT_POLICIES = {
     "layer": jax.checkpoint_policies.nothing_saveable,  # only each layer's input kept
 }
 
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 
-def _param(shape: tuple[int, ...], axes: tuple[str, ...], rngs: nnx.Rngs, dtype, scale: float):
-    """A parameter with named axes: ones for scale 0 (norms), else normal with that deviation."""
+
+def _param(shape: tuple[int, ...], axes: tuple[str, ...], rngs: nnx.Rngs, dtype):
+    """A parameter with named axes: normal with deviation 0.02."""
     assert len(shape) == len(axes), (shape, axes)
-    if scale == 0.0:
-        return nnx.Param(jnp.ones(shape, dtype), axes=axes)
-    return nnx.Param(scale * jax.random.normal(rngs.params(), shape, dtype), axes=axes)
+    return nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, dtype), axes=axes)
+
+
+def _norm_param(shape: tuple[int, ...], axes: tuple[str, ...], config: ModelConfig, dtype):
+    """A norm's weight with named axes, such that the norm scales by 1."""
+    neutral = 0.0 if config.norm_style == "gemma" else 1.0
+    return nnx.Param(jnp.full(shape, neutral, dtype), axes=axes)
 
 
 class Layers(nnx.Module):
@@ -69,22 +80,36 @@ class Layers(nnx.Module):
         D, N, K, H, F = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim, c.intermediate_size
         self.config = config
 
-        def p(shape, axes, scale=0.02):
-            return _param((n, *shape), ("layer", *axes), rngs, dtype, scale)
+        def p(shape, axes):
+            return _param((n, *shape), ("layer", *axes), rngs, dtype)
 
-        self.attention_norm = p((D,), ("norm",), 0.0)
+        def norm(shape=(D,), axes=("norm",)):
+            return _norm_param((n, *shape), ("layer", *axes), c, dtype)
+
+        if c.pre_norms:
+            self.attention_norm = norm()
+            self.mlp_norm = norm()
+        if c.post_norms:
+            self.attention_post_norm = norm()
+            self.mlp_post_norm = norm()
         self.query = p((D, N, H), ("embed", "heads", "head_dim"))
         self.key = p((D, K, H), ("embed", "kv_heads", "head_dim"))
         self.value = p((D, K, H), ("embed", "kv_heads", "head_dim"))
         self.output = p((N, H, D), ("heads", "head_dim", "embed"))
-        self.mlp_norm = p((D,), ("norm",), 0.0)
+        if c.qk_norm == "head":
+            self.query_norm = norm((H,), ("norm",))
+            self.key_norm = norm((H,), ("norm",))
+        elif c.qk_norm == "projection":
+            self.query_norm = norm((N, H), ("heads", "head_dim"))
+            self.key_norm = norm((K, H), ("kv_heads", "head_dim"))
         self.gate = p((D, F), ("embed", "mlp"))
         self.up = p((D, F), ("embed", "mlp"))
         self.down = p((F, D), ("mlp", "embed"))
-        if c.attention_bias:
+        if c.attention_bias or c.qkv_bias:
             self.query_bias = p((N, H), ("heads", "head_dim"))
             self.key_bias = p((K, H), ("kv_heads", "head_dim"))
             self.value_bias = p((K, H), ("kv_heads", "head_dim"))
+        if c.attention_bias:
             self.output_bias = p((D,), ("norm",))
         if c.mlp_bias:
             self.gate_bias = p((F,), ("mlp",))
@@ -102,25 +127,35 @@ class Layers(nnx.Module):
             y += self._weight(f"{name}_bias", x.dtype)
         return y
 
+    def _norm(self, x, name: str):
+        """The named norm of x; x itself where the model has no such norm."""
+        if not hasattr(self, name):
+            return x
+        c = self.config
+        return rms_norm(x, getattr(self, name)[...], c.rms_norm_eps, c.norm_style)
+
     def normed_for_attention(self, x_BLD):
-        return rms_norm(x_BLD, self.attention_norm[...], self.config.rms_norm_eps)
+        return self._norm(x_BLD, "attention_norm")
 
     def queries(self, x_BLD, rope):
-        return rotate(self._project(x_BLD, "query", "bld,dnh->blnh"), rope)
+        q_BLNH = self._project(x_BLD, "query", "bld,dnh->blnh")
+        return rotate(self._norm(q_BLNH, "query_norm"), rope)
 
     def keys(self, x_BLD, rope):
-        return rotate(self._project(x_BLD, "key", "bld,dkh->blkh"), rope)
+        k_BLKH = self._project(x_BLD, "key", "bld,dkh->blkh")
+        return rotate(self._norm(k_BLKH, "key_norm"), rope)
 
     def values(self, x_BLD):
         return self._project(x_BLD, "value", "bld,dkh->blkh")
 
     def after_attention(self, residual_BLD, attended_BLNH):
         """Adds the attention's output to the residual stream, then the feed-forward block's."""
-        x = residual_BLD + self._project(attended_BLNH, "output", "blnh,nhd->bld")
-        normed = rms_norm(x, self.mlp_norm[...], self.config.rms_norm_eps)
-        gate = jax.nn.silu(self._project(normed, "gate", "bld,df->blf"))
+        attended = self._project(attended_BLNH, "output", "blnh,nhd->bld")
+        x = residual_BLD + self._norm(attended, "attention_post_norm")
+        normed = self._norm(x, "mlp_norm")
+        gate = ACTIVATIONS[self.config.activation](self._project(normed, "gate", "bld,df->blf"))
         up = self._project(normed, "up", "bld,df->blf")
-        return x + self._project(gate * up, "down", "blf,fd->bld")
+        return x + self._norm(self._project(gate * up, "down", "blf,fd->bld"), "mlp_post_norm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,28 +178,30 @@ class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
         V, D = config.vocab_size, config.hidden_size
         self.config = config
-        self.embedding = _param((V, D), ("vocab", "embed"), rngs, dtype, 0.02)
+        self.embedding = _param((V, D), ("vocab", "embed"), rngs, dtype)
         self.layers = Layers(config, rngs=rngs, dtype=dtype)
-        self.final_norm = _param((D,), ("norm",), rngs, dtype, 0.0)
+        self.final_norm = _norm_param((D,), ("norm",), config, dtype)
         if not config.tie_word_embeddings:
-            self.lm_head = _param((V, D), ("vocab", "embed"), rngs, dtype, 0.02)
+            self.lm_head = _param((V, D), ("vocab", "embed"), rngs, dtype)
 
     def __call__(self, tokens_BL, positions_BL, layout: RowLayout, *, dtype, remat: str):
         """Final hidden states (B, L, D)."""
-        rope = rope_tables(self.config, positions_BL)
+        ropes = rope_tables(self.config, positions_BL)
         graphdef, stacked = nnx.split(self.layers)
 
-        def body(x_BLD, slice_):
-            layer = nnx.merge(graphdef, slice_)
+        def body(x_BLD, slice_and_kind):
+            slice_, kind = slice_and_kind
+            layer, rope = nnx.merge(graphdef, slice_), kind.rope_of(ropes)
             normed = layer.normed_for_attention(x_BLD)
-            attended = attend(
-                layer.queries(normed, rope), layer.keys(normed, rope), layer.values(normed), layout
-            )
+            q_BLNH, k_BLKH = layer.queries(normed, rope), layer.keys(normed, rope)
+            rule = kind.score_rule(self.config)
+            attended = attend(q_BLNH, k_BLKH, layer.values(normed), layout, rule=rule)
             return layer.after_attention(x_BLD, attended), None
 
         if remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
-        x_BLD, _ = jax.lax.scan(body, self._embed(tokens_BL, dtype), stacked)
+        layers = stacked, layer_kinds(self.config)
+        x_BLD, _ = jax.lax.scan(body, self._embed(tokens_BL, dtype), layers)
         return self._final(x_BLD)
 
     def read(
@@ -185,38 +222,43 @@ class Decoder(nnx.Module):
         past the attention row. Not meant to be differentiated.
         """
         last = self.config.num_layers - 1 if with_hidden else max(sources)
-        rope = rope_tables(self.config, positions_BL)
-        rope_read = tuple(jnp.take_along_axis(t, read_BQ[:, :, None], axis=1) for t in rope)
+        positions_BQ = jnp.take_along_axis(positions_BL, read_BQ, axis=1)
+        ropes = rope_tables(self.config, positions_BL)
+        ropes_read = rope_tables(self.config, positions_BQ)
         graphdef, stacked = nnx.split(self.layers)
+        kinds = layer_kinds(self.config)
 
         def layer_at(i):
             # Indexing (rather than scanning over the stack itself) leaves the stack whole in place
             # when only its first layers run.
-            slice_ = jax.tree.map(lambda p: p[i], stacked)
+            slice_, kind = jax.tree.map(lambda p: p[i], (stacked, kinds))
             layer_past = None if past is None else jax.tree.map(lambda p: p[i].astype(dtype), past)
-            return nnx.merge(graphdef, slice_), layer_past
+            return nnx.merge(graphdef, slice_), kind, layer_past
 
-        def row_of(layer, normed, k_BLKH, layer_past):
+        def row_of(layer, kind, normed, k_BLKH, layer_past):
             at_read = jnp.take_along_axis(normed, read_BQ[:, :, None], axis=1)
-            q_BQNH = layer.queries(at_read, rope_read)
-            return attention_rows(q_BQNH, k_BLKH, layout, read_BQ, past=layer_past)
+            q_BQNH = layer.queries(at_read, kind.rope_of(ropes_read))
+            rule = kind.score_rule(self.config)
+            return attention_rows(q_BQNH, k_BLKH, layout, read_BQ, rule=rule, past=layer_past)
 
         def mean_over_heads(p_BNQL):
             return jnp.mean(p_BNQL, axis=1)[..., -tokens_BL.shape[1] :]
 
         def body(x_BLD, i):
-            layer, layer_past = layer_at(i)
+            layer, kind, layer_past = layer_at(i)
+            rope, rule = kind.rope_of(ropes), kind.score_rule(self.config)
             normed = layer.normed_for_attention(x_BLD)
             k_BLKH, v_BLKH = layer.keys(normed, rope), layer.values(normed)
-            row = mean_over_heads(row_of(layer, normed, k_BLKH, layer_past))
+            row = mean_over_heads(row_of(layer, kind, normed, k_BLKH, layer_past))
             q_BLNH = layer.queries(normed, rope)
-            attended = attend(q_BLNH, k_BLKH, v_BLKH, layout, past=layer_past)
+            attended = attend(q_BLNH, k_BLKH, v_BLKH, layout, rule=rule, past=layer_past)
             return layer.after_attention(x_BLD, attended), row
 
         x_BLD, rows = jax.lax.scan(body, self._embed(tokens_BL, dtype), jnp.arange(last))
-        layer, layer_past = layer_at(last)
+        layer, kind, layer_past = layer_at(last)
         normed = layer.normed_for_attention(x_BLD)
-        p_BNQL = row_of(layer, normed, layer.keys(normed, rope), layer_past)
+        k_BLKH = layer.keys(normed, kind.rope_of(ropes))
+        p_BNQL = row_of(layer, kind, normed, k_BLKH, layer_past)
         rows = jnp.concatenate([rows, mean_over_heads(p_BNQL)[None]])
         hidden_BQD = None
         if with_hidden:
@@ -228,57 +270,52 @@ class Decoder(nnx.Module):
     def make_past(self, tokens_P, *, dtype) -> Past:
         """Keys and values of every layer for tokens that all rows of later passes begin with."""
         tokens_BL = tokens_P[None]
-        rope = rope_tables(self.config, jnp.arange(tokens_P.shape[0])[None])
-        layout = RowLayout(jnp.ones_like(tokens_BL))
+        positions_BL = jnp.arange(tokens_P.shape[0])[None]
+        ropes = rope_tables(self.config, positions_BL)
+        layout = row_layout(self.config, jnp.ones_like(tokens_BL), positions_BL)
         graphdef, stacked = nnx.split(self.layers)
 
-        def body(x_BLD, slice_):
-            layer = nnx.merge(graphdef, slice_)
+        def body(x_BLD, slice_and_kind):
+            slice_, kind = slice_and_kind
+            layer, rope = nnx.merge(graphdef, slice_), kind.rope_of(ropes)
             normed = layer.normed_for_attention(x_BLD)
             k_BLKH, v_BLKH = layer.keys(normed, rope), layer.values(normed)
-            attended = attend(layer.queries(normed, rope), k_BLKH, v_BLKH, layout)
+            rule = kind.score_rule(self.config)
+            attended = attend(layer.queries(normed, rope), k_BLKH, v_BLKH, layout, rule=rule)
             return layer.after_attention(x_BLD, attended), Past(k_BLKH[0], v_BLKH[0])
 
-        return jax.lax.scan(body, self._embed(tokens_BL, dtype), stacked)[1]
+        layers = stacked, layer_kinds(self.config)
+        return jax.lax.scan(body, self._embed(tokens_BL, dtype), layers)[1]
 
     def _embed(self, tokens_BL, dtype):
-        return self.embedding[...][tokens_BL].astype(dtype)
+        x_BLD = self.embedding[...][tokens_BL].astype(dtype)
+        scale = self.config.embedding_scale
+        # Rounded to the activations' dtype first, as the models were trained.
+        return x_BLD if scale is None else x_BLD * jnp.asarray(scale, dtype)
 
     def _final(self, x_BLD):
-        return rms_norm(x_BLD, self.final_norm[...], self.config.rms_norm_eps)
+        c = self.config
+        return rms_norm(x_BLD, self.final_norm[...], c.rms_norm_eps, c.norm_style)
 
 
-def rms_norm(x, scale_D, eps: float):
-    """x / rms(x) * scale over the last axis, computed in float32 (arXiv 1910.07467, eq. 4)."""
+def row_layout(config: ModelConfig, branch_BL, positions_BL, segment_BL=None) -> RowLayout:
+    """The rows' layout, with positions where the model has windows to count in them."""
+    positions = None if config.layer_windows is None else positions_BL
+    return RowLayout(branch_BL, segment_BL, positions)
+
+
+def rms_norm(x, weight, eps: float, style: str = "llama"):
+    """x / rms(x) * weight over the axes of `weight`, in float32 (arXiv 1910.07467, eq. 4).
+
+    `style` is `ModelConfig.norm_style`.
+    """
     x32 = x.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return normed.astype(x.dtype) * scale_D.astype(x.dtype)
-
-
-def rope_tables(config: ModelConfig, positions_BL) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines (B, L, H/2) of the rotary angles (arXiv 2104.09864), in float32."""
-    half = config.head_dim // 2
-    frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    if config.rope_scaling is not None:
-        frequency = _llama3_frequencies(frequency, config.rope_scaling)
-    angle_BLH = positions_BL[..., None].astype(jnp.float32) * frequency
-    return jnp.cos(angle_BLH), jnp.sin(angle_BLH)
-
-
-def _llama3_frequencies(frequency, scaling: RopeScaling):
-    """Slows low frequencies by `factor`, keeps high ones, and blends in between (Llama 3.1)."""
-    turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-    return keep * frequency + (1.0 - keep) * frequency / scaling.factor
-
-
-def rotate(x_BLNH, rope: tuple[jax.Array, jax.Array]):
-    """Rotates the pairs (i, i + H/2) of each head, the layout of Hugging Face checkpoints."""
-    cos, sin = (t[:, :, None, :] for t in rope)
-    first, second = jnp.split(x_BLNH.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_BLNH.dtype)
+    axes = tuple(range(-weight.ndim, 0))
+    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=axes, keepdims=True) + eps)
+    if style == "llama":
+        return normed.astype(x.dtype) * weight.astype(x.dtype)
+    weight = weight.astype(jnp.float32)
+    return (normed * (1.0 + weight if style == "gemma" else weight)).astype(x.dtype)
 
 
 # --- Pure functions of (config, params) --------------------------------------------------------
@@ -312,7 +349,7 @@ def logical_axes(config: ModelConfig) -> Params:
 
 
 def init_params(config: ModelConfig, key: jax.Array, param_dtype=jnp.float32) -> Params:
-    """Random parameters: normal with deviation 0.02, norms at 1."""
+    """Random parameters: normal with deviation 0.02; norms scale by 1."""
     model = Decoder(config, rngs=nnx.Rngs(params=key), dtype=jnp.dtype(param_dtype))
     return nnx.to_pure_dict(nnx.split(model)[1])
 
@@ -339,7 +376,7 @@ def forward(
       config: the model's shape.
       params: the parameter tree, in any floating dtype.
       tokens_BL: int32 token ids (B, L).
-      positions_BL: int32 rotary positions (B, L); those of a branch continue the prefix's.
+      positions_BL: int32 positions (B, L); those of a branch continue the prefix's.
       branch_BL: int32 (B, L); 0 padding, 1 prefix, 2 and 3 the branches.
       segment_BL: int32 (B, L), which packed pair a token belongs to; None for one pair a row.
       dtype: what activations are computed in; norms and softmax stay in float32.
@@ -348,7 +385,7 @@ def forward(
     Returns:
       hidden_BLD, after the final norm, in `dtype`.
     """
-    layout = RowLayout(branch_BL, segment_BL)
+    layout = row_layout(config, branch_BL, positions_BL, segment_BL)
     return _decoder(config, params)(tokens_BL, positions_BL, layout, dtype=dtype, remat=remat)
 
 
@@ -371,7 +408,7 @@ def read(
       config: the model's shape.
       params: the parameter tree.
       tokens_BL: int32 token ids (B, L), without those of `past`.
-      positions_BL: int32 rotary positions (B, L), counted from the start of `past`.
+      positions_BL: int32 positions (B, L), counted from the start of `past`.
       branch_BL: int32 (B, L); 0 padding, 1 prefix, 2 and 3 the branches.
       read_BQ: int32 places in the row (B, Q) whose attention rows are wanted.
       sources: the layers wanted, 0-based.
@@ -382,7 +419,7 @@ def read(
     return _decoder(config, params).read(
         tokens_BL,
         positions_BL,
-        RowLayout(branch_BL),
+        row_layout(config, branch_BL, positions_BL),
         read_BQ,
         sources=sources,
         past=past,

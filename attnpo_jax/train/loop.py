@@ -101,7 +101,7 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
     workdir = pathlib.Path(workdir)
     model_folder = models.resolve(config.model.source)
     model = models.load_config(model_folder)
-    config_lib.check_layers(config, model.num_layers)
+    config_lib.check_layers(config, model.num_layers, model.layer_windows)
 
     splits = ("train", "eval") if config.data.eval else ("train",)
     for split in splits:

@@ -284,9 +284,12 @@ def test_gradients_of_a_dpo_loss_equal_those_of_torch(models, name, tmp_path):
         np.testing.assert_allclose(
             got[stored], parameter.grad.numpy(), atol=1e-4, err_msg=parameter_name
         )
-        assert np.abs(got[stored]).max() > 1e-6, parameter_name
+        # Without rotary positions (SmolLM3's fourth layers), a key bias shifts all of a query's
+        # scores alike, which changes nothing: its gradient is 0.
+        if not (name == "smollm3" and parameter_name.endswith("k_proj.bias")):
+            assert np.abs(got[stored]).max() > 1e-6, parameter_name
         compared += 1
-    assert compared >= 30
+    assert compared == sum("vision_tower" not in n and "multi_modal" not in n for n in got)
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 20_000])

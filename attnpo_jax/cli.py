@@ -275,6 +275,8 @@ def _start_logging(level: str) -> None:
         format="%(asctime)s %(levelname)s %(message)s",
         datefmt="%H:%M:%S",
     )
+    # That it found no PyTorch, which nothing here needs, is no news.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     # The libraries' own notes would drown ours; their warnings are wanted.
     logging.getLogger("attnpo_jax").setLevel(level.upper())
 

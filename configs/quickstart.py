@@ -15,8 +15,8 @@ Expect, on two CPU cores, 9 minutes of CPU time in all (set-up and download incl
 (the accuracy before means nothing: all rewards are 0 but for rounding).
 
 Tuned against the held-out pairs, on these data alone: learning rates 2e-6 (weighted loss 0.577,
-weighted accuracy 0.925) and 5e-6 (above). One epoch is enough; beta is DPO's usual 0.1. The rest has
-its default.
+weighted accuracy 0.925) and 5e-6 (above). One epoch is enough; beta is DPO's usual 0.1. The rest
+has its default.
 """
 
 from attnpo_jax.config import default_config

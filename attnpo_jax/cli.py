@@ -67,6 +67,7 @@ VALUE_OPTIONS = ("config", "workdir", "verbosity", "flagfile")
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+EXIT_PREEMPTED = 75
 EXIT_INTERRUPTED = 130
 
 
@@ -82,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
       Exit code: 0, 1 for an error that the user can mend (told in one message on stderr), 2 for a
-      command line that cannot be understood, 130 when interrupted.
+      command line that cannot be understood, 75 when training was told to stop (SIGTERM) and has
+      saved its work, 130 when interrupted.
 
     Raises:
       Exception: whatever is not expected, with its traceback.
@@ -96,6 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("attnpo: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
+        if _is_preempted(error):
+            print(f"attnpo: {error}", file=sys.stderr)
+            return EXIT_PREEMPTED
         if not _is_expected(error):
             raise
         print(f"attnpo: error: {error}", file=sys.stderr)
@@ -128,6 +133,7 @@ def _main(argv: list[str]) -> int:
     config = load_config(options["config"], overrides)
     config_lib.validate(config)
     _use_compilation_cache()
+    _join_processes()
     command = COMMANDS[name]
     function = getattr(importlib.import_module(command.module), command.function)
     function(config, pathlib.Path(options["workdir"]).expanduser())
@@ -253,6 +259,11 @@ def _similar_option(name: str) -> str:
     return f" (did you mean --{close[0]}?)" if close else ""
 
 
+def _is_preempted(error: Exception) -> bool:
+    preemption = sys.modules.get("attnpo_jax.parallel.preemption")
+    return preemption is not None and isinstance(error, preemption.Preempted)
+
+
 def _is_expected(error: Exception) -> bool:
     """Whether the message alone tells the user what to mend.
 
@@ -279,6 +290,14 @@ def _start_logging(level: str) -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     # The libraries' own notes would drown ours; their warnings are wanted.
     logging.getLogger("attnpo_jax").setLevel(level.upper())
+
+
+def _join_processes() -> None:
+    """Makes this process one of several where the environment says so; the first one speaks."""
+    from attnpo_jax.parallel import processes
+
+    if processes.initialize() and not processes.is_first():
+        logging.getLogger("attnpo_jax").setLevel(logging.WARNING)
 
 
 def _use_compilation_cache() -> None:

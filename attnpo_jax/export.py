@@ -9,6 +9,8 @@ from ml_collections import config_dict
 from attnpo_jax import config as config_lib
 from attnpo_jax.models import checkpoints as models
 from attnpo_jax.models.decoder import abstract_params
+from attnpo_jax.parallel import backend as backends
+from attnpo_jax.parallel import processes
 from attnpo_jax.train import checkpoint
 
 
@@ -40,7 +42,12 @@ def export(
     out = workdir / "export" if out is None else pathlib.Path(out)
     source = models.resolve(config.model.source)
     model = models.load_config(source)
-    abstract = abstract_params(model, jnp.dtype(config.model.param_dtype))
-    params, _ = checkpoint.restore_params(workdir / "checkpoints", abstract)
-    models.save(out, model, params, source_folder=source)
+    if processes.is_first():
+        # One process writes, with its own devices; the others wait.
+        backend = backends.for_preparing(model, config.parallel)
+        abstract = abstract_params(model, jnp.dtype(config.model.param_dtype))
+        abstract = backend.abstract_state(abstract)
+        params, _ = checkpoint.restore_params(workdir / "checkpoints", abstract)
+        models.save(out, model, params, source_folder=source)
+    processes.barrier("export: written")
     return out

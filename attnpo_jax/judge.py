@@ -23,6 +23,8 @@ from attnpo_jax.judge_prompt import JudgePrompt, JudgePrompter, JudgeTemplate
 from attnpo_jax.language_model import LanguageModel
 from attnpo_jax.models import decoder, head
 from attnpo_jax.models.decoder import ModelConfig, Params, Past
+from attnpo_jax.parallel import backend as backends
+from attnpo_jax.parallel import rules
 
 # How many prompts are looked at to find their common beginning and the row lengths to compile.
 SAMPLE = 256
@@ -73,6 +75,7 @@ class Judge:
       token_budget: tokens in a batch, at most (a longer row is a batch of its own).
       num_buckets: row lengths that are compiled for the sampled prompts; longer rows than those
         add powers of two.
+      backend: where to run; the model's parameters lie as it says. None for one device.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class Judge:
         batch_size: int = 8,
         token_budget: int = 4096,
         num_buckets: int = 4,
+        backend: backends.Backend | None = None,
     ):
         layers = model.config.num_layers
         self.source_layers = tuple(range(layers)[layer] for layer in source_layers)
@@ -101,7 +105,15 @@ class Judge:
         self._common = np.zeros(0, np.int32)
         self._past: Past | None = None
         self._lengths: tuple[int, ...] = ()
-        self._letters = jnp.asarray(self.prompter.letter_ids, jnp.int32)
+        self._backend = backend or backends.one_device(model.config)
+        self._letters = self._backend.replicate(np.asarray(self.prompter.letter_ids, np.int32))
+        self._pass = self._backend.row_pass(
+            _judge_rows,
+            out_axes=(1, 0, 0),
+            config=model.config,
+            sources=self.source_layers,
+            dtype=jnp.dtype(dtype),
+        )
 
     def fit(
         self, prompts: Sequence[JudgePrompt], *, row_lengths: Sequence[int] | None = None
@@ -122,10 +134,10 @@ class Judge:
         self._common = common if len(prompts) > 1 else common[:0]
         self._past = None
         if len(self._common):
-            make_past = jax.jit(decoder.make_past, static_argnums=0, static_argnames="dtype")
-            self._past = make_past(
-                self._model.config, self._model.params, self._common, dtype=self._dtype
+            make_past = self._backend.whole_pass(
+                _shared_past, config=self._model.config, dtype=jnp.dtype(self._dtype)
             )
+            self._past = make_past(self._model.params, self._common)
         lengths = [len(self._row(prompt).tokens) for prompt in prompts]
         self._lengths = tuple(row_lengths or choose_buckets(np.array(lengths), self._num_buckets))
 
@@ -172,22 +184,15 @@ class Judge:
             lengths = np.array([len(rows[i].tokens) for i in items], int)
             past = self._past if shares else None
             for chosen, length, size in plan_batches(
-                lengths, self._lengths, self._batch_size, self._token_budget
+                lengths,
+                self._lengths,
+                self._batch_size,
+                self._token_budget,
+                row_multiple=self._backend.row_shards,
             ):
                 batch = [items[j] for j in chosen]
                 arrays = _stack([rows[i] for i in batch], size, length)
-                yield (
-                    batch,
-                    _judge_rows(
-                        self._model.config,
-                        self._model.params,
-                        past,
-                        self._letters,
-                        *arrays,
-                        sources=self.source_layers,
-                        dtype=self._dtype,
-                    ),
-                )
+                yield batch, self._pass((self._model.params, past, self._letters), arrays)
 
     def _begins_common(self, prompt: JudgePrompt) -> bool:
         n = len(self._common)
@@ -284,17 +289,15 @@ def _stack(rows: Sequence[_Row], size: int, length: int) -> tuple[np.ndarray, ..
     return tokens, positions, branch, read
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sources", "dtype"))
+def _shared_past(params: Params, tokens_P: jax.Array, *, config: ModelConfig, dtype) -> Past:
+    return decoder.make_past(config, params, tokens_P, dtype=dtype)
+
+
 def _judge_rows(
-    config: ModelConfig,
-    params: Params,
-    past: Past | None,
-    letters: jax.Array,
-    tokens_BL: jax.Array,
-    positions_BL: jax.Array,
-    branch_BL: jax.Array,
-    read_B2: jax.Array,
+    shared: tuple[Params, Past | None, jax.Array],
+    rows: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
     *,
+    config: ModelConfig,
     sources: tuple[int, ...],
     dtype,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -302,6 +305,8 @@ def _judge_rows(
 
     log p(A) - log p(B) is a difference of two logits. The head runs at the verdict positions alone.
     """
+    params, past, letters = shared
+    tokens_BL, positions_BL, branch_BL, read_B2 = rows
     output = decoder.read(
         config,
         params,
@@ -313,12 +318,17 @@ def _judge_rows(
         past=past,
         dtype=dtype,
     )
-    logits_BQV = head.logits(
-        output.hidden_BQD, decoder.unembedding(params), softcap=config.final_logit_softcapping
+    hidden_BQD, unembedding_VD = rules.split_logits(
+        output.hidden_BQD, decoder.unembedding(params).astype(dtype)
     )
-    for_a_BQ = logits_BQV[..., letters[0]] - logits_BQV[..., letters[1]]
+    logits_BQV = head.logits(hidden_BQD, unembedding_VD, softcap=config.final_logit_softcapping)
+    # Sums, not indices: those would gather a vocabulary that is split over devices.
+    tokens = jnp.arange(logits_BQV.shape[-1])
+    a_BQ, b_BQ = (
+        jnp.sum(jnp.where(tokens == letters[k], logits_BQV, 0.0), axis=-1) for k in (0, 1)
+    )
     answer_BQ = jnp.argmax(logits_BQV, axis=-1).astype(jnp.int32)
-    return output.rows_SBQL, for_a_BQ * jnp.array([1.0, -1.0]), answer_BQ
+    return output.rows_SBQL, (a_BQ - b_BQ) * jnp.array([1.0, -1.0]), answer_BQ
 
 
 def judge_pairs(

@@ -4,6 +4,7 @@ Rows are written shard by shard. An interruption at any moment loses the shard u
 """
 
 import dataclasses
+import logging
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -34,7 +35,11 @@ from attnpo_jax.judge import SAMPLE, Judge, Judgement
 from attnpo_jax.judge_prompt import JudgePrompt
 from attnpo_jax.language_model import LanguageModel
 from attnpo_jax.models import checkpoints
+from attnpo_jax.parallel import backend as backends
+from attnpo_jax.parallel import processes
 from attnpo_jax.progress import PairProgress
+
+_LOG = logging.getLogger(__name__)
 
 
 def prepare(
@@ -44,6 +49,8 @@ def prepare(
 
     What is on disk already and still fits is kept: a finished dataset as a whole, an unfinished one
     shard by shard. At the end, each split's figures are printed.
+
+    Of several processes, each computes its own shards, on its own devices.
 
     Args:
       config: see `attnpo_jax.config.default_config`.
@@ -55,6 +62,7 @@ def prepare(
       BadRow: a row is no preference pair, and the config does not say to skip it.
       PreparedMismatch: the dataset on disk was prepared with other settings.
       OSError: a shard could not be written; those before it stay.
+      MeshError: the devices or the model do not fit `parallel.mesh`.
     """
     config_lib.validate(config)
     workdir, console = pathlib.Path(workdir), console or Console()
@@ -65,14 +73,23 @@ def prepare(
     splits = ["train", "eval"] if config.data.eval else ["train"]
     # All splits are checked before any of them is computed.
     todo = [_Split.read(config, split, workdir, folder, tokenizer) for split in splits]
-    model = None
+    # Nobody may finish a dataset that another process still takes for unfinished, or the reverse.
+    processes.barrier("prepare: looked at what there is")
+    first = processes.is_first()
+    model, backend = None, None
     for split in todo:
         if split.status == "complete":
-            console.print(f"{split.path}: complete, used as it is", highlight=False)
+            if first:
+                console.print(f"{split.path}: complete, used as it is", highlight=False)
         else:
-            model = model or _load(config, folder, tokenizer)
-            _fill(config, model, split)
-        console.print(summary(split.name, prepared.Prepared.open(split.path)))
+            if model is None:
+                shape = checkpoints.load_config(folder)
+                backend = backends.for_preparing(shape, config.parallel)
+                _LOG.info("preparing on %s", backend.description)
+                model = _load(config, folder, tokenizer, backend)
+            _fill(config, model, backend, split)
+        if first:
+            console.print(summary(split.name, prepared.Prepared.open(split.path)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,23 +110,35 @@ class _Split:
         loaded = load_pairs(
             config.data[name],
             on_bad_row=config.data.on_bad_row,
-            bad_rows_path=path.parent / f"{name}.bad_rows.jsonl",
+            bad_rows_path=(
+                path.parent / f"{name}.bad_rows.jsonl" if processes.is_first() else None
+            ),
         )
         components = provenance.components(config, name, folder, tokenizer, loaded.pairs)
         status = prepared.status(path, components)
         return cls(name, path, loaded.pairs, len(loaded.bad_rows), components, status)
 
 
-def _load(config, folder: pathlib.Path, tokenizer: ChatTokenizer) -> LanguageModel:
+def _load(
+    config, folder: pathlib.Path, tokenizer: ChatTokenizer, backend: backends.Backend
+) -> LanguageModel:
     model_config = checkpoints.load_config(folder)
     params = checkpoints.load_params(
-        folder, model_config, param_dtype=jnp.dtype(config.model.param_dtype)
+        folder,
+        model_config,
+        param_dtype=jnp.dtype(config.model.param_dtype),
+        shardings=backend.parameter_shardings(),
     )
     return LanguageModel(folder, model_config, params, tokenizer)
 
 
-def _fill(config: config_dict.ConfigDict, model: LanguageModel, split: _Split) -> None:
-    """Computes and writes the shards that are not there yet, then the metadata."""
+def _fill(
+    config: config_dict.ConfigDict,
+    model: LanguageModel,
+    backend: backends.Backend,
+    split: _Split,
+) -> None:
+    """Computes and writes this process's shards that are not there yet, then the metadata."""
     pairs = split.pairs
     writer = prepared.PreparedWriter(
         split.path,
@@ -117,6 +146,8 @@ def _fill(config: config_dict.ConfigDict, model: LanguageModel, split: _Split) -
         len(pairs),
         config.prepare.rows_per_shard,
         ids=[pair.id for pair in pairs],
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
     )
     pending = writer.pending()
     if pending:
@@ -130,6 +161,7 @@ def _fill(config: config_dict.ConfigDict, model: LanguageModel, split: _Split) -
             batch_size=config.judge.batch_size,
             token_budget=config.judge.token_budget,
             num_buckets=config.data.num_buckets,
+            backend=backend,
         )
 
         def tokenize(some: Sequence[Pair]) -> tuple[list[TokenizedPair], list[JudgePrompt]]:
@@ -151,10 +183,12 @@ def _fill(config: config_dict.ConfigDict, model: LanguageModel, split: _Split) -
         ]
         tokenized, prompts = tokenize(sample)
         judge.fit(prompts)
-        reference = _Reference(config, model, tokenized)
+        reference = _Reference(config, model, backend, tokenized)
         total = sum(stop - start for _, start, stop in pending)
         with (
-            PairProgress(f"prepare {split.name}", total, bar=config.log.progress) as progress,
+            PairProgress(
+                f"prepare {split.name}", total, bar=config.log.progress and processes.is_first()
+            ) as progress,
             ThreadPoolExecutor(max_workers=1) as ahead,
         ):
             # The next shard is tokenized while this one is on the device.
@@ -165,7 +199,10 @@ def _fill(config: config_dict.ConfigDict, model: LanguageModel, split: _Split) -
                     following = ahead.submit(tokenize, pairs[pending[k + 1][1] : pending[k + 1][2]])
                 rows = _shard_rows(judge, reference, tokenized, prompts, progress)
                 writer.write(shard, rows)
-    writer.finish({"pairs": len(pairs), "bad_rows": split.num_bad_rows})
+    processes.barrier(f"prepare: shards of {split.name} written")
+    if processes.is_first():
+        writer.finish({"pairs": len(pairs), "bad_rows": split.num_bad_rows})
+    processes.barrier(f"prepare: {split.name} finished")
 
 
 def _shard_rows(
@@ -205,8 +242,15 @@ def _shard_rows(
 class _Reference:
     """The reference's log-probs, in batches of few shapes chosen from a sample."""
 
-    def __init__(self, config, model: LanguageModel, sample: Sequence[TokenizedPair]):
+    def __init__(
+        self,
+        config,
+        model: LanguageModel,
+        backend: backends.Backend,
+        sample: Sequence[TokenizedPair],
+    ):
         self._model = model
+        self._row_shards = backend.row_shards
         self._batch_size = config.judge.batch_size
         self._token_budget = config.judge.token_budget
         examples = [_example(i, pair) for i, pair in enumerate(sample)]
@@ -220,10 +264,11 @@ class _Reference:
             for length in choose_buckets(lengths, config.data.num_buckets)
         }
         dtype, chunk = jnp.dtype(config.model.dtype), config.model.logps_chunk
-        self._logps = jax.jit(
-            lambda params, batch: scoring.response_logps(
-                model.config, params, batch, dtype=dtype, chunk=chunk
-            )
+        self._logps = backend.row_pass(
+            lambda params, batch: (
+                scoring.response_logps(model.config, params, batch, dtype=dtype, chunk=chunk),
+            ),
+            out_axes=(0,),
         )
 
     def run(
@@ -234,7 +279,11 @@ class _Reference:
         lengths = np.array([e.row_length for e in examples])
         waiting = None
         for items, length, size in plan_batches(
-            lengths, tuple(self._shapes), self._batch_size, self._token_budget
+            lengths,
+            tuple(self._shapes),
+            self._batch_size,
+            self._token_budget,
+            row_multiple=self._row_shards,
         ):
             batch = [examples[i] for i in items]
             shape = self._shapes.get(length)
@@ -244,7 +293,7 @@ class _Reference:
                 # Not like anything in the sample: the roomiest shape of this length.
                 shape = RowShape(length, length, length)
             rows = [[e] for e in batch] + [[]] * (size - len(batch))
-            output = self._logps(self._model.params, fill_rows(rows, shape, num_sources=0))
+            (output,) = self._logps(self._model.params, fill_rows(rows, shape, num_sources=0))
             if waiting is not None:
                 yield _read_logps(*waiting)
             waiting = batch, output

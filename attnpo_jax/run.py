@@ -9,6 +9,7 @@ from rich.table import Table
 
 from attnpo_jax import prepare
 from attnpo_jax.export import export
+from attnpo_jax.parallel import processes
 from attnpo_jax.train import loop, metrics
 
 # Rows of the table: what is shown, and the metric's name plain and weighted.
@@ -36,6 +37,8 @@ def run(
     prepare.prepare(config, workdir)
     loop.train(config, workdir)
     exported = export(config, workdir)
+    if not processes.is_first():
+        return
 
     console = console or Console()
     lines = [line for line in metrics.read(workdir) if "eval_loss" in line]

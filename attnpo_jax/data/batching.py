@@ -10,7 +10,7 @@ tokens, S source layers; axes of size 2 are (chosen, rejected) or the judge's tw
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import jax
@@ -232,7 +232,11 @@ def choose_buckets(needed: np.ndarray, num_buckets: int) -> tuple[int, ...]:
 
 
 def plan_batches(
-    lengths: np.ndarray, buckets: Sequence[int], batch_size: int, token_budget: int
+    lengths: np.ndarray,
+    buckets: Sequence[int],
+    batch_size: int,
+    token_budget: int,
+    row_multiple: int = 1,
 ) -> Iterator[tuple[np.ndarray, int, int]]:
     """Cuts rows into batches of like length, longest first, so that little is padded.
 
@@ -240,7 +244,8 @@ def plan_batches(
       lengths: int (n,), what each row needs.
       buckets: row lengths to use; rows longer than all of them get the next power of two.
       batch_size: rows a batch, at most.
-      token_budget: tokens a batch, at most, but for a single row.
+      token_budget: tokens a batch, at most, but for the fewest rows there can be.
+      row_multiple: batches have a multiple of this many rows, the limits rounded up to it.
 
     Yields:
       (which rows, the batch's row length, the number of rows it is padded to). Batches of one
@@ -253,6 +258,7 @@ def plan_batches(
         fitting = [b for b in buckets if b >= longest]
         length = min(fitting) if fitting else 1 << (longest - 1).bit_length()
         size = max(1, min(batch_size, token_budget // length, len(order)))
+        size = round_up(size, row_multiple)
         yield order[start : start + size], length, size
         start += size
 
@@ -314,8 +320,10 @@ class _Batches:
         microbatch_size: int,
         num_buckets: int,
         row_multiple: int,
+        local_rows: Callable[[int], np.ndarray] | None,
     ):
         self._dataset = dataset
+        self._local_rows = local_rows
         lengths = dataset.lengths()
         self._lengths = lengths["prompt"] + lengths["chosen"] + lengths["rejected"]
         self._responses = np.maximum(lengths["chosen"], lengths["rejected"])
@@ -398,13 +406,17 @@ class _Batches:
     def __getitem__(self, step: int) -> PairBatch:
         """Batch number `step`, 0-based: arrays (n, B, ...) over n microbatches of B rows."""
         shape = self._shape_of[self._which[step]]
+        mine = np.ones(shape.rows, bool)
+        if self._local_rows is not None:
+            mine = self._local_rows(shape.rows)
         rows = []
         for group in self._groups[step]:
             packed = pack(self._lengths[group], shape.length)
+            packed += [[]] * (shape.rows - len(packed))
             rows += [
-                [Example.from_prepared(self._dataset, group[i]) for i in row] for row in packed
+                [Example.from_prepared(self._dataset, group[i]) for i in row] if own else []
+                for row, own in zip(packed, mine, strict=True)
             ]
-            rows += [[]] * (shape.rows - len(packed))
         batch = fill_rows(rows, shape, len(self._dataset.source_layers))
         return jax.tree.map(lambda x: x.reshape(-1, shape.rows, *x.shape[1:]), batch)
 
@@ -426,6 +438,8 @@ class TrainBatches(_Batches):
       steps: if positive, how many steps instead, for as many epochs as that takes.
       num_buckets: how many shapes may be compiled.
       row_multiple: microbatches have a multiple of this many rows.
+      local_rows: from the number of rows of a microbatch, which of them this process needs: bool
+        (B,); the others are left empty. None for all.
 
     Raises:
       ValueError: the dataset is empty.
@@ -443,6 +457,7 @@ class TrainBatches(_Batches):
         steps: int = 0,
         num_buckets: int = 4,
         row_multiple: int = 1,
+        local_rows: Callable[[int], np.ndarray] | None = None,
     ):
         if not len(dataset):
             raise ValueError("the prepared dataset holds no pair to train on")
@@ -459,6 +474,7 @@ class TrainBatches(_Batches):
             microbatch_size=microbatch_size,
             num_buckets=num_buckets,
             row_multiple=row_multiple,
+            local_rows=local_rows,
         )
 
 
@@ -466,7 +482,13 @@ class EvalBatches(_Batches):
     """One pass over a dataset, its pairs sorted by length so that little is padded."""
 
     def __init__(
-        self, dataset: Prepared, *, batch_size: int, num_buckets: int = 4, row_multiple: int = 1
+        self,
+        dataset: Prepared,
+        *,
+        batch_size: int,
+        num_buckets: int = 4,
+        row_multiple: int = 1,
+        local_rows: Callable[[int], np.ndarray] | None = None,
     ):
         if not len(dataset):
             raise ValueError("the prepared dataset holds no pair to evaluate on")
@@ -481,6 +503,7 @@ class EvalBatches(_Batches):
             microbatch_size=batch_size,
             num_buckets=num_buckets,
             row_multiple=row_multiple,
+            local_rows=local_rows,
         )
 
 

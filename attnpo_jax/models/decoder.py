@@ -28,6 +28,7 @@ from attnpo_jax.models.attention import (
 )
 from attnpo_jax.models.config import LinearRopeScaling, ModelConfig, RopeScaling
 from attnpo_jax.models.layer_kinds import layer_kinds, rope_tables, rotate
+from attnpo_jax.parallel import rules
 
 __all__ = [
     "Decoder",
@@ -119,7 +120,8 @@ class Layers(nnx.Module):
     # The methods below run inside the scan, on a slice that has no layer axis.
 
     def _weight(self, name: str, dtype):
-        return getattr(self, name)[...].astype(dtype)
+        parameter = getattr(self, name)
+        return rules.gather(parameter[...].astype(dtype), parameter.get_metadata()["axes"][1:])
 
     def _project(self, x, name: str, spec: str):
         y = jnp.einsum(spec, x, self._weight(name, x.dtype))
@@ -155,7 +157,8 @@ class Layers(nnx.Module):
         normed = self._norm(x, "mlp_norm")
         gate = ACTIVATIONS[self.config.activation](self._project(normed, "gate", "bld,df->blf"))
         up = self._project(normed, "up", "bld,df->blf")
-        return x + self._norm(self._project(gate * up, "down", "blf,fd->bld"), "mlp_post_norm")
+        down = self._project(gate * up, "down", "blf,fd->bld")
+        return rules.by_rows(x + self._norm(down, "mlp_post_norm"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,8 +201,9 @@ class Decoder(nnx.Module):
             attended = attend(q_BLNH, k_BLKH, layer.values(normed), layout, rule=rule)
             return layer.after_attention(x_BLD, attended), None
 
-        if remat != "none":
-            body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
+        policy = rules.checkpoint_policy(REMAT_POLICIES[remat])
+        if policy is not None:
+            body = jax.checkpoint(body, policy=policy, prevent_cse=False)
         layers = stacked, layer_kinds(self.config)
         x_BLD, _ = jax.lax.scan(body, self._embed(tokens_BL, dtype), layers)
         return self._final(x_BLD)
@@ -288,7 +292,7 @@ class Decoder(nnx.Module):
         return jax.lax.scan(body, self._embed(tokens_BL, dtype), layers)[1]
 
     def _embed(self, tokens_BL, dtype):
-        x_BLD = self.embedding[...][tokens_BL].astype(dtype)
+        x_BLD = rules.lookup(self.embedding[...], tokens_BL, dtype)
         scale = self.config.embedding_scale
         # Rounded to the activations' dtype first, as the models were trained.
         return x_BLD if scale is None else x_BLD * jnp.asarray(scale, dtype)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from attnpo_jax.models.attention import soft_cap
+from attnpo_jax.parallel import rules
 
 
 def logits(
@@ -48,15 +49,20 @@ def token_logps(
       unembedding_VD: output embedding (V, D).
       target_BM: int32 token ids (B, M), each in [0, V).
       softcap: the model's `final_logit_softcapping`, which bounds the logits.
-      chunk: tokens projected at a time, over all rows together.
+      chunk: tokens projected at a time, over all rows of a device together.
 
     Returns:
       float32 log-probs (B, M).
     """
-    B, M = target_BM.shape
+    in_chunks = functools.partial(_in_chunks, softcap=softcap, chunk=chunk)
     unembedding_VD = unembedding_VD.astype(hidden_BMD.dtype)
+    return rules.over_vocabulary(in_chunks)(hidden_BMD, unembedding_VD, target_BM)
+
+
+def _in_chunks(hidden_BMD, unembedding_VD, target_BM, vocabulary, *, softcap, chunk):
+    B, M = target_BM.shape
     m = max(1, min(M, chunk // B))
-    scores = jax.checkpoint(functools.partial(_chunk_logps, unembedding_VD, softcap))
+    scores = jax.checkpoint(functools.partial(_chunk_logps, unembedding_VD, softcap, vocabulary))
     if m == M:
         return scores((hidden_BMD, target_BM))
     n = -(-M // m)
@@ -68,8 +74,8 @@ def token_logps(
     return logps.swapaxes(0, 1).reshape(B, n * m)[:, :M]
 
 
-def _chunk_logps(unembedding_VD, softcap, chunk):
-    hidden_BMD, target_BM = chunk
+def _chunk_logps(unembedding_VD, softcap, vocabulary, chunk):
+    hidden_BMD, target_BM = jax.tree.map(vocabulary.rows_of_group, chunk)
     logits_BMV = logits(hidden_BMD, unembedding_VD, softcap=softcap)
-    picked_BM = jnp.take_along_axis(logits_BMV, target_BM[..., None], axis=-1)[..., 0]
-    return picked_BM - jax.nn.logsumexp(logits_BMV, axis=-1)
+    picked_BM = vocabulary.pick(logits_BMV, target_BM)
+    return vocabulary.own_rows(picked_BM - vocabulary.logsumexp(logits_BMV))

@@ -189,7 +189,14 @@ def restore_params(folder: str | os.PathLike, abstract_params: Any) -> tuple[Any
       CheckpointError: all checkpoints are damaged.
     """
     folder = epath.Path(folder).resolve()
-    manager = _open(folder, ocp.CheckpointManagerOptions(create=False))
+    # Of several processes, the one that asks reads alone.
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(), active_processes={jax.process_index()}
+    )
+    manager = _open(
+        folder,
+        ocp.CheckpointManagerOptions(create=False, multiprocessing_options=alone),
+    )
 
     def read(step: int) -> tuple[Any, int]:
         metadata = _read_metadata(manager, step)

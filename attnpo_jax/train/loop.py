@@ -6,6 +6,7 @@ step is done: what a resumed run finds in `metrics.jsonl` up to its checkpoint i
 """
 
 import dataclasses
+import functools
 import logging
 import math
 import os
@@ -26,6 +27,8 @@ from attnpo_jax.data.batching import EvalBatches, PairBatch, TrainBatches
 from attnpo_jax.data.prepared import METADATA, Prepared
 from attnpo_jax.models import checkpoints as models
 from attnpo_jax.models.decoder import ModelConfig, abstract_params
+from attnpo_jax.parallel import backend as backends
+from attnpo_jax.parallel import preemption, processes
 from attnpo_jax.provenance import open_prepared, split_path
 from attnpo_jax.train import optim
 from attnpo_jax.train.checkpoint import Checkpoints
@@ -33,6 +36,8 @@ from attnpo_jax.train.metrics import MetricsWriter
 from attnpo_jax.train.progress import Throughput, TrainProgress
 from attnpo_jax.train.state import create
 from attnpo_jax.train.step import StepSettings, make_eval_step, make_train_step
+
+_LOG = logging.getLogger(__name__)
 
 # What decides the course of a run. The data and the judge's part are covered by what the prepared
 # dataset says of itself; anything else (how often to log or save, batch shapes, devices) may change
@@ -96,12 +101,16 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
       PreparedMismatch: it was prepared from something else than the config says.
       CheckpointMismatch: the checkpoints of `workdir` belong to another run.
       NonFiniteError: a loss or gradient was not finite.
+      MeshError: the devices or the model do not fit `parallel.mesh`.
+      Preempted: SIGTERM came; a checkpoint of the step under way is written.
     """
     config_lib.validate(config)
     workdir = pathlib.Path(workdir)
     model_folder = models.resolve(config.model.source)
     model = models.load_config(model_folder)
     config_lib.check_layers(config, model.num_layers, model.layer_windows)
+    backend = backends.for_training(model, config.parallel)
+    _LOG.info("training on %s", backend.description)
 
     splits = ("train", "eval") if config.data.eval else ("train",)
     for split in splits:
@@ -120,6 +129,8 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
         epochs=config.train.epochs,
         steps=config.train.steps,
         num_buckets=config.data.num_buckets,
+        row_multiple=backend.row_shards,
+        local_rows=backend.local_rows,
     )
     total_steps = len(batches)
     _LOG.info(
@@ -135,36 +146,52 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
             open_prepared(config, workdir, "eval"),
             batch_size=config.train.eval_batch_size,
             num_buckets=config.data.num_buckets,
+            row_multiple=backend.row_shards,
+            local_rows=backend.local_rows,
         )
 
     schedule = optim.make_schedule(config.optim, total_steps)
     optimizer = optim.make_optimizer(config.optim, schedule)
     settings = step_settings(config, model, data)
-    train_step = jax.jit(make_train_step(settings, optimizer, schedule), donate_argnums=0)
-    eval_step = jax.jit(make_eval_step(settings))
     param_dtype = jnp.dtype(config.model.param_dtype)
+    first_state = functools.partial(create, optimizer=optimizer)
+    abstract_state = backend.abstract_state(
+        jax.eval_shape(first_state, abstract_params(model, param_dtype))
+    )
+    train_step = backend.train_step(
+        make_train_step(settings, optimizer, schedule, backend.axis_name), abstract_state
+    )
+    eval_step = backend.eval_step(make_eval_step(settings, backend.axis_name))
 
     with Checkpoints(
         workdir / "checkpoints",
         identity(config, model, data),
         keep=config.train.keep_checkpoints,
     ) as checkpoints:
-        restored = checkpoints.restore(
-            jax.eval_shape(lambda p: create(p, optimizer), abstract_params(model, param_dtype))
-        )
+        restored = checkpoints.restore(abstract_state)
         if restored is None:
-            params = models.load_params(model_folder, model, param_dtype=param_dtype)
-            state, start, pairs_seen = create(params, optimizer), 0, 0
-            del params  # donated with the state
+            params = models.load_params(
+                model_folder,
+                model,
+                param_dtype=param_dtype,
+                shardings=backend.parameter_shardings(),
+            )
+            state, start, pairs_seen = backend.create_state(first_state, params), 0, 0
+            del params  # donated
         else:
             state, start = restored.state, int(restored.state.step)
             pairs_seen = restored.progress["pairs_seen"]
         last_saved = start if restored is not None else None
-        atomic.write_atomically(workdir / "config.json", config_lib.to_json(config).encode())
+        first = processes.is_first()
+        if first:
+            atomic.write_atomically(workdir / "config.json", config_lib.to_json(config).encode())
 
         with (
-            MetricsWriter(workdir, start, log=config.log, config=config.to_dict()) as metrics,
-            TrainProgress(total_steps, start, bar=config.log.progress) as progress,
+            MetricsWriter(
+                workdir, start, log=config.log, config=config.to_dict(), writes=first
+            ) as metrics,
+            TrainProgress(total_steps, start, bar=config.log.progress and first) as progress,
+            preemption.watch() as preempted,
         ):
             speed = Throughput()
 
@@ -192,7 +219,7 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
             def evaluate_at(step: int) -> None:
                 if eval_batches is not None:
                     progress.note("evaluating")
-                    values = evaluate(eval_step, state.params, eval_batches)
+                    values = evaluate(eval_step, state.params, eval_batches, backend.put_batch)
                     metrics.write(step, values | {"epoch": step / batches.steps_per_epoch})
                     speed.restart()
 
@@ -201,7 +228,7 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
             unreported: tuple[int, dict[str, jax.Array]] | None = None
             speed.restart()
             for step, host_batch in enumerate(read_ahead(batches, start), start + 1):
-                batch = jax.device_put(host_batch)
+                batch = backend.put_batch(host_batch)
                 with jax.transfer_guard("disallow"):
                     state, of_step = train_step(state, batch)
                 if unreported is not None:
@@ -209,7 +236,8 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
                 unreported = step, of_step
 
                 evaluates = _is_due(step, config.train.eval_every, total_steps)
-                saves = _is_due(step, config.train.save_every, total_steps)
+                stops = preempted(step) and step < total_steps
+                saves = stops or _is_due(step, config.train.save_every, total_steps)
                 if evaluates or saves:
                     report(*unreported)
                     unreported = None
@@ -220,6 +248,12 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
                     checkpoints.save(state, {"pairs_seen": pairs_seen})
                     last_saved = step
                     speed.restart()
+                if stops:
+                    checkpoints.wait()
+                    raise preemption.Preempted(
+                        f"told to stop: step {step} of {total_steps} is saved; the same command "
+                        "goes on from there"
+                    )
             checkpoints.wait()
 
 
@@ -256,12 +290,22 @@ def identity(config: config_dict.ConfigDict, model: ModelConfig, data: Prepared)
 
 
 def evaluate(
-    eval_step: Callable[[Any, PairBatch], dict[str, jax.Array]], params: Any, batches: EvalBatches
+    eval_step: Callable[[Any, PairBatch], dict[str, jax.Array]],
+    params: Any,
+    batches: EvalBatches,
+    put_batch: Callable[[PairBatch], PairBatch] = jax.device_put,
 ) -> dict[str, float]:
-    """Means over all pairs of `batches`, under the names of the training metrics after `eval_`."""
+    """Means over all pairs of `batches`, under the names of the training metrics after `eval_`.
+
+    Args:
+      eval_step: see `step.make_eval_step`.
+      params: the model's parameters.
+      batches: the batches.
+      put_batch: brings one to the devices.
+    """
     sums = []
     for host_batch in read_ahead(batches):
-        batch = jax.device_put(host_batch)
+        batch = put_batch(host_batch)
         with jax.transfer_guard("disallow"):
             sums.append(eval_step(params, batch))
     on_host = jax.device_get(sums)

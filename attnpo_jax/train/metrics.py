@@ -39,6 +39,7 @@ class MetricsWriter:
         after its last checkpoint, are removed, for this run will write them anew.
       log: the `log` section of the config; None for the file alone.
       config: the whole config as nested JSON values, shown by Weights & Biases.
+      writes: whether anything is written: by one process of a run, not by the others.
 
     Raises:
       ValueError: a line of `metrics.jsonl` other than an unfinished last one is not one of ours.
@@ -52,9 +53,13 @@ class MetricsWriter:
         *,
         log: Any = None,
         config: Mapping[str, Any] | None = None,
+        writes: bool = True,
     ):
         workdir = pathlib.Path(workdir)
-        self._writers: list[Writer] = [_JsonLines(workdir / FILE, start_step)]
+        self._writers: list[Writer] = []
+        if not writes:
+            return
+        self._writers += [_JsonLines(workdir / FILE, start_step)]
         if log is not None and log.tensorboard:
             self._writers.append(_TensorBoard(workdir / "tensorboard", start_step))
         if log is not None and log.wandb:

@@ -138,6 +138,7 @@ def make_train_step(
     settings: StepSettings,
     optimizer: optax.GradientTransformation,
     schedule: Callable[[jax.Array], jax.Array],
+    axis_name: str | None = None,
 ) -> Callable[[TrainState, PairBatch], tuple[TrainState, Metrics]]:
     """A pure optimizer step over a batch of n microbatches.
 
@@ -149,6 +150,7 @@ def make_train_step(
       settings: the step's settings.
       optimizer: turns gradients into updates, learning rate included.
       schedule: step -> learning rate, for the report alone.
+      axis_name: the `jax.pmap` axis that a batch's rows are spread over, None outside of it.
 
     Returns:
       `step(state, batch) -> (state, metrics)`. Metrics are means over the pairs, `grad_norm`
@@ -173,17 +175,21 @@ def make_train_step(
             zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
             grads, (totals, loss_nP) = jax.lax.scan(accumulate, zeros, batch)
             totals = jax.tree.map(jnp.sum, totals)
-        pairs = jnp.sum(batch.valid_BG)
-        grads = jax.tree.map(lambda g: g.astype(jnp.float32) / pairs, grads)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        pairs, tokens = jnp.sum(batch.valid_BG), jnp.sum(batch.branch_BL > 0)
+        by_slot = {"pair": batch.pair_BG.reshape(-1), "pair_loss": loss_nP.reshape(-1)}
+        if axis_name is not None:
+            grads, totals, pairs, tokens = jax.lax.psum((grads, totals, pairs, tokens), axis_name)
+            by_slot = jax.lax.all_gather(by_slot, axis_name, tiled=True)
+        grads = jax.tree.map(lambda g: g / pairs, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics = {
             **jax.tree.map(lambda total: total / pairs, totals),
             "grad_norm": optax.global_norm(grads),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "pairs": pairs,
-            "tokens": jnp.sum(batch.branch_BL > 0),
-            "pair": batch.pair_BG.reshape(-1),
-            "pair_loss": loss_nP.reshape(-1),
+            "tokens": tokens,
+            **by_slot,
         }
         new_state = TrainState(
             step=state.step + 1,
@@ -195,18 +201,22 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(settings: StepSettings) -> Callable[[Params, PairBatch], Metrics]:
+def make_eval_step(
+    settings: StepSettings, axis_name: str | None = None
+) -> Callable[[Params, PairBatch], Metrics]:
     """A pure evaluation step: `(params, batch) -> sums` over the batch's pairs.
 
     The sums carry the names of the training metrics, with `pairs` for the count to divide by.
+    `axis_name` is as for `make_train_step`.
     """
 
     def eval_step(params: Params, batch: PairBatch) -> Metrics:
-        def sums(_, microbatch):
+        def sum_up(_, microbatch):
             loss_P, metrics = pair_losses(settings, params, microbatch)
             return None, jax.tree.map(jnp.sum, {"loss": loss_P, **metrics})
 
-        _, totals = jax.lax.scan(sums, None, batch)
-        return {**jax.tree.map(jnp.sum, totals), "pairs": jnp.sum(batch.valid_BG)}
+        _, totals = jax.lax.scan(sum_up, None, batch)
+        sums = {**jax.tree.map(jnp.sum, totals), "pairs": jnp.sum(batch.valid_BG)}
+        return sums if axis_name is None else jax.lax.psum(sums, axis_name)
 
     return eval_step

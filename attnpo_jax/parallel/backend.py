@@ -1,0 +1,297 @@
+"""The two ways to run one step on many devices: `jax.jit` over a mesh, and `jax.pmap`.
+
+Both take the same pure functions and the same batches, and keep parameters and state as ordinary
+global arrays, so that checkpoints and exports do not depend on which one wrote them.
+
+Shapes: n microbatches, B rows.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from attnpo_jax.models.decoder import ModelConfig, Params, abstract_params
+from attnpo_jax.parallel import mesh as meshes
+from attnpo_jax.parallel import rules, sharding
+
+
+class Backend(Protocol):
+    """Places arrays and compiles functions.
+
+    Attributes:
+      row_shards: in how many parts the rows of a batch are; batches have a multiple of it.
+      axis_name: the axis that a step's function sums over itself, or None where the compiler does.
+      description: the devices and how they are used, in words.
+    """
+
+    row_shards: int
+    axis_name: str | None
+    description: str
+
+    def parameter_shardings(self) -> Any:
+        """The tree of shardings that parameters are loaded with."""
+
+    def abstract_state(self, state: Any) -> Any:
+        """The tree of `jax.ShapeDtypeStruct`s with every array's sharding."""
+
+    def create_state(self, create: Callable[[Params], Any], params: Params) -> Any:
+        """`create(params)`, placed; the parameters are donated."""
+
+    def train_step(self, step: Callable[[Any, Any], tuple[Any, Any]], state: Any) -> Callable:
+        """Compiles `(state, batch) -> (state, metrics)`; the state is donated.
+
+        `state` is as `abstract_state` returns it; batches are as `put_batch` returns them.
+        """
+
+    def eval_step(self, step: Callable[[Params, Any], Any]) -> Callable:
+        """Compiles `(params, batch) -> sums`."""
+
+    def put_batch(self, batch: Any) -> Any:
+        """NumPy arrays (n, B, ...) to the devices, rows split."""
+
+    def row_pass(self, function: Callable, out_axes: Sequence[int], **static: Any) -> Callable:
+        """Compiles `(shared, rows) -> tuple of arrays` for the judge's and the reference's passes.
+
+        Args:
+          function: `rows` is a pytree of arrays (B, ...), `shared` what all rows need.
+          out_axes: by output, the axis that counts rows.
+          **static: hashable keyword arguments of the function.
+
+        Returns:
+          The function, which takes NumPy arrays for `rows`.
+        """
+
+    def whole_pass(self, function: Callable, **static: Any) -> Callable:
+        """Compiles `(params, arrays) -> arrays` for what is done once; its result is whole."""
+
+    def replicate(self, tree: Any) -> Any:
+        """Arrays to all devices, whole."""
+
+    def local_rows(self, num_rows: int) -> np.ndarray:
+        """Which of a batch's B rows this process's devices hold: bool (B,)."""
+
+
+def for_training(model: ModelConfig, parallel: Any) -> Backend:
+    """What trains on all devices of all processes.
+
+    Args:
+      model: the model's shape.
+      parallel: the `parallel` section of the config.
+
+    Raises:
+      MeshError: the devices or the model do not fit the mesh.
+    """
+    sizes = meshes.axis_sizes(parallel.mesh, jax.device_count())
+    return _make(model, parallel.backend, sizes, jax.devices())
+
+
+def for_preparing(model: ModelConfig, parallel: Any) -> Backend:
+    """What judges and scores: this process's devices alone, so that processes never wait.
+
+    Args:
+      model: the model's shape.
+      parallel: the `parallel` section of the config; see `mesh.local_sizes` for its mesh.
+
+    Raises:
+      MeshError: the devices or the model do not fit the mesh.
+    """
+    sizes = meshes.axis_sizes(parallel.mesh, jax.device_count())
+    local = jax.local_devices()
+    return _make(model, parallel.backend, meshes.local_sizes(sizes, len(local)), local)
+
+
+def one_device(model: ModelConfig) -> Backend:
+    """The first of this process's devices."""
+    return Sharded(model, dict.fromkeys(rules.AXES, 1), jax.local_devices()[:1])
+
+
+def _make(model: ModelConfig, backend: str, sizes: Mapping[str, int], devices) -> Backend:
+    if backend == "pmap":
+        return Replicated(model, devices)
+    return Sharded(model, sizes, devices)
+
+
+class Sharded:
+    """`jax.jit` over a mesh with axes `data`, `fsdp` and `tensor`."""
+
+    axis_name = None
+
+    def __init__(self, model: ModelConfig, sizes: Mapping[str, int], devices: Sequence[jax.Device]):
+        meshes.check_model(model, sizes)
+        self.mesh: Mesh = meshes.make_mesh(sizes, devices)
+        self.row_shards = sizes["data"] * sizes["fsdp"]
+        listed = ", ".join(f"{axis} {sizes[axis]}" for axis in rules.AXES)
+        self.description = f"{len(devices)} {devices[0].device_kind} devices ({listed})"
+        self._model = model
+        self._whole = NamedSharding(self.mesh, PartitionSpec())
+
+    def parameter_shardings(self) -> Any:
+        return sharding.parameter_shardings(self._model, self.mesh)
+
+    def abstract_state(self, state: Any) -> Any:
+        shardings = sharding.like_parameters(
+            state, abstract_params(self._model), self.parameter_shardings(), self._whole
+        )
+        return _with_shardings(state, shardings)
+
+    def create_state(self, create: Callable[[Params], Any], params: Params) -> Any:
+        abstract = self.abstract_state(jax.eval_shape(create, params))
+        shardings = jax.tree.map(lambda x: x.sharding, abstract)
+        return jax.jit(create, out_shardings=shardings, donate_argnums=0)(params)
+
+    def train_step(self, step: Callable[[Any, Any], tuple[Any, Any]], state: Any) -> Callable:
+        shardings = jax.tree.map(lambda x: x.sharding, state)
+        return self._on_mesh(
+            jax.jit(
+                step,
+                in_shardings=(shardings, sharding.row_sharding(self.mesh, axis=1)),
+                out_shardings=(shardings, self._whole),
+                donate_argnums=0,
+            )
+        )
+
+    def eval_step(self, step: Callable[[Params, Any], Any]) -> Callable:
+        return self._on_mesh(
+            jax.jit(
+                step,
+                in_shardings=(
+                    self.parameter_shardings(),
+                    sharding.row_sharding(self.mesh, axis=1),
+                ),
+                out_shardings=self._whole,
+            )
+        )
+
+    def put_batch(self, batch: Any) -> Any:
+        return sharding.put(batch, sharding.row_sharding(self.mesh, axis=1))
+
+    def row_pass(self, function: Callable, out_axes: Sequence[int], **static: Any) -> Callable:
+        out = tuple(sharding.row_sharding(self.mesh, axis) for axis in out_axes)
+        call = self._compile(function, out, static)
+        rows_sharding = sharding.row_sharding(self.mesh)
+        return lambda shared, rows: call(shared, sharding.put(rows, rows_sharding))
+
+    def whole_pass(self, function: Callable, **static: Any) -> Callable:
+        return self._compile(function, self._whole, static)
+
+    def _compile(self, function: Callable, out: Any, static: Mapping[str, Any]) -> Callable:
+        # By name, and not bound beforehand: so JAX knows the function again and compiles it once.
+        compiled = jax.jit(function, static_argnames=tuple(static), out_shardings=out)
+        return self._on_mesh(functools.partial(compiled, **static))
+
+    def replicate(self, tree: Any) -> Any:
+        return sharding.put(tree, self._whole)
+
+    def local_rows(self, num_rows: int) -> np.ndarray:
+        mine = np.zeros(num_rows, bool)
+        by_device = sharding.row_sharding(self.mesh).addressable_devices_indices_map((num_rows,))
+        for (rows,) in by_device.values():
+            mine[rows] = True
+        return mine
+
+    def _on_mesh(self, function: Callable) -> Callable:
+        """The function, traced and run with the mesh current: the model's constraints refer to it.
+
+        `lower` is that of the jitted function, for those who want to look at what is compiled.
+        """
+
+        def call(*args):
+            with jax.set_mesh(self.mesh):
+                return function(*args)
+
+        def lower(*args):
+            with jax.set_mesh(self.mesh):
+                return function.lower(*args)
+
+        call.lower = lower
+        return call
+
+
+class Replicated:
+    """`jax.pmap`: every device has the whole state and its own rows."""
+
+    axis_name = "devices"
+
+    def __init__(self, model: ModelConfig, devices: Sequence[jax.Device]):
+        self._devices = list(devices)
+        self._model = model
+        self.row_shards = len(self._devices)
+        self.description = f"{len(devices)} {devices[0].device_kind} devices (pmap)"
+        mesh = jax.make_mesh(
+            (len(self._devices),),
+            (self.axis_name,),
+            axis_types=(jax.sharding.AxisType.Auto,),
+            devices=self._devices,
+        )
+        self._whole = NamedSharding(mesh, PartitionSpec())
+        self._split = NamedSharding(mesh, PartitionSpec(self.axis_name))
+
+    def parameter_shardings(self) -> Any:
+        return jax.tree.map(lambda _: self._whole, abstract_params(self._model))
+
+    def abstract_state(self, state: Any) -> Any:
+        return _with_shardings(state, jax.tree.map(lambda _: self._whole, state))
+
+    def create_state(self, create: Callable[[Params], Any], params: Params) -> Any:
+        return jax.jit(create, out_shardings=self._whole, donate_argnums=0)(params)
+
+    def train_step(self, step: Callable[[Any, Any], tuple[Any, Any]], state: Any) -> Callable:
+        del state
+        # State and metrics are the same on every device: they go in and out without an axis.
+        return self._pmap(step, out_axes=(None, None), donate_argnums=0)
+
+    def eval_step(self, step: Callable[[Params, Any], Any]) -> Callable:
+        return self._pmap(step, out_axes=None)
+
+    def put_batch(self, batch: Any) -> Any:
+        return sharding.put(self._by_device(batch, axis=1), self._split)
+
+    def row_pass(self, function: Callable, out_axes: Sequence[int], **static: Any) -> Callable:
+        compiled = self._pmap(functools.partial(function, **static), out_axes=tuple(out_axes))
+
+        def call(shared, rows):
+            outputs = compiled(shared, sharding.put(self._by_device(rows, axis=0), self._split))
+            return tuple(
+                x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+                for x, axis in zip(outputs, out_axes, strict=True)
+            )
+
+        return call
+
+    def whole_pass(self, function: Callable, **static: Any) -> Callable:
+        return jax.jit(functools.partial(function, **static), out_shardings=self._whole)
+
+    def replicate(self, tree: Any) -> Any:
+        return sharding.put(tree, self._whole)
+
+    def local_rows(self, num_rows: int) -> np.ndarray:
+        local = [device.process_index == jax.process_index() for device in self._devices]
+        return np.repeat(local, num_rows // len(local))
+
+    def _pmap(self, function: Callable, **options: Any) -> Callable:
+        return jax.pmap(
+            function,
+            axis_name=self.axis_name,
+            in_axes=(None, 0),
+            devices=self._devices,
+            **options,
+        )
+
+    def _by_device(self, tree: Any, axis: int) -> Any:
+        """Rows on `axis` as rows of each device, devices first."""
+
+        def split(x: np.ndarray) -> np.ndarray:
+            shape = (*x.shape[:axis], self.row_shards, -1, *x.shape[axis + 1 :])
+            return np.moveaxis(np.reshape(x, shape), axis, 0)
+
+        return jax.tree.map(split, tree)
+
+
+def _with_shardings(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+    )

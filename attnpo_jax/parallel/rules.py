@@ -1,0 +1,258 @@
+"""Which mesh axis splits what: the one table, and the constraints that the model's passes apply.
+
+The mesh has three axes. `data` holds copies of the model, `fsdp` splits parameters and optimizer
+state, and both split the rows of a batch; `tensor` splits heads, feed-forward and vocabulary.
+
+The functions here say where an intermediate result lies. They act on the mesh that
+`jax.set_mesh` has made current; without one (a single device, or `jax.pmap`) they do nothing.
+
+Shapes: B rows, L row length, M scored tokens a row, D width, V vocabulary.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+
+# Logical axis of a parameter (see `models.decoder.logical_axes`) -> the mesh axis that splits it.
+RULES: dict[str, str | None] = {
+    "layer": None,  # scanned over
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "norm": None,  # small
+}
+
+# The mesh axes that split the rows of a batch.
+ROWS = ("data", "fsdp")
+
+
+def parameter_spec(
+    axes: Sequence[str], shape: Sequence[int], sizes: Mapping[str, int]
+) -> PartitionSpec:
+    """How a parameter is split.
+
+    A vocabulary that its mesh axis does not divide stays whole; other lengths must be divisible
+    (see `mesh.check_model`).
+
+    Args:
+      axes: the logical axes of the parameter.
+      shape: its shape.
+      sizes: sizes of the mesh's axes.
+
+    Raises:
+      ValueError: a logical axis that the table lacks.
+    """
+    entries = []
+    for axis, length in zip(axes, shape, strict=True):
+        if axis not in RULES:
+            raise ValueError(f"no rule for the logical axis {axis!r}; known: {', '.join(RULES)}")
+        split = RULES[axis]
+        if axis == "vocab" and split is not None and length % sizes[split]:
+            split = None
+        entries.append(split)
+    return PartitionSpec(*entries)
+
+
+def gather(weight: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """One layer's weight, whole over `fsdp`, for use; its gradient is reduced back to the parts.
+
+    Left to itself, the partitioner may gather the batch's activations instead.
+
+    Args:
+      weight: in the dtype it is used in, so that no more than that travels.
+      axes: its logical axes.
+    """
+    sizes = _sizes()
+    if sizes.get("fsdp", 1) == 1:
+        return weight
+    parts = parameter_spec(axes, weight.shape, sizes)
+    whole = PartitionSpec(*(None if entry == "fsdp" else entry for entry in parts))
+    if whole == parts:
+        return weight
+    return _move(weight, parts, whole)
+
+
+def checkpoint_policy(policy):
+    """A rematerialisation policy under which gathered weights are not kept.
+
+    Args:
+      policy: one of `jax.checkpoint_policies`, or None for keeping everything.
+
+    Returns:
+      A policy for `jax.checkpoint`; None where there is nothing that must not be kept.
+    """
+    if policy is not None or _sizes().get("fsdp", 1) == 1:
+        return policy
+    # A constraint's result is its operand in another place: it can always be had again.
+    return lambda primitive, *_, **__: primitive.name != "sharding_constraint"
+
+
+def by_rows(x: jax.Array) -> jax.Array:
+    """Activations (B, ...), split by rows and not otherwise."""
+    if not _splits_rows(x):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS))
+
+
+def lookup(table_VD: jax.Array, tokens_BL: jax.Array, dtype) -> jax.Array:
+    """The rows of an embedding table for tokens: (B, L, D) of `dtype`, split by rows.
+
+    Every device looks all of its group's tokens up in its columns; then columns are exchanged for
+    rows. The table stays where it is, and so does its gradient.
+    """
+    if not _splits_rows(tokens_BL):
+        return table_VD[tokens_BL].astype(dtype)
+    if _sizes()["fsdp"] == 1:
+        return by_rows(table_VD[tokens_BL].astype(dtype))
+    columns, rows = PartitionSpec("data", None, "fsdp"), PartitionSpec(ROWS)
+    tokens_BL = jax.lax.with_sharding_constraint(tokens_BL, PartitionSpec("data"))
+    return _move(table_VD[tokens_BL].astype(dtype), columns, rows)
+
+
+def over_vocabulary(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Runs a function of scored tokens with the vocabulary split over all devices of a model copy.
+
+    Each device then has the logits of its part of the vocabulary for the tokens of its group, which
+    the function takes few at a time; gathering the matrix would take gigabytes. Its gradient is
+    summed over `data` once, after the last token.
+
+    Args:
+      function: `(hidden_BMD, unembedding_VD, target_BM, vocabulary) -> (B, M)`; `vocabulary` is a
+        `Vocabulary`, through which it takes what depends on all of the vocabulary.
+
+    Returns:
+      `(hidden_BMD, unembedding_VD, target_BM) -> (B, M)`.
+    """
+
+    def call(hidden_BMD, unembedding_VD, target_BM):
+        sizes = _sizes()
+        parts = math.prod(sizes.get(axis, 1) for axis in _VOCABULARY)
+        if not _splits_rows(hidden_BMD):
+            return function(hidden_BMD, unembedding_VD, target_BM, Vocabulary())
+        V = unembedding_VD.shape[0]
+        padded = jnp.pad(unembedding_VD, ((0, -V % parts), (0, 0)))
+
+        def local(hidden, unembedding, target):
+            # Made to vary here and not at its use, so that gradients are summed after the loop.
+            unembedding = jax.lax.pcast(unembedding, "data", to="varying")
+            place = jax.lax.axis_index(_VOCABULARY)
+            vocabulary = _Part(V, place * unembedding.shape[0])
+            return function(hidden, unembedding, target, vocabulary)
+
+        rows = PartitionSpec(ROWS)
+        return jax.shard_map(
+            local, in_specs=(rows, PartitionSpec(_VOCABULARY), rows), out_specs=rows
+        )(hidden_BMD, padded, target_BM)
+
+    return call
+
+
+# In this order, a device's part of the vocabulary lies within the one that it stores.
+_VOCABULARY = ("tensor", "fsdp")
+
+
+class Vocabulary:
+    """The whole vocabulary on this device."""
+
+    def rows_of_group(self, x: jax.Array) -> jax.Array:
+        """Rows (B, ...) of all devices that share one copy of the model."""
+        return x
+
+    def own_rows(self, x: jax.Array) -> jax.Array:
+        """This device's rows of `rows_of_group`."""
+        return x
+
+    def pick(self, logits_BMV: jax.Array, target_BM: jax.Array) -> jax.Array:
+        """The targets' logits (B, M)."""
+        return jnp.take_along_axis(logits_BMV, target_BM[..., None], axis=-1)[..., 0]
+
+    def logsumexp(self, logits_BMV: jax.Array) -> jax.Array:
+        """log of the sum over the vocabulary of exp(logits), (B, M)."""
+        return jax.nn.logsumexp(logits_BMV, axis=-1)
+
+
+class _Part(Vocabulary):
+    """This device's part of a vocabulary of `size` tokens, from token `first` on."""
+
+    def __init__(self, size: int, first: jax.Array):
+        self._size, self._first = size, first
+
+    def rows_of_group(self, x):
+        return jax.lax.all_gather(x, "fsdp", axis=0, tiled=True)
+
+    def own_rows(self, x):
+        B = x.shape[0] // jax.lax.axis_size("fsdp")
+        return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index("fsdp") * B, B)
+
+    def pick(self, logits_BMV, target_BM):
+        hit = self._tokens(logits_BMV) == target_BM[..., None]
+        return jax.lax.psum(jnp.sum(jnp.where(hit, logits_BMV, 0.0), axis=-1), _VOCABULARY)
+
+    def logsumexp(self, logits_BMV):
+        logits_BMV = jnp.where(self._tokens(logits_BMV) < self._size, logits_BMV, -jnp.inf)
+        highest = jnp.max(jax.lax.stop_gradient(logits_BMV), axis=-1)
+        highest = jax.lax.pmax(highest, _VOCABULARY)
+        summed = jnp.sum(jnp.exp(logits_BMV - highest[..., None]), axis=-1)
+        return highest + jnp.log(jax.lax.psum(summed, _VOCABULARY))
+
+    def _tokens(self, logits_BMV):
+        return self._first + jnp.arange(logits_BMV.shape[-1])
+
+
+def split_logits(hidden_BMD: jax.Array, unembedding_VD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both factors of a few tokens' logits, placed so that the vocabulary stays split."""
+    if not _splits_rows(hidden_BMD) or _sizes()["fsdp"] == 1:
+        return hidden_BMD, unembedding_VD
+    constrain = jax.lax.with_sharding_constraint
+    return (
+        constrain(hidden_BMD, PartitionSpec("data")),
+        constrain(unembedding_VD, PartitionSpec(_VOCABULARY)),
+    )
+
+
+def row_shards() -> int:
+    """How many parts the rows of a batch are in, on the current mesh."""
+    return math.prod(_sizes().get(axis, 1) for axis in ROWS)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _move(x, source: PartitionSpec, target: PartitionSpec):
+    """x from one placement to another; its cotangent the other way.
+
+    The transpose of a plain constraint keeps the cotangent at the target, whole on every device.
+    """
+    x = jax.lax.with_sharding_constraint(x, source)
+    return jax.lax.with_sharding_constraint(x, target)
+
+
+def _move_forward(x, source, target):
+    return _move(x, source, target), None
+
+
+def _move_backward(source, target, _, cotangent):
+    del target
+    return (jax.lax.with_sharding_constraint(cotangent, source),)
+
+
+_move.defvjp(_move_forward, _move_backward)
+
+
+def _sizes() -> Mapping[str, int]:
+    """Sizes of the current mesh's axes; empty for a single device, or a mesh not of ours."""
+    mesh = jax.sharding.get_abstract_mesh()
+    ours = not mesh.empty and set(mesh.axis_names) == set(AXES) and mesh.size > 1
+    return dict(mesh.shape) if ours else {}
+
+
+def _splits_rows(x: jax.Array) -> bool:
+    shards = row_shards()
+    return bool(_sizes()) and x.shape[0] % shards == 0

@@ -1,0 +1,106 @@
+"""Runs one command as several processes of this machine that work together.
+
+    python launch/local.py --processes=2 -- attnpo run --config=configs/quickstart.py --workdir=DIR
+
+Every line of output has its process's number in front. SIGTERM and SIGINT are passed on. When a
+process fails, the others get time to end by themselves, then they are killed. Exit code: that of
+the first process that failed; 0 if none did.
+
+On CPU, each process has one device unless `--devices` says otherwise.
+"""
+
+import argparse
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+# What the processes' own fault detection may take; see attnpo_jax.parallel.processes.
+GRACE_SECONDS = 60
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def environment(index: int, count: int, port: int, devices: int | None) -> dict[str, str]:
+    environ = dict(os.environ)
+    environ["ATTNPO_COORDINATOR"] = f"127.0.0.1:{port}"
+    environ["ATTNPO_NUM_PROCESSES"] = str(count)
+    environ["ATTNPO_PROCESS_ID"] = str(index)
+    if devices is not None:
+        flag = "--xla_force_host_platform_device_count"
+        others = re.sub(rf"{flag}=\d+", "", environ.get("XLA_FLAGS", ""))
+        environ["XLA_FLAGS"] = f"{others} {flag}={devices}".strip()
+    return environ
+
+
+def relay(index: int, process: subprocess.Popen) -> None:
+    """Copies a process's output, a line at a time so that lines do not mix."""
+    for line in process.stdout:
+        sys.stdout.write(f"[{index}] {line}")
+        sys.stdout.flush()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Run a command as several local processes.")
+    parser.add_argument("--processes", type=int, required=True, help="how many")
+    parser.add_argument("--devices", type=int, help="virtual CPU devices of each process")
+    parser.add_argument("command", nargs="+", help="after --, what each process runs")
+    options = parser.parse_args()
+    if options.processes < 1:
+        parser.error(f"--processes={options.processes}; accepted: 1 or more")
+
+    port = free_port()
+    running = [
+        subprocess.Popen(
+            options.command,
+            env=environment(index, options.processes, port, options.devices),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        for index in range(options.processes)
+    ]
+
+    def pass_on(number, frame):
+        for process in running:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, pass_on)
+    relays = [
+        threading.Thread(target=relay, args=(index, process), daemon=True)
+        for index, process in enumerate(running)
+    ]
+    for thread in relays:
+        thread.start()
+
+    first_failure, deadline = 0, None
+    while any(process.poll() is None for process in running):
+        failed = [process.returncode for process in running if process.returncode]
+        if failed and deadline is None:
+            first_failure, deadline = failed[0], time.monotonic() + GRACE_SECONDS
+        if deadline is not None and time.monotonic() > deadline:
+            for process in running:
+                if process.poll() is None:
+                    process.kill()
+        time.sleep(0.1)
+    for thread in relays:
+        thread.join()
+    first_failure = first_failure or next((p.returncode for p in running if p.returncode), 0)
+    # As shells say it: 128 and the number of the signal.
+    return first_failure if first_failure >= 0 else 128 - first_failure
+
+
+if __name__ == "__main__":
+    sys.exit(main())

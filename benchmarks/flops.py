@@ -46,6 +46,13 @@ class Costs:
 
     @classmethod
     def of(cls, config: ModelConfig) -> Costs:
+        """The costs of a model whose layers all see the whole row.
+
+        Raises:
+          ValueError: a layer has a window; what it sees would be counted wrongly.
+        """
+        if config.layer_windows is not None:
+            raise ValueError("FLOPs of layers with a sliding window are not counted here")
         D, H = config.hidden_size, config.head_dim
         N, K, F = config.num_heads, config.num_kv_heads, config.intermediate_size
         return cls(

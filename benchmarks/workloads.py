@@ -6,6 +6,7 @@ the same for an implementation that does not share their beginning.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import time
@@ -33,9 +34,10 @@ from attnpo_jax.judge_prompt import JudgePrompter, JudgeTemplate
 from attnpo_jax.language_model import LanguageModel, load_model
 from attnpo_jax.models import checkpoints, decoder
 from attnpo_jax.models.head import token_logps
+from attnpo_jax.parallel import backend as backends
 from attnpo_jax.provenance import open_prepared
 from attnpo_jax.train import loop, optim
-from attnpo_jax.train.state import create
+from attnpo_jax.train.state import TrainState, create
 from attnpo_jax.train.step import StepSettings, make_train_step
 from benchmarks import flops, protocol
 
@@ -184,7 +186,9 @@ class Reference:
         config, pairs = _config(spec), _pairs(spec)
         model = _model(config)
         self._tokenized = [_tokenize(config, model.tokenizer, pair) for pair in pairs]
-        self._reference = prepare._Reference(config, model, self._tokenized)
+        self._reference = prepare._Reference(
+            config, model, backends.for_preparing(model.config, config.parallel), self._tokenized
+        )
         self.repeat()
         lengths = [
             (len(t.prompt_ids), (len(t.chosen_ids), len(t.rejected_ids))) for t in self._tokenized
@@ -214,6 +218,8 @@ class Training:
         model = checkpoints.load_config(folder)
         # Prepared once, in one dtype: for the time it takes, the values do not matter.
         data = open_prepared(_config(spec), pathlib.Path(spec["scratch"]), "train")
+        trainer = _Trainer(config, model, data.source_layers)
+        backend = trainer.backend
         self._batches = TrainBatches(
             data,
             batch_size=config.train.batch_size,
@@ -221,19 +227,17 @@ class Training:
             shuffle=False,
             seed=config.seed,
             num_buckets=config.data.num_buckets,
+            row_multiple=backend.row_shards,
+            local_rows=backend.local_rows,
         )
-        self._step, optimizer = _train_step(config, model, data.source_layers)
-        params = checkpoints.load_params(
-            folder, model, param_dtype=jnp.dtype(config.model.param_dtype)
-        )
-        self._state = create(params, optimizer)
-        del params
+        self._step, self._put = trainer.step, backend.put_batch
+        self._state = trainer.first_state(folder)
         warm = set()
         for batch in (self._batches[i] for i in range(len(self._batches))):
             shape = tuple(x.shape for x in jax.tree.leaves(batch))
             if shape not in warm:
                 warm.add(shape)
-                self._state, metrics = self._step(self._state, batch)
+                self._state, _ = self._step(self._state, self._put(batch))
         jax.block_until_ready(self._state)
         lengths = [
             (int(p), (int(c), int(r)))
@@ -253,7 +257,7 @@ class Training:
         start = time.perf_counter()
         last = None
         for host_batch in loop.read_ahead(self._batches):
-            self._state, metrics = self._step(self._state, jax.device_put(host_batch))
+            self._state, metrics = self._step(self._state, self._put(host_batch))
             if last is not None:
                 jax.device_get(last)
             last = metrics["loss"]
@@ -294,11 +298,11 @@ class Curve:
         config = _config(spec)
         folder = checkpoints.resolve(config.model.source)
         model = checkpoints.load_config(folder)
-        self._step, optimizer = _train_step(config, model, (model.num_layers - 1,))
-        params = checkpoints.load_params(folder, model)
-        self._state = create(params, optimizer)
-        del params
-        self._batches = [_random_batch(model, self.PROMPT, n) for n in spec["lengths"]]
+        trainer = _Trainer(config, model, (model.num_layers - 1,))
+        self._step, self._state = trainer.step, trainer.first_state(folder)
+        self._batches = [
+            trainer.backend.put_batch(_random_batch(model, self.PROMPT, n)) for n in spec["lengths"]
+        ]
         for batch in self._batches:
             self._state, _ = jax.block_until_ready(self._step(self._state, batch))
         self.info = {
@@ -329,11 +333,10 @@ class Compile:
 
     def _compile_step(self, layers: int) -> float:
         model = dataclasses.replace(self._model, num_layers=layers)
-        step, optimizer = _train_step(self._config, model, (layers - 1,))
-        batch = _random_batch(model, 64, 128)
-        state = jax.eval_shape(lambda p: create(p, optimizer), decoder.abstract_params(model))
+        trainer = _Trainer(self._config, model, (layers - 1,))
+        batch = trainer.backend.put_batch(_random_batch(model, 64, 128))
         start = time.perf_counter()
-        step.lower(state, batch).compile()
+        trainer.step.lower(trainer.abstract_state, batch).compile()
         return time.perf_counter() - start
 
     def _compile_judge(self, layers: int) -> float:
@@ -429,6 +432,7 @@ def _judge(config, model: LanguageModel) -> Judge:
         batch_size=config.judge.batch_size,
         token_budget=config.judge.token_budget,
         num_buckets=config.data.num_buckets,
+        backend=backends.for_preparing(model.config, config.parallel),
     )
 
 
@@ -440,22 +444,41 @@ def _common_beginning(sequences: Sequence[np.ndarray]) -> int:
     return int(differs[0]) if len(differs) else shortest
 
 
-def _train_step(config, model: decoder.ModelConfig, source_layers: tuple[int, ...]):
-    """The jitted step of a run, and its optimizer."""
-    schedule = optim.make_schedule(config.optim, 1000)
-    optimizer = optim.make_optimizer(config.optim, schedule)
-    settings = StepSettings(
-        model=model,
-        weighting=config_lib.bind_section(weighting, config.weighting),
-        objective=config_lib.bind_section(losses, config.objective),
-        beta=config.objective.beta,
-        source_layers=source_layers,
-        dtype=jnp.dtype(config.model.dtype),
-        remat=config.model.remat,
-        logps_chunk=config.model.logps_chunk,
-    )
-    step = jax.jit(make_train_step(settings, optimizer, schedule), donate_argnums=0)
-    return step, optimizer
+class _Trainer:
+    """A run's compiled step, and the state it starts from, as the training loop makes them."""
+
+    def __init__(self, config, model: decoder.ModelConfig, source_layers: tuple[int, ...]):
+        schedule = optim.make_schedule(config.optim, 1000)
+        optimizer = optim.make_optimizer(config.optim, schedule)
+        settings = StepSettings(
+            model=model,
+            weighting=config_lib.bind_section(weighting, config.weighting),
+            objective=config_lib.bind_section(losses, config.objective),
+            beta=config.objective.beta,
+            source_layers=source_layers,
+            dtype=jnp.dtype(config.model.dtype),
+            remat=config.model.remat,
+            logps_chunk=config.model.logps_chunk,
+        )
+        self._model, self._dtype = model, jnp.dtype(config.model.param_dtype)
+        self._create = functools.partial(create, optimizer=optimizer)
+        self.backend = backends.for_training(model, config.parallel)
+        self.abstract_state = self.backend.abstract_state(
+            jax.eval_shape(self._create, decoder.abstract_params(model, self._dtype))
+        )
+        self.step = self.backend.train_step(
+            make_train_step(settings, optimizer, schedule, self.backend.axis_name),
+            self.abstract_state,
+        )
+
+    def first_state(self, folder: pathlib.Path) -> TrainState:
+        params = checkpoints.load_params(
+            folder,
+            self._model,
+            param_dtype=self._dtype,
+            shardings=self.backend.parameter_shardings(),
+        )
+        return self.backend.create_state(self._create, params)
 
 
 def _random_batch(model: decoder.ModelConfig, prompt: int, response: int) -> PairBatch:

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 from attnpo_jax.models.config import ModelConfig
@@ -19,6 +21,11 @@ TINY = ModelConfig(
 
 def test_costs_of_the_parts_by_hand():
     assert flops.Costs.of(TINY) == flops.Costs(key_value=16, rest=68, score=16, head=20, layers=2)
+
+
+def test_sliding_windows_are_refused():
+    with pytest.raises(ValueError, match="sliding window"):
+        flops.Costs.of(dataclasses.replace(TINY, layer_windows=(4, None)))
 
 
 @pytest.mark.parametrize(

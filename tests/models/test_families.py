@@ -189,9 +189,12 @@ def test_attention_rows_and_verdicts_equal_those_of_torch(models, name):
     letters = jnp.array([7, 40])
     sources = tuple(range(m.config.num_layers))
     past = jax.jit(decoder.make_past, static_argnums=0)(m.config, m.params, tokens[:common])
-    rows, verdict, answer = judge._judge_rows(
-        m.config, m.params, past, letters, *row, read, sources=sources, dtype=jnp.float32
+    judge_rows = jax.jit(
+        functools.partial(
+            judge._judge_rows, config=m.config, sources=sources, dtype=jnp.dtype("float32")
+        )
     )
+    rows, verdict, answer = judge_rows((m.params, past, letters), (*row, read))
     for order, places in enumerate(orders):
         logits, want = run(m.theirs, tokens[places])
         own = places >= common

@@ -127,13 +127,14 @@ def _main(argv: list[str]) -> int:
         if not options.get(required):
             raise UsageError(f"{name} needs --{required}={example}")
     _start_logging(options.get("verbosity") or "info")
+    # Before config files and plugins, which may ask for devices.
+    _join_processes()
 
     from attnpo_jax import config as config_lib
 
     config = load_config(options["config"], overrides)
     config_lib.validate(config)
     _use_compilation_cache()
-    _join_processes()
     command = COMMANDS[name]
     function = getattr(importlib.import_module(command.module), command.function)
     function(config, pathlib.Path(options["workdir"]).expanduser())

@@ -83,7 +83,8 @@ def for_training(model: ModelConfig, parallel: Any) -> Backend:
       parallel: the `parallel` section of the config.
 
     Raises:
-      MeshError: the devices or the model do not fit the mesh.
+      MeshError: the devices or the model do not fit the mesh, or there are several processes and
+        the backend is pmap.
     """
     sizes = meshes.axis_sizes(parallel.mesh, jax.device_count())
     return _make(model, parallel.backend, sizes, jax.devices())
@@ -111,6 +112,11 @@ def one_device(model: ModelConfig) -> Backend:
 
 def _make(model: ModelConfig, backend: str, sizes: Mapping[str, int], devices) -> Backend:
     if backend == "pmap":
+        if jax.process_count() > 1:
+            raise meshes.MeshError(
+                f"parallel.backend = 'pmap' runs in one process, this is one of "
+                f"{jax.process_count()}; accepted: 'jit'"
+            )
         return Replicated(model, devices)
     return Sharded(model, sizes, devices)
 

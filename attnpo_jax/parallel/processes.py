@@ -9,6 +9,7 @@ them to one JAX runtime before anything else touches a device:
 - `ATTNPO_DISTRIBUTED=0`: none of this.
 """
 
+import itertools
 import logging
 import os
 from collections.abc import Mapping
@@ -27,6 +28,8 @@ HEARTBEAT_SECONDS = 30
 SHUTDOWN_SECONDS = 30
 # Nobody waits longer for a living process than this.
 BARRIER_SECONDS = 24 * 3600
+
+_BARRIERS = itertools.count()
 
 
 class ProcessesError(ValueError):
@@ -120,7 +123,7 @@ def barrier(name: str) -> None:
     """Returns when all processes have come to the same call.
 
     Args:
-      name: what they wait for, each name once in a run.
+      name: what they wait for.
 
     Raises:
       RuntimeError: another process ended before it came.
@@ -128,7 +131,10 @@ def barrier(name: str) -> None:
     if jax.process_count() > 1:
         # Unlike one of devices, this barrier knows whether the others are alive, and may take long.
         ocp.multihost.sync_global_processes(
-            name, timeout=BARRIER_SECONDS, processes=set(range(jax.process_count()))
+            # All come to the same barriers in the same order, but to one perhaps more than once.
+            f"{next(_BARRIERS)} {name}",
+            timeout=BARRIER_SECONDS,
+            processes=set(range(jax.process_count())),
         )
 
 

@@ -100,7 +100,7 @@ def by_rows(x: jax.Array) -> jax.Array:
     """Activations (B, ...), split by rows and not otherwise."""
     if not _splits_rows(x):
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS))
+    return _constrain(x, PartitionSpec(ROWS))
 
 
 def lookup(table_VD: jax.Array, tokens_BL: jax.Array, dtype) -> jax.Array:
@@ -114,7 +114,7 @@ def lookup(table_VD: jax.Array, tokens_BL: jax.Array, dtype) -> jax.Array:
     if _sizes()["fsdp"] == 1:
         return by_rows(table_VD[tokens_BL].astype(dtype))
     columns, rows = PartitionSpec("data", None, "fsdp"), PartitionSpec(ROWS)
-    tokens_BL = jax.lax.with_sharding_constraint(tokens_BL, PartitionSpec("data"))
+    tokens_BL = _constrain(tokens_BL, PartitionSpec("data"))
     return _move(table_VD[tokens_BL].astype(dtype), columns, rows)
 
 
@@ -212,10 +212,9 @@ def split_logits(hidden_BMD: jax.Array, unembedding_VD: jax.Array) -> tuple[jax.
     """Both factors of a few tokens' logits, placed so that the vocabulary stays split."""
     if not _splits_rows(hidden_BMD) or _sizes()["fsdp"] == 1:
         return hidden_BMD, unembedding_VD
-    constrain = jax.lax.with_sharding_constraint
     return (
-        constrain(hidden_BMD, PartitionSpec("data")),
-        constrain(unembedding_VD, PartitionSpec(_VOCABULARY)),
+        _constrain(hidden_BMD, PartitionSpec("data")),
+        _constrain(unembedding_VD, PartitionSpec(_VOCABULARY)),
     )
 
 
@@ -224,23 +223,26 @@ def row_shards() -> int:
     return math.prod(_sizes().get(axis, 1) for axis in ROWS)
 
 
+_constrain = jax.lax.with_sharding_constraint
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _move(x, source: PartitionSpec, target: PartitionSpec):
     """x from one placement to another; its cotangent the other way.
 
     The transpose of a plain constraint keeps the cotangent at the target, whole on every device.
     """
-    x = jax.lax.with_sharding_constraint(x, source)
-    return jax.lax.with_sharding_constraint(x, target)
+    return _constrain(_constrain(x, source), target)
 
 
 def _move_forward(x, source, target):
-    return _move(x, source, target), None
+    # Not through `_move`: a rematerialisation policy sees the constraints themselves only.
+    return _constrain(_constrain(x, source), target), None
 
 
 def _move_backward(source, target, _, cotangent):
     del target
-    return (jax.lax.with_sharding_constraint(cotangent, source),)
+    return (_constrain(cotangent, source),)
 
 
 _move.defvjp(_move_forward, _move_backward)

@@ -58,8 +58,6 @@ DECISIVE = (
 # Batches that wait, ready, for the device.
 AHEAD = 4
 
-_LOG = logging.getLogger(__name__)
-
 
 class NonFiniteError(FloatingPointError):
     """A step whose loss or gradient is not finite; the run has stopped.

@@ -309,7 +309,15 @@ def _use_compilation_cache() -> None:
 
     if jax.config.jax_compilation_cache_dir is None:
         folder = embedded.default_cache_dir() / "xla"
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            logging.getLogger("attnpo_jax").warning(
+                "compiled programs are not kept (%s); $JAX_COMPILATION_CACHE_DIR or $ATTNPO_CACHE "
+                "may name a folder that can be written",
+                error,
+            )
+            return
         jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
 
 

@@ -58,7 +58,7 @@ def default_config() -> config_dict.ConfigDict:
     """Every field with its default; locked, so that a mistyped field fails where it is set."""
     config = config_dict.ConfigDict()
 
-    # Order of the pairs, and initial values of what is not loaded from a checkpoint.
+    # Of the order of the pairs.
     config.seed = 0
 
     config.model = model = config_dict.ConfigDict()

@@ -29,10 +29,10 @@ from attnpo_jax.data.batching import (
     plan_batches,
     round_up,
 )
-from attnpo_jax.data.sources import Pair, load_pairs
+from attnpo_jax.data.sources import LoadedPairs, Pair, load_pairs
 from attnpo_jax.data.tokenize import ChatTokenizer, TokenizedPair, tokenize_pair
 from attnpo_jax.judge import SAMPLE, Judge, Judgement
-from attnpo_jax.judge_prompt import JudgePrompt
+from attnpo_jax.judge_prompt import JudgePrompt, JudgeTemplate
 from attnpo_jax.language_model import LanguageModel
 from attnpo_jax.models import checkpoints
 from attnpo_jax.parallel import backend as backends
@@ -66,13 +66,18 @@ def prepare(
     """
     config_lib.validate(config)
     workdir, console = pathlib.Path(workdir), console or Console()
+    # The data come first: a mistake in them shall not wait for a model to be downloaded.
+    JudgeTemplate.load(config.judge.template)
+    splits = ["train", "eval"] if config.data.eval else ["train"]
+    loaded = {split: _load_pairs(config, split, workdir) for split in splits}
     folder = checkpoints.resolve(config.model.source)
     shape = checkpoints.load_config(folder)
     config_lib.check_layers(config, shape.num_layers, shape.layer_windows)
     tokenizer = ChatTokenizer.load(folder, provenance.read_chat_template(config))
-    splits = ["train", "eval"] if config.data.eval else ["train"]
     # All splits are checked before any of them is computed.
-    todo = [_Split.read(config, split, workdir, folder, tokenizer) for split in splits]
+    todo = [
+        _Split.check(config, split, workdir, folder, tokenizer, loaded[split]) for split in splits
+    ]
     # Nobody may finish a dataset that another process still takes for unfinished, or the reverse.
     processes.barrier("prepare: looked at what there is")
     first = processes.is_first()
@@ -92,6 +97,16 @@ def prepare(
             console.print(summary(split.name, prepared.Prepared.open(split.path)))
 
 
+def _load_pairs(config, split: str, workdir: pathlib.Path) -> LoadedPairs:
+    bad_rows_path = None
+    if config.data.on_bad_row == "skip" and processes.is_first():
+        bad_rows_path = provenance.split_path(workdir, split).with_suffix(".bad_rows.jsonl")
+        bad_rows_path.parent.mkdir(parents=True, exist_ok=True)
+    return load_pairs(
+        config.data[split], on_bad_row=config.data.on_bad_row, bad_rows_path=bad_rows_path
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class _Split:
     """A split's pairs, and where and as what they are prepared."""
@@ -104,16 +119,10 @@ class _Split:
     status: str
 
     @classmethod
-    def read(cls, config, name: str, workdir: pathlib.Path, folder, tokenizer) -> "_Split":
+    def check(
+        cls, config, name: str, workdir: pathlib.Path, folder, tokenizer, loaded: LoadedPairs
+    ) -> "_Split":
         path = provenance.split_path(workdir, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        loaded = load_pairs(
-            config.data[name],
-            on_bad_row=config.data.on_bad_row,
-            bad_rows_path=(
-                path.parent / f"{name}.bad_rows.jsonl" if processes.is_first() else None
-            ),
-        )
         components = provenance.components(config, name, folder, tokenizer, loaded.pairs)
         status = prepared.status(path, components)
         return cls(name, path, loaded.pairs, len(loaded.bad_rows), components, status)

@@ -135,11 +135,9 @@ def sweep(runs: Sequence[Run], workdir: pathlib.Path, console: Console) -> list[
     Raises:
       As `prepare.prepare` and `train.loop.train`; a loss that is not finite only ends its own run.
     """
-    num_layers = checkpoints.load_config(
-        checkpoints.resolve(runs[0].config.model.source)
-    ).num_layers
+    model = checkpoints.load_config(checkpoints.resolve(runs[0].config.model.source))
     for run in runs:
-        config_lib.check_layers(run.config, num_layers)
+        config_lib.check_layers(run.config, model.num_layers, model.layer_windows)
     prepare.prepare(runs[0].config, workdir, console=console)
     outcomes = []
     for number, run in enumerate(runs, 1):

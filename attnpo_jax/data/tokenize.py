@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 # template that changes case.
 _MARK = "\ue000aB{}\ue001"
 _MARK_RE = re.compile("\ue000aB([0-9]+)\ue001")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _PROBES = " \n\t\r"
 # Templates that print today's date would otherwise tokenize the same pair differently every day.
 # This hides the function that they ask; the empty expression at its end keeps the line break that
@@ -137,6 +138,11 @@ class ChatTokenizer:
 
         Raises ValueError when the tokenizer is not a fast one, or has no chat template.
         """
+        if not any((pathlib.Path(folder) / name).is_file() for name in _TOKENIZER_FILES):
+            raise FileNotFoundError(
+                f"{folder} holds no tokenizer; model.source must have one of "
+                f"{', '.join(_TOKENIZER_FILES)}"
+            )
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             str(folder), use_fast=True, trust_remote_code=False
         )

@@ -42,8 +42,8 @@ class StepSettings:
     beta: float
     source_layers: tuple[int, ...]
     dtype: Any = jnp.float32
-    remat: str = "none"
-    logps_chunk: int = 1024
+    remat: str = "dots"
+    logps_chunk: int = 512
 
 
 def pair_losses(

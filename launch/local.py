@@ -86,18 +86,20 @@ def main() -> int:
         thread.start()
 
     first_failure, deadline = 0, None
-    while any(process.poll() is None for process in running):
-        failed = [process.returncode for process in running if process.returncode]
+    while None in (codes := [process.poll() for process in running]):
+        failed = [code for code in codes if code]
         if failed and deadline is None:
             first_failure, deadline = failed[0], time.monotonic() + GRACE_SECONDS
         if deadline is not None and time.monotonic() > deadline:
-            for process in running:
+            for index, process in enumerate(running):
                 if process.poll() is None:
+                    print(f"[{index}] killed: it did not end by itself", flush=True)
                     process.kill()
+                    process.wait()
         time.sleep(0.1)
     for thread in relays:
         thread.join()
-    first_failure = first_failure or next((p.returncode for p in running if p.returncode), 0)
+    first_failure = first_failure or next((code for code in codes if code), 0)
     # As shells say it: 128 and the number of the signal.
     return first_failure if first_failure >= 0 else 128 - first_failure
 

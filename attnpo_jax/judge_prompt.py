@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from attnpo_jax.data.alignment import close_gaps
-from attnpo_jax.data.tokenize import ChatTokenizer, Piece
+from attnpo_jax.data.tokenize import ChatTokenizer, Piece, UnfitPair
 
 if TYPE_CHECKING:
     from attnpo_jax.data.sources import Pair
@@ -158,7 +158,7 @@ class JudgePrompter:
 
         When either order reaches `max_length` tokens, each answer keeps its first
         `max_answer_length` tokens, then the question keeps its last tokens so that both orders fit;
-        both get the same texts. Raises ValueError naming the pair when not even an empty question
+        both get the same texts. Raises UnfitPair naming the pair when not even an empty question
         fits.
         """
         question = conversation_text(pair.prompt)
@@ -215,11 +215,12 @@ class JudgePrompter:
             return orders
         bare = self._both("", chosen, rejected)
         if not self._fits(bare):
-            raise ValueError(
-                f"pair {pair.id}: the judge prompt takes {max(len(order.ids) for order in bare)} "
-                f"tokens without any question, judge.max_length = {self.max_length} allows "
+            raise UnfitPair(
+                f"the judge prompt takes {max(len(order.ids) for order in bare)} tokens without "
+                f"any question, judge.max_length = {self.max_length} allows "
                 f"{self.max_length - 1}; lower judge.max_answer_length = {self.max_answer_length} "
-                "or raise judge.max_length"
+                "or raise judge.max_length",
+                pair.id,
             )
         _, offsets = self.tokenizer.encode_pieces([Piece(question, message=0)])
         keep = len(offsets)

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from attnpo_jax import config as config_lib
 from attnpo_jax import provenance, scoring
-from attnpo_jax.data import prepared
+from attnpo_jax.data import atomic, prepared
 from attnpo_jax.data.batching import (
     Example,
     RowShape,
@@ -30,11 +30,12 @@ from attnpo_jax.data.batching import (
     round_up,
 )
 from attnpo_jax.data.sources import LoadedPairs, Pair, load_pairs
-from attnpo_jax.data.tokenize import ChatTokenizer, TokenizedPair, tokenize_pair
+from attnpo_jax.data.tokenize import ChatTokenizer, TokenizedPair
 from attnpo_jax.judge import SAMPLE, Judge, Judgement
-from attnpo_jax.judge_prompt import JudgePrompt, JudgeTemplate
+from attnpo_jax.judge_prompt import JudgeTemplate
 from attnpo_jax.language_model import LanguageModel
 from attnpo_jax.models import checkpoints
+from attnpo_jax.pair_forms import PairForms, PairTokenizer
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.parallel import processes
 from attnpo_jax.progress import PairProgress
@@ -59,7 +60,8 @@ def prepare(
 
     Raises:
       ConfigError: the config is wrong; nothing was loaded.
-      BadRow: a row is no preference pair, and the config does not say to skip it.
+      BadRow: a row is no preference pair, or none that fits the tokenizer and the lengths, and the
+        config does not say to skip it.
       PreparedMismatch: the dataset on disk was prepared with other settings.
       OSError: a shard could not be written; those before it stay.
       MeshError: the devices or the model do not fit `parallel.mesh`.
@@ -98,13 +100,18 @@ def prepare(
 
 
 def _load_pairs(config, split: str, workdir: pathlib.Path) -> LoadedPairs:
-    bad_rows_path = None
-    if config.data.on_bad_row == "skip" and processes.is_first():
-        bad_rows_path = provenance.split_path(workdir, split).with_suffix(".bad_rows.jsonl")
-        bad_rows_path.parent.mkdir(parents=True, exist_ok=True)
+    path = provenance.split_path(workdir, split)
+    # A finished dataset's list has more rows than are found bad here.
+    write = processes.is_first() and not (path / prepared.METADATA).is_file()
     return load_pairs(
-        config.data[split], on_bad_row=config.data.on_bad_row, bad_rows_path=bad_rows_path
+        config.data[split],
+        on_bad_row=config.data.on_bad_row,
+        bad_rows_path=_bad_rows_path(path) if write else None,
     )
+
+
+def _bad_rows_path(dataset: pathlib.Path) -> pathlib.Path:
+    return dataset.with_suffix(".bad_rows.jsonl")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +121,7 @@ class _Split:
     name: str
     path: pathlib.Path
     pairs: list[Pair]
-    num_bad_rows: int
+    bad_rows: list[dict[str, Any]]
     components: dict[str, Any]
     status: str
 
@@ -125,7 +132,7 @@ class _Split:
         path = provenance.split_path(workdir, name)
         components = provenance.components(config, name, folder, tokenizer, loaded.pairs)
         status = prepared.status(path, components)
-        return cls(name, path, loaded.pairs, len(loaded.bad_rows), components, status)
+        return cls(name, path, loaded.pairs, loaded.bad_rows, components, status)
 
 
 def _load(
@@ -173,26 +180,10 @@ def _fill(
             backend=backend,
         )
 
-        def tokenize(some: Sequence[Pair]) -> tuple[list[TokenizedPair], list[JudgePrompt]]:
-            return (
-                [
-                    tokenize_pair(
-                        model.tokenizer,
-                        pair,
-                        max_length=config.data.max_length,
-                        max_prompt_length=config.data.max_prompt_length,
-                    )
-                    for pair in some
-                ],
-                [judge.prompter.build(pair) for pair in some],
-            )
-
-        sample = [
-            pairs[i] for i in np.linspace(0, len(pairs) - 1, min(SAMPLE, len(pairs)), dtype=int)
-        ]
-        tokenized, prompts = tokenize(sample)
-        judge.fit(prompts)
-        reference = _Reference(config, model, backend, tokenized)
+        tokenize = PairTokenizer.from_config(config, model.tokenizer)
+        sample = _sample(tokenize, pairs)
+        judge.fit([forms.prompt for forms in sample])
+        reference = _Reference(config, model, backend, [forms.tokenized for forms in sample])
         total = sum(stop - start for _, start, stop in pending)
         with (
             PairProgress(
@@ -203,24 +194,41 @@ def _fill(
             # The next shard is tokenized while this one is on the device.
             following = ahead.submit(tokenize, pairs[pending[0][1] : pending[0][2]])
             for k, (shard, _, _) in enumerate(pending):
-                tokenized, prompts = following.result()
+                forms, bad_rows = following.result()
                 if k + 1 < len(pending):
                     following = ahead.submit(tokenize, pairs[pending[k + 1][1] : pending[k + 1][2]])
-                rows = _shard_rows(judge, reference, tokenized, prompts, progress)
-                writer.write(shard, rows)
+                rows = _shard_rows(judge, reference, forms, progress)
+                writer.write(shard, rows, [bad_row.as_record() for bad_row in bad_rows])
+                progress.add(len(bad_rows))
     processes.barrier(f"prepare: shards of {split.name} written")
     if processes.is_first():
-        writer.finish({"pairs": len(pairs), "bad_rows": split.num_bad_rows})
+        refused = [row for shard in range(writer.num_shards) for row in writer.bad_rows(shard)]
+        bad_rows = split.bad_rows + refused
+        writer.finish({"pairs": len(pairs) - len(refused), "bad_rows": len(bad_rows)})
+        if config.data.on_bad_row == "skip":
+            atomic.write_json_lines(_bad_rows_path(split.path), bad_rows)
     processes.barrier(f"prepare: {split.name} finished")
+
+
+def _sample(tokenize: PairTokenizer, pairs: Sequence[Pair]) -> list[PairForms]:
+    """Pairs from all over the data; ValueError if every one of them is bad."""
+    places = np.linspace(0, len(pairs) - 1, min(SAMPLE, len(pairs)), dtype=int)
+    forms, _ = tokenize([pairs[i] for i in places])
+    if not forms:
+        forms, bad_rows = tokenize(pairs)
+        if not forms:
+            raise ValueError(f"no pair can be prepared: all are bad rows, the first: {bad_rows[0]}")
+    return forms
 
 
 def _shard_rows(
     judge: Judge,
     reference: "_Reference",
-    tokenized: Sequence[TokenizedPair],
-    prompts: Sequence[JudgePrompt],
+    forms: Sequence[PairForms],
     progress: PairProgress,
 ) -> list[dict[str, Any]]:
+    tokenized = [form.tokenized for form in forms]
+    prompts = [form.prompt for form in forms]
     judgements: dict[int, Judgement] = {}
     # Both passes move the bar by half of what they did: either may take longer than the other.
     for done in judge.run(prompts, tokenized):

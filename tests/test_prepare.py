@@ -353,10 +353,10 @@ def test_opening_checks_the_source_and_that_all_is_there(inputs, finished):
 def test_goes_on_after_an_interruption(inputs, undisturbed, tmp_path, monkeypatch, judged):
     original = PreparedWriter.write
 
-    def write(self, shard, rows):
+    def write(self, shard, rows, bad_rows):
         if shard == 2:
             raise KeyboardInterrupt
-        original(self, shard, rows)
+        original(self, shard, rows, bad_rows)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(PreparedWriter, "write", write)
@@ -504,7 +504,65 @@ def test_the_config_is_checked_first(inputs, tmp_path, no_model):
 def test_a_prompt_that_can_not_be_judged_is_named(inputs, tmp_path):
     # The template takes 38 tokens, row 0's answers 25.
     config = make_config(inputs, judge__max_length=60, judge__max_answer_length=29)
-    with pytest.raises(ValueError, match="pair row-0: .*takes 63 .*judge.max_length = 60"):
+    with pytest.raises(BadRow, match="train.jsonl, row 1: .*takes 63 .*judge.max_length = 60"):
+        run(config, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def few_fit(inputs, tmp_path_factory):
+    """Judge prompts of less than 57 tokens, where the template takes 38: rows 0, 1, 2 and 4 have
+    answers of more than 18 in all (25, 21, 31, 26), and so has a row whose `rejected` is missing.
+    """
+    folder = tmp_path_factory.mktemp("few_fit")
+    write_rows(folder / "some.jsonl", [*ROWS[:5], {"prompt": "?", "chosen": "a"}, ROWS[5]])
+    return make_config(
+        inputs,
+        data__train=str(folder / "some.jsonl"),
+        data__eval="",
+        data__on_bad_row="skip",
+        judge__max_length=57,
+        judge__max_answer_length=28,
+    )
+
+
+def test_rows_refused_by_the_judge_prompt_are_bad_rows(few_fit, tmp_path, judged):
+    printed = run(few_fit, tmp_path)
+    assert judged == ["row-3", "row-5"]
+    dataset = open_prepared(few_fit, tmp_path, "train")
+    assert [row["id"] for row in dataset] == ["row-3", "row-5"]
+    assert dataset.meta["counts"] == {"pairs": 2, "bad_rows": 5}
+    assert "5" in printed.split("bad rows")[1].splitlines()[0]
+    # Three shards are planned; none of the first one's rows is left.
+    assert [shard["rows"] for shard in dataset.meta["shards"]] == [0, 1, 1]
+    assert datasets.load_from_disk(str(dataset.path))["id"][:] == ["row-3", "row-5"]
+    lines = (tmp_path / "prepared" / "train.bad_rows.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [record["row"] for record in records] == [6, 1, 2, 3, 5]
+    assert records[1] == {
+        "file": few_fit.data.train,
+        "row": 1,
+        "reason": "the judge prompt takes 63 tokens without any question, judge.max_length = 57 "
+        "allows 56; lower judge.max_answer_length = 28 or raise judge.max_length",
+        "id": "row-0",
+    }
+
+    # Used as it is, the list of bad rows included; and one shard is computed again.
+    judged.clear()
+    assert "complete, used as it is" in run(few_fit, tmp_path) and not judged
+    (tmp_path / "prepared" / "train" / SHARDS[2]).unlink()
+    run(few_fit, tmp_path)
+    assert judged == ["row-5"]
+    assert [row["id"] for row in open_prepared(few_fit, tmp_path, "train")] == ["row-3", "row-5"]
+    after = (tmp_path / "prepared" / "train.bad_rows.jsonl").read_text().splitlines()
+    assert after == lines
+
+
+def test_nothing_is_prepared_where_every_row_is_refused(few_fit, tmp_path):
+    rows = [{**row, "chosen": "a longer answer than fits: " + row["chosen"]} for row in ROWS]
+    write_rows(tmp_path / "long.jsonl", rows)
+    config = few_fit.copy_and_resolve_references()
+    config.data.train = str(tmp_path / "long.jsonl")
+    with pytest.raises(ValueError, match="no pair can be prepared: .*long.jsonl, row 1: the judge"):
         run(config, tmp_path)
 
 

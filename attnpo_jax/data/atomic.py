@@ -1,8 +1,11 @@
 """Files that appear under their final name only when they are whole."""
 
+import json
 import os
 import pathlib
 import uuid
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 def temporary_pattern(name: str) -> str:
@@ -43,3 +46,14 @@ def write_atomically(path: str | os.PathLike, content: bytes | memoryview) -> No
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def write_json_lines(path: str | os.PathLike, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write records as JSON lines, whole or not at all; without any, remove what is at `path`."""
+    path = pathlib.Path(path)
+    lines = [json.dumps(dict(record)) + "\n" for record in records]
+    if not lines:
+        path.unlink(missing_ok=True)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "".join(lines).encode())

@@ -7,10 +7,13 @@ A folder that `datasets.load_from_disk` reads:
 - `data-00000-of-00010.arrow`, ...: the shards, Arrow streams with the columns of the module
   `shards`. Each appears under its final name only when it is whole, so whatever has that name
   survives an interruption and is not computed again;
+- `bad-00000-of-00010.jsonl`, ...: beside a shard, the planned rows that it lacks because they
+  turned out bad, one JSON object each, with their `id`; no file where there are none;
 - `state.json`, `dataset_info.json`: what `datasets` wants beside them;
 - `prepared.json`, written last: its presence means that all shards were there. It holds
   `fingerprint` and the `components` behind it (model, template, lengths, source layers ...),
-  `num_rows`, `rows_per_shard`, `shards` (file, rows, bytes, sha256), `counts` and `versions`.
+  `num_rows`, `planned_rows` (bad ones included), `rows_per_shard`, `shards` (file, rows, bytes,
+  sha256), `counts` and `versions`.
 
 `components` is a JSON object. Two of its entries have a meaning here: `source_layers`, a list of
 layer indices (S of them), and `num_layers`, the model's number of layers.
@@ -119,9 +122,9 @@ class PreparedWriter:
     Args:
         path: the folder; made if need be.
         components: what the rows depend on; see the module's docstring.
-        num_rows: rows in the whole dataset.
-        rows_per_shard: rows in every shard but the last. A plan on disk overrules it, so that the
-            shards that are there keep their place.
+        num_rows: rows in the whole dataset, if none turns out bad.
+        rows_per_shard: rows in every shard but the last, likewise. A plan on disk overrules it, so
+            that the shards that are there keep their place.
         ids: the ids of all rows in order; shards on disk with other ids are then computed again.
         process_index, process_count: this process writes shards `index % process_count ==
             process_index`.
@@ -190,6 +193,16 @@ class PreparedWriter:
         """The shard's file name."""
         return f"data-{shard:05d}-of-{self.num_shards:05d}.arrow"
 
+    def bad_rows(self, shard: int) -> list[dict[str, Any]]:
+        """The records of the rows that a written shard lacks."""
+        file = self._bad_rows_file(shard)
+        if not file.is_file():
+            return []
+        return [json.loads(line) for line in file.read_text().splitlines()]
+
+    def _bad_rows_file(self, shard: int) -> pathlib.Path:
+        return self.path / f"bad-{shard:05d}-of-{self.num_shards:05d}.jsonl"
+
     def pending(self) -> list[tuple[int, int, int]]:
         """This process's shards that still have to be written: (shard, first row, row after last).
 
@@ -209,13 +222,19 @@ class PreparedWriter:
                     )
         return pending
 
-    def write(self, shard: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    def write(
+        self,
+        shard: int,
+        rows: Sequence[Mapping[str, Any]],
+        bad_rows: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
         """Write one shard, whole or not at all.
 
         Args:
             shard: index of one of this process's shards.
             rows: one mapping a row, with exactly the columns of `shards.features`, each value
                 an array (or list) of the shape that the module `shards` gives.
+            bad_rows: JSON records of the planned rows that are left out, each with its `id`.
 
         Raises:
             ValueError: a row has a wrong column, shape, id or a value that is not finite.
@@ -227,11 +246,16 @@ class PreparedWriter:
             )
         start, stop = self._row_range(shard)
         name = self.shard_name(shard)
-        if len(rows) != stop - start:
-            raise ValueError(f"{name} takes rows {start} to {stop - 1}; got {len(rows)} rows")
+        if len(rows) + len(bad_rows) != stop - start:
+            raise ValueError(
+                f"{name} takes rows {start} to {stop - 1}; got {len(rows)} rows"
+                + (f" and {len(bad_rows)} bad ones" if bad_rows else "")
+            )
         table = shards.to_table(rows, self._features)
         if self._ids is not None:
-            shards.check_ids(table, self._ids[start:stop])
+            shards.check_ids(table, self._good_ids(shard, bad_rows))
+        # Before the shard, whose presence says that all of it is there.
+        atomic.write_json_lines(self._bad_rows_file(shard), bad_rows)
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, table.schema) as stream:
             stream.write_table(table)
@@ -275,7 +299,7 @@ class PreparedWriter:
             written.append(
                 {
                     "file": file.name,
-                    "rows": stop - start,
+                    "rows": stop - start - len(self.bad_rows(shard)),
                     "bytes": file.stat().st_size,
                     "sha256": self._digests.get(file.name) or _file_digest(file),
                 }
@@ -295,7 +319,8 @@ class PreparedWriter:
             "format": FORMAT,
             "fingerprint": fingerprint(self._components),
             "components": self._components,
-            "num_rows": self._num_rows,
+            "num_rows": sum(shard["rows"] for shard in written),
+            "planned_rows": self._num_rows,
             "rows_per_shard": self.rows_per_shard,
             "shards": written,
             "counts": _canonical(counts),
@@ -314,6 +339,12 @@ class PreparedWriter:
         start = shard * self.rows_per_shard
         return start, min(start + self.rows_per_shard, self._num_rows)
 
+    def _good_ids(self, shard: int, bad_rows: Sequence[Mapping[str, Any]]) -> list[str]:
+        """The ids of the shard's rows; needs `ids`."""
+        start, stop = self._row_range(shard)
+        bad = {bad_row["id"] for bad_row in bad_rows}
+        return [id for id in self._ids[start:stop] if id not in bad]
+
     def _recorded_digests(self) -> dict[str, str]:
         """File name -> sha256 of a finished dataset's shards, but for those written anew since."""
         metadata = _read_json(self.path / METADATA) or {"shards": []}
@@ -328,10 +359,11 @@ class PreparedWriter:
             return "not the bytes that were written"
         start, stop = self._row_range(shard)
         try:
+            bad_rows = self.bad_rows(shard)
             table = shards.read_table(file)
-            shards.check_table(table, self._features, stop - start)
+            shards.check_table(table, self._features, stop - start - len(bad_rows))
             if self._ids is not None:
-                shards.check_ids(table, self._ids[start:stop])
+                shards.check_ids(table, self._good_ids(shard, bad_rows))
         except (pa.ArrowException, OSError, ValueError) as error:
             return f"can't be used ({error})"
         return None
@@ -347,6 +379,7 @@ class Prepared:
         self.path = path
         self._meta = meta
         self._shards = [shards.Shard(table) for table in tables]
+        self._starts = np.cumsum([0, *(table.num_rows for table in tables)])
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> "Prepared":
@@ -406,8 +439,9 @@ class Prepared:
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of {len(self)} in {self.path}")
-        shard, row = divmod(int(index) % len(self), self._meta["rows_per_shard"])
-        return self._shards[shard].row(row)
+        index = int(index) % len(self)
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._shards[shard].row(index - int(self._starts[shard]))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))
@@ -435,7 +469,7 @@ def _check_components(
             continue
         on_disk = {"format": found["format"], **found["components"]}
         if num_rows is not None:
-            on_disk["num_rows"] = found["num_rows"]
+            on_disk["num_rows"] = found.get("planned_rows", found["num_rows"])
         found_differences = differences(on_disk, wanted)
         if found_differences:
             raise PreparedMismatch(path, found_differences)

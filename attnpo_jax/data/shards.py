@@ -47,6 +47,8 @@ def features(num_sources: int) -> datasets.Features:
 
 def to_table(rows: Sequence[Mapping[str, Any]], columns: datasets.Features) -> pa.Table:
     """Rows as a table with exactly `columns`; ValueError names the row and column that is wrong."""
+    if not rows:
+        return columns.arrow_schema.empty_table()
     num_sources = columns["judge_chosen"].feature.length
     checked = [_checked_row(row, columns, num_sources) for row in rows]
 
@@ -143,7 +145,7 @@ def check_table(table: pa.Table, expected: datasets.Features, num_rows: int) -> 
     """ValueError unless the table has these columns, this many rows, and sound offsets."""
     if not table.schema.equals(expected.arrow_schema):
         raise ValueError(f"columns {table.schema.names} of other types than a prepared dataset's")
-    if table.num_rows != num_rows or table.column("id").num_chunks != 1:
+    if table.num_rows != num_rows or table.column("id").num_chunks > 1:
         raise ValueError(f"{table.num_rows} rows, expected {num_rows} in one batch")
     table.validate(full=True)
 
@@ -159,7 +161,7 @@ class Shard:
     """One shard's columns as flat values and row offsets, views of the mapped file."""
 
     def __init__(self, table: pa.Table):
-        columns = {name: table.column(name).chunk(0) for name in table.column_names}
+        columns = {name: table.column(name).combine_chunks() for name in table.column_names}
         self._ids = columns["id"]
         self._text_lengths = {name: columns[name].to_numpy() for name in _TEXT_LENGTHS}
         self._lists = {

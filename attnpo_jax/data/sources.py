@@ -30,7 +30,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import datasets
@@ -65,12 +65,14 @@ class Pair:
         prompt: chat messages `{"role", "content"}`, the last one the user's.
         chosen: the preferred response, as in the source (white space kept).
         rejected: the other response, likewise.
+        origin: the source, as the user named it, and the row's number there, for `BadRow`.
     """
 
     id: str
     prompt: tuple[Message, ...]
     chosen: str
     rejected: str
+    origin: tuple[str, int] | None = dataclasses.field(default=None, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +99,12 @@ class BadRow(ValueError):
         self.row = row
         self.reason = reason
         self.id = id
+
+    @classmethod
+    def of(cls, pair: Pair, reason: str) -> "BadRow":
+        """The row of a pair that `load_pairs` took for good."""
+        file, row = pair.origin or (f"pair {pair.id}", 1)
+        return cls(file, row, reason, pair.id)
 
     def as_record(self) -> dict[str, Any]:
         """The line that `bad_rows.jsonl` holds for this row."""
@@ -145,7 +153,7 @@ def load_pairs(
         short_name, rows = _open(source)
         for number, row in rows:
             try:
-                pair = _pair(row, fallback_id=f"{short_name}:{number}")
+                pair = _pair(row, f"{short_name}:{number}", origin=(source, number))
             except _Unfit as unfit:
                 bad_row = BadRow(source, number, str(unfit), _own_id(row))
                 if on_bad_row == "error":
@@ -155,23 +163,12 @@ def load_pairs(
             pairs.append(_with_unique_id(pair, taken_ids, last_numbers))
 
     if bad_rows_path is not None and on_bad_row == "skip":
-        write_bad_rows(bad_rows_path, bad_rows)
+        atomic.write_json_lines(bad_rows_path, bad_rows)
     if not pairs:
         found = f"all {len(bad_rows)} rows are bad" if bad_rows else "no rows"
         first = f", the first one: {bad_rows[0]['reason']}" if bad_rows else ""
         raise ValueError(f"{', '.join(sources)}: no preference pair found ({found}{first})")
     return LoadedPairs(pairs, bad_rows)
-
-
-def write_bad_rows(path: str | os.PathLike, bad_rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write bad rows as JSON lines, whole or not at all; without any, remove what is at `path`."""
-    path = pathlib.Path(path)
-    lines = [json.dumps(dict(bad_row)) + "\n" for bad_row in bad_rows]
-    if not lines:
-        path.unlink(missing_ok=True)
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic.write_atomically(path, "".join(lines).encode())
 
 
 def pairs_digest(pairs: Iterable[Pair]) -> str:
@@ -313,7 +310,7 @@ def _needed_columns(columns: Sequence[str], source: str) -> list[str]:
 # Rows to pairs.
 
 
-def _pair(row: Any, fallback_id: str) -> Pair:
+def _pair(row: Any, fallback_id: str, origin: tuple[str, int]) -> Pair:
     if isinstance(row, _Unfit):
         raise row
     if not isinstance(row, dict):
@@ -338,7 +335,7 @@ def _pair(row: Any, fallback_id: str) -> Pair:
     if chosen.strip() == rejected.strip():
         raise _Unfit("`chosen` equals `rejected`")
 
-    pair = Pair(_own_id(row) or fallback_id, prompt, chosen, rejected)
+    pair = Pair(_own_id(row) or fallback_id, prompt, chosen, rejected, origin)
     try:
         for text in (pair.id, chosen, rejected, *(message["content"] for message in prompt)):
             text.encode()

@@ -15,7 +15,7 @@ import pathlib
 import re
 import uuid
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
@@ -74,6 +74,18 @@ class _Slot:
         return Piece(kept.rstrip(self.right), self.message, len(content) - len(kept))
 
 
+class UnfitPair(ValueError):
+    """A pair that this tokenizer, template or these lengths cannot hold: its row is a bad row.
+
+    Attributes:
+      reason: what was found, and what would be accepted.
+    """
+
+    def __init__(self, reason: str, pair_id: str | None = None):
+        super().__init__(reason if pair_id is None else f"pair {pair_id}: {reason}")
+        self.reason = reason
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenizedPair:
     """A pair as it is trained on.
@@ -82,7 +94,8 @@ class TokenizedPair:
     template tokens. chosen_text_length, rejected_text_length: how many leading tokens of the
     response are text. chosen_spans, rejected_spans: int32 (text length, 2), the text tokens'
     [start, end) characters in the stripped response; empty for a token that is all surrounding
-    white space.
+    white space. prompt_truncated, chosen_truncated, rejected_truncated: whether tokens were cut
+    off to keep the lengths allowed.
     """
 
     id: str
@@ -93,6 +106,9 @@ class TokenizedPair:
     rejected_text_length: int
     chosen_spans: np.ndarray
     rejected_spans: np.ndarray
+    prompt_truncated: bool = False
+    chosen_truncated: bool = False
+    rejected_truncated: bool = False
 
 
 class ChatTokenizer:
@@ -176,8 +192,8 @@ class ChatTokenizer:
 
         The pieces' texts, joined, are what the chat template renders, save that no template
         branches on the contents. Thinking is switched off, and the date is a fixed one. Raises
-        ValueError when the template refuses the conversation or alters a message by more than
-        trimming it.
+        UnfitPair when the template refuses the conversation, and ValueError when it alters a
+        message by more than trimming it.
         """
         roles = tuple(message["role"] for message in messages)
         key = (roles, generation_prompt)
@@ -208,7 +224,7 @@ class ChatTokenizer:
         the joined text.
 
         The same as encoding the joined text, but a message's text never yields a control token.
-        Raises ValueError when that is impossible: a control token of a single character that the
+        Raises UnfitPair when that is impossible: a control token of a single character that the
         vocabulary has no other way to write.
         """
         text = "".join(piece.text for piece in pieces)
@@ -229,7 +245,7 @@ class ChatTokenizer:
                 start, end = map(int, offsets[i])
                 inside = set(range(start + 1, end)) - breaks
                 if not inside:
-                    raise ValueError(
+                    raise UnfitPair(
                         f"{self.origin}: {text[start:end]!r} in a message can only be encoded "
                         f"as the control token {self._control[int(ids[i])].content!r}"
                     )
@@ -280,7 +296,7 @@ class ChatTokenizer:
                     enable_thinking=False,
                 )
             except jinja2.TemplateError as error:
-                raise ValueError(
+                raise UnfitPair(
                     f"{self.origin}: the chat template refuses a conversation of the roles "
                     f"{', '.join(roles)}: {error}"
                 ) from error
@@ -414,32 +430,35 @@ def tokenize_pair(
     template text, tokenized on its own. White space that the template puts between the two goes
     with the response; other text there (an empty thinking block) goes with the prompt. The prompt
     keeps its last `max_prompt_length` tokens, a response its first tokens up to `max_length`
-    together with the prompt. Raises ValueError naming the pair when a response would be left with
-    no token.
+    together with the prompt. Raises UnfitPair naming the pair when a response would be left with no
+    token of its text.
     """
     prompt = tokenizer.pieces(pair.prompt, generation_prompt=True)
     responses = {}
     for field, content in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         before, *responses[field] = _split_response(tokenizer, pair, content, prompt)
     prompt_ids, _ = tokenizer.encode_pieces(before)
-    prompt_ids = prompt_ids[max(0, len(prompt_ids) - max_prompt_length) :]
+    excess = max(0, len(prompt_ids) - max_prompt_length)
+    prompt_ids = prompt_ids[excess:]
     room = max_length - len(prompt_ids)
-    tokenized = {}
+    tokenized: dict[str, Any] = {"prompt_truncated": excess > 0}
     for field, (lead, text, closing) in responses.items():
         content = getattr(pair, field)
         ids, offsets = tokenizer.encode_pieces([lead, text, *closing])
-        if room <= 0 or not len(ids):
-            raise ValueError(
-                f"pair {pair.id}: the {field} response is left with no token: the prompt takes "
-                f"{len(prompt_ids)} of data.max_length = {max_length} tokens, the response has "
-                f"{len(ids)}"
-            )
         end = len(lead.text) + len(text.text)
         text_length = min(int(np.searchsorted(offsets[:, 0], end)), room)
+        if text_length <= 0:
+            raise UnfitPair(
+                f"the {field} response is left with no token: the prompt takes "
+                f"{len(prompt_ids)} of data.max_length = {max_length} tokens, the response has "
+                f"{len(ids)}",
+                pair.id,
+            )
         stripped = content.strip()
         shift = text.trimmed - len(lead.text) - (len(content) - len(content.lstrip()))
         tokenized[f"{field}_ids"] = ids[:room]
         tokenized[f"{field}_text_length"] = text_length
+        tokenized[f"{field}_truncated"] = len(ids) > room
         spans = np.clip(offsets[:text_length] + shift, 0, len(stripped))
         whole = len(ids) == text_length or offsets[text_length, 0] >= end
         tokenized[f"{field}_spans"] = close_gaps(spans, len(stripped) if whole else None)

@@ -21,14 +21,24 @@ import attnpo_jax
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """What a command calls, `function(config, workdir)` of `module`, and what it says of itself."""
+    """What a command calls, `function(config, workdir)` of `module`, and what it says of itself.
+
+    `reports`: it writes nothing, so it needs no workdir, and takes `as_json` for `--json`.
+    """
 
     module: str
     function: str
     summary: str
+    reports: bool = False
 
 
 COMMANDS = {
+    "data": Command(
+        "attnpo_jax.data_report",
+        "data_report",
+        "Show what the config's data are: counts, lengths, truncations, bad rows, examples.",
+        reports=True,
+    ),
     "prepare": Command(
         "attnpo_jax.prepare",
         "prepare",
@@ -44,6 +54,11 @@ COMMANDS = {
         "run",
         "prepare, train, evaluate and export, skipping what is done.",
     ),
+    "export-weights": Command(
+        "attnpo_jax.export_weights",
+        "export_weights",
+        "Write pairs and judge's weights as the method's authors publish them, workdir/weights.",
+    ),
     "export": Command(
         "attnpo_jax.export",
         "export",
@@ -58,6 +73,7 @@ Options:
   --config.SECTION.FIELD=VALUE  Set one field of the config; any number of these.
   --workdir=DIR                 Folder of everything that is written: config.json, prepared/,
                                 checkpoints/, metrics.jsonl, export/.
+  --json                        Print JSON instead of tables (data only).
   --verbosity=LEVEL             debug, info (default), warning or error.
   --flagfile=FILE               Read further options from a file, one a line.
   --help                        Print this.
@@ -123,9 +139,12 @@ def _main(argv: list[str]) -> int:
     if "help" in options:
         print(_help(name))
         return 0
+    command = COMMANDS[name]
     for required, example in (("config", "configs/quickstart.py"), ("workdir", "DIR")):
-        if not options.get(required):
+        if not options.get(required) and not (command.reports and required == "workdir"):
             raise UsageError(f"{name} needs --{required}={example}")
+    if "json" in options and not command.reports:
+        raise UsageError(f"{name} takes no --json")
     _start_logging(options.get("verbosity") or "info")
     # Before config files and plugins, which may ask for devices.
     _join_processes()
@@ -135,9 +154,11 @@ def _main(argv: list[str]) -> int:
     config = load_config(options["config"], overrides)
     config_lib.validate(config)
     _use_compilation_cache()
-    command = COMMANDS[name]
     function = getattr(importlib.import_module(command.module), command.function)
-    function(config, pathlib.Path(options["workdir"]).expanduser())
+    if command.reports:
+        function(config, as_json="json" in options)
+    else:
+        function(config, pathlib.Path(options["workdir"]).expanduser())
     return 0
 
 
@@ -242,6 +263,8 @@ def _split(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
             overrides.append(f"--{name}{equals}{value}")
         elif name in ("help", "h"):
             options["help"] = ""
+        elif name == "json" and not equals:
+            options["json"] = ""
         elif name not in VALUE_OPTIONS:
             raise UsageError(f"unknown option {flag}{_similar_option(name)}")
         elif not value:
@@ -256,7 +279,7 @@ def _split(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
 def _similar_option(name: str) -> str:
     if "." in name:
         return f" (did you mean --config.{name}?)"
-    close = difflib.get_close_matches(name, (*VALUE_OPTIONS, "help"), n=1)
+    close = difflib.get_close_matches(name, (*VALUE_OPTIONS, "json", "help"), n=1)
     return f" (did you mean --{close[0]}?)" if close else ""
 
 
@@ -323,13 +346,12 @@ def _use_compilation_cache() -> None:
 
 def _help(name: str | None = None) -> str:
     if name is not None:
-        usage = (
-            f"Usage: attnpo {name} --config=FILE --workdir=DIR [--config.SECTION.FIELD=VALUE ...]"
-        )
+        where = "[--json]" if COMMANDS[name].reports else "--workdir=DIR"
+        usage = f"Usage: attnpo {name} --config=FILE {where} [--config.SECTION.FIELD=VALUE ...]"
         return f"{usage}\n\n{COMMANDS[name].summary}\n\n{OPTIONS}"
     summaries = {key: command.summary for key, command in COMMANDS.items()}
     summaries["version"] = VERSION_SUMMARY
-    listed = "\n".join(f"  {key:<10}{summary}" for key, summary in summaries.items())
+    listed = "\n".join(f"  {key:<15}{summary}" for key, summary in summaries.items())
     return (
         "Usage: attnpo COMMAND --config=FILE --workdir=DIR [--config.SECTION.FIELD=VALUE ...]\n\n"
         "Token-weighted direct preference optimization.\n\n"

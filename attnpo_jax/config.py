@@ -32,6 +32,7 @@ from attnpo_jax.registry import REQUIRED, PluginError, RegistryError, load_plugi
 __all__ = [
     "ConfigError",
     "bind_section",
+    "check_columns",
     "check_layers",
     "complete_sections",
     "default_config",
@@ -43,6 +44,7 @@ __all__ = [
     "source_layers",
     "to_json",
     "validate",
+    "weight_columns",
 ]
 
 SECTIONS = {"weighting": weighting, "objective": losses}
@@ -78,10 +80,17 @@ def default_config() -> config_dict.ConfigDict:
 
     config.data = data = config_dict.ConfigDict()
     # A source of pairs or a tuple of them: "builtin:train", a .json, .jsonl, .parquet or .arrow
-    # file, a dataset folder, or a hub id "owner/name[:config]@split".
+    # file, a dataset folder, or a hub id "owner/name[:config]@split". A mixture gives each its
+    # share: ("a.jsonl*0.7", "b.jsonl*0.3").
     data.train = _any("builtin:train")
     # The same for the held-out pairs; "" for no evaluation.
     data.eval = _any("builtin:eval")
+    # Token weights to read from the pairs' rows, for the weighting "column": none, "all", or the
+    # names of columns chosen_weights_NAME, rejected_weights_NAME.
+    data.weight_columns = _any(())
+    # Hugging Face folder or hub id of the tokenizer that made chosen_tokens and rejected_tokens,
+    # which these weights stand for; None: the model's.
+    data.weights_tokenizer = _any(None)
     # Tokens of prompt and response together; a longer response loses its last ones.
     data.max_length = 2048
     # Tokens of the prompt; a longer one loses its first ones.
@@ -102,8 +111,8 @@ def default_config() -> config_dict.ConfigDict:
     # Tokens each answer keeps in a prompt that has to be shortened.
     judge.max_answer_length = 768
     # Layers whose attention is kept: "quartiles" (first, one per quarter, last; of a model with
-    # sliding-window layers, among its global ones), "all", or a tuple of layer numbers, negative
-    # ones counted from the last.
+    # sliding-window layers, among its global ones), "all", a tuple of layer numbers, negative
+    # ones counted from the last, or "none": nothing is judged.
     judge.layers = _any("quartiles")
     # Pairs judged, or scored by the reference, at a time, at most.
     judge.batch_size = 8
@@ -294,6 +303,8 @@ def source_layers(
     >>> source_layers("quartiles", 10, global_layers=(4, 9))
     (4, 9)
     """
+    if judge_layers == "none":
+        return ()
     if judge_layers == "all":
         return tuple(range(num_layers))
     if judge_layers == "quartiles":
@@ -350,6 +361,14 @@ def check_layers(
             i for i, window in enumerate(layer_windows) if window >= config.judge.max_length
         ]
     sources = source_layers(config.judge.layers, num_layers, global_layers)
+    if "layer" in config.weighting and not sources:
+        raise ConfigError(
+            [
+                "config.judge.layers = 'none': the weighting "
+                f"{config.weighting.name!r} reads the judge's attention; accepted: layers, or "
+                "another weighting"
+            ]
+        )
     if "layer" in config.weighting:
         try:
             weighting.select_sources(config.weighting.layer, sources, num_layers)
@@ -358,6 +377,25 @@ def check_layers(
                 [f"config.weighting.layer: {error}; config.judge.layers says which layers are kept"]
             ) from error
     return sources
+
+
+def weight_columns(config: config_dict.ConfigDict) -> str | tuple[str, ...]:
+    """The ready-made weights to read: "all", or names, ready for `data.sources.load_pairs`."""
+    columns = config.data.weight_columns
+    return "all" if columns == "all" else tuple(map(str, as_tuple(columns)))
+
+
+def check_columns(config: config_dict.ConfigDict, available: Sequence[str]) -> None:
+    """Checks `weighting.column` against the ready-made weights that there are.
+
+    Raises:
+      ConfigError: a column that the data lack.
+    """
+    if "column" in config.weighting:
+        try:
+            weighting.select_columns(config.weighting.column, available)
+        except ValueError as error:
+            raise ConfigError([f"config.weighting.column: {error}"]) from error
 
 
 def load_file(spec: str) -> config_dict.ConfigDict:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ml_collections import config_dict
 
+from attnpo_jax.data import mixture
 from attnpo_jax.registry import REQUIRED, PluginError, RegistryError, load_plugins
 
 
@@ -78,12 +79,27 @@ def _text() -> Rule:
     return Rule(lambda v: isinstance(v, str) and bool(v.strip()), "a text that is not empty")
 
 
+def _optional_text() -> Rule:
+    text = _text()
+    return Rule(lambda v: v is None or text.accepts(v), f"None or {text.accepted}")
+
+
 def _texts(what: str, *, empty: bool) -> Rule:
     def accepts(value):
         values = as_tuple(value)
         return all(isinstance(v, str) and v for v in values) and (empty or bool(values))
 
     return Rule(accepts, f"{what} or a tuple of them" + (", or none" if empty else ""))
+
+
+def _sources(*, empty: bool) -> Rule:
+    def accepts(value):
+        try:
+            return bool(mixture.parse(value)) or empty
+        except ValueError:
+            return False
+
+    return Rule(accepts, mixture.ACCEPTED + (", or none" if empty else ""))
 
 
 def _file_or(word: str | None) -> Rule:
@@ -100,10 +116,17 @@ def _axis_size() -> Rule:
 def _layers() -> Rule:
     def accepts(value):
         if isinstance(value, str):
-            return value in ("quartiles", "all")
+            return value in ("quartiles", "all", "none")
         return isinstance(value, (tuple, list)) and bool(value) and all(map(_is_int, value))
 
-    return Rule(accepts, "'quartiles', 'all', or a tuple of layer numbers")
+    return Rule(accepts, "'quartiles', 'all', 'none', or a tuple of layer numbers")
+
+
+def _columns() -> Rule:
+    def accepts(value):
+        return all((_is_int(v) and v >= 0) or (isinstance(v, str) and v) for v in as_tuple(value))
+
+    return Rule(accepts, "'all', a column's name or a tuple of them, or none")
 
 
 _PRECISIONS = ("float32", "bfloat16")
@@ -116,8 +139,10 @@ RULES: dict[str, Rule] = {
     "model.param_dtype": _one_of(*_PRECISIONS),
     "model.remat": _one_of("none", "dots", "layer"),
     "model.logps_chunk": _integer(1),
-    "data.train": _texts("a source of pairs", empty=False),
-    "data.eval": _texts("a source of pairs", empty=True),
+    "data.train": _sources(empty=False),
+    "data.eval": _sources(empty=True),
+    "data.weight_columns": _columns(),
+    "data.weights_tokenizer": _optional_text(),
     "data.max_length": _integer(2),
     "data.max_prompt_length": _integer(1),
     "data.shuffle": _boolean(),

@@ -3,10 +3,19 @@
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
 from ml_collections import config_dict
 
+from attnpo_jax.config_rules import as_tuple
+from attnpo_jax.data.ready_weights import WeightReader
 from attnpo_jax.data.sources import BadRow, Pair
-from attnpo_jax.data.tokenize import ChatTokenizer, TokenizedPair, UnfitPair, tokenize_pair
+from attnpo_jax.data.tokenize import (
+    ChatTokenizer,
+    TokenizedPair,
+    UnfitPair,
+    load_backend,
+    tokenize_pair,
+)
 from attnpo_jax.judge_prompt import JudgePrompt, JudgePrompter, JudgeTemplate
 
 
@@ -16,11 +25,14 @@ class PairForms:
 
     Attributes:
       tokenized: as it is trained on.
-      prompt: as the judge reads it.
+      prompt: as the judge reads it; None without a judge.
+      ready: by response, float32 (K, text length): the weights that came with the pair, on the text
+        tokens that are trained on; None where none were read.
     """
 
     tokenized: TokenizedPair
-    prompt: JudgePrompt
+    prompt: JudgePrompt | None
+    ready: tuple[np.ndarray, np.ndarray] | None = None
 
 
 class PairTokenizer:
@@ -28,7 +40,8 @@ class PairTokenizer:
 
     Args:
       tokenizer: the model's.
-      prompter: of the judge prompts.
+      prompter: of the judge prompts; None without a judge.
+      weight_reader: for the weights that come with the pairs; None where none are read.
       max_length, max_prompt_length: as in `data.tokenize.tokenize_pair`.
       on_bad_row: `error` or `skip`.
     """
@@ -36,33 +49,55 @@ class PairTokenizer:
     def __init__(
         self,
         tokenizer: ChatTokenizer,
-        prompter: JudgePrompter,
+        prompter: JudgePrompter | None,
+        weight_reader: WeightReader | None = None,
         *,
         max_length: int,
         max_prompt_length: int,
         on_bad_row: str = "error",
     ):
-        self.tokenizer = tokenizer
-        self.prompter = prompter
+        self._tokenizer = tokenizer
+        self._prompter = prompter
+        self._weight_reader = weight_reader
         self._lengths = {"max_length": max_length, "max_prompt_length": max_prompt_length}
         self._skip = on_bad_row == "skip"
 
     @classmethod
     def from_config(
-        cls, config: config_dict.ConfigDict, tokenizer: ChatTokenizer
+        cls,
+        config: config_dict.ConfigDict,
+        tokenizer: ChatTokenizer,
+        *,
+        on_bad_row: str | None = None,
     ) -> "PairTokenizer":
-        prompter = JudgePrompter(
-            tokenizer,
-            JudgeTemplate.load(config.judge.template),
-            config.judge.max_length,
-            config.judge.max_answer_length,
-        )
+        """The tokenizer of a config's pairs, given the one of its model.
+
+        `on_bad_row` replaces the config's.
+
+        Raises:
+          ValueError, OSError: the judge's template or `data.weights_tokenizer` can't be used.
+        """
+        prompter = reader = None
+        if config.judge.layers != "none":
+            prompter = JudgePrompter(
+                tokenizer,
+                JudgeTemplate.load(config.judge.template),
+                config.judge.max_length,
+                config.judge.max_answer_length,
+            )
+        if as_tuple(config.data.weight_columns):
+            backend, origin = tokenizer.tokenizer.backend_tokenizer, tokenizer.origin
+            if config.data.weights_tokenizer is not None:
+                origin = config.data.weights_tokenizer
+                backend = load_backend(origin)
+            reader = WeightReader(backend, origin)
         return cls(
             tokenizer,
             prompter,
+            reader,
             max_length=config.data.max_length,
             max_prompt_length=config.data.max_prompt_length,
-            on_bad_row=config.data.on_bad_row,
+            on_bad_row=on_bad_row or config.data.on_bad_row,
         )
 
     def __call__(self, pairs: Sequence[Pair]) -> tuple[list[PairForms], list[BadRow]]:
@@ -84,5 +119,9 @@ class PairTokenizer:
 
     def forms(self, pair: Pair) -> PairForms:
         """One pair's forms; raises UnfitPair."""
-        tokenized = tokenize_pair(self.tokenizer, pair, **self._lengths)
-        return PairForms(tokenized, self.prompter.build(pair))
+        tokenized = tokenize_pair(self._tokenizer, pair, **self._lengths)
+        ready = None
+        if self._weight_reader is not None and pair.ready is not None:
+            ready = self._weight_reader.carry(pair.ready, pair.chosen, pair.rejected, tokenized)
+        prompt = None if self._prompter is None else self._prompter.build(pair)
+        return PairForms(tokenized, prompt, ready)

@@ -107,6 +107,7 @@ def _load_pairs(config, split: str, workdir: pathlib.Path) -> LoadedPairs:
         config.data[split],
         on_bad_row=config.data.on_bad_row,
         bad_rows_path=_bad_rows_path(path) if write else None,
+        weight_columns=config_lib.weight_columns(config),
     )
 
 
@@ -130,7 +131,10 @@ class _Split:
         cls, config, name: str, workdir: pathlib.Path, folder, tokenizer, loaded: LoadedPairs
     ) -> "_Split":
         path = provenance.split_path(workdir, name)
-        components = provenance.components(config, name, folder, tokenizer, loaded.pairs)
+        config_lib.check_columns(config, loaded.weight_columns)
+        components = provenance.components(
+            config, name, folder, tokenizer, loaded.pairs, loaded.weight_columns
+        )
         status = prepared.status(path, components)
         return cls(name, path, loaded.pairs, loaded.bad_rows, components, status)
 
@@ -167,22 +171,9 @@ def _fill(
     )
     pending = writer.pending()
     if pending:
-        judge = Judge(
-            model,
-            template=config.judge.template,
-            max_length=config.judge.max_length,
-            max_answer_length=config.judge.max_answer_length,
-            source_layers=split.components["source_layers"],
-            dtype=jnp.dtype(config.model.dtype),
-            batch_size=config.judge.batch_size,
-            token_budget=config.judge.token_budget,
-            num_buckets=config.data.num_buckets,
-            backend=backend,
-        )
-
         tokenize = PairTokenizer.from_config(config, model.tokenizer)
         sample = _sample(tokenize, pairs)
-        judge.fit([forms.prompt for forms in sample])
+        judge = _judge(config, model, backend, split.components["source_layers"], sample)
         reference = _Reference(config, model, backend, [forms.tokenized for forms in sample])
         total = sum(stop - start for _, start, stop in pending)
         with (
@@ -210,6 +201,32 @@ def _fill(
     processes.barrier(f"prepare: {split.name} finished")
 
 
+def _judge(
+    config: config_dict.ConfigDict,
+    model: LanguageModel,
+    backend: backends.Backend,
+    source_layers: Sequence[int],
+    sample: Sequence[PairForms],
+) -> Judge | None:
+    """The judge, fitted to a sample; None where none is wanted."""
+    if not source_layers:
+        return None
+    judge = Judge(
+        model,
+        template=config.judge.template,
+        max_length=config.judge.max_length,
+        max_answer_length=config.judge.max_answer_length,
+        source_layers=source_layers,
+        dtype=jnp.dtype(config.model.dtype),
+        batch_size=config.judge.batch_size,
+        token_budget=config.judge.token_budget,
+        num_buckets=config.data.num_buckets,
+        backend=backend,
+    )
+    judge.fit([forms.prompt for forms in sample])
+    return judge
+
+
 def _sample(tokenize: PairTokenizer, pairs: Sequence[Pair]) -> list[PairForms]:
     """Pairs from all over the data; ValueError if every one of them is bad."""
     places = np.linspace(0, len(pairs) - 1, min(SAMPLE, len(pairs)), dtype=int)
@@ -222,38 +239,43 @@ def _sample(tokenize: PairTokenizer, pairs: Sequence[Pair]) -> list[PairForms]:
 
 
 def _shard_rows(
-    judge: Judge,
+    judge: Judge | None,
     reference: "_Reference",
     forms: Sequence[PairForms],
     progress: PairProgress,
 ) -> list[dict[str, Any]]:
     tokenized = [form.tokenized for form in forms]
-    prompts = [form.prompt for form in forms]
-    judgements: dict[int, Judgement] = {}
     # Both passes move the bar by half of what they did: either may take longer than the other.
-    for done in judge.run(prompts, tokenized):
-        judgements.update(done)
-        progress.add(len(done) / 2)
+    share = 1.0 if judge is None else 0.5
+    judgements: dict[int, Judgement] = {}
+    if judge is not None:
+        for done in judge.run([form.prompt for form in forms], tokenized):
+            judgements.update(done)
+            progress.add(len(done) * share)
     logps: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     for done in reference.run(tokenized):
         logps.update(done)
-        progress.add(len(done) / 2)
-    return [
-        {
+        progress.add(len(done) * share)
+    rows = []
+    for i, pair in enumerate(tokenized):
+        row = {
             "id": pair.id,
             "prompt_ids": pair.prompt_ids,
             "chosen_ids": pair.chosen_ids,
             "rejected_ids": pair.rejected_ids,
             "chosen_text_length": pair.chosen_text_length,
             "rejected_text_length": pair.rejected_text_length,
-            "judge_chosen": judgements[i].chosen,
-            "judge_rejected": judgements[i].rejected,
-            "judge_verdict": judgements[i].verdict,
             "ref_chosen_logps": logps[i][0],
             "ref_rejected_logps": logps[i][1],
         }
-        for i, pair in enumerate(tokenized)
-    ]
+        if judge is not None:
+            row["judge_chosen"] = judgements[i].chosen
+            row["judge_rejected"] = judgements[i].rejected
+            row["judge_verdict"] = judgements[i].verdict
+        if forms[i].ready is not None:
+            row["ready_chosen"], row["ready_rejected"] = forms[i].ready
+        rows.append(row)
+    return rows
 
 
 class _Reference:
@@ -385,11 +407,15 @@ def judge_figures(dataset: prepared.Prepared) -> JudgeFigures:
 
 
 def summary(split: str, dataset: prepared.Prepared) -> Table:
-    """A table of what was prepared and of how the judge judged."""
-    figures = judge_figures(dataset)
+    """A table of what was prepared and of how the judge judged, if it did."""
     table = Table(title=f"prepared: {split}", show_header=False)
     table.add_row("pairs", str(len(dataset)))
     table.add_row("bad rows", str(dataset.meta["counts"]["bad_rows"]))
+    if dataset.weight_columns:
+        table.add_row("ready-made weights", ", ".join(dataset.weight_columns))
+    if not dataset.source_layers:
+        return table
+    figures = judge_figures(dataset)
     both, one, none = (f"{share:.1%}" for share in figures.agreement)
     table.add_row("verdict agrees with the label", f"both orders {both}, one {one}, none {none}")
     table.add_row("position bias", f"{figures.position_bias:+.3f} log-odds for A")

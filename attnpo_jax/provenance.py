@@ -7,8 +7,9 @@ from typing import Any
 
 from ml_collections import config_dict
 
+from attnpo_jax import config as config_lib
 from attnpo_jax.config import check_layers
-from attnpo_jax.config_rules import as_tuple
+from attnpo_jax.data import mixture
 from attnpo_jax.data.prepared import Prepared, PreparedMismatch, differences
 from attnpo_jax.data.sources import Pair, pairs_digest
 from attnpo_jax.data.tokenize import ChatTokenizer
@@ -34,6 +35,7 @@ def components(
     folder: pathlib.Path,
     tokenizer: ChatTokenizer,
     pairs: Sequence[Pair] | None,
+    weight_columns: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Everything that the rows of a prepared dataset depend on, as JSON.
 
@@ -43,11 +45,18 @@ def components(
       folder: the model's folder.
       tokenizer: the tokenizer in use.
       pairs: the split's pairs; None leaves their digest out.
+      weight_columns: the names of the ready-made weights that they have.
     """
     model = checkpoints.load_config(folder)
-    data: dict[str, Any] = {"sources": list(as_tuple(config.data[split]))}
+    data: dict[str, Any] = {"sources": mixture.names(config.data[split])}
     if pairs is not None:
         data["digest"] = pairs_digest(pairs)
+    ready = {}
+    if weight_columns:
+        ready["weight_columns"] = list(weight_columns)
+        if config.data.weights_tokenizer is not None:
+            ready["weights_tokenizer"] = config.data.weights_tokenizer
+    source_layers = check_layers(config, model.num_layers, model.layer_windows)
     return {
         "model": {
             "weights": checkpoints.weights_digest(folder),
@@ -56,16 +65,20 @@ def components(
             "param_dtype": config.model.param_dtype,
         },
         "tokenizer": tokenizer.digest(),
+        # Without a judge, nothing depends on how it would be asked.
         "judge": {
             "template": JudgeTemplate.load(config.judge.template).digest(),
             "max_length": config.judge.max_length,
             "max_answer_length": config.judge.max_answer_length,
-        },
+        }
+        if source_layers
+        else None,
         "data": data,
         "max_length": config.data.max_length,
         "max_prompt_length": config.data.max_prompt_length,
-        "source_layers": list(check_layers(config, model.num_layers, model.layer_windows)),
+        "source_layers": list(source_layers),
         "num_layers": model.num_layers,
+        **ready,
     }
 
 
@@ -82,16 +95,21 @@ def open_prepared(config: config_dict.ConfigDict, workdir: pathlib.Path, split: 
     Raises:
       FileNotFoundError: there is none, or it is not finished.
       PreparedMismatch: it was prepared with other settings.
+      ConfigError: it lacks the ready-made weights that `weighting.column` names.
       DamagedShard: a shard is not what was written.
     """
     path = split_path(workdir, split)
     dataset = Prepared.open(path)
     folder = checkpoints.resolve(config.model.source)
     tokenizer = ChatTokenizer.load(folder, read_chat_template(config))
-    wanted = components(config, split, folder, tokenizer, pairs=None)
+    columns = config_lib.weight_columns(config)
+    if columns == "all":
+        columns = dataset.weight_columns
+    wanted = components(config, split, folder, tokenizer, None, columns)
     on_disk = dict(dataset.meta["components"])
     on_disk["data"] = {"sources": on_disk["data"]["sources"]}
     found = differences(on_disk, wanted)
     if found:
         raise PreparedMismatch(path, found)
+    config_lib.check_columns(config, dataset.weight_columns)
     return dataset

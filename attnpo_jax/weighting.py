@@ -53,6 +53,9 @@ class ResponseTokens:
       source_layers: which layers the S axis holds, counted from 0; None: layers are then named by
         their place on the S axis.
       num_layers: how many layers the model has; negative layers count from it.
+      ready_BKT: float32, weights that came with the data, by column; 0 off `text_mask_BT`. None
+        where none did.
+      weight_columns: the names of the columns on the K axis.
     """
 
     mask_BT: jax.Array
@@ -66,6 +69,8 @@ class ResponseTokens:
         default=None, metadata={"static": True}
     )
     num_layers: int | None = dataclasses.field(default=None, metadata={"static": True})
+    ready_BKT: jax.Array | None = None
+    weight_columns: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
 
 
 def select_sources(
@@ -104,6 +109,35 @@ def select_sources(
                 f"layer {wanted} is not among the judge's source layers; accepted: {available}{of}"
             )
         places.append(list(source_layers).index(resolved))
+    return tuple(places)
+
+
+def select_columns(
+    column: int | str | Sequence[int | str], weight_columns: Sequence[str]
+) -> tuple[int, ...]:
+    """Places on the K axis of the columns of ready-made weights asked for.
+
+    Args:
+      column: one name or several; a negative number counts from the last column.
+      weight_columns: the names on the axis, in its order.
+
+    Raises:
+      ValueError: no column, or one that the data lack; the message lists those there are.
+    """
+    wanted = tuple(column) if isinstance(column, (tuple, list)) else (column,)
+    available = ", ".join(weight_columns) or "none, for config.data.weight_columns names none"
+    places = []
+    for name in wanted:
+        if isinstance(name, int) and -len(weight_columns) <= name < 0:
+            places.append(len(weight_columns) + name)
+        elif str(name) in weight_columns:
+            places.append(list(weight_columns).index(str(name)))
+        else:
+            raise ValueError(
+                f"column {name!r} is not among the data's ready-made weights; accepted: {available}"
+            )
+    if not places:
+        raise ValueError(f"column is {column!r}; accepted: a column or a tuple of: {available}")
     return tuple(places)
 
 
@@ -188,24 +222,84 @@ def attention(
     judge_B2ST = jax.lax.stop_gradient(response.judge_B2ST)[:, :, list(places)]
     judge_B2ST = jnp.where(text_BT[:, None, None], judge_B2ST.astype(jnp.float32), 0.0)
 
-    n_B1 = jnp.sum(text_BT, axis=-1, keepdims=True).astype(jnp.float32)
-    uniform_BT = text_BT / jnp.maximum(n_B1, 1.0)
-    share_B2ST = _normalize(judge_B2ST, uniform_BT[:, None, None])
+    share_B2ST = _normalize(judge_B2ST, _uniform(text_BT)[:, None, None])
     share_BST = jnp.mean(share_B2ST, axis=1)
     if fix_sink:
-        first_BT = text_BT & (jnp.cumsum(text_BT, axis=-1) == 1)
-        rest_BT = jnp.where(first_BT, 0.0, uniform_BT)
-        rest_total_B1 = jnp.sum(rest_BT, axis=-1, keepdims=True)
-        rest_uniform_BT = rest_BT / jnp.where(rest_total_B1 > 0, rest_total_B1, 1.0)
-        rest_BST = _normalize(
-            jnp.where(first_BT[:, None], 0.0, share_BST), rest_uniform_BT[:, None]
-        )
-        fixed_BST = jnp.where(
-            first_BT[:, None], uniform_BT[:, None], rest_BST * rest_total_B1[:, None]
-        )
-        long_B11 = n_B1[:, None] >= MIN_TOKENS_FOR_SINK_FIX
-        share_BST = jnp.where(long_B11, fixed_BST, share_BST)
-    return jnp.mean(share_BST, axis=1) * n_B1
+        share_BST = _fix_sink(share_BST, text_BT)
+    return jnp.mean(share_BST, axis=1) * jnp.sum(text_BT, axis=-1, keepdims=True)
+
+
+@register
+def column(
+    response: ResponseTokens,
+    *,
+    column: int | str | tuple[int | str, ...] = -1,
+    fix_sink: bool = True,
+    normalize: bool = True,
+) -> jax.Array:
+    """Ready-made weights, which came with the data as columns `chosen_weights_<name>`, ....
+
+    With the columns that the authors of AttentionPO publish (each response's weights sum to 1, the
+    first token's as it was found) the defaults give the weights that `attention` gives for the
+    layer of that number.
+
+    Args:
+      response: masks (B, T) and ready-made weights (B, K, T).
+      column: the column's name, as 31 or "attention_rollout"; -1 for the last one, which is the
+        highest number; a tuple means the mean of these columns' weights.
+      fix_sink: as for `attention`.
+      normalize: scale each response's weights so that they sum to the number of its text tokens
+        (uniform weights where the sum is 0). Otherwise they are taken as they are.
+
+    Returns:
+      Weights (B, T), float32, no gradient flows through them; 0 off `text_mask_BT`.
+
+    Raises:
+      ValueError: a column that the data lack.
+
+    >>> import jax.numpy as jnp
+    >>> mask = jnp.array([[True, True, True, False]])
+    >>> zeros = jnp.zeros((1, 4))
+    >>> response = ResponseTokens(
+    ...     mask_BT=mask, text_mask_BT=mask, judge_B2ST=jnp.zeros((1, 2, 0, 4)),
+    ...     verdict_B2=jnp.zeros((1, 2)), reference_logps_BT=zeros, policy_logps_BT=zeros,
+    ...     is_chosen=jnp.array([True]), ready_BKT=jnp.array([[[0.5, 0.25, 0.25, 0.0]]]),
+    ...     weight_columns=("31",))
+    >>> column(response).tolist()
+    [[1.5, 0.75, 0.75, 0.0]]
+    """
+    text_BT = response.text_mask_BT
+    chex.assert_rank(text_BT, 2, custom_message="text_mask_BT")
+    chex.assert_type(text_BT, bool, custom_message="text_mask_BT")
+    places = select_columns(column, response.weight_columns)
+    B, T = text_BT.shape
+    chex.assert_shape(response.ready_BKT, (B, None, T), custom_message="ready_BKT")
+    ready_BKT = jax.lax.stop_gradient(response.ready_BKT)[:, list(places)].astype(jnp.float32)
+    ready_BKT = jnp.where(text_BT[:, None], ready_BKT, 0.0)
+    total_BK1 = jnp.sum(text_BT if normalize else ready_BKT, axis=-1, keepdims=True)
+    total_BK1 = total_BK1[:, None] if normalize else total_BK1
+    share_BKT = _normalize(ready_BKT, _uniform(text_BT)[:, None])
+    if fix_sink:
+        share_BKT = _fix_sink(share_BKT, text_BT)
+    return jnp.mean(share_BKT * total_BK1, axis=1)
+
+
+def _uniform(text_BT):
+    """Equal shares (B, T) of the text tokens, which sum to 1 (to 0 without any)."""
+    return text_BT / jnp.maximum(jnp.sum(text_BT, axis=-1, keepdims=True).astype(jnp.float32), 1.0)
+
+
+def _fix_sink(share_BST, text_BT):
+    """The shares with the first text token's set to the mean, where there are tokens enough."""
+    n_B1 = jnp.sum(text_BT, axis=-1, keepdims=True).astype(jnp.float32)
+    uniform_BT = _uniform(text_BT)
+    first_BT = text_BT & (jnp.cumsum(text_BT, axis=-1) == 1)
+    rest_BT = jnp.where(first_BT, 0.0, uniform_BT)
+    rest_total_B1 = jnp.sum(rest_BT, axis=-1, keepdims=True)
+    rest_uniform_BT = rest_BT / jnp.where(rest_total_B1 > 0, rest_total_B1, 1.0)
+    rest_BST = _normalize(jnp.where(first_BT[:, None], 0.0, share_BST), rest_uniform_BT[:, None])
+    fixed_BST = jnp.where(first_BT[:, None], uniform_BT[:, None], rest_BST * rest_total_B1[:, None])
+    return jnp.where(n_B1[:, None] >= MIN_TOKENS_FOR_SINK_FIX, fixed_BST, share_BST)
 
 
 def _normalize(values, fallback):

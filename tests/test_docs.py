@@ -74,7 +74,7 @@ def test_config_page_says_what_a_resumed_run_must_share():
 
 def test_data_page_lists_the_prepared_columns():
     listed = [name for row in rows("data.md", 3) for name in re.findall(r"`(\w+)`", row[0])]
-    assert sorted(listed) == sorted(shards.features(1))
+    assert sorted(listed) == sorted(shards.features(1, 1))
 
 
 def test_data_page_s_rows_are_all_the_same_pair(tmp_path):

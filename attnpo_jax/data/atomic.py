@@ -1,5 +1,6 @@
 """Files that appear under their final name only when they are whole."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -13,8 +14,10 @@ def temporary_pattern(name: str) -> str:
     return f".{name}.*.tmp"
 
 
-def write_atomically(path: str | os.PathLike, content: bytes | memoryview) -> None:
-    """Write `content` to `path` so that a reader sees the old file or the whole new one.
+def write_atomically(
+    path: str | os.PathLike, content: bytes | memoryview | Iterable[bytes]
+) -> None:
+    """Write `content`, or its parts, to `path`: a reader sees the old file or the whole new one.
 
     The bytes go to a temporary file in the same folder, reach the disk, and are then renamed.
 
@@ -27,9 +30,11 @@ def write_atomically(path: str | os.PathLike, content: bytes | memoryview) -> No
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         try:
-            rest = memoryview(content).cast("B")
-            while rest:
-                rest = rest[os.write(descriptor, rest) :]
+            parts = [content] if isinstance(content, (bytes, memoryview)) else content
+            for part in parts:
+                rest = memoryview(part).cast("B")
+                while rest:
+                    rest = rest[os.write(descriptor, rest) :]
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -51,9 +56,10 @@ def write_atomically(path: str | os.PathLike, content: bytes | memoryview) -> No
 def write_json_lines(path: str | os.PathLike, records: Iterable[Mapping[str, Any]]) -> None:
     """Write records as JSON lines, whole or not at all; without any, remove what is at `path`."""
     path = pathlib.Path(path)
-    lines = [json.dumps(dict(record)) + "\n" for record in records]
-    if not lines:
+    lines = (json.dumps(dict(record)).encode() + b"\n" for record in records)
+    first = next(lines, None)
+    if first is None:
         path.unlink(missing_ok=True)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, "".join(lines).encode())
+    write_atomically(path, itertools.chain([first], lines))

@@ -5,7 +5,8 @@ over. Short pairs share rows. A batch's shape is one of at most `num_buckets` (`
 from the data's own lengths, so that a run compiles its step no more often than that.
 
 Shapes: n microbatches, B rows, L row length, M scored tokens a row, G pairs a row, T response
-tokens, S source layers; axes of size 2 are (chosen, rejected) or the judge's two orders.
+tokens, S source layers, K columns of ready-made weights; axes of size 2 are (chosen, rejected) or
+the judge's two orders.
 """
 
 import dataclasses
@@ -41,6 +42,7 @@ class PairBatch:
       reference_logps_BG2T: float32 reference log-probs.
       judge_BG22ST: float32 raw judge attention by response, order, source layer, token.
       verdict_BG2: float32 log-odds, by order, that the judge prefers the chosen response.
+      ready_BG2KT: float32 ready-made weights by response, column, token; None without any.
       valid_BG: bool, slots that hold a pair.
       pair_BG: int32 row of the prepared dataset, -1 for empty slots.
     """
@@ -59,6 +61,7 @@ class PairBatch:
     verdict_BG2: jax.Array
     valid_BG: jax.Array
     pair_BG: jax.Array
+    ready_BG2KT: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +85,7 @@ class RowShape:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """What a row needs of one pair; the last three are None before the judge and reference ran.
+    """What a row needs of one pair; what is None is not known, and stays 0 in the row.
 
     Attributes:
       index: the pair's row in its dataset.
@@ -92,6 +95,7 @@ class Example:
       judge: per response float32 (2, S, text length).
       verdict: float32 (2,).
       reference_logps: per response float32 (length,).
+      ready: per response float32 (K, text length).
     """
 
     index: int
@@ -101,18 +105,21 @@ class Example:
     judge: tuple[np.ndarray, np.ndarray] | None = None
     verdict: np.ndarray | None = None
     reference_logps: tuple[np.ndarray, np.ndarray] | None = None
+    ready: tuple[np.ndarray, np.ndarray] | None = None
 
     @classmethod
     def from_prepared(cls, dataset: Prepared, index: int) -> "Example":
         row = dataset[index]
+        judged, ready = bool(dataset.source_layers), bool(dataset.weight_columns)
         return cls(
             index=index,
             prompt_ids=row["prompt_ids"],
             response_ids=(row["chosen_ids"], row["rejected_ids"]),
             text_lengths=(row["chosen_text_length"], row["rejected_text_length"]),
-            judge=(row["judge_chosen"], row["judge_rejected"]),
-            verdict=row["judge_verdict"],
+            judge=(row["judge_chosen"], row["judge_rejected"]) if judged else None,
+            verdict=row["judge_verdict"] if judged else None,
             reference_logps=(row["ref_chosen_logps"], row["ref_rejected_logps"]),
+            ready=(row["ready_chosen"], row["ready_rejected"]) if ready else None,
         )
 
     @property
@@ -124,14 +131,19 @@ class Example:
         return len(self.response_ids[0]) + len(self.response_ids[1])
 
 
-def fill_rows(rows: Sequence[Sequence[Example]], shape: RowShape, num_sources: int) -> PairBatch:
+def fill_rows(
+    rows: Sequence[Sequence[Example]], shape: RowShape, num_sources: int, num_columns: int = 0
+) -> PairBatch:
     """Lays examples out in rows: `rows[b]` are the pairs of row b, one after another.
+
+    The judge's attention has `num_sources` (S) layers; `num_columns` (K) is how many columns of
+    ready-made weights the pairs have.
 
     Raises:
       ValueError: a row's pairs do not fit into the shape.
     """
     B, L, M, T, G = len(rows), shape.length, shape.scored, shape.response, shape.pairs
-    S = num_sources
+    S, K = num_sources, num_columns
     batch = PairBatch(
         tokens_BL=np.zeros((B, L), np.int32),
         positions_BL=np.zeros((B, L), np.int32),
@@ -147,6 +159,7 @@ def fill_rows(rows: Sequence[Sequence[Example]], shape: RowShape, num_sources: i
         verdict_BG2=np.zeros((B, G, 2), np.float32),
         valid_BG=np.zeros((B, G), bool),
         pair_BG=np.full((B, G), -1, np.int32),
+        ready_BG2KT=np.zeros((B, G, 2, K, T), np.float32) if K else None,
     )
     for b, examples in enumerate(rows):
         length = sum(e.row_length for e in examples)
@@ -191,6 +204,8 @@ def _fill_pair(batch: PairBatch, b: int, g: int, start: int, read_start: int, e:
         batch.text_mask_BG2T[b, g, r, :text] = True
         if e.judge is not None:
             batch.judge_BG22ST[b, g, r, :, :, :text] = e.judge[r]
+        if e.ready is not None:
+            batch.ready_BG2KT[b, g, r, :, :text] = e.ready[r]
         if e.reference_logps is not None:
             batch.reference_logps_BG2T[b, g, r, :n] = e.reference_logps[r]
         place += n
@@ -417,8 +432,13 @@ class _Batches:
                 [Example.from_prepared(self._dataset, group[i]) for i in row] if own else []
                 for row, own in zip(packed, mine, strict=True)
             ]
-        batch = fill_rows(rows, shape, len(self._dataset.source_layers))
-        return jax.tree.map(lambda x: x.reshape(-1, shape.rows, *x.shape[1:]), batch)
+        batch = fill_rows(
+            rows, shape, len(self._dataset.source_layers), len(self._dataset.weight_columns)
+        )
+        # The first axis is spelled out, since a -1 has no meaning for arrays of size 0.
+        return jax.tree.map(
+            lambda x: x.reshape(len(x) // shape.rows, shape.rows, *x.shape[1:]), batch
+        )
 
 
 class TrainBatches(_Batches):

@@ -15,8 +15,9 @@ A folder that `datasets.load_from_disk` reads:
   `num_rows`, `planned_rows` (bad ones included), `rows_per_shard`, `shards` (file, rows, bytes,
   sha256), `counts` and `versions`.
 
-`components` is a JSON object. Two of its entries have a meaning here: `source_layers`, a list of
-layer indices (S of them), and `num_layers`, the model's number of layers.
+`components` is a JSON object. Some of its entries have a meaning here: `source_layers`, a list of
+layer indices (S of them, none without a judge), `num_layers`, the model's number of layers, and
+`weight_columns`, if there are any: the names of the ready-made weights (K of them).
 """
 
 import dataclasses
@@ -163,7 +164,7 @@ class PreparedWriter:
         self._num_rows = num_rows
         self._ids = ids
         self._process_index, self._process_count = process_index, process_count
-        self._features = shards.features(len(self._components["source_layers"]))
+        self._features = _features(self._components)
         self._digests: dict[str, str] = {}
 
         self.path.mkdir(parents=True, exist_ok=True)
@@ -395,7 +396,7 @@ class Prepared:
             raise FileNotFoundError(f"{path} has no {METADATA}: not prepared, or not to the end")
         if meta["format"] != FORMAT:
             raise ValueError(f"{path / METADATA}: format {meta['format']}; accepted: {FORMAT}")
-        expected = shards.features(len(meta["components"]["source_layers"]))
+        expected = _features(meta["components"])
         tables = []
         for shard in meta["shards"]:
             file = path / shard["file"]
@@ -424,6 +425,11 @@ class Prepared:
         return tuple(self._meta["components"]["source_layers"])
 
     @property
+    def weight_columns(self) -> tuple[str, ...]:
+        """The names of the ready-made weights (K of them) in the `ready` columns, in that order."""
+        return tuple(self._meta["components"].get("weight_columns", ()))
+
+    @property
     def num_layers(self) -> int:
         """Layers of the model that judged."""
         return self._meta["components"]["num_layers"]
@@ -432,7 +438,8 @@ class Prepared:
         return self._meta["num_rows"]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Row `index`: id (str), text lengths (int), int32 ids, float32 log-probs, judge (2, S, T).
+        """Row `index`: id (str), text lengths (int), int32 ids, float32 log-probs, and, where the
+        dataset has them, judge (2, S, T) and ready-made weights (K, T).
 
         Raises:
             IndexError: `index` is not within -len and len - 1.
@@ -455,6 +462,12 @@ class Prepared:
 
 
 # Metadata.
+
+
+def _features(components: Mapping[str, Any]) -> datasets.Features:
+    return shards.features(
+        len(components["source_layers"]), len(components.get("weight_columns", ()))
+    )
 
 
 def _check_components(

@@ -12,9 +12,15 @@ One row a pair:
   other letter);
 - `ref_chosen_logps`, `ref_rejected_logps`: float32, reference log-probs of every response token.
 
+Without source layers (S = 0) there are no judge columns. Where weights came with the data, there
+are
+
+- `ready_chosen`, `ready_rejected`: float32 (K, T), these weights by column and text token.
+
 A shard is read without a Python object per element: columns are kept as flat values and offsets.
 """
 
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,30 +33,46 @@ _RESPONSES = ("chosen", "rejected")
 _INT_LISTS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _FLOAT_LISTS = ("ref_chosen_logps", "ref_rejected_logps")
 _JUDGE = ("judge_chosen", "judge_rejected")
+_READY = ("ready_chosen", "ready_rejected")
 _TEXT_LENGTHS = ("chosen_text_length", "rejected_text_length")
 
 
-def features(num_sources: int) -> datasets.Features:
-    """The columns of a prepared dataset whose judge rows have `num_sources` (S) source layers."""
+def features(num_sources: int, num_columns: int = 0) -> datasets.Features:
+    """The columns of a prepared dataset with `num_sources` (S) source layers and `num_columns` (K)
+    columns of ready-made weights.
+    """
     int_list = datasets.List(datasets.Value("int32"))
     float_list = datasets.List(datasets.Value("float32"))
-    judge = datasets.List(datasets.List(float_list, length=num_sources), length=2)
-    return datasets.Features(
-        {"id": datasets.Value("string")}
-        | dict.fromkeys(_INT_LISTS, int_list)
-        | dict.fromkeys(_TEXT_LENGTHS, datasets.Value("int32"))
-        | dict.fromkeys(_JUDGE, judge)
-        | {"judge_verdict": datasets.List(datasets.Value("float32"), length=2)}
-        | dict.fromkeys(_FLOAT_LISTS, float_list)
-    )
+    columns = {"id": datasets.Value("string")}
+    columns |= dict.fromkeys(_INT_LISTS, int_list)
+    columns |= dict.fromkeys(_TEXT_LENGTHS, datasets.Value("int32"))
+    if num_sources:
+        by_source = datasets.List(float_list, length=num_sources)
+        columns |= dict.fromkeys(_JUDGE, datasets.List(by_source, length=2))
+        columns["judge_verdict"] = datasets.List(datasets.Value("float32"), length=2)
+    columns |= dict.fromkeys(_FLOAT_LISTS, float_list)
+    if num_columns:
+        columns |= dict.fromkeys(_READY, datasets.List(float_list, length=num_columns))
+    return datasets.Features(columns)
+
+
+def _matrix_shapes(columns: datasets.Features) -> dict[str, tuple[int, ...]]:
+    """The leading axes of the columns that hold more than a list: (2, S) or (K,)."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in (*_JUDGE, *_READY):
+        if name in columns:
+            inner = columns[name].feature
+            nested = isinstance(inner.feature, datasets.List)
+            shapes[name] = (columns[name].length, *((inner.length,) if nested else ()))
+    return shapes
 
 
 def to_table(rows: Sequence[Mapping[str, Any]], columns: datasets.Features) -> pa.Table:
     """Rows as a table with exactly `columns`; ValueError names the row and column that is wrong."""
     if not rows:
         return columns.arrow_schema.empty_table()
-    num_sources = columns["judge_chosen"].feature.length
-    checked = [_checked_row(row, columns, num_sources) for row in rows]
+    shapes = _matrix_shapes(columns)
+    checked = [_checked_row(row, columns, shapes) for row in rows]
 
     def gather(name: str) -> list[np.ndarray]:
         return [row[name] for row in checked]
@@ -61,14 +83,16 @@ def to_table(rows: Sequence[Mapping[str, Any]], columns: datasets.Features) -> p
         arrays[name] = _list_array([len(part) for part in parts], parts)
     for name in _TEXT_LENGTHS:
         arrays[name] = pa.array(np.array(gather(name), np.int32))
-    for name in _JUDGE:
+    for name, shape in shapes.items():
         parts = gather(name)
-        lengths = np.repeat([part.shape[2] for part in parts], 2 * num_sources)
-        lists = _list_array(lengths, [part.reshape(-1) for part in parts])
-        per_source = pa.FixedSizeListArray.from_arrays(lists, num_sources)
-        arrays[name] = pa.FixedSizeListArray.from_arrays(per_source, 2)
-    verdicts = pa.array(np.concatenate(gather("judge_verdict")))
-    arrays["judge_verdict"] = pa.FixedSizeListArray.from_arrays(verdicts, 2)
+        lengths = np.repeat([part.shape[-1] for part in parts], math.prod(shape))
+        array = _list_array(lengths, [part.reshape(-1) for part in parts])
+        for size in reversed(shape):
+            array = pa.FixedSizeListArray.from_arrays(array, size)
+        arrays[name] = array
+    if "judge_verdict" in columns:
+        verdicts = pa.array(np.concatenate(gather("judge_verdict")))
+        arrays["judge_verdict"] = pa.FixedSizeListArray.from_arrays(verdicts, 2)
     schema = columns.arrow_schema
     return pa.Table.from_arrays([arrays[name] for name in schema.names], schema=schema)
 
@@ -83,7 +107,7 @@ def _list_array(lengths: Sequence[int] | np.ndarray, parts: Sequence[np.ndarray]
 
 
 def _checked_row(
-    row: Mapping[str, Any], columns: datasets.Features, num_sources: int
+    row: Mapping[str, Any], columns: datasets.Features, leading: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Any]:
     """The row with arrays of the columns' types, every shape checked against the others."""
     if set(row) != set(columns):
@@ -106,12 +130,16 @@ def _checked_row(
                 f"{tokens}, the number of `{response}_ids`"
             )
         shapes = {
-            f"judge_{response}": (2, num_sources, text_length),
-            f"ref_{response}_logps": (tokens,),
+            name: (*leading[name], text_length)
+            for name in (f"judge_{response}", f"ready_{response}")
+            if name in leading
         }
+        shapes[f"ref_{response}_logps"] = (tokens,)
         for name, shape in shapes.items():
             checked[name] = _checked_array(row, name, "f", shape).astype(np.float32)
-    checked["judge_verdict"] = _checked_array(row, "judge_verdict", "f", (2,)).astype(np.float32)
+    if "judge_verdict" in columns:
+        verdict = _checked_array(row, "judge_verdict", "f", (2,))
+        checked["judge_verdict"] = verdict.astype(np.float32)
     return checked
 
 
@@ -168,15 +196,19 @@ class Shard:
             name: (columns[name].offsets.to_numpy(), columns[name].values.to_numpy())
             for name in (*_INT_LISTS, *_FLOAT_LISTS)
         }
-        self._verdicts = columns["judge_verdict"].values.to_numpy().reshape(-1, 2)
-        self._judge = {}
-        for name in _JUDGE:
-            per_source = columns[name].values
-            num_sources = per_source.type.list_size
-            lists = per_source.values
-            # Row i's 2 * S lists are neighbours of one length: its values are one block.
-            starts = lists.offsets.to_numpy()[:: 2 * num_sources]
-            self._judge[name] = (num_sources, starts, lists.values.to_numpy())
+        self._verdicts = None
+        if "judge_verdict" in columns:
+            self._verdicts = columns["judge_verdict"].values.to_numpy().reshape(-1, 2)
+        self._matrices = {}
+        for name in (*_JUDGE, *_READY):
+            if name in columns:
+                array, shape = columns[name], []
+                while pa.types.is_fixed_size_list(array.type):
+                    shape.append(array.type.list_size)
+                    array = array.values
+                # A row's lists are neighbours of one length: its values are one block.
+                starts = array.offsets.to_numpy()[:: math.prod(shape)]
+                self._matrices[name] = (shape, starts, array.values.to_numpy())
 
     def row(self, row: int) -> dict[str, Any]:
         """Row `row` of the shard; arrays are views."""
@@ -185,10 +217,11 @@ class Shard:
             content[name] = values[offsets[row] : offsets[row + 1]]
         for name, lengths in self._text_lengths.items():
             content[name] = int(lengths[row])
-        for name, (num_sources, starts, values) in self._judge.items():
+        for name, (shape, starts, values) in self._matrices.items():
             block = values[starts[row] : starts[row + 1]]
-            content[name] = block.reshape(2, num_sources, -1)
-        content["judge_verdict"] = self._verdicts[row]
+            content[name] = block.reshape(*shape, -1)
+        if self._verdicts is not None:
+            content["judge_verdict"] = self._verdicts[row]
         return content
 
     def lengths(self, name: str) -> np.ndarray:

@@ -8,6 +8,8 @@ A source is named by one string:
 - a folder written by datasets' `save_to_disk`; `FOLDER@split` for one split of a DatasetDict;
 - a Hugging Face hub id, `owner/name[:config]@split`.
 
+Several sources are read one after another; with shares (see `mixture`) they are mixed.
+
 A row holds `chosen`, `rejected` and perhaps `prompt`, `id` or `prompt_id`; other fields are
 ignored. Three forms are accepted:
 
@@ -30,16 +32,15 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from attnpo_jax.data import atomic
-
-Message = dict[str, str]
+from attnpo_jax.data import atomic, mixture, ready_weights
+from attnpo_jax.data.rows import Pair, Unfit, own_id, pair_of_row
 
 ACCEPTED_SOURCES = (
     "builtin:train, builtin:eval, a .json, .jsonl, .parquet or .arrow file, a folder saved by "
@@ -50,37 +51,23 @@ _BUILTIN = pathlib.Path(__file__).parent / "builtin"
 _FILE_ENDINGS = (".json", ".jsonl", ".parquet", ".arrow")
 _FIELDS = ("id", "prompt_id", "prompt", "chosen", "rejected")
 _HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?::(?P<config>[^@:]+))?(?:@(?P<split>[^@]+))?")
-_TRANSCRIPT_START = "\n\nHuman:"
-_TRANSCRIPT_TURN = re.compile(r"\n\n(Human|Assistant):")
-_TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
+_Fields = Callable[[str], bool]  # whether a column of a table is wanted
 _READ_ROWS = 1024  # rows turned into Python objects at once, so that a big file is never held twice
 
 
 @dataclasses.dataclass(frozen=True)
-class Pair:
-    """A preference pair.
+class LoadedPairs:
+    """What was loaded.
 
     Attributes:
-        id: unique among the pairs that were loaded together.
-        prompt: chat messages `{"role", "content"}`, the last one the user's.
-        chosen: the preferred response, as in the source (white space kept).
-        rejected: the other response, likewise.
-        origin: the source, as the user named it, and the row's number there, for `BadRow`.
+        pairs: in source order.
+        bad_rows: the skipped rows: `{"file", "row", "reason"}`, `"id"` if any.
+        weight_columns: names of the ready-made weights that every pair has.
     """
-
-    id: str
-    prompt: tuple[Message, ...]
-    chosen: str
-    rejected: str
-    origin: tuple[str, int] | None = dataclasses.field(default=None, compare=False)
-
-
-@dataclasses.dataclass(frozen=True)
-class LoadedPairs:
-    """Pairs in source order, and the skipped rows: `{"file", "row", "reason"}`, `"id"` if any."""
 
     pairs: list[Pair]
     bad_rows: list[dict[str, Any]]
+    weight_columns: tuple[str, ...] = ()
 
 
 class BadRow(ValueError):
@@ -112,17 +99,19 @@ class BadRow(ValueError):
         return record if self.id is None else record | {"id": self.id}
 
 
-class _Unfit(ValueError):
-    """Why a row is no pair; becomes a BadRow where file and row number are known."""
-
-
 def load_pairs(
-    sources: str | Sequence[str],
+    sources: str | Sequence[str | tuple[str, float]],
     *,
     on_bad_row: str = "error",
     bad_rows_path: str | os.PathLike | None = None,
+    weight_columns: str | Sequence[str] = (),
 ) -> LoadedPairs:
     """Read and validate the preference pairs of one or several sources, in order.
+
+    Where the sources have shares, `0.7` of the mixture or `*0.7` behind the name, the result is the
+    largest mixture with these proportions that uses no pair twice: a source that is smaller than
+    its share gives all its pairs, and makes the whole smaller. What is taken of the others is
+    spread evenly over them, the same whenever they are the same.
 
     A pair's id is the row's `id`, else its `prompt_id`, else `NAME:ROW` with the source's short
     name and the row number. An id that was seen before gets `#2`, `#3`, ... in order of appearance.
@@ -132,6 +121,8 @@ def load_pairs(
         on_bad_row: `error` raises at the first bad row; `skip` leaves bad rows out and lists them.
         bad_rows_path: where `skip` writes the bad rows, as JSON lines; an old file there is
             replaced, or removed when no row is bad.
+        weight_columns: names of ready-made token weights to read (see `ready_weights`); `all` for
+            those of the first row that has any. A row without them is a bad one.
 
     Raises:
         BadRow: a row is no preference pair and `on_bad_row` is `error`.
@@ -141,26 +132,49 @@ def load_pairs(
     """
     if on_bad_row not in ("error", "skip"):
         raise ValueError(f"on_bad_row is {on_bad_row!r}; accepted: 'error', 'skip'")
-    sources = [sources] if isinstance(sources, str) else list(sources)
+    parsed = mixture.parse(sources)
+    sources = [source for source, _ in parsed]
     if not sources:
         raise ValueError(f"no data source given; accepted: {ACCEPTED_SOURCES}")
 
-    pairs: list[Pair] = []
+    every_column = weight_columns == "all"
+    columns = () if every_column else tuple(weight_columns)
+    wanted_fields = {*_FIELDS, *(ready_weights.fields(columns) if columns else ())}
+
+    def fields(name: str) -> bool:
+        return name in wanted_fields or (every_column and ready_weights.is_field(name))
+
+    by_source: list[list[Pair]] = []
     bad_rows: list[dict[str, Any]] = []
     taken_ids: set[str] = set()
     last_numbers: dict[str, int] = collections.defaultdict(lambda: 1)
     for source in sources:
-        short_name, rows = _open(source)
+        pairs: list[Pair] = []
+        by_source.append(pairs)
+        short_name, rows = _open(source, fields)
         for number, row in rows:
             try:
-                pair = _pair(row, f"{short_name}:{number}", origin=(source, number))
-            except _Unfit as unfit:
-                bad_row = BadRow(source, number, str(unfit), _own_id(row))
+                pair = pair_of_row(row, f"{short_name}:{number}", origin=(source, number))
+                if every_column and not columns:
+                    columns = ready_weights.names(row)
+                if columns or every_column:
+                    pair = dataclasses.replace(pair, ready=ready_weights.read(row, columns))
+            except Unfit as unfit:
+                bad_row = BadRow(source, number, str(unfit), own_id(row))
                 if on_bad_row == "error":
                     raise bad_row from None
                 bad_rows.append(bad_row.as_record())
                 continue
             pairs.append(_with_unique_id(pair, taken_ids, last_numbers))
+
+    shares = [share for _, share in parsed if share is not None]
+    if shares:
+        counts = mixture.take([len(pairs) for pairs in by_source], shares)
+        by_source = [
+            [pairs[i] for i in mixture.spread(len(pairs), count)]
+            for pairs, count in zip(by_source, counts, strict=True)
+        ]
+    pairs = list(itertools.chain.from_iterable(by_source))
 
     if bad_rows_path is not None and on_bad_row == "skip":
         atomic.write_json_lines(bad_rows_path, bad_rows)
@@ -168,7 +182,7 @@ def load_pairs(
         found = f"all {len(bad_rows)} rows are bad" if bad_rows else "no rows"
         first = f", the first one: {bad_rows[0]['reason']}" if bad_rows else ""
         raise ValueError(f"{', '.join(sources)}: no preference pair found ({found}{first})")
-    return LoadedPairs(pairs, bad_rows)
+    return LoadedPairs(pairs, bad_rows, columns)
 
 
 def pairs_digest(pairs: Iterable[Pair]) -> str:
@@ -178,13 +192,15 @@ def pairs_digest(pairs: Iterable[Pair]) -> str:
         turns = [[message["role"], message["content"]] for message in pair.prompt]
         line = json.dumps([pair.id, turns, pair.chosen, pair.rejected])
         digest.update(line.encode() + b"\n")
+        if pair.ready is not None:
+            digest.update(pair.ready.digest())
     return digest.hexdigest()
 
 
 # Opening sources: each reader yields (1-based row number, row), a row being whatever was found.
 
 
-def _open(source: str) -> tuple[str, Iterator[tuple[int, Any]]]:
+def _open(source: str, fields: _Fields) -> tuple[str, Iterator[tuple[int, Any]]]:
     """A source's short name (for fallback ids) and its rows."""
     if not isinstance(source, str):
         raise ValueError(f"data source {source!r} is no string; accepted: {ACCEPTED_SOURCES}")
@@ -196,13 +212,13 @@ def _open(source: str) -> tuple[str, Iterator[tuple[int, Any]]]:
 
     path = pathlib.Path(source).expanduser()
     if path.is_file():
-        return path.stem, _file_rows(path, source)
+        return path.stem, _file_rows(fields, path, source)
     if path.is_dir():
-        return path.name, _folder_rows(path, None, source)
+        return path.name, _folder_rows(fields, path, None, source)
     folder, at, split = source.rpartition("@")
     folder = pathlib.Path(folder).expanduser()
     if at and folder.is_dir():
-        return f"{folder.name}@{split}", _folder_rows(folder, split, source)
+        return f"{folder.name}@{split}", _folder_rows(fields, folder, split, source)
     if at and folder.is_file():
         raise ValueError(f"{source}: a single file has no splits; write {str(folder)!r}")
 
@@ -214,19 +230,19 @@ def _open(source: str) -> tuple[str, Iterator[tuple[int, Any]]]:
             f"no data at {source!r}; if it is a hub id, name the split: {source}@train"
         )
     dataset = datasets.load_dataset(hub["name"], hub["config"], split=hub["split"])
-    return source, _dataset_rows(dataset, source)
+    return source, _dataset_rows(fields, dataset, source)
 
 
-def _file_rows(path: pathlib.Path, source: str) -> Iterator[tuple[int, Any]]:
+def _file_rows(fields: _Fields, path: pathlib.Path, source: str) -> Iterator[tuple[int, Any]]:
     match path.suffix:
         case ".jsonl":
             return _jsonl_rows(path, source)
         case ".json":
             return _json_rows(path, source)
         case ".parquet":
-            return _parquet_rows(path, source)
+            return _parquet_rows(fields, path, source)
         case ".arrow":
-            return _arrow_rows(path, source)
+            return _arrow_rows(fields, path, source)
     raise ValueError(
         f"{source}: a file ending in {path.suffix!r}; accepted: {', '.join(_FILE_ENDINGS)}"
     )
@@ -241,7 +257,7 @@ def _jsonl_rows(path: pathlib.Path, source: str) -> Iterator[tuple[int, Any]]:
                 # utf-8-sig: some editors put a byte order mark before the first line.
                 yield number, json.loads(line.decode("utf-8-sig"))
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                yield number, _Unfit(f"not a line of JSON ({error})")
+                yield number, Unfit(f"not a line of JSON ({error})")
 
 
 def _json_rows(path: pathlib.Path, source: str) -> Iterator[tuple[int, Any]]:
@@ -257,25 +273,27 @@ def _json_rows(path: pathlib.Path, source: str) -> Iterator[tuple[int, Any]]:
     return enumerate(rows, 1)
 
 
-def _parquet_rows(path: pathlib.Path, source: str) -> Iterator[tuple[int, Any]]:
+def _parquet_rows(fields: _Fields, path: pathlib.Path, source: str) -> Iterator[tuple[int, Any]]:
     try:
         file = pq.ParquetFile(path)
     except pa.ArrowInvalid as error:
         raise ValueError(f"{source}: not a Parquet file ({error})") from error
-    columns = _needed_columns(file.schema_arrow.names, source)
+    columns = _needed_columns(fields, file.schema_arrow.names, source)
     batches = file.iter_batches(batch_size=_READ_ROWS, columns=columns)
     return enumerate(itertools.chain.from_iterable(batch.to_pylist() for batch in batches), 1)
 
 
-def _arrow_rows(path: pathlib.Path, source: str) -> Iterator[tuple[int, Any]]:
+def _arrow_rows(fields: _Fields, path: pathlib.Path, source: str) -> Iterator[tuple[int, Any]]:
     try:
         dataset = datasets.Dataset.from_file(str(path))
     except pa.ArrowInvalid as error:
         raise ValueError(f"{source}: not an Arrow stream file ({error})") from error
-    return _dataset_rows(dataset, source)
+    return _dataset_rows(fields, dataset, source)
 
 
-def _folder_rows(folder: pathlib.Path, split: str | None, source: str) -> Iterator[tuple[int, Any]]:
+def _folder_rows(
+    fields: _Fields, folder: pathlib.Path, split: str | None, source: str
+) -> Iterator[tuple[int, Any]]:
     known = ("dataset_dict.json", "dataset_info.json")
     if not any((folder / name).is_file() for name in known):
         raise ValueError(
@@ -291,67 +309,22 @@ def _folder_rows(folder: pathlib.Path, split: str | None, source: str) -> Iterat
         dataset = dataset[split]
     elif split is not None:
         raise ValueError(f"{source}: this folder has no splits; write {str(folder)!r}")
-    return _dataset_rows(dataset, source)
+    return _dataset_rows(fields, dataset, source)
 
 
-def _dataset_rows(dataset: datasets.Dataset, source: str) -> Iterator[tuple[int, Any]]:
-    dataset = dataset.select_columns(_needed_columns(dataset.column_names, source))
+def _dataset_rows(
+    fields: _Fields, dataset: datasets.Dataset, source: str
+) -> Iterator[tuple[int, Any]]:
+    dataset = dataset.select_columns(_needed_columns(fields, dataset.column_names, source))
     tables = dataset.with_format("arrow").iter(batch_size=_READ_ROWS)
     return enumerate(itertools.chain.from_iterable(table.to_pylist() for table in tables), 1)
 
 
-def _needed_columns(columns: Sequence[str], source: str) -> list[str]:
+def _needed_columns(fields: _Fields, columns: Sequence[str], source: str) -> list[str]:
     for needed in ("chosen", "rejected"):
         if needed not in columns:
             raise ValueError(f"{source}: no column `{needed}`; columns found: {', '.join(columns)}")
-    return [name for name in _FIELDS if name in columns]
-
-
-# Rows to pairs.
-
-
-def _pair(row: Any, fallback_id: str, origin: tuple[str, int]) -> Pair:
-    if isinstance(row, _Unfit):
-        raise row
-    if not isinstance(row, dict):
-        raise _Unfit(f"{_kind(row)}; a row is an object with `chosen` and `rejected`")
-    for field in ("chosen", "rejected"):
-        if row.get(field) is None:
-            raise _Unfit(f"no `{field}`; fields found: {', '.join(map(str, row)) or 'none'}")
-    for field in ("id", "prompt_id"):
-        if not isinstance(row.get(field), str | int | None) or isinstance(row.get(field), bool):
-            raise _Unfit(f"`{field}` is {_kind(row[field])}; accepted: a string or an integer")
-
-    chosen_prefix, chosen = _response(row["chosen"], "chosen")
-    rejected_prefix, rejected = _response(row["rejected"], "rejected")
-    prompt = _prompt(row.get("prompt"), chosen_prefix, rejected_prefix)
-    for number, message in enumerate(prompt, 1):
-        # An empty system message means something: it silences the template's default one.
-        if message["role"] != "system" and not message["content"].strip():
-            raise _Unfit(f"message {number} of the prompt ({message['role']}) is empty")
-    for field, text in (("chosen", chosen), ("rejected", rejected)):
-        if not text.strip():
-            raise _Unfit(f"`{field}` is empty or white space only")
-    if chosen.strip() == rejected.strip():
-        raise _Unfit("`chosen` equals `rejected`")
-
-    pair = Pair(_own_id(row) or fallback_id, prompt, chosen, rejected, origin)
-    try:
-        for text in (pair.id, chosen, rejected, *(message["content"] for message in prompt)):
-            text.encode()
-    except UnicodeEncodeError as error:
-        raise _Unfit(f"text that is not Unicode ({error.reason})") from None
-    return pair
-
-
-def _own_id(row: Any) -> str | None:
-    if not isinstance(row, dict):
-        return None
-    for field in ("id", "prompt_id"):
-        value = row.get(field)
-        if isinstance(value, str | int) and not isinstance(value, bool) and str(value).strip():
-            return str(value)
-    return None
+    return [name for name in columns if fields(name)]
 
 
 def _with_unique_id(pair: Pair, taken: set[str], last_numbers: dict[str, int]) -> Pair:
@@ -362,114 +335,3 @@ def _with_unique_id(pair: Pair, taken: set[str], last_numbers: dict[str, int]) -
         unique = f"{pair.id}#{last_numbers[pair.id]}"
     taken.add(unique)
     return pair if unique == pair.id else dataclasses.replace(pair, id=unique)
-
-
-def _response(value: Any, field: str) -> tuple[tuple[Message, ...] | None, str]:
-    """The turns before the response (None if the value holds the response alone), and its text."""
-    if isinstance(value, str):
-        if not value.startswith(_TRANSCRIPT_START):
-            return None, value
-        messages = _parse_transcript(value)
-    else:
-        messages = _messages(value, field)
-    if messages[-1]["role"] != "assistant":
-        raise _Unfit(f"the last turn of `{field}` is {messages[-1]['role']}, not assistant")
-    if len(messages) == 1:
-        return None, messages[0]["content"]
-    _check_turns(messages, field)
-    return tuple(messages[:-1]), messages[-1]["content"]
-
-
-def _prompt(
-    given: Any,
-    chosen_prefix: tuple[Message, ...] | None,
-    rejected_prefix: tuple[Message, ...] | None,
-) -> tuple[Message, ...]:
-    if (chosen_prefix is None) != (rejected_prefix is None):
-        whole, alone = "chosen", "rejected"
-        if chosen_prefix is None:
-            whole, alone = alone, whole
-        raise _Unfit(f"`{whole}` is a whole conversation, `{alone}` a response alone")
-    if chosen_prefix is not None and chosen_prefix != rejected_prefix:
-        raise _Unfit("the conversations in `chosen` and `rejected` differ before their last turn")
-
-    if given is None:
-        if chosen_prefix is None:
-            raise _Unfit("no `prompt`, and `chosen` and `rejected` are responses alone")
-        return chosen_prefix
-    if isinstance(given, str) and not given.startswith(_TRANSCRIPT_START):
-        if chosen_prefix is None:
-            return ({"role": "user", "content": given},)
-        first_user = next(turn["content"] for turn in chosen_prefix if turn["role"] == "user")
-        if first_user.strip() != given.strip():
-            raise _Unfit("`prompt` is not the first user turn of the conversation in `chosen`")
-        return chosen_prefix
-
-    if isinstance(given, str):
-        turns = _parse_transcript(given)
-        if turns[-1]["role"] != "assistant" or turns[-1]["content"].strip():
-            raise _Unfit("`prompt` is a transcript that does not end in '\\n\\nAssistant:'")
-        turns.pop()
-    else:
-        turns = _messages(given, "prompt")
-    if turns[-1]["role"] != "user":
-        raise _Unfit(f"the last turn of `prompt` is {turns[-1]['role']}, not user")
-    _check_turns(turns, "prompt")
-    if chosen_prefix is not None and tuple(turns) != chosen_prefix:
-        raise _Unfit("`prompt` differs from the turns before the last one in `chosen`")
-    return tuple(turns)
-
-
-def _messages(value: Any, field: str) -> list[Message]:
-    if not isinstance(value, list):
-        raise _Unfit(f"`{field}` is {_kind(value)}; accepted: a string or a list of messages")
-    if not value:
-        raise _Unfit(f"`{field}` is an empty list")
-    messages = []
-    for number, message in enumerate(value, 1):
-        if not isinstance(message, dict):
-            raise _Unfit(
-                f"message {number} of `{field}` is {_kind(message)}; accepted: an object with "
-                "`role` and `content`"
-            )
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                found = _kind(message[key]) if key in message else "missing"
-                raise _Unfit(f"`{key}` of message {number} of `{field}` is {found}, not a string")
-        messages.append({"role": message["role"], "content": message["content"]})
-    return messages
-
-
-def _check_turns(messages: Sequence[Message], field: str) -> None:
-    """Turns after an optional system message are user, assistant, user, ..."""
-    start = 1 if messages[0]["role"] == "system" else 0
-    for place, message in enumerate(messages[start:]):
-        wanted = ("user", "assistant")[place % 2]
-        if message["role"] != wanted:
-            raise _Unfit(
-                f"message {start + place + 1} of `{field}` has role {message['role']!r} where "
-                f"{wanted!r} is due; turns alternate user, assistant after an optional system"
-            )
-
-
-def _parse_transcript(text: str) -> list[Message]:
-    """The turns of an hh-rlhf transcript; the one space after a colon belongs to the marker."""
-    _, *parts = _TRANSCRIPT_TURN.split(text)
-    names, contents = parts[::2], [content.removeprefix(" ") for content in parts[1::2]]
-    return [
-        {"role": _TRANSCRIPT_ROLES[name], "content": content}
-        for name, content in zip(names, contents, strict=True)
-    ]
-
-
-def _kind(value: Any) -> str:
-    names = {
-        dict: "an object",
-        list: "a list",
-        str: "a string",
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-        type(None): "null",
-    }
-    return names.get(type(value), f"a value of type {type(value).__name__}")

@@ -421,6 +421,18 @@ class _TextEncoder:
         return ids[keep], offsets[keep]
 
 
+def load_backend(source: str) -> tokenizers.Tokenizer:
+    """The fast tokenizer of a Hugging Face folder or hub id, without its chat template.
+
+    Raises:
+      ValueError: it is not a fast one.
+    """
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    if not tokenizer.is_fast:
+        raise ValueError(f"{source}: not a fast tokenizer (tokenizer.json)")
+    return tokenizer.backend_tokenizer
+
+
 def tokenize_pair(
     tokenizer: ChatTokenizer, pair: Pair, *, max_length: int, max_prompt_length: int
 ) -> TokenizedPair:

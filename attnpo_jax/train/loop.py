@@ -266,6 +266,7 @@ def step_settings(
         # An objective of one's own need not have a beta; its rewards are plain log-ratios.
         beta=config.objective.get("beta", 1.0),
         source_layers=data.source_layers,
+        weight_columns=data.weight_columns,
         dtype=jnp.dtype(config.model.dtype),
         remat=config.model.remat,
         logps_chunk=config.model.logps_chunk,

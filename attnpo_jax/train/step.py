@@ -4,6 +4,7 @@ Shapes: as in `data.batching`; P pairs (rows times pairs a row), n microbatches.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,7 @@ class StepSettings:
       objective: `(chosen, rejected: ResponseScores) -> loss_B`, hyperparameters bound.
       beta: scale of the reported rewards.
       source_layers: the layers on the judge arrays' source axis.
+      weight_columns: the names on the axis of the ready-made weights.
       dtype: what activations are computed in.
       remat: a key of `models.decoder.REMAT_POLICIES`.
       logps_chunk: tokens whose logits exist at a time.
@@ -41,6 +43,7 @@ class StepSettings:
     objective: Callable[[ResponseScores, ResponseScores], jax.Array]
     beta: float
     source_layers: tuple[int, ...]
+    weight_columns: tuple[str, ...] = ()
     dtype: Any = jnp.float32
     remat: str = "dots"
     logps_chunk: int = 512
@@ -73,7 +76,7 @@ def pair_losses(
 
     def by_response(x):
         """(B, G, 2, ...) -> (2P, ...): the responses of a pair in turn."""
-        return x.reshape(-1, *x.shape[3:])
+        return x.reshape(math.prod(x.shape[:3]), *x.shape[3:])
 
     mask, policy, reference = (
         by_response(x) for x in (batch.mask_BG2T, policy_BG2T, batch.reference_logps_BG2T)
@@ -89,6 +92,8 @@ def pair_losses(
             is_chosen=jnp.tile(jnp.array([True, False]), mask.shape[0] // 2),
             source_layers=settings.source_layers,
             num_layers=settings.model.num_layers,
+            ready_BKT=None if batch.ready_BG2KT is None else by_response(batch.ready_BG2KT),
+            weight_columns=settings.weight_columns,
         )
     )
     # The reference is frozen, and a weighting that reads the policy is not differentiated through.

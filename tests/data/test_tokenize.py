@@ -298,8 +298,7 @@ def test_truncation_keeps_the_end_of_the_prompt_and_the_start_of_the_response(ch
     assert cut.rejected_ids.tolist() == whole.rejected_ids[:4].tolist()
     flags = ("prompt_truncated", "chosen_truncated", "rejected_truncated")
     assert [getattr(whole, flag) for flag in flags] == [False] * 3
-    # "One." and its closing are longer than 4 tokens too.
-    assert [getattr(cut, flag) for flag in flags] == [True, len(whole.chosen_ids) > 4, True]
+    assert [getattr(cut, flag) for flag in flags] == [True, True, True]
     # a closing token cut off, no text
     room = whole.rejected_text_length + 1
     cut = tokenize_pair(tokenizer, a_pair, max_length=7 + room, max_prompt_length=7)
@@ -406,7 +405,6 @@ ODD_TEXT = st.lists(
 ).map("".join)
 
 
-@hypothesis.settings(deadline=None)
 @hypothesis.given(text=ODD_TEXT, kind=st.sampled_from(["byte_level", "byte_fallback", "unigram"]))
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_any_text_is_covered_and_keeps_its_mass(chat_tokenizers, template, text, kind):

@@ -178,7 +178,10 @@ def test_a_command_line_that_is_not_understood_exits_with_2(override, message, c
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["prepar"], "unknown command 'prepar' (did you mean prepare?); commands: prepare, train"),
+        (
+            ["prepar"],
+            "unknown command 'prepar' (did you mean prepare?); commands: data, prepare, train",
+        ),
         (["run", "--workdir=w"], "run needs --config=configs/quickstart.py"),
         (["run", "--config=x.py"], "run needs --workdir=DIR"),
     ],

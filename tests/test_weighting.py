@@ -16,6 +16,7 @@ from attnpo_jax.registry import PluginError, RegistryError, load_plugins
 
 # Op-by-op execution compiles every operation for every shape; the tests of values need not wait.
 attention = jax.jit(weighting.attention, static_argnames=("layer", "fix_sink"))
+ready_column = jax.jit(weighting.column, static_argnames=("column", "fix_sink", "normalize"))
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "judge_weights.jsonl"
 
@@ -260,3 +261,61 @@ def test_plugin_files_register_and_bad_ones_are_named(tmp_path):
 def test_examples_in_the_docstrings_run():
     result = doctest.testmod(weighting)
     assert result.attempted >= 10 and result.failed == 0
+
+
+def ready(weights, lengths, columns, **fields):
+    """Responses with ready-made weights (B, K, T) and no judge."""
+    weights = jnp.asarray(weights, jnp.float32)
+    batch, _, length = weights.shape
+    no_judge = response(jnp.zeros((batch, 2, 1, length)), lengths)
+    return dataclasses.replace(no_judge, ready_BKT=weights, weight_columns=columns, **fields)
+
+
+def test_column_by_hand():
+    # Six tokens, of which the last is no text; the first soaks up half of the weight.
+    r = ready([[[0.5, 0.1, 0.1, 0.1, 0.2, 9.0], [1, 0, 0, 0, 1, 9.0]]], [5], ("rollout", "31"))
+    plain = [2.5, 0.5, 0.5, 0.5, 1.0, 0]
+    # The first gets the mean, 1; the others share 4 as 1 : 1 : 1 : 2.
+    fixed = [1, 0.8, 0.8, 0.8, 1.6, 0]
+    last = [1, 0, 0, 0, 4, 0]
+    for column, fix_sink, wanted in (
+        ("rollout", False, plain),
+        ("rollout", True, fixed),
+        (-2, True, fixed),
+        (31, True, last),
+        (-1, True, last),
+        (("rollout", "31"), True, [1, 0.4, 0.4, 0.4, 2.8, 0]),
+    ):
+        found = ready_column(r, column=column, fix_sink=fix_sink)
+        np.testing.assert_allclose(found, [wanted], rtol=1e-6)
+    # As they are: the sums 1 and 2 stay.
+    found = ready_column(r, column="rollout", fix_sink=False, normalize=False)
+    np.testing.assert_allclose(found, [[0.5, 0.1, 0.1, 0.1, 0.2, 0]], rtol=1e-6)
+    found = ready_column(r, column=31, normalize=False)
+    np.testing.assert_allclose(found, [[0.4, 0, 0, 0, 1.6, 0]], rtol=1e-6)
+    # Without any weight: all the same, or none.
+    empty = ready(np.zeros((1, 1, 3)), [2], ("0",))
+    np.testing.assert_allclose(ready_column(empty), [[1, 1, 0]])
+    np.testing.assert_allclose(ready_column(empty, normalize=False), [[0, 0, 0]])
+
+
+def test_column_is_attention_where_the_weights_are_the_judge_s_shares():
+    judge = np.random.default_rng(3).random((4, 2, 2, 9)).astype(np.float32)
+    lengths = [9, 6, 4, 1]
+    attended = response(judge, lengths, source_layers=(3, 29), num_layers=30)
+    text = np.asarray(attended.text_mask_BT)[:, None, None]
+    shares = np.where(text, judge, 0)
+    shares = (shares / shares.sum(axis=-1, keepdims=True)).mean(axis=1)
+    r = ready(shares, lengths, ("3", "29"))
+    for layer in (3, 29, (3, 29)):
+        np.testing.assert_allclose(
+            ready_column(r, column=layer), weighting.attention(attended, layer=layer), rtol=2e-6
+        )
+
+
+@pytest.mark.parametrize("column", [30, "rollout", -3, (), (31, 0)])
+def test_columns_that_are_not_there(column):
+    with pytest.raises(ValueError, match="accepted.*: .*7, 31"):
+        weighting.select_columns(column, ("7", "31"))
+    with pytest.raises(ValueError, match="accepted: none, for config.data.weight_columns"):
+        weighting.select_columns(-1, ())

@@ -6,6 +6,7 @@ A source is named by one string:
 - a `.jsonl` file (one object a line), a `.json` file (a list, or `{"data": [...]}`), a `.parquet`
   or an `.arrow` file;
 - a folder written by datasets' `save_to_disk`; `FOLDER@split` for one split of a DatasetDict;
+- `FOLDER@split` of a local copy of a hub dataset (its Parquet or JSON files as published);
 - a Hugging Face hub id, `owner/name[:config]@split`.
 
 Several sources are read one after another; with shares (see `mixture`) they are mixed.
@@ -44,7 +45,8 @@ from attnpo_jax.data.rows import Pair, Unfit, own_id, pair_of_row
 
 ACCEPTED_SOURCES = (
     "builtin:train, builtin:eval, a .json, .jsonl, .parquet or .arrow file, a folder saved by "
-    "datasets (FOLDER or FOLDER@split), or a hub id owner/name[:config]@split"
+    "datasets (FOLDER or FOLDER@split) or copied from the hub (FOLDER@split), or a hub id "
+    "owner/name[:config]@split"
 )
 
 _BUILTIN = pathlib.Path(__file__).parent / "builtin"
@@ -202,8 +204,6 @@ def pairs_digest(pairs: Iterable[Pair]) -> str:
 
 def _open(source: str, fields: _Fields) -> tuple[str, Iterator[tuple[int, Any]]]:
     """A source's short name (for fallback ids) and its rows."""
-    if not isinstance(source, str):
-        raise ValueError(f"data source {source!r} is no string; accepted: {ACCEPTED_SOURCES}")
     if source.startswith("builtin:"):
         split = source.removeprefix("builtin:")
         if split not in ("train", "eval"):
@@ -296,10 +296,16 @@ def _folder_rows(
 ) -> Iterator[tuple[int, Any]]:
     known = ("dataset_dict.json", "dataset_info.json")
     if not any((folder / name).is_file() for name in known):
-        raise ValueError(
-            f"{source}: a folder without {' or '.join(known)}; accepted are folders written by "
-            "datasets' save_to_disk"
-        )
+        if split is None:
+            raise ValueError(
+                f"{source}: a folder without {' or '.join(known)}; accepted: a folder written by "
+                f"datasets' save_to_disk, or a copy of a hub dataset with its split, {folder}@train"
+            )
+        try:
+            dataset = datasets.load_dataset(str(folder), split=split)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+        return _dataset_rows(fields, dataset, source)
     dataset = datasets.load_from_disk(str(folder))
     if isinstance(dataset, datasets.DatasetDict):
         if split not in dataset:

@@ -1,5 +1,6 @@
 """Reading preference data: every accepted form gives the same pairs, every bad row is named."""
 
+import gzip
 import json
 
 import datasets
@@ -7,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from attnpo_jax.data import sources
+from attnpo_jax.data import mixture, sources
 from attnpo_jax.data.sources import BadRow, load_pairs, pairs_digest
 
 
@@ -374,5 +375,104 @@ def test_arguments_are_checked():
         load_pairs("builtin:train", on_bad_row="warn")
     with pytest.raises(ValueError, match="no data source given"):
         load_pairs([])
-    with pytest.raises(ValueError, match="is no string"):
+    with pytest.raises(ValueError, match="3 is no source"):
         load_pairs([3])
+
+
+# As published.
+
+
+def test_a_copy_of_ultrafeedback_binarized(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    row = {
+        "prompt": "Why?",
+        "prompt_id": "f" * 64,
+        # Messages have their fields in this order there.
+        "chosen": [{"content": turn["content"], "role": turn["role"]} for turn in CONVERSATION],
+        "rejected": [{"content": "Why?", "role": "user"}, {"content": "B", "role": "assistant"}],
+        "messages": CONVERSATION,
+        "score_chosen": 8.5,
+        "score_rejected": 3.0,
+    }
+    folder = tmp_path / "ultrafeedback_binarized"
+    (folder / "data").mkdir(parents=True)
+    for split in ("train_prefs", "test_prefs"):
+        table = datasets.Dataset.from_list([row | {"prompt_id": split}, row])
+        table.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+    names = "".join(
+        f"  - split: {split}\n    path: data/{split}-*\n" for split in ("train_prefs", "test_prefs")
+    )
+    (folder / "README.md").write_text(
+        f"---\nconfigs:\n- config_name: default\n  data_files:\n{names}---\n"
+    )
+    pairs = load_pairs(f"{folder}@train_prefs").pairs
+    assert [pair.id for pair in pairs] == ["train_prefs", "f" * 64]
+    assert (pairs[1].prompt, pairs[1].chosen, pairs[1].rejected) == ((user("Why?"),), "A", "B")
+    assert load_pairs(f"{folder}@test_prefs").pairs[0].id == "test_prefs"
+    with pytest.raises(ValueError, match="binarized: a folder without .*binarized@train"):
+        load_pairs(str(folder))
+    with pytest.raises(ValueError, match="@train: Unknown split"):
+        load_pairs(f"{folder}@train")
+
+
+def test_a_copy_of_hh_rlhf(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    start = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Why?\n\nAssistant:"
+    for part in ("harmless-base", "helpful-base"):
+        (tmp_path / "hh-rlhf" / part).mkdir(parents=True)
+        for split in ("train", "test"):
+            line = {"chosen": f"{start} {part}", "rejected": f"{start} {split}"}
+            with gzip.open(tmp_path / "hh-rlhf" / part / f"{split}.jsonl.gz", "wt") as file:
+                file.write(json.dumps(line) + "\n")
+    (pair,) = load_pairs(f"{tmp_path}/hh-rlhf/helpful-base@test").pairs
+    assert pair.prompt == (user("Hi"), assistant("Hello."), user("Why?"))
+    assert (pair.chosen, pair.rejected) == ("helpful-base", "test")
+    pairs = load_pairs(f"{tmp_path}/hh-rlhf@train").pairs
+    assert {pair.chosen for pair in pairs} == {"harmless-base", "helpful-base"}
+    assert {pair.rejected for pair in pairs} == {"train"}
+
+
+# Mixtures.
+
+
+def rows_of(path, count):
+    write_jsonl(path, [GOOD | {"id": f"{path.stem}{i}"} for i in range(count)])
+    return str(path)
+
+
+def test_a_mixture_has_its_proportions_and_uses_no_pair_twice(tmp_path):
+    a, b = rows_of(tmp_path / "a.jsonl", 10), rows_of(tmp_path / "b.jsonl", 8)
+    for sources_given in ((f"{a}*0.75", f"{b}*0.25"), ((a, 3), (b, 1)), [f"{a} * 1.5", (b, 0.5)]):
+        ids = [pair.id for pair in load_pairs(sources_given).pairs]
+        # a is the smaller one for its share: all of it, and a third of that of b, evenly spread.
+        assert ids == [f"a{i}" for i in range(10)] + ["b0", "b2", "b5"]
+    # Now b is: all 8 of it, and 2 of a.
+    ids = [pair.id for pair in load_pairs((f"{a}*0.2", f"{b}*0.8")).pairs]
+    assert ids == ["a0", "a5"] + [f"b{i}" for i in range(8)]
+    # Without shares, everything.
+    assert len(load_pairs((a, b)).pairs) == 18
+    # Rows that are skipped do not count.
+    (tmp_path / "b.jsonl").write_text((tmp_path / "b.jsonl").read_text() + "{}\n")
+    loaded = load_pairs(((a, 0.2), (b, 0.8)), on_bad_row="skip")
+    assert len(loaded.pairs) == 10 and len(loaded.bad_rows) == 1
+
+
+@pytest.mark.parametrize("count", [1, 7, 100, 8191])
+def test_shares_of_equal_sources_take_all_of_them(count):
+    assert mixture.take([count] * 3, [0.1, 0.1, 0.1]) == [count] * 3
+    assert mixture.spread(count, count) == list(range(count))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("a.jsonl*0.5", "b.jsonl"), "a share for some sources only"),
+        (("a.jsonl*0", "b.jsonl*1"), "share 0.0 of 'a.jsonl'; accepted: a number above 0"),
+        ((("a.jsonl", -1),), "share -1 of 'a.jsonl'"),
+        ((("a.jsonl", "half"),), "share 'half' of 'a.jsonl'"),
+        (("a.jsonl", 0.5), "0.5 is no source; accepted: a source, or a tuple of sources"),
+    ],
+)
+def test_mixtures_that_are_none(given, message):
+    with pytest.raises(ValueError, match=message):
+        load_pairs(given)

@@ -85,7 +85,7 @@ def data_report(
         )
         for split in splits
     }
-    folder = checkpoints.resolve(config.model.source)
+    folder = checkpoints.resolve(config.model.source, weights=False)
     tokenizer = ChatTokenizer.load(folder, provenance.read_chat_template(config))
     tokenize = PairTokenizer.from_config(config, tokenizer, on_bad_row="skip")
     reports = []

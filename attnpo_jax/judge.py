@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnpo_jax.data.alignment import align
-from attnpo_jax.data.batching import choose_buckets, plan_batches
+from attnpo_jax.data.packing import choose_buckets, plan_batches
 from attnpo_jax.data.sources import Pair
 from attnpo_jax.data.tokenize import TokenizedPair, tokenize_pair
 from attnpo_jax.judge_prompt import JudgePrompt, JudgePrompter, JudgeTemplate

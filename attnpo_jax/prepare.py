@@ -21,14 +21,8 @@ from rich.table import Table
 from attnpo_jax import config as config_lib
 from attnpo_jax import provenance, scoring
 from attnpo_jax.data import atomic, prepared
-from attnpo_jax.data.batching import (
-    Example,
-    RowShape,
-    choose_buckets,
-    fill_rows,
-    plan_batches,
-    round_up,
-)
+from attnpo_jax.data.batching import Example, RowShape, fill_rows
+from attnpo_jax.data.packing import choose_buckets, plan_batches, round_up
 from attnpo_jax.data.sources import LoadedPairs, Pair, load_pairs
 from attnpo_jax.data.tokenize import ChatTokenizer, TokenizedPair
 from attnpo_jax.judge import SAMPLE, Judge, Judgement

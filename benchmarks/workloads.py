@@ -25,8 +25,8 @@ from attnpo_jax.data.batching import (
     RowShape,
     TrainBatches,
     fill_rows,
-    round_up,
 )
+from attnpo_jax.data.packing import round_up
 from attnpo_jax.data.sources import Pair, load_pairs, pairs_digest
 from attnpo_jax.data.tokenize import ChatTokenizer, tokenize_pair
 from attnpo_jax.judge import Judge

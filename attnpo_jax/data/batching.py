@@ -11,17 +11,14 @@ the judge's two orders.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import grain
 import jax
 import numpy as np
 
+from attnpo_jax.data.packing import choose_buckets, pack, round_up, split_evenly
 from attnpo_jax.data.prepared import Prepared
-
-# Row lengths are multiples of this: matmuls on CPU and GPU run best on multiples of 8 to 32, and
-# finer steps would only make buckets that hardly differ.
-ROUND_TO = 32
 
 
 @jax.tree_util.register_dataclass
@@ -212,105 +209,6 @@ def _fill_pair(batch: PairBatch, b: int, g: int, start: int, read_start: int, e:
         read += n
 
 
-def round_up(value: int, multiple: int = ROUND_TO) -> int:
-    return -(-value // multiple) * multiple
-
-
-def choose_buckets(needed: np.ndarray, num_buckets: int) -> tuple[int, ...]:
-    """The at most `num_buckets` sizes that pad the given needs least, exactly (dynamic program).
-
-    Args:
-      needed: what each item (or each batch) needs, int (n,); n > 0.
-      num_buckets: how many sizes may be used.
-
-    Returns:
-      Increasing sizes, multiples of `ROUND_TO`; the last one holds the largest need.
-    """
-    sizes, counts = np.unique([round_up(int(value)) for value in needed], return_counts=True)
-    n = len(sizes)
-    totals = np.concatenate([[0], np.cumsum(counts)])
-    # best[k][j]: least padded total for the first j sizes with k buckets; cut[k][j] remembers how.
-    best = np.full((num_buckets + 1, n + 1), np.inf)
-    best[0, 0] = 0
-    cut = np.zeros((num_buckets + 1, n + 1), int)
-    for k in range(1, num_buckets + 1):
-        for j in range(1, n + 1):
-            options = best[k - 1, :j] + sizes[j - 1] * (totals[j] - totals[:j])
-            cut[k, j] = int(np.argmin(options))
-            best[k, j] = options[cut[k, j]]
-    k = int(np.argmin(best[:, n]))
-    chosen, j = [], n
-    while j:
-        chosen.append(int(sizes[j - 1]))
-        j, k = cut[k, j], k - 1
-    return tuple(reversed(chosen))
-
-
-def plan_batches(
-    lengths: np.ndarray,
-    buckets: Sequence[int],
-    batch_size: int,
-    token_budget: int,
-    row_multiple: int = 1,
-) -> Iterator[tuple[np.ndarray, int, int]]:
-    """Cuts rows into batches of like length, longest first, so that little is padded.
-
-    Args:
-      lengths: int (n,), what each row needs.
-      buckets: row lengths to use; rows longer than all of them get the next power of two.
-      batch_size: rows a batch, at most.
-      token_budget: tokens a batch, at most, but for the fewest rows there can be.
-      row_multiple: batches have a multiple of this many rows, the limits rounded up to it.
-
-    Yields:
-      (which rows, the batch's row length, the number of rows it is padded to). Batches of one
-      length have one number of rows, so there are no more shapes than lengths.
-    """
-    order = np.argsort(-lengths, kind="stable")
-    start = 0
-    while start < len(order):
-        longest = int(lengths[order[start]])
-        fitting = [b for b in buckets if b >= longest]
-        length = min(fitting) if fitting else 1 << (longest - 1).bit_length()
-        size = max(1, min(batch_size, token_budget // length, len(order)))
-        size = round_up(size, row_multiple)
-        yield order[start : start + size], length, size
-        start += size
-
-
-def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Puts items into as few rows of a capacity as first-fit decreasing finds; none is split.
-
-    Args:
-      lengths: what each item takes, none more than `capacity`.
-      capacity: what a row holds.
-
-    Returns:
-      The items of each row, by number.
-    """
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        row = next((r for r, left in enumerate(room) if left >= lengths[item]), len(rows))
-        if row == len(rows):
-            rows.append([])
-            room.append(capacity)
-        rows[row].append(item)
-        room[row] -= lengths[item]
-    return rows
-
-
-def _split_evenly(items: np.ndarray, lengths: np.ndarray, parts: int, size: int):
-    """Items in `parts` groups of at most `size`, their total lengths about equal."""
-    groups: list[list[int]] = [[] for _ in range(parts)]
-    totals = [0] * parts
-    for item in items[np.argsort(-lengths[items], kind="stable")]:
-        group = min((g for g in range(parts) if len(groups[g]) < size), key=totals.__getitem__)
-        groups[group].append(int(item))
-        totals[group] += int(lengths[item])
-    return groups
-
-
 # How many row lengths are tried, from what most batches need to twice what the longest pair needs.
 _TRIED = 24
 # A token of a row of this length costs about twice one of a short row, since it has more to attend
@@ -345,7 +243,7 @@ class _Batches:
         self._scored = lengths["chosen"] + lengths["rejected"]
         parts = -(-batch_size // microbatch_size)
         self._groups = [
-            _split_evenly(items, self._lengths, parts, microbatch_size) for items in order
+            split_evenly(items, self._lengths, parts, microbatch_size) for items in order
         ]
         longest = np.array([self._lengths[items].max() for items in order])
         chosen = self._choose(longest, num_buckets, row_multiple)

@@ -81,12 +81,13 @@ class _Stored(NamedTuple):
 # --- Finding and reading a folder ----------------------------------------------------------------
 
 
-def resolve(source: str | os.PathLike) -> Path:
+def resolve(source: str | os.PathLike, *, weights: bool = True) -> Path:
     """The local folder of a model.
 
     Args:
       source: a local Hugging Face folder, the alias `smollm2-135m-instruct`, or a hub id
         `owner/name`, which is downloaded: safetensors, configuration and tokenizer alone.
+      weights: whether the safetensors are wanted.
 
     Raises:
       CheckpointError: it is none of these, or the hub can't deliver it.
@@ -104,7 +105,10 @@ def resolve(source: str | os.PathLike) -> Path:
     try:
         downloaded = huggingface_hub.snapshot_download(
             text,
-            allow_patterns=["*.safetensors", "*.json", "*.jinja", "merges.txt", "tokenizer.model"],
+            allow_patterns=[
+                *(["*.safetensors"] if weights else []),
+                *("*.json", "*.jinja", "merges.txt", "tokenizer.model"),
+            ],
             # Folders inside a repository hold other formats of the same weights.
             ignore_patterns=["*/*"],
         )

@@ -6,16 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from attnpo_jax.data.batching import (
-    EvalBatches,
-    Example,
-    RowShape,
-    TrainBatches,
-    choose_buckets,
-    fill_rows,
-    pack,
-    plan_batches,
-)
+from attnpo_jax.data.batching import EvalBatches, Example, RowShape, TrainBatches, fill_rows
+from attnpo_jax.data.packing import choose_buckets, pack, plan_batches
 from attnpo_jax.data.prepared import Prepared, PreparedWriter
 
 NUM_SOURCES = 2

@@ -313,6 +313,8 @@ def test_resolve_asks_the_hub_for_no_pickles(tmp_path, monkeypatch):
     assert asked["name"] == "owner/some-model.v2"
     assert "*.safetensors" in asked["allow_patterns"]
     assert not any("bin" in p or "pt" in p or p == "*" for p in asked["allow_patterns"])
+    checkpoints.resolve("owner/some-model.v2", weights=False)
+    assert "*.safetensors" not in asked["allow_patterns"] and "*.json" in asked["allow_patterns"]
 
 
 # --- Saving --------------------------------------------------------------------------------------

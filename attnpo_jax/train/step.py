@@ -46,7 +46,7 @@ class StepSettings:
     weight_columns: tuple[str, ...] = ()
     dtype: Any = jnp.float32
     remat: str = "dots"
-    logps_chunk: int = 512
+    logps_chunk: int = 2048
 
 
 def pair_losses(

@@ -25,7 +25,7 @@ BACKENDS = ("xla", "cudnn", "tokamax")
 # The backend that "auto" means where it can serve; XLA on all other platforms.
 _PREFERRED = {"gpu": "cudnn", "tpu": "tokamax"}
 
-# What the kernels give is marked with it, so that it can be kept while masks are made again.
+# What tokamax's kernel needs to keep for its backward pass, as rematerialisation policies know it.
 ATTENDED = "attended"
 
 
@@ -232,7 +232,7 @@ def _cudnn(q_BLNH, k_BSKH, v_BSKH, mask_B1MS, *, rule: ScoreRule, implementation
         scale=H**-0.5 if rule.scale is None else rule.scale,
         implementation=implementation,
     )
-    return jax.ad_checkpoint.checkpoint_name(out_BMNH[:, :L], ATTENDED)
+    return out_BMNH[:, :L]
 
 
 # --- tokamax -------------------------------------------------------------------------------------

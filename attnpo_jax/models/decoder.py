@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnpo_jax.models.attention import Past, RowLayout, attention_rows, weighted_values
-from attnpo_jax.models.attention_backends import attend, make_masks
+from attnpo_jax.models.attention_backends import ATTENDED, attend, make_masks
 from attnpo_jax.models.config import LinearRopeScaling, ModelConfig, RopeScaling
 from attnpo_jax.models.layer_kinds import layer_kinds, rope_tables, rotate
 from attnpo_jax.parallel import rules
@@ -46,7 +46,11 @@ Params = dict[str, Any]
 
 REMAT_POLICIES = {
     "none": None,  # every intermediate kept: fastest, most memory
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # matmul outputs kept
+    # Outputs of matmuls kept, and what an attention kernel gives: running it again costs the most.
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(ATTENDED),
+    ),
     "layer": jax.checkpoint_policies.nothing_saveable,  # only each layer's input kept
 }
 

@@ -4,6 +4,7 @@ Rows are written shard by shard. An interruption at any moment loses the shard u
 """
 
 import dataclasses
+import functools
 import logging
 import os
 import pathlib
@@ -28,7 +29,7 @@ from attnpo_jax.data.tokenize import ChatTokenizer, TokenizedPair
 from attnpo_jax.judge import SAMPLE, Judge, Judgement
 from attnpo_jax.judge_prompt import JudgeTemplate
 from attnpo_jax.language_model import LanguageModel
-from attnpo_jax.models import checkpoints
+from attnpo_jax.models import attention_backends, checkpoints
 from attnpo_jax.pair_forms import PairForms, PairTokenizer
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.parallel import processes
@@ -59,6 +60,7 @@ def prepare(
       PreparedMismatch: the dataset on disk was prepared with other settings.
       OSError: a shard could not be written; those before it stay.
       MeshError: the devices or the model do not fit `parallel.mesh`.
+      AttentionError: `model.attention` cannot serve the model on these devices.
     """
     config_lib.validate(config)
     workdir, console = pathlib.Path(workdir), console or Console()
@@ -77,7 +79,7 @@ def prepare(
     # Nobody may finish a dataset that another process still takes for unfinished, or the reverse.
     processes.barrier("prepare: looked at what there is")
     first = processes.is_first()
-    model, backend = None, None
+    model, backend, attention = None, None, None
     for split in todo:
         if split.status == "complete":
             if first:
@@ -87,8 +89,12 @@ def prepare(
                 shape = checkpoints.load_config(folder)
                 backend = backends.for_preparing(shape, config.parallel)
                 _LOG.info("preparing on %s", backend.description)
+                attention = attention_backends.choose(
+                    config.model.attention, shape, config.model.dtype, backend.devices
+                )
+                _LOG.info("attention: %s", attention)
                 model = _load(config, folder, tokenizer, backend)
-            _fill(config, model, backend, split)
+            _fill(config, model, backend, attention.backend, split)
         if first:
             console.print(summary(split.name, prepared.Prepared.open(split.path)))
 
@@ -150,6 +156,7 @@ def _fill(
     config: config_dict.ConfigDict,
     model: LanguageModel,
     backend: backends.Backend,
+    attention: str,
     split: _Split,
 ) -> None:
     """Computes and writes this process's shards that are not there yet, then the metadata."""
@@ -167,8 +174,10 @@ def _fill(
     if pending:
         tokenize = PairTokenizer.from_config(config, model.tokenizer)
         sample = _sample(tokenize, pairs)
-        judge = _judge(config, model, backend, split.components["source_layers"], sample)
-        reference = _Reference(config, model, backend, [forms.tokenized for forms in sample])
+        source_layers = split.components["source_layers"]
+        judge = _judge(config, model, backend, attention, source_layers, sample)
+        tokenized = [forms.tokenized for forms in sample]
+        reference = _Reference(config, model, backend, attention, tokenized)
         total = sum(stop - start for _, start, stop in pending)
         with (
             PairProgress(
@@ -199,6 +208,7 @@ def _judge(
     config: config_dict.ConfigDict,
     model: LanguageModel,
     backend: backends.Backend,
+    attention: str,
     source_layers: Sequence[int],
     sample: Sequence[PairForms],
 ) -> Judge | None:
@@ -216,6 +226,7 @@ def _judge(
         token_budget=config.judge.token_budget,
         num_buckets=config.data.num_buckets,
         backend=backend,
+        attention=attention,
     )
     judge.fit([forms.prompt for forms in sample])
     return judge
@@ -280,6 +291,7 @@ class _Reference:
         config,
         model: LanguageModel,
         backend: backends.Backend,
+        attention: str,
         sample: Sequence[TokenizedPair],
     ):
         self._model = model
@@ -296,13 +308,14 @@ class _Reference:
             )
             for length in choose_buckets(lengths, config.data.num_buckets)
         }
-        dtype, chunk = jnp.dtype(config.model.dtype), config.model.logps_chunk
-        self._logps = backend.row_pass(
-            lambda params, batch: (
-                scoring.response_logps(model.config, params, batch, dtype=dtype, chunk=chunk),
-            ),
-            out_axes=(0,),
+        score = functools.partial(
+            scoring.response_logps,
+            model.config,
+            dtype=jnp.dtype(config.model.dtype),
+            attention=attention,
+            chunk=config.model.logps_chunk,
         )
+        self._logps = backend.row_pass(lambda params, batch: (score(params, batch),), out_axes=(0,))
 
     def run(
         self, tokenized: Sequence[TokenizedPair]

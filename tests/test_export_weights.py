@@ -143,7 +143,8 @@ def test_round_trip_gives_the_weights_and_the_loss_of_attention(judged, read_bac
     assert batch.ready_BG2KT.shape[3] == 2 and judged_batch.ready_BG2KT is None
     np.testing.assert_allclose(weights, wanted, rtol=1e-6, atol=1e-7)
     assert np.ptp(wanted[wanted > 0]) > 0.1
-    np.testing.assert_allclose(loss, wanted_loss, rtol=1e-6)
+    # Weights go through float32 once more on their way.
+    np.testing.assert_allclose(loss, wanted_loss, rtol=1e-5)
     assert np.ptp(wanted_loss) > 0
 
     # Exported once more, nothing changes.

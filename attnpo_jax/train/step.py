@@ -35,6 +35,7 @@ class StepSettings:
       weight_columns: the names on the axis of the ready-made weights.
       dtype: what activations are computed in.
       remat: a key of `models.decoder.REMAT_POLICIES`.
+      attention: one of `models.attention_backends.BACKENDS`.
       logps_chunk: tokens whose logits exist at a time.
     """
 
@@ -46,6 +47,7 @@ class StepSettings:
     weight_columns: tuple[str, ...] = ()
     dtype: Any = jnp.float32
     remat: str = "dots"
+    attention: str = "xla"
     logps_chunk: int = 2048
 
 
@@ -70,6 +72,7 @@ def pair_losses(
         batch,
         dtype=settings.dtype,
         remat=settings.remat,
+        attention=settings.attention,
         chunk=settings.logps_chunk,
     )
     T = policy_BG2T.shape[-1]

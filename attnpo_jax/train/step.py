@@ -45,7 +45,7 @@ class StepSettings:
     dtype: Any = jnp.float32
     remat: str = "dots"
     attention: str = "xla"
-    logps_chunk: int = 512
+    logps_chunk: int = 2048
 
 
 def pair_losses(

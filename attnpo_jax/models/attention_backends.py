@@ -1,7 +1,7 @@
 """Which implementation of attention runs: XLA's, cuDNN's on GPUs, or tokamax's kernel on TPUs.
 
 All compute the same (see `attention.RowLayout` for who sees whom). `choose` decides once, before
-anything is compiled; `Kernel` is what then runs in place of `xla_attention`.
+anything is compiled; `attend` then does as it is told.
 
 Shapes: as in `attention`; M and S are L and P + L, rounded up to what the kernel takes.
 """
@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from attnpo_jax.models import attention, block_attention
 from attnpo_jax.models.attention import Past, RowLayout, ScoreRule
 from attnpo_jax.models.config import ModelConfig
 from attnpo_jax.parallel import rules
@@ -26,6 +27,7 @@ _PREFERRED = {"gpu": "cudnn", "tpu": "tokamax"}
 
 # What tokamax's kernel needs to keep for its backward pass, as rematerialisation policies know it.
 ATTENDED = "attended"
+RESIDUALS = (ATTENDED, *block_attention.RESIDUALS)
 
 
 class AttentionError(ValueError):
@@ -106,67 +108,75 @@ def _obstacle(backend: str, model: ModelConfig, dtype, device: jax.Device) -> st
     return None
 
 
-class Kernel:
-    """Attention of the rows of one layout through a kernel.
+def attend(
+    q_BLNH: jax.Array,
+    k_BLKH: jax.Array,
+    v_BLKH: jax.Array,
+    layout: RowLayout,
+    *,
+    rule: ScoreRule,
+    past: Past | None = None,
+    backend: str = "xla",
+    masks: Any = None,
+) -> jax.Array:
+    """Attention outputs (B, L, N, H) under the row's visibility rule; what padding gets is open.
 
     Args:
-      backend: `cudnn` or `tokamax`.
+      q_BLNH, k_BLKH, v_BLKH: rotated queries and keys, and values.
       layout: who sees whom.
-      rule: how scores become probabilities; its window may be an array, where layers differ in it.
-        Otherwise masks are made here, once for all layers.
-      past_length: tokens that stand before every row.
+      rule: how scores become probabilities.
+      past: keys and values that stand before every row.
+      backend: one of `BACKENDS`.
+      masks: what `make_masks` gave for the same layout, rule and past, or None.
     """
+    if backend == "xla":
+        return _xla(q_BLNH, k_BLKH, v_BLKH, layout, masks, rule=rule, past=past)
+    if past is None:
+        past = Past(k_BLKH[0, :0], v_BLKH[0, :0])
+    run = functools.partial(_KERNELS[backend], rule=dataclasses.replace(rule, window=None))
 
-    def __init__(self, backend: str, layout: RowLayout, rule: ScoreRule, past_length: int = 0):
-        self.masks = None
-        if not isinstance(rule.window, jax.Array):
-            self.masks = _masks(backend, layout, rule, past_length)
-        self._backend, self._layout, self._past_length = backend, layout, past_length
+    def on_device(q, k, v, past, masks):
+        keys, values = (
+            jnp.concatenate([jnp.broadcast_to(p, (k.shape[0], *p.shape)), x], axis=1)
+            for p, x in ((past.keys, k), (past.values, v))
+        )
+        return run(q, keys, values, masks)
 
-    def __call__(
-        self,
-        q_BLNH: jax.Array,
-        k_BLKH: jax.Array,
-        v_BLKH: jax.Array,
-        rule: ScoreRule,
-        past: Past | None = None,
-    ) -> jax.Array:
-        """Attention outputs (B, L, N, H) of one layer; what padding gets is open.
+    # Kernels are no business of the partitioner's: every device runs them on what it has.
+    headed, whole = rules.BY_ROWS_AND_HEADS, rules.BY_HEADS
+    run_everywhere = rules.per_device(
+        on_device, (headed, headed, headed, whole, rules.BY_ROWS), headed, rows=q_BLNH.shape[0]
+    )
+    if masks is not None:
+        return run_everywhere(q_BLNH, k_BLKH, v_BLKH, past, masks)
 
-        Args:
-          q_BLNH, k_BLKH, v_BLKH: rotated queries and keys, and values.
-          rule: the layer's.
-          past: keys and values of the tokens before every row.
-        """
-        if past is None:
-            past = Past(k_BLKH[0, :0], v_BLKH[0, :0])
-        if self.masks is not None:
-            return self._run(q_BLNH, k_BLKH, v_BLKH, past, self.masks, rule)
+    def masked_here(q, k, v, past, layout, rule):
+        masks = _masks(backend, layout, rule, past.keys.shape[0])
+        return run_everywhere(q, k, v, past, masks)
 
-        def masked_here(q, k, v, past, layout):
-            masks = _masks(self._backend, layout, rule, self._past_length)
-            return self._run(q, k, v, past, masks, rule)
+    # A layer's masks are quadratic in L: made again in the backward pass, not kept.
+    policy = jax.checkpoint_policies.save_only_these_names(ATTENDED)
+    remade = jax.checkpoint(functools.partial(masked_here, rule=rule), policy=policy)
+    return remade(q_BLNH, k_BLKH, v_BLKH, past, layout)
 
-        # A layer's masks are quadratic in L: made again in the backward pass, not kept.
-        policy = jax.checkpoint_policies.save_only_these_names(ATTENDED)
-        remade = jax.checkpoint(masked_here, policy=policy)
-        return remade(q_BLNH, k_BLKH, v_BLKH, past, self._layout)
 
-    def _run(self, q_BLNH, k_BLKH, v_BLKH, past: Past, masks, rule: ScoreRule) -> jax.Array:
-        kernel = functools.partial(_KERNELS[self._backend], scale=rule.scale)
+def make_masks(backend: str, layout: RowLayout, rule: ScoreRule, past_length: int = 0) -> Any:
+    """What `attend` needs to know of who sees whom, for all layers at once.
 
-        def on_device(q, k, v, past, masks):
-            keys, values = (
-                jnp.concatenate([jnp.broadcast_to(p, (k.shape[0], *p.shape)), x], axis=1)
-                for p, x in ((past.keys, k), (past.values, v))
-            )
-            return kernel(q, keys, values, masks)
+    Args:
+      backend: one of `BACKENDS`.
+      layout: the rows.
+      rule: of all layers; its window may be an array, where they differ in it.
+      past_length: tokens that stand before every row.
 
-        # Kernels are no business of the partitioner's: every device runs them on what it has.
-        headed = rules.BY_ROWS_AND_HEADS
-        inputs = (headed, headed, headed, rules.BY_HEADS, rules.BY_ROWS)
-        everywhere = rules.per_device(on_device, inputs, headed, rows=q_BLNH.shape[0])
-        return everywhere(q_BLNH, k_BLKH, v_BLKH, past, masks)
+    Returns:
+      A pytree of arrays; None where each layer makes its own, or needs none.
+    """
+    if backend == "xla":
+        return None if rules.on_mesh() else block_attention.Blocks.of(layout, past_length)
+    if isinstance(rule.window, jax.Array):
+        return None
+    return _masks(backend, layout, rule, past_length)
 
 
 def _masks(backend: str, layout: RowLayout, rule: ScoreRule, past_length: int) -> Any:
@@ -201,6 +211,28 @@ def _padded(x: jax.Array, length: int) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, length - x.shape[1])) + ((0, 0),) * (x.ndim - 2))
 
 
+# --- XLA -----------------------------------------------------------------------------------------
+
+
+def _xla(q_BLNH, k_BLKH, v_BLKH, layout: RowLayout, blocks, *, rule: ScoreRule, past: Past | None):
+    """In blocks on a CPU's cache; else, and on a mesh, where XLA partitions it, as few products."""
+
+    def plain(q, k, v, layout, blocks, window, past):
+        del blocks
+        here = dataclasses.replace(rule, window=window)
+        return attention.attend(q, k, v, layout, rule=here, past=past)
+
+    def in_blocks(q, k, v, layout, blocks, window, past):
+        del layout
+        here = dataclasses.replace(rule, window=window)
+        return block_attention.attend(q, k, v, blocks, rule=here, past=past)
+
+    arrays = q_BLNH, k_BLKH, v_BLKH, layout, blocks, rule.window, past
+    if blocks is None:
+        return plain(*arrays)
+    return jax.lax.platform_dependent(*arrays, cpu=in_blocks, default=plain)
+
+
 # --- cuDNN ---------------------------------------------------------------------------------------
 
 # With a mask, cuDNN's backward pass takes even lengths alone.
@@ -214,9 +246,7 @@ def _cudnn_masks(
     return row_masks(layout, window, past_length, _CUDNN_MULTIPLE)[:, None]
 
 
-def _cudnn(
-    q_BLNH, k_BSKH, v_BSKH, mask_B1MS, *, scale: float | None, implementation: str = "cudnn"
-):
+def _cudnn(q_BLNH, k_BSKH, v_BSKH, mask_B1MS, *, rule: ScoreRule, implementation: str = "cudnn"):
     L, H = q_BLNH.shape[1], q_BLNH.shape[3]
     M, S = mask_B1MS.shape[2:]
     out_BMNH = jax.nn.dot_product_attention(
@@ -224,7 +254,7 @@ def _cudnn(
         _padded(k_BSKH, S),
         _padded(v_BSKH, S),
         mask=mask_B1MS,
-        scale=H**-0.5 if scale is None else scale,
+        scale=H**-0.5 if rule.scale is None else rule.scale,
         implementation=implementation,
     )
     return out_BMNH[:, :L]
@@ -266,9 +296,9 @@ def _tokamax_masks(layout: RowLayout, window, *, softcap: float | None, past_len
     return jax.vmap(make)(row_masks(layout, window, past_length, block))
 
 
-def _tokamax(q_BLNH, k_BSKH, v_BSKH, kernel_B, *, scale: float | None):
+def _tokamax(q_BLNH, k_BSKH, v_BSKH, kernel_B, *, rule: ScoreRule):
     L, H = q_BLNH.shape[1], q_BLNH.shape[3]
-    scale = H**-0.5 if scale is None else scale
+    scale = H**-0.5 if rule.scale is None else rule.scale
     block = kernel_B.kwargs["config"].block_q
     # Keys and values once for every query head: where query heads share them, the kernel adds their
     # gradients up in place, which goes wrong for rows of one block (tokamax 0.0.12).

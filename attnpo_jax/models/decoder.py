@@ -19,11 +19,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attnpo_jax.models import attention_backends, block_attention
 from attnpo_jax.models.attention import Past, RowLayout, attention_rows, weighted_values
+from attnpo_jax.models.attention_backends import RESIDUALS, attend, make_masks
 from attnpo_jax.models.config import LinearRopeScaling, ModelConfig, RopeScaling
 from attnpo_jax.models.layer_kinds import layer_kinds, rope_tables, rotate
-from attnpo_jax.models.xla_attention import Attention
 from attnpo_jax.parallel import rules
 
 __all__ = [
@@ -47,11 +46,10 @@ Params = dict[str, Any]
 
 REMAT_POLICIES = {
     "none": None,  # every intermediate kept: fastest, most memory
-    "dots": jax.checkpoint_policies.save_from_both_policies(  # outputs of matmuls and attention
+    # Outputs of matmuls kept, and what an attention kernel gives: running it again costs the most.
+    "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(
-            *block_attention.RESIDUALS, attention_backends.ATTENDED
-        ),
+        jax.checkpoint_policies.save_only_these_names(*RESIDUALS),
     ),
     "layer": jax.checkpoint_policies.nothing_saveable,  # only each layer's input kept
 }
@@ -298,15 +296,21 @@ class Decoder(nnx.Module):
 
     def _attention(self, backend: str, layout: RowLayout, past: Past | None = None):
         """`(kind, q, k, v, past of the layer) -> attended` on rows of one layout."""
+        rule = layer_kinds(self.config).score_rule(self.config)
         past_length = 0 if past is None else past.keys.shape[1]
-        if backend == "xla":
-            attend = Attention(layout, self.config.num_heads, past_length)
-        else:
-            rule = layer_kinds(self.config).score_rule(self.config)
-            attend = attention_backends.Kernel(backend, layout, rule, past_length)
+        masks = make_masks(backend, layout, rule, past_length)
 
         def run(kind, q_BLNH, k_BLKH, v_BLKH, past: Past | None = None):
-            return attend(q_BLNH, k_BLKH, v_BLKH, kind.score_rule(self.config), past)
+            return attend(
+                q_BLNH,
+                k_BLKH,
+                v_BLKH,
+                layout,
+                rule=kind.score_rule(self.config),
+                past=past,
+                backend=backend,
+                masks=masks,
+            )
 
         return run
 

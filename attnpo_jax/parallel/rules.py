@@ -215,7 +215,7 @@ class Vocabulary:
         return x
 
     def log_probs(self, picked_BM: jax.Array, log_sum_BM: jax.Array) -> jax.Array:
-        """Log-probs (B, M) from this part's logit of the target, or 0, and log of its sum of exp."""
+        """Log-probs (B, M) from this part's logit of the target, or 0, and its log-sum-exp."""
         return picked_BM - log_sum_BM
 
 
@@ -259,6 +259,11 @@ def split_logits(hidden_BMD: jax.Array, unembedding_VD: jax.Array) -> tuple[jax.
         _constrain(hidden_BMD, PartitionSpec("data")),
         _constrain(unembedding_VD, PartitionSpec(_VOCABULARY)),
     )
+
+
+def on_mesh() -> bool:
+    """Whether a mesh of several devices is current."""
+    return bool(_sizes())
 
 
 def row_shards() -> int:

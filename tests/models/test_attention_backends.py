@@ -13,7 +13,7 @@ import pytest
 from attnpo_jax.models import attention, decoder
 from attnpo_jax.models import attention_backends as backends
 from attnpo_jax.models.attention import Past, RowLayout, ScoreRule
-from attnpo_jax.models.attention_backends import AttentionError, Kernel, choose
+from attnpo_jax.models.attention_backends import AttentionError, attend, choose, make_masks
 from attnpo_jax.models.config import ModelConfig
 
 MODEL = ModelConfig(
@@ -139,7 +139,9 @@ def check(
         return out, *grads
 
     def ours(q, k, v):
-        return Kernel(backend, layout, rule, past_length)(q, k, v, rule, past)
+        masks = make_masks(backend, layout, rule, past_length)
+        common = {"rule": rule, "past": past, "backend": backend, "masks": masks}
+        return attend(q, k, v, layout, **common)
 
     want = run(lambda q, k, v: attention.attend(q, k, v, layout, rule=rule, past=past))
     with context or contextlib.nullcontext():
@@ -176,8 +178,9 @@ def test_cudnn_lowers_for_cuda(monkeypatch):
     layout = rows(61)
 
     def gradients(q, k, v):
-        attend = Kernel("cudnn", layout, ScoreRule())
-        return jax.grad(lambda *qkv: attend(*qkv, ScoreRule()).sum(), (0, 1, 2))(q, k, v)
+        masks = make_masks("cudnn", layout, ScoreRule())
+        common = {"rule": ScoreRule(), "backend": "cudnn", "masks": masks}
+        return jax.grad(lambda *qkv: attend(*qkv, layout, **common).sum(), (0, 1, 2))(q, k, v)
 
     arrays = [jax.ShapeDtypeStruct((2, 61, heads, 16), jnp.bfloat16) for heads in (4, 2, 2)]
     text = jax.jit(gradients).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
@@ -291,7 +294,7 @@ def test_blocks_that_nobody_sees_are_skipped():
     """Prefix, branches and padding of 128 tokens each but for branch 1 of 256: 5 blocks a side."""
     pytest.importorskip("tokamax")
     branch = np.repeat([1, 2, 2, 3, 0], 128)[None]
-    masks = Kernel("tokamax", RowLayout(jnp.asarray(branch)), ScoreRule()).masks
+    masks = make_masks("tokamax", RowLayout(jnp.asarray(branch)), ScoreRule())
     # Prefix 1; branch 1: 2 and 3; branch 2: the prefix and itself; padding: the first block.
     assert masks.fwd_mask_info.num_active_blocks.tolist() == [[1 + 2 + 3 + 2 + 1]]
     assert masks.fwd_mask_info.active_cols[0, :9].tolist() == [0, 0, 1, 0, 1, 2, 0, 3, 0]
@@ -299,5 +302,5 @@ def test_blocks_that_nobody_sees_are_skipped():
     assert masks.dkv_mask_info.num_active_blocks.tolist() == [[9 + 1]]
     # Packed pairs of 320 and 320 tokens do not see each other.
     packed = RowLayout(jnp.ones((1, 640), int), jnp.asarray(np.repeat([0, 1], 320)[None]))
-    seen = Kernel("tokamax", packed, ScoreRule()).masks.fwd_mask_info.num_active_blocks
+    seen = make_masks("tokamax", packed, ScoreRule()).fwd_mask_info.num_active_blocks
     assert seen.tolist() == [[1 + 2 + 3 + 2 + 3]]

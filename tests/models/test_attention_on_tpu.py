@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from attnpo_jax.models.attention import RowLayout, ScoreRule
-from attnpo_jax.models.attention_backends import Kernel, choose
+from attnpo_jax.models.attention_backends import attend, choose, make_masks
 from attnpo_jax.models.config import ModelConfig
 from attnpo_jax.parallel import mesh as meshes
 from attnpo_jax.parallel import rules
@@ -49,7 +49,8 @@ def compiled(chips, sizes, L, softcap=None):
 
     def loss(q, k, v, branch):
         layout, rule = RowLayout(branch), ScoreRule(softcap=softcap)
-        out = Kernel("tokamax", layout, rule)(q, k, v, rule)
+        masks = make_masks("tokamax", layout, rule)
+        out = attend(q, k, v, layout, rule=rule, backend="tokamax", masks=masks)
         return jnp.square(out.astype(jnp.float32))
 
     def gradients(q, k, v, branch):

@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -36,7 +36,7 @@ from attnpo_jax.judge_prompt import JudgePrompt, JudgeTemplate
 from attnpo_jax.language_model import LanguageModel
 from attnpo_jax.models import checkpoints
 from attnpo_jax.parallel import backend as backends
-from attnpo_jax.parallel import processes
+from attnpo_jax.parallel import preemption, processes
 from attnpo_jax.progress import PairProgress
 
 _LOG = logging.getLogger(__name__)
@@ -63,6 +63,7 @@ def prepare(
       PreparedMismatch: the dataset on disk was prepared with other settings.
       OSError: a shard could not be written; those before it stay.
       MeshError: the devices or the model do not fit `parallel.mesh`.
+      Preempted: SIGTERM came; the shard under way is lost, those before it stay.
     """
     config_lib.validate(config)
     workdir, console = pathlib.Path(workdir), console or Console()
@@ -124,7 +125,8 @@ class _Split:
     ) -> "_Split":
         path = provenance.split_path(workdir, name)
         components = provenance.components(config, name, folder, tokenizer, loaded.pairs)
-        status = prepared.status(path, components)
+        with provenance.naming_fields(name):
+            status = prepared.status(path, components)
         return cls(name, path, loaded.pairs, len(loaded.bad_rows), components, status)
 
 
@@ -158,7 +160,7 @@ def _fill(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    pending = writer.pending()
+    pending, stops = writer.pending(), False
     if pending:
         judge = Judge(
             model,
@@ -199,6 +201,7 @@ def _fill(
                 f"prepare {split.name}", total, bar=config.log.progress and processes.is_first()
             ) as progress,
             ThreadPoolExecutor(max_workers=1) as ahead,
+            preemption.watch() as preempted,
         ):
             # The next shard is tokenized while this one is on the device.
             following = ahead.submit(tokenize, pairs[pending[0][1] : pending[0][2]])
@@ -206,9 +209,19 @@ def _fill(
                 tokenized, prompts = following.result()
                 if k + 1 < len(pending):
                     following = ahead.submit(tokenize, pairs[pending[k + 1][1] : pending[k + 1][2]])
-                rows = _shard_rows(judge, reference, tokenized, prompts, progress)
+                rows = _shard_rows(judge, reference, tokenized, prompts, progress, preempted)
+                if rows is None:
+                    stops = True
+                    following.cancel()
+                    break
                 writer.write(shard, rows)
+    # Who has been told to stop comes here too: the others learn of it and do not wait in vain.
     processes.barrier(f"prepare: shards of {split.name} written")
+    if preemption.agreed(stops):
+        raise preemption.Preempted(
+            f"told to stop: shards of {split.path} that were finished stay; the same command goes "
+            "on from there"
+        )
     if processes.is_first():
         writer.finish({"pairs": len(pairs), "bad_rows": split.num_bad_rows})
     processes.barrier(f"prepare: {split.name} finished")
@@ -220,16 +233,22 @@ def _shard_rows(
     tokenized: Sequence[TokenizedPair],
     prompts: Sequence[JudgePrompt],
     progress: PairProgress,
-) -> list[dict[str, Any]]:
+    preempted: Callable[[], bool],
+) -> list[dict[str, Any]] | None:
+    """The rows of a shard, or None if notice came before they were all there."""
     judgements: dict[int, Judgement] = {}
     # Both passes move the bar by half of what they did: either may take longer than the other.
     for done in judge.run(prompts, tokenized):
         judgements.update(done)
         progress.add(len(done) / 2)
+        if preempted():
+            return None
     logps: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     for done in reference.run(tokenized):
         logps.update(done)
         progress.add(len(done) / 2)
+        if preempted():
+            return None
     return [
         {
             "id": pair.id,

@@ -144,7 +144,7 @@ def start(setting, workdir, count, *arguments):
 
 
 def finish(process, code=0):
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == code, output
     return output
 
@@ -193,7 +193,7 @@ def test_several_processes_end_as_one_does(setting, single, count):
     assert sizes[0] == sizes[1]
     assert "[0] wrote" in output and "[1] wrote" not in output
     # Every process wrote shards of its own: 7 of the training pairs, 2 of the held-out ones.
-    owners = re.findall(r"\[(\d)\] wrote shard", output)
+    owners = re.findall(r"\[(\d)\] shard \d is written", output)
     assert sorted(set(owners)) == [str(i) for i in range(count)] and len(owners) == 9
 
 
@@ -224,7 +224,7 @@ def test_notice_while_a_resumed_run_starts_stops_it_after_its_first_step(setting
 def test_when_one_dies_the_others_end_too_and_a_restart_continues(setting, single):
     workdir = setting / "killed"
     process = start(setting, workdir, 2, "--kill-process-1-at=5", "--save-every=2")
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=600)
     ended = time.time()
     assert process.returncode == 128 + signal.SIGKILL, output
     assert "did not end by itself" not in output
@@ -264,7 +264,7 @@ def main(config_file, workdir, *arguments):
 
     def write_and_signal(self, shard, rows):
         write(self, shard, rows)
-        print(f"wrote shard {shard}", flush=True)
+        print(f"shard {shard} is written", flush=True)
         if shard == int(options.get("sigterm-after-shard", -1)):
             os.kill(os.getpid(), signal.SIGTERM)
             wait_for_notice()

@@ -144,7 +144,11 @@ def start(setting, workdir, count, *arguments):
 
 
 def finish(process, code=0):
-    output, _ = process.communicate(timeout=600)
+    try:
+        output, _ = process.communicate(timeout=600)
+    finally:
+        if process.poll() is None:
+            process.terminate()  # the launcher passes it on
     assert process.returncode == code, output
     return output
 
@@ -224,9 +228,8 @@ def test_notice_while_a_resumed_run_starts_stops_it_after_its_first_step(setting
 def test_when_one_dies_the_others_end_too_and_a_restart_continues(setting, single):
     workdir = setting / "killed"
     process = start(setting, workdir, 2, "--kill-process-1-at=5", "--save-every=2")
-    output, _ = process.communicate(timeout=600)
+    output = finish(process, code=128 + signal.SIGKILL)
     ended = time.time()
-    assert process.returncode == 128 + signal.SIGKILL, output
     assert "did not end by itself" not in output
     assert ended - float((workdir / "killed-at").read_text()) < 60, output
     assert (workdir / "checkpoints" / "4").is_dir()

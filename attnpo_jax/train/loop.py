@@ -25,6 +25,7 @@ from attnpo_jax import losses, weighting
 from attnpo_jax.data import atomic
 from attnpo_jax.data.batching import EvalBatches, PairBatch, TrainBatches
 from attnpo_jax.data.prepared import METADATA, Prepared
+from attnpo_jax.models import attention_backends
 from attnpo_jax.models import checkpoints as models
 from attnpo_jax.models.decoder import ModelConfig, abstract_params
 from attnpo_jax.parallel import backend as backends
@@ -100,6 +101,7 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
       CheckpointMismatch: the checkpoints of `workdir` belong to another run.
       NonFiniteError: a loss or gradient was not finite.
       MeshError: the devices or the model do not fit `parallel.mesh`.
+      AttentionError: `model.attention` cannot serve the model on these devices.
       Preempted: SIGTERM came; a checkpoint of the step under way is written.
     """
     config_lib.validate(config)
@@ -109,6 +111,10 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
     config_lib.check_layers(config, model.num_layers, model.layer_windows)
     backend = backends.for_training(model, config.parallel)
     _LOG.info("training on %s", backend.description)
+    attention = attention_backends.choose(
+        config.model.attention, model, config.model.dtype, backend.devices
+    )
+    _LOG.info("attention: %s", attention)
 
     splits = ("train", "eval") if config.data.eval else ("train",)
     for split in splits:
@@ -150,7 +156,7 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
 
     schedule = optim.make_schedule(config.optim, total_steps)
     optimizer = optim.make_optimizer(config.optim, schedule)
-    settings = step_settings(config, model, data)
+    settings = step_settings(config, model, data, attention.backend)
     param_dtype = jnp.dtype(config.model.param_dtype)
     first_state = functools.partial(create, optimizer=optimizer)
     abstract_state = backend.abstract_state(
@@ -253,9 +259,9 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
 
 
 def step_settings(
-    config: config_dict.ConfigDict, model: ModelConfig, data: Prepared
+    config: config_dict.ConfigDict, model: ModelConfig, data: Prepared, attention: str
 ) -> StepSettings:
-    """What the config says about a step."""
+    """What the config says about a step; `attention` is the backend that was chosen."""
     return StepSettings(
         model=model,
         weighting=config_lib.bind_section(weighting, config.weighting),
@@ -265,6 +271,7 @@ def step_settings(
         source_layers=data.source_layers,
         dtype=jnp.dtype(config.model.dtype),
         remat=config.model.remat,
+        attention=attention,
         logps_chunk=config.model.logps_chunk,
     )
 

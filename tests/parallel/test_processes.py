@@ -92,7 +92,7 @@ def test_hosts_of_a_cloud_tpu_slice_find_each_other(monkeypatch, endpoints, chan
 
     monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: name == "libtpu")
     with http.server.HTTPServer(("127.0.0.1", 0), Metadata) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         environ = {"GCE_METADATA_IP": f"127.0.0.1:{server.server_port}"} | changes
         assert processes.find(environ) == ({} if several else None)
         server.shutdown()

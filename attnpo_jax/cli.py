@@ -13,7 +13,7 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import attnpo_jax
@@ -99,53 +99,67 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
       Exit code: 0, 1 for an error that the user can mend (told in one message on stderr), 2 for a
-      command line that cannot be understood, 75 when training was told to stop (SIGTERM) and has
-      saved its work, 130 when interrupted.
+      command line that cannot be understood, 75 when preparing or training was told to stop
+      (SIGTERM) and its work is saved, 130 when interrupted.
 
     Raises:
       Exception: whatever is not expected, with its traceback.
     """
+    return exit_code("attnpo", lambda: _main(sys.argv[1:] if argv is None else list(argv)))
+
+
+def exit_code(program: str, body: Callable[[], int]) -> int:
+    """Runs a program, and tells what stopped it in one message where that says what to mend.
+
+    Args:
+      program: its name, for the message.
+      body: the program; returns an exit code.
+
+    Returns:
+      As `main`.
+
+    Raises:
+      Exception: whatever is not expected.
+    """
     try:
-        return _main(sys.argv[1:] if argv is None else list(argv))
+        return body()
     except UsageError as error:
-        print(f"attnpo: error: {error}\n(see attnpo --help)", file=sys.stderr)
+        print(f"{program}: error: {error}\n(see {program} --help)", file=sys.stderr)
         return EXIT_USAGE
     except KeyboardInterrupt:
-        print("attnpo: interrupted", file=sys.stderr)
+        print(f"{program}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
         if _is_preempted(error):
-            print(f"attnpo: {error}", file=sys.stderr)
+            print(f"{program}: {error}", file=sys.stderr)
             return EXIT_PREEMPTED
         if not _is_expected(error):
             raise
-        print(f"attnpo: error: {error}", file=sys.stderr)
+        print(f"{program}: error: {error}", file=sys.stderr)
         return EXIT_FAILED
 
 
 def _main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "-help", "--help", "help"):
-        print(_help())
-        return 0
+        return _say(_help())
     name, *arguments = argv
     if name in ("version", "--version"):
-        print(_versions())
-        return 0
+        return _say(_versions())
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         raise UsageError(f"unknown command {name!r}{hint}; commands: {', '.join(COMMANDS)}")
     options, overrides = _split(arguments)
     if "help" in options:
-        print(_help(name))
-        return 0
+        return _say(_help(name))
     command = COMMANDS[name]
     for required, example in (("config", "configs/quickstart.py"), ("workdir", "DIR")):
         if not options.get(required) and not (command.reports and required == "workdir"):
             raise UsageError(f"{name} needs --{required}={example}")
     if "json" in options and not command.reports:
         raise UsageError(f"{name} takes no --json")
-    _start_logging(options.get("verbosity") or "info")
+    workdir = None if command.reports else workdir_path(options["workdir"])
+    start_logging(options.get("verbosity") or "info")
     # Before config files and plugins, which may ask for devices.
     _join_processes()
 
@@ -153,13 +167,37 @@ def _main(argv: list[str]) -> int:
 
     config = load_config(options["config"], overrides)
     config_lib.validate(config)
-    _use_compilation_cache()
+    use_compilation_cache()
     function = getattr(importlib.import_module(command.module), command.function)
     if command.reports:
         function(config, as_json="json" in options)
     else:
-        function(config, pathlib.Path(options["workdir"]).expanduser())
+        function(config, workdir)
     return 0
+
+
+def _say(text: str) -> int:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Whoever read it (`head`) has enough. Python would try again at exit, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def workdir_path(text: str) -> pathlib.Path:
+    """The folder that `--workdir` names.
+
+    Raises:
+      UsageError: the address of a bucket.
+    """
+    if "://" in text:
+        raise UsageError(
+            f"--workdir={text}: prepared data and metrics need a disk (renames, memory mapping); "
+            "accepted: a folder, which may be on NFS or another shared file system. Checkpoints "
+            "alone can go to a bucket: --config.train.checkpoint_dir=gs://BUCKET/FOLDER"
+        )
+    return pathlib.Path(text).expanduser()
 
 
 def load_config(spec: str, overrides: Sequence[str] = ()) -> Any:
@@ -303,7 +341,8 @@ def _is_expected(error: Exception) -> bool:
     return isinstance(error, ValueError) and raised_in.split(".")[0] == "attnpo_jax"
 
 
-def _start_logging(level: str) -> None:
+def start_logging(level: str = "info") -> None:
+    """Lines of log on stderr: the package's own from `level` on, others' from warnings on."""
     logging.basicConfig(
         stream=sys.stderr,
         level=logging.WARNING,
@@ -324,7 +363,7 @@ def _join_processes() -> None:
         logging.getLogger("attnpo_jax").setLevel(logging.WARNING)
 
 
-def _use_compilation_cache() -> None:
+def use_compilation_cache() -> None:
     """Keeps compiled programs between runs, where `$JAX_COMPILATION_CACHE_DIR` says or at home."""
     import jax
 

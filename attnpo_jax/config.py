@@ -167,6 +167,8 @@ def default_config() -> config_dict.ConfigDict:
     train.save_every = 100
     # How many of the newest checkpoints to keep.
     train.keep_checkpoints = 2
+    # Where checkpoints go: a folder or gs://BUCKET/FOLDER; "" for WORKDIR/checkpoints.
+    train.checkpoint_dir = ""
 
     config.parallel = parallel = config_dict.ConfigDict()
     # "jit" (a mesh of devices), or "pmap" (plain data parallelism, everything replicated).

@@ -109,6 +109,13 @@ def _file_or(word: str | None) -> Rule:
     return Rule(accepts, f"{word!r} or an existing file")
 
 
+def _folder_or_bucket() -> Rule:
+    def accepts(value):
+        return isinstance(value, str) and ("://" not in value or value.startswith("gs://"))
+
+    return Rule(accepts, "'', a folder, or gs://BUCKET/FOLDER")
+
+
 def _axis_size() -> Rule:
     return Rule(lambda v: _is_int(v) and (v >= 1 or v == -1), "a whole number, 1 or more, or -1")
 
@@ -174,6 +181,7 @@ RULES: dict[str, Rule] = {
     "train.eval_batch_size": _integer(1),
     "train.save_every": _integer(0),
     "train.keep_checkpoints": _integer(1),
+    "train.checkpoint_dir": _folder_or_bucket(),
     "parallel.backend": _one_of("jit", "pmap"),
     "parallel.mesh.data": _axis_size(),
     "parallel.mesh.fsdp": _axis_size(),
@@ -292,6 +300,9 @@ def _between_fields(values: Mapping[str, Any]) -> list[str]:
             for field in ("parallel.mesh.fsdp", "parallel.mesh.tensor")
             if values[field] != 1
         ]
+    bucket = values["train.checkpoint_dir"].startswith("gs://")
+    if bucket and importlib.util.find_spec("gcsfs") is None:
+        found.append(f"{named('train.checkpoint_dir')}: needs the package gcsfs: pip install gcsfs")
     for field, package in _WRITERS.items():
         if values[field] and importlib.util.find_spec(package) is None:
             extra = field.split(".")[1]

@@ -1,5 +1,6 @@
 """`attnpo export`: the newest checkpoint as a Hugging Face folder."""
 
+import logging
 import os
 import pathlib
 
@@ -12,6 +13,8 @@ from attnpo_jax.models.decoder import abstract_params
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.parallel import processes
 from attnpo_jax.train import checkpoint
+
+_LOG = logging.getLogger(__name__)
 
 
 def export(
@@ -26,7 +29,8 @@ def export(
     Args:
       config: the run's config.
       workdir: the run's folder.
-      out: where to; None for `workdir/export`. An earlier export there is replaced.
+      out: where to; None for `workdir/export`. An earlier export there is replaced, or left as it
+        is if it holds these very parameters.
 
     Returns:
       The folder written.
@@ -40,14 +44,19 @@ def export(
     config_lib.validate(config)
     workdir = pathlib.Path(workdir)
     out = workdir / "export" if out is None else pathlib.Path(out)
-    source = models.resolve(config.model.source)
-    model = models.load_config(source)
+    folder = checkpoint.folder_of(config, workdir)
     if processes.is_first():
-        # One process writes, with its own devices; the others wait.
-        backend = backends.for_preparing(model, config.parallel)
-        abstract = abstract_params(model, jnp.dtype(config.model.param_dtype))
-        abstract = backend.abstract_state(abstract)
-        params, _ = checkpoint.restore_params(workdir / "checkpoints", abstract)
-        models.save(out, model, params, source_folder=source)
+        newest = checkpoint.origin(folder)
+        if newest is not None and models.read_origin(out) == newest:
+            _LOG.info("%s holds the model of step %d already", out, newest["step"])
+        else:
+            # One process writes, with its own devices; the others wait.
+            source = models.resolve(config.model.source)
+            model = models.load_config(source)
+            backend = backends.for_preparing(model, config.parallel)
+            abstract = abstract_params(model, jnp.dtype(config.model.param_dtype))
+            params, step = checkpoint.restore_params(folder, backend.abstract_state(abstract))
+            origin = checkpoint.origin(folder, step)
+            models.save(out, model, params, source_folder=source, origin=origin)
     processes.barrier("export: written")
     return out

@@ -8,7 +8,7 @@ import functools
 import logging
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -32,7 +32,7 @@ from attnpo_jax.language_model import LanguageModel
 from attnpo_jax.models import attention_backends, checkpoints
 from attnpo_jax.pair_forms import PairForms, PairTokenizer
 from attnpo_jax.parallel import backend as backends
-from attnpo_jax.parallel import processes
+from attnpo_jax.parallel import preemption, processes
 from attnpo_jax.progress import PairProgress
 
 _LOG = logging.getLogger(__name__)
@@ -61,6 +61,7 @@ def prepare(
       OSError: a shard could not be written; those before it stay.
       MeshError: the devices or the model do not fit `parallel.mesh`.
       AttentionError: `model.attention` cannot serve the model on these devices.
+      Preempted: SIGTERM came; the shard under way is lost, those before it stay.
     """
     config_lib.validate(config)
     workdir, console = pathlib.Path(workdir), console or Console()
@@ -135,7 +136,8 @@ class _Split:
         components = provenance.components(
             config, name, folder, tokenizer, loaded.pairs, loaded.weight_columns
         )
-        status = prepared.status(path, components)
+        with provenance.naming_fields(name):
+            status = prepared.status(path, components)
         return cls(name, path, loaded.pairs, loaded.bad_rows, components, status)
 
 
@@ -170,7 +172,7 @@ def _fill(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    pending = writer.pending()
+    pending, stops = writer.pending(), False
     if pending:
         tokenize = PairTokenizer.from_config(config, model.tokenizer)
         sample = _sample(tokenize, pairs)
@@ -184,6 +186,7 @@ def _fill(
                 f"prepare {split.name}", total, bar=config.log.progress and processes.is_first()
             ) as progress,
             ThreadPoolExecutor(max_workers=1) as ahead,
+            preemption.watch() as preempted,
         ):
             # The next shard is tokenized while this one is on the device.
             following = ahead.submit(tokenize, pairs[pending[0][1] : pending[0][2]])
@@ -191,10 +194,20 @@ def _fill(
                 forms, bad_rows = following.result()
                 if k + 1 < len(pending):
                     following = ahead.submit(tokenize, pairs[pending[k + 1][1] : pending[k + 1][2]])
-                rows = _shard_rows(judge, reference, forms, progress)
+                rows = _shard_rows(judge, reference, forms, progress, preempted)
+                if rows is None:
+                    stops = True
+                    following.cancel()
+                    break
                 writer.write(shard, rows, [bad_row.as_record() for bad_row in bad_rows])
                 progress.add(len(bad_rows))
+    # Who has been told to stop comes here too: the others learn of it and do not wait in vain.
     processes.barrier(f"prepare: shards of {split.name} written")
+    if preemption.agreed(stops):
+        raise preemption.Preempted(
+            f"told to stop: shards of {split.path} that were finished stay; the same command goes "
+            "on from there"
+        )
     if processes.is_first():
         refused = [row for shard in range(writer.num_shards) for row in writer.bad_rows(shard)]
         bad_rows = split.bad_rows + refused
@@ -248,7 +261,9 @@ def _shard_rows(
     reference: "_Reference",
     forms: Sequence[PairForms],
     progress: PairProgress,
-) -> list[dict[str, Any]]:
+    preempted: Callable[[], bool],
+) -> list[dict[str, Any]] | None:
+    """The rows of a shard, or None if notice came before they were all there."""
     tokenized = [form.tokenized for form in forms]
     # Both passes move the bar by half of what they did: either may take longer than the other.
     share = 1.0 if judge is None else 0.5
@@ -257,10 +272,14 @@ def _shard_rows(
         for done in judge.run([form.prompt for form in forms], tokenized):
             judgements.update(done)
             progress.add(len(done) * share)
+            if preempted():
+                return None
     logps: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     for done in reference.run(tokenized):
         logps.update(done)
         progress.add(len(done) * share)
+        if preempted():
+            return None
     rows = []
     for i, pair in enumerate(tokenized):
         row = {

@@ -1,8 +1,8 @@
-"""Progress bars that count pairs."""
+"""Progress bars, and one that counts pairs."""
 
 import logging
 import time
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -13,7 +13,42 @@ _LOG = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 30.0
 
 
-class PairProgress:
+class Bar:
+    """A bar on a terminal, with the time it took and the time left; nothing off a terminal.
+
+    Args:
+      before, after: what stands before and after the bar, as rich's templates.
+      bar: whether a bar is wanted at all.
+      console: where it goes; None for standard error.
+      **task: of the bar: `description`, `total`, and what the templates show.
+    """
+
+    def __init__(self, before: str, *after: str, bar: bool, console: Console | None, **task: Any):
+        console = console or Console(stderr=True)
+        self._bar = None
+        if bar and console.is_terminal:
+            self._bar = Progress(
+                TextColumn(before),
+                BarColumn(),
+                *map(TextColumn, after),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(elapsed_when_finished=False),
+                console=console,
+            )
+            self._task = self._bar.add_task(**task)
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+class PairProgress(Bar):
     """A bar with pairs per second and the time left; off a terminal, a line of log now and then.
 
     Args:
@@ -24,31 +59,18 @@ class PairProgress:
     """
 
     def __init__(self, what: str, total: int, *, bar: bool, console: Console | None = None):
-        console = console or Console(stderr=True)
+        super().__init__(
+            "{task.description}",
+            "{task.completed:.0f}/{task.total} pairs",
+            "{task.fields[rate]} pairs/s",
+            bar=bar,
+            console=console,
+            description=what,
+            total=total,
+            rate="-",
+        )
         self._what, self._total, self._done = what, total, 0.0
         self._start = self._spoke = time.monotonic()
-        self._bar = None
-        if bar and console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.completed:.0f}/{task.total} pairs"),
-                TextColumn("{task.fields[rate]} pairs/s"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(elapsed_when_finished=False),
-                console=console,
-            )
-            self._task = self._bar.add_task(what, total=total, rate="-")
-
-    def __enter__(self) -> "PairProgress":
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if self._bar is not None:
-            self._bar.stop()
 
     def add(self, pairs: float) -> None:
         """Counts pairs that are done."""

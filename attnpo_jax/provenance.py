@@ -1,8 +1,9 @@
 """What a prepared dataset depends on, and whether the one on disk is the one a config means."""
 
+import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ml_collections import config_dict
@@ -82,6 +83,34 @@ def components(
     }
 
 
+# By component, the config's field that decides it, where that has another name.
+_FIELDS = {
+    "model.weights": "model.source (its weights)",
+    "num_layers": "model.source (its num_layers)",
+    "tokenizer": "model.source or model.chat_template (the tokenizer)",
+    "judge.template": "judge.template (its text)",
+    "source_layers": "judge.layers",
+    "max_length": "data.max_length",
+    "max_prompt_length": "data.max_prompt_length",
+}
+
+
+@contextlib.contextmanager
+def naming_fields(split: str) -> Iterator[None]:
+    """Lets a `PreparedMismatch` from inside speak of the config's fields."""
+
+    def named(component: str) -> str:
+        of_data = {"data.sources": f"data.{split}", "data.digest": f"data.{split} (its pairs)"}
+        if component.startswith("model.config."):
+            return f"model.source (its {component.removeprefix('model.config.')})"
+        return of_data.get(component) or _FIELDS.get(component, component)
+
+    try:
+        yield
+    except PreparedMismatch as error:
+        raise PreparedMismatch(error.path, error.differences, named) from None
+
+
 def open_prepared(config: config_dict.ConfigDict, workdir: pathlib.Path, split: str) -> Prepared:
     """Opens a split's prepared dataset, if it is what the config would prepare.
 
@@ -110,6 +139,7 @@ def open_prepared(config: config_dict.ConfigDict, workdir: pathlib.Path, split: 
     on_disk["data"] = {"sources": on_disk["data"]["sources"]}
     found = differences(on_disk, wanted)
     if found:
-        raise PreparedMismatch(path, found)
+        with naming_fields(split):
+            raise PreparedMismatch(path, found)
     config_lib.check_columns(config, dataset.weight_columns)
     return dataset

@@ -11,6 +11,7 @@ from attnpo_jax import prepare
 from attnpo_jax.export import export
 from attnpo_jax.parallel import processes
 from attnpo_jax.train import loop, metrics
+from attnpo_jax.train.checkpoint import folder_of
 
 # Rows of the table: what is shown, and the metric's name plain and weighted.
 _ROWS = (
@@ -47,7 +48,7 @@ def run(
     for what, path in (
         ("model (Hugging Face)", exported),
         ("metrics", workdir / metrics.FILE),
-        ("checkpoints", workdir / "checkpoints"),
+        ("checkpoints", folder_of(config, workdir)),
         ("prepared data", workdir / "prepared"),
         ("config", workdir / "config.json"),
     ):

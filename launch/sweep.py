@@ -28,11 +28,9 @@ from rich.table import Table
 from attnpo_jax import cli, prepare
 from attnpo_jax import config as config_lib
 from attnpo_jax.data import atomic
-from attnpo_jax.data.prepared import PreparedMismatch
-from attnpo_jax.data.sources import BadRow
 from attnpo_jax.models import checkpoints
+from attnpo_jax.parallel import processes
 from attnpo_jax.train import loop, metrics
-from attnpo_jax.train.checkpoint import CheckpointMismatch
 
 # What a prepared dataset does not depend on.
 SWEPT = ("seed", "weighting", "objective", "optim", "train")
@@ -191,12 +189,12 @@ def ranking(outcomes: Sequence[Outcome]) -> Table:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a sweep; returns the exit code, 1 if a run stopped or the input is wrong."""
+    """Runs a sweep; returns an exit code as `attnpo` does, 1 too if a run stopped."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, metavar="FILE")
-    parser.add_argument("--workdir", required=True, type=pathlib.Path, metavar="DIR")
+    parser.add_argument("--workdir", required=True, metavar="DIR")
     parser.add_argument(
         "--set",
         dest="axes",
@@ -209,20 +207,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = [text for text in overrides if not re.match(r"--(no)?config\.", text)]
     if unknown:
         parser.error(f"unknown arguments: {' '.join(unknown)}")
+    return cli.exit_code("sweep", lambda: _main(options, overrides))
+
+
+def _main(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    workdir = cli.workdir_path(options.workdir)
+    if processes.find(os.environ) is not None:
+        raise cli.UsageError(
+            "the environment announces several processes; a sweep runs in one, which "
+            "ATTNPO_DISTRIBUTED=0 makes it"
+        )
+    cli.start_logging()
+    runs = grid(options.config, options.axes, overrides)
+    cli.use_compilation_cache()
     console = Console()
-    try:
-        runs = grid(options.config, options.axes, overrides)
-        outcomes = sweep(runs, options.workdir, console)
-    except (
-        cli.UsageError,
-        config_lib.ConfigError,
-        BadRow,
-        PreparedMismatch,
-        CheckpointMismatch,
-        OSError,
-    ) as error:
-        print(f"sweep: error: {error}", file=sys.stderr)
-        return 1
+    outcomes = sweep(runs, workdir, console)
     console.print(ranking(outcomes))
     stopped = [outcome for outcome in outcomes if outcome.stopped]
     for outcome in stopped:

@@ -306,3 +306,16 @@ def test_help_loads_nothing_heavy_and_answers_within_a_second(arguments):
         seconds.append(time.perf_counter() - start)
         assert out.stdout.splitlines()[-1] == "[]"
     assert min(seconds) < 1.0
+
+
+def test_a_bucket_is_no_workdir(calls, file, capsys):
+    assert cli.main(["run", f"--config={file}", "--workdir=gs://bucket/run"]) == 2
+    printed = capsys.readouterr().err
+    assert "--workdir=gs://bucket/run" in printed and "train.checkpoint_dir=gs://" in printed
+    assert not calls
+
+
+def test_help_into_a_closed_pipe_is_no_error():
+    command = f"{sys.executable} -m attnpo_jax.cli --help | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

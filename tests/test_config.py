@@ -100,6 +100,7 @@ def test_remat_choices_are_the_decoder_s():
         ("optim.b2", 1.0, "a number from 0 to 1, 1 excluded"),
         ("optim.schedule", "cosin", "'cosine', 'linear', 'constant'"),
         ("train.batch_size", True, "a whole number, 1 or more"),
+        ("train.checkpoint_dir", "s3://bucket/run", "'', a folder, or gs://BUCKET/FOLDER"),
         ("parallel.mesh.fsdp", 0, "a whole number, 1 or more, or -1"),
         ("plugins", ("absent.py",), "no such file"),
         ("train.microbatch_size", 5, "a divisor of config.train.batch_size = 32"),
@@ -184,6 +185,14 @@ def test_writers_need_their_package(monkeypatch):
     config.log.wandb = True
     monkeypatch.setattr(config_rules.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"config.log.wandb = True: .*attnpo_jax\[wandb\]"):
+        validate(config)
+
+
+def test_a_bucket_needs_its_package(monkeypatch):
+    config = default_config()
+    config.train.checkpoint_dir = "gs://bucket/run"
+    monkeypatch.setattr(config_rules.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="'gs://bucket/run': needs the package gcsfs"):
         validate(config)
 
 

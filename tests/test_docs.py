@@ -181,6 +181,19 @@ def test_research_page_lists_what_a_weighting_may_use():
     assert listed == [field.name for field in dataclasses.fields(weighting.ResponseTokens)]
 
 
+def test_launching_page_names_scripts_and_parameters_that_exist():
+    text = (DOCS / "launching.md").read_text()
+    scripts = {
+        path: (DOCS.parent / path).read_text() for path in re.findall(r"launch/\w+\.\w+", text)
+    }
+    assert len(scripts) == 5
+    parameters = "\n".join(scripts.values())
+    for name in re.findall(r"(?<![\w$])([A-Z]{3,})=", text.replace("ATTNPO_DISTRIBUTED=", "")):
+        assert re.search(rf"^ *{name}(=|:)", parameters, re.MULTILINE), name
+    for command in re.findall(r"^launch/tpu_pod.sh (\w+)$", text, re.MULTILINE):
+        assert re.search(rf"^{command}\)", scripts["launch/tpu_pod.sh"], re.MULTILINE), command
+
+
 def test_index_lists_every_page():
     linked = re.findall(r"\]\((\w+\.md)\)", (DOCS / "README.md").read_text())
     assert sorted([*linked, "README.md"]) == sorted(path.name for path in DOCS.glob("*.md"))

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -44,13 +45,13 @@ def make_config(model_folder, param_dtype="float32"):
     return config
 
 
-def save_checkpoint(workdir, config, step):
+def save_checkpoint(workdir, config, step, seed=None):
     """A checkpoint of random parameters that differ by step; returns them."""
     model = models.load_config(config.model.source)
-    params = decoder.init_params(model, jax.random.key(step), config.model.param_dtype)
+    params = decoder.init_params(model, jax.random.key(seed or step), config.model.param_dtype)
     state = create(params, optim.make_optimizer(config.optim, lambda step: 0.0))
     with Checkpoints(workdir / "checkpoints", {}, keep=5) as checkpoints:
-        checkpoints.save(TrainState(jax.numpy.int32(step), params, state.opt_state), {})
+        checkpoints.save(TrainState(jax.numpy.int32(step), params, state.opt_state))
     return params
 
 
@@ -99,6 +100,32 @@ def test_another_export_replaces_the_first(tmp_path):
     newest = save_checkpoint(tmp_path / "run", config, 2)
     assert export(config, tmp_path / "run", tmp_path / "out") == tmp_path / "out"
     assert_same(exported_params(tmp_path / "out"), newest)
+
+
+def test_what_is_exported_already_is_not_written_again(tmp_path):
+    config = make_config(write_model(tmp_path))
+    save_checkpoint(tmp_path / "run", config, 1)
+    weights = export(config, tmp_path / "run") / "model.safetensors"
+    before = weights.stat().st_ino
+    export(config, tmp_path / "run")
+    assert weights.stat().st_ino == before
+    # The same step of another run is something else; so is an export without its weights.
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    save_checkpoint(tmp_path / "run", config, 1, seed=2)
+    export(config, tmp_path / "run")
+    replaced = weights.stat().st_ino
+    assert replaced != before
+    weights.unlink()
+    export(config, tmp_path / "run")
+    assert weights.is_file()
+
+
+def test_checkpoints_elsewhere(tmp_path):
+    config = make_config(write_model(tmp_path))
+    config.train.checkpoint_dir = str(tmp_path / "elsewhere")
+    newest = save_checkpoint(tmp_path / "run", config, 3)
+    (tmp_path / "run" / "checkpoints").rename(tmp_path / "elsewhere")
+    assert_same(exported_params(export(config, tmp_path / "run")), newest)
 
 
 def test_bfloat16_parameters_stay_bfloat16(tmp_path):

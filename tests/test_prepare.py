@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -283,28 +284,28 @@ def test_what_does_not_change_the_rows_may_change(inputs, finished, no_model):
 
 
 @pytest.mark.parametrize(
-    ("change", "differences"),
+    ("field", "component", "on_disk", "wanted"),
     [
-        ({"judge__max_length": 150}, {"judge.max_length": (200, 150)}),
-        ({"judge__max_answer_length": 9}, {"judge.max_answer_length": (60, 9)}),
-        ({"judge__layers": (0, 1, 2)}, {"source_layers": ([0, 2], [0, 1, 2])}),
-        ({"data__max_prompt_length": 11}, {"max_prompt_length": (100, 11)}),
-        ({"model__dtype": "bfloat16"}, {"model.dtype": ("float32", "bfloat16")}),
+        ("judge.max_length", "judge.max_length", 200, 150),
+        ("judge.max_answer_length", "judge.max_answer_length", 60, 9),
+        ("judge.layers", "source_layers", (0, 2), (0, 1, 2)),
+        ("data.max_prompt_length", "max_prompt_length", 100, 11),
+        ("model.dtype", "model.dtype", "float32", "bfloat16"),
     ],
 )
 def test_other_settings_are_refused_with_the_difference(
-    inputs, finished, no_model, change, differences
+    inputs, finished, no_model, field, component, on_disk, wanted
 ):
+    change = {field.replace(".", "__"): wanted}
     before = shards_of(finished)
     with pytest.raises(PreparedMismatch) as caught:
         run(make_config(inputs, **change), finished)
-    assert caught.value.differences == differences
-    ((name, (on_disk, wanted)),) = differences.items()
-    message = f"{name}: on disk {json.dumps(on_disk)}, config {json.dumps(wanted)}"
+    assert list(caught.value.differences) == [component]
+    message = f"  {field}: on disk {json.dumps(on_disk)}, config {json.dumps(wanted)}"
     assert message in str(caught.value)
     assert str(finished / "prepared" / "train") in str(caught.value)
     assert shards_of(finished) == before
-    with pytest.raises(PreparedMismatch):
+    with pytest.raises(PreparedMismatch, match=re.escape(message)):
         open_prepared(make_config(inputs, **change), finished, "train")
 
 
@@ -326,6 +327,8 @@ def test_other_pairs_are_refused(inputs, finished, tmp_path, no_model):
     with pytest.raises(PreparedMismatch) as caught:
         run(make_config(inputs, data__train=str(tmp_path / "train.jsonl")), finished)
     assert caught.value.differences.keys() == {"data.digest", "data.sources"}
+    assert "  data.train (its pairs): on disk" in str(caught.value)
+    assert "  data.train: on disk" in str(caught.value)
 
 
 def test_no_split_is_computed_when_another_is_refused(inputs, finished, no_model):

@@ -27,7 +27,7 @@ import json
 import os
 import pathlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -55,11 +55,20 @@ class PreparedMismatch(ValueError):
 
     Attributes:
         differences: component name (nested ones joined by dots) -> (value on disk, value wanted).
+        path: the folder.
+
+    Args:
+        named: turns a component's name into what a reader knows it by.
     """
 
-    def __init__(self, path: pathlib.Path, differences: dict[str, tuple[Any, Any]]):
+    def __init__(
+        self,
+        path: pathlib.Path,
+        differences: dict[str, tuple[Any, Any]],
+        named: Callable[[str], str] = str,
+    ):
         lines = [
-            f"  {name}: on disk {_short(on_disk)}, config {_short(wanted)}"
+            f"  {named(name)}: on disk {_short(on_disk)}, config {_short(wanted)}"
             for name, (on_disk, wanted) in differences.items()
         ]
         super().__init__(
@@ -67,7 +76,7 @@ class PreparedMismatch(ValueError):
             + "\n".join(lines)
             + "\nAccepted: the settings on disk, another workdir, or this folder deleted."
         )
-        self.differences = differences
+        self.path, self.differences = path, differences
 
 
 class DamagedShard(ValueError):

@@ -441,6 +441,14 @@ def _check_params(config: ModelConfig, params: Mapping[str, Any]) -> None:
         )
 
 
+def read_origin(folder: str | os.PathLike) -> Any:
+    """The `origin` that `save` was given for this folder; None if it is no whole export."""
+    folder = Path(folder)
+    if not (folder / _MARKER).is_file() or not any(folder.glob("*.safetensors")):
+        return None
+    return _read_json(folder / _MARKER).get("origin")
+
+
 def save(
     folder: str | os.PathLike,
     config: ModelConfig,
@@ -448,6 +456,7 @@ def save(
     *,
     source_folder: str | os.PathLike,
     overwrite: bool = False,
+    origin: Any = None,
 ) -> None:
     """Exports parameters as a Hugging Face folder that transformers loads.
 
@@ -463,6 +472,7 @@ def save(
       params: the parameter tree, in any floating dtype.
       source_folder: the folder that the model was loaded from.
       overwrite: also replace a folder that is not an earlier export.
+      origin: what the parameters are, as JSON values; see `read_origin`.
 
     Raises:
       CheckpointError: the target holds something else, the parameters do not fit `config`, or
@@ -490,7 +500,7 @@ def save(
         for pattern in _COMPANIONS:
             for companion in source_folder.glob(pattern):
                 shutil.copyfile(companion, temporary / companion.name)
-        _write_json(temporary / _MARKER, {"written_by": "attnpo_jax"})
+        _write_json(temporary / _MARKER, {"written_by": "attnpo_jax", "origin": origin})
         try:
             dtype = _write_weights(temporary, config, flat, source)
         except SafetensorError as error:

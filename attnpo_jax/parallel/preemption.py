@@ -1,17 +1,27 @@
 """Notice that the machine is about to be taken away: SIGTERM.
 
-Training saves a checkpoint and ends with `Preempted`, which the command line turns into exit code
-75 (`EX_TEMPFAIL` of sysexits.h: try again later); started again, the same command continues. A
-process that SIGTERM killed before it could save has 143 instead.
+Training saves a checkpoint, preparing leaves the shard under way, and both end with `Preempted`,
+which the command line turns into exit code 75 (`EX_TEMPFAIL` of sysexits.h: try again later);
+started again, the same command continues. A process that SIGTERM killed before it could do so has
+143 instead.
+
+Of several processes, JAX's coordination service takes the signal over: it tells all of them of any
+one's notice.
 """
 
 import contextlib
+import itertools
 import signal
 import threading
 from collections.abc import Callable, Iterator
 
 import jax
+import numpy as np
+from jax._src import distributed  # the coordination service's key-value store has no public name
 from jax.experimental import multihost_utils
+
+# Where the service's preemption manager writes that a process has had notice.
+_NOTICE = "RECEIVED_PREEMPTION_NOTICE"
 
 
 class Preempted(RuntimeError):
@@ -19,24 +29,63 @@ class Preempted(RuntimeError):
 
 
 @contextlib.contextmanager
-def watch() -> Iterator[Callable[[int], bool]]:
+def watch() -> Iterator[Callable[[], bool]]:
     """Takes SIGTERM as a notice, inside of the `with` block.
 
     Yields:
-      A function to call after every step with the number of steps done: whether to save and stop
-      now. Of several processes, any one's notice stops all of them after the same step.
+      A function that says whether this process, or another one of the run, has had notice. Some
+      may be told a moment before others are: see `agreed` and `watch_steps`.
     """
     if jax.process_count() > 1:
-        # JAX's coordination service has taken the signal over, and agrees on a step.
-        yield multihost_utils.reached_preemption_sync_point
+        yield _service_has_notice
         return
     noticed = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         # Only the main thread may handle signals; elsewhere they are its business.
-        yield lambda step: False
+        yield lambda: False
         return
     before = signal.signal(signal.SIGTERM, lambda *_: noticed.set())
     try:
-        yield lambda step: noticed.is_set()
+        yield noticed.is_set
     finally:
-        signal.signal(signal.SIGTERM, before)
+        # None stands for a handler that Python did not install and can't install again.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
+@contextlib.contextmanager
+def watch_steps() -> Iterator[Callable[[], bool]]:
+    """As `watch`, for work that all processes do in step.
+
+    Yields:
+      A function to call after every step: whether to save and stop now. It says so to all
+      processes after the same step.
+    """
+    if jax.process_count() > 1:
+        # The service has all processes stop one step after the latest they have told it of. Steps
+        # count from here: notice that came before the first one then stops the run after that.
+        calls = itertools.count(1)
+        yield lambda: multihost_utils.reached_preemption_sync_point(next(calls))
+        return
+    with watch() as noticed:
+        yield noticed
+
+
+def agreed(stops: bool) -> bool:
+    """Whether any process says that it stops; all of them must ask together.
+
+    Args:
+      stops: what this process says.
+    """
+    if jax.process_count() == 1:
+        return stops
+    return bool(np.any(multihost_utils.process_allgather(np.array(stops))))
+
+
+def _service_has_notice() -> bool:
+    try:
+        distributed.global_state.client.key_value_try_get(_NOTICE)
+    except jax.errors.JaxRuntimeError as error:
+        if not str(error).startswith("NOT_FOUND"):
+            raise
+        return False
+    return True

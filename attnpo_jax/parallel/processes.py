@@ -4,14 +4,17 @@ Every process runs the same command. Where they are told so by the environment, 
 them to one JAX runtime before anything else touches a device:
 
 - `ATTNPO_COORDINATOR` (host:port of process 0), `ATTNPO_NUM_PROCESSES` and `ATTNPO_PROCESS_ID`;
-- `ATTNPO_DISTRIBUTED=1`: whatever JAX finds by itself, as on the workers of a TPU pod;
-- a Slurm step, an Open MPI run or a GKE TPU slice of several processes;
+- a Slurm step, an Open MPI run, a GKE TPU slice, or a Cloud TPU slice of several hosts;
+- `ATTNPO_DISTRIBUTED=1`: whatever JAX finds by itself, for a cluster that is none of these;
 - `ATTNPO_DISTRIBUTED=0`: none of this.
 """
 
+import importlib.util
 import itertools
 import logging
 import os
+import urllib.error
+import urllib.request
 from collections.abc import Mapping
 
 import jax
@@ -28,6 +31,8 @@ HEARTBEAT_SECONDS = 30
 SHUTDOWN_SECONDS = 30
 # Nobody waits longer for a living process than this.
 BARRIER_SECONDS = 24 * 3600
+# A Cloud TPU VM's metadata server is on the machine itself.
+METADATA_SECONDS = 5
 
 _BARRIERS = itertools.count()
 
@@ -103,7 +108,13 @@ def find(environ: Mapping[str, str]) -> dict[str, str | int] | None:
         address = environ["ATTNPO_COORDINATOR"]
         if ":" not in address:
             raise ProcessesError(f"ATTNPO_COORDINATOR is {address!r}; accepted: host:port")
-        return {"coordinator_address": address, "num_processes": count, "process_id": index}
+        return {
+            "coordinator_address": address,
+            "num_processes": count,
+            "process_id": index,
+            # Or Slurm, asked for what is not given, would say one device a process.
+            "cluster_detection_method": "deactivate",
+        }
     several = (
         # A shell inside an allocation has the job's variables, but not those of a step.
         _above_one(environ, "SLURM_STEP_NUM_TASKS") and "SLURM_PROCID" in environ,
@@ -111,7 +122,7 @@ def find(environ: Mapping[str, str]) -> dict[str, str | int] | None:
         "," in environ.get("TPU_PROCESS_ADDRESSES", environ.get("TPU_WORKER_HOSTNAMES", "")),
         bool(environ.get("MEGASCALE_COORDINATOR_ADDRESS")),
     )
-    return {} if switch == "1" or any(several) else None
+    return {} if switch == "1" or any(several) or _is_tpu_slice(environ) else None
 
 
 def is_first() -> bool:
@@ -136,6 +147,25 @@ def barrier(name: str) -> None:
             timeout=BARRIER_SECONDS,
             processes=set(range(jax.process_count())),
         )
+
+
+def _is_tpu_slice(environ: Mapping[str, str]) -> bool:
+    """Whether this is a Cloud TPU VM, and one of several: nothing in its environment says so."""
+    # JAX sets TPU_SKIP_MDS_QUERY where there are no chips.
+    without_chips = "TPU_SKIP_MDS_QUERY" in environ or importlib.util.find_spec("libtpu") is None
+    if without_chips or environ.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu":
+        return False
+    server = environ.get("GCE_METADATA_IP", "metadata.google.internal")
+    request = urllib.request.Request(
+        f"http://{server}/computeMetadata/v1/instance/attributes/worker-network-endpoints",
+        headers={"Metadata-Flavor": "Google"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=METADATA_SECONDS) as answer:
+            return "," in answer.read().decode()
+    except (urllib.error.URLError, TimeoutError) as error:
+        _LOG.info("no metadata of a Cloud TPU slice (%s): this process is alone", error)
+        return False
 
 
 def _whole_number(environ: Mapping[str, str], name: str) -> int:

@@ -5,17 +5,20 @@ optimizer's state and the step), and `metadata`, a JSON object with
 
 - `identity`: what a run must share with the one that it continues, as nested JSON;
 - `tree`: dtype and shape of every array, by path;
-- `sums`: a checksum of every array, since neither Orbax nor the file format has one;
-- `progress`: whatever the caller wants to know of the position in the data.
+- `sums`: a checksum of every array, since neither Orbax nor the file format has one.
 
-They are written in the background where the devices have memory of their own. Orbax writes under a
-temporary name first, so that whatever has a final name was whole once.
+The step says all of the position in the data and of its order. Checkpoints are written in the
+background where the devices have memory of their own. Orbax writes under a temporary name first, so
+that whatever has a final name was whole once.
 """
 
+import contextlib
+import hashlib
+import json
 import os
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,11 +57,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written, or none of those there are can be read."""
 
 
-class Restored(NamedTuple):
-    """What `Checkpoints.restore` found: the state, and the `progress` saved with it."""
-
-    state: TrainState
-    progress: dict[str, Any]
+def folder_of(config: Any, workdir: str | os.PathLike) -> epath.Path:
+    """Where the checkpoints of a run are: `train.checkpoint_dir`, or `checkpoints` in `workdir`."""
+    named = config.train.checkpoint_dir
+    return epath.Path(named) if named else epath.Path(workdir) / "checkpoints"
 
 
 class Checkpoints:
@@ -96,7 +98,7 @@ class Checkpoints:
         """Steps that have a checkpoint, in order."""
         return sorted(self._manager.all_steps())
 
-    def save(self, state: TrainState, progress: Mapping[str, Any]) -> None:
+    def save(self, state: TrainState) -> None:
         """Writes a checkpoint of `state`, or starts to; the caller may donate it right after.
 
         Waits for the write before it, if that is still going on.
@@ -109,7 +111,6 @@ class Checkpoints:
             "identity": self._identity,
             "tree": _describe(state),
             "sums": _checksums(state),
-            "progress": progress,
         }
         with _naming_failures(self.folder):
             self._manager.save(
@@ -131,7 +132,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
 
-    def restore(self, abstract: TrainState) -> Restored | None:
+    def restore(self, abstract: TrainState) -> TrainState | None:
         """The newest whole checkpoint, or None if there is none at all.
 
         A damaged one is skipped with a warning and, once an older one has been read, set aside as
@@ -146,7 +147,7 @@ class Checkpoints:
           CheckpointError: there are checkpoints, but all are damaged.
         """
 
-        def read(step: int) -> Restored:
+        def read(step: int) -> TrainState:
             metadata = _read_metadata(self._manager, step)
             differences = differing(metadata["identity"], self._identity)
             differences |= differing(metadata["tree"], _describe(abstract))
@@ -161,7 +162,7 @@ class Checkpoints:
             )
             state = TrainState(params=items["params"], **items["optimizer"])
             _verify(state, metadata["sums"])
-            return Restored(state, metadata["progress"])
+            return state
 
         found = _newest_whole(self.folder, self.steps(), read)
         if found is None:
@@ -174,6 +175,29 @@ class Checkpoints:
             multihost_utils.sync_global_devices("damaged checkpoints set aside")
             self._manager.reload()
         return restored
+
+
+def origin(folder: str | os.PathLike, step: int | None = None) -> dict[str, Any] | None:
+    """What tells the parameters of a checkpoint from others: its step, and their checksums' digest.
+
+    Args:
+      folder: as given to `Checkpoints`.
+      step: which one; None for the newest.
+
+    Returns:
+      JSON values, or None if there is no checkpoint or its metadata can't be read.
+    """
+    with _reader(folder) as manager:
+        steps = sorted(manager.all_steps()) if step is None else [step]
+        try:
+            sums = _read_metadata(manager, steps[-1])["sums"] if steps else None
+        except (ValueError, KeyError, OSError):
+            return None  # damaged; restoring tells of it
+    if sums is None:
+        return None
+    of_params = {path: total for path, total in sums.items() if path.startswith("params")}
+    text = json.dumps(of_params, sort_keys=True)
+    return {"step": steps[-1], "params": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def restore_params(folder: str | os.PathLike, abstract_params: Any) -> tuple[Any, int]:
@@ -189,33 +213,39 @@ def restore_params(folder: str | os.PathLike, abstract_params: Any) -> tuple[Any
       CheckpointError: all checkpoints are damaged.
     """
     folder = epath.Path(folder).resolve()
+    with _reader(folder) as manager:
+
+        def read(step: int) -> tuple[Any, int]:
+            metadata = _read_metadata(manager, step)
+            wanted = _describe({"params": abstract_params})
+            saved = {
+                path: kind for path, kind in metadata["tree"].items() if path.startswith("params")
+            }
+            if differences := differing(saved, wanted):
+                raise CheckpointMismatch(folder / str(step), differences)
+            args = ocp.args.Composite(params=ocp.args.StandardRestore(_placed(abstract_params)))
+            params = manager.restore(step, args=args)["params"]
+            _verify({"params": params}, metadata["sums"])
+            return params, step
+
+        found = _newest_whole(folder, sorted(manager.all_steps()), read)
+    if found is None:
+        raise FileNotFoundError(f"{folder} holds no checkpoint: train first")
+    return found[0]
+
+
+@contextlib.contextmanager
+def _reader(folder: str | os.PathLike) -> Iterator[ocp.CheckpointManager]:
     # Of several processes, the one that asks reads alone.
     alone = ocp.options.MultiprocessingOptions(
         primary_host=jax.process_index(), active_processes={jax.process_index()}
     )
-    manager = _open(
-        folder,
-        ocp.CheckpointManagerOptions(create=False, multiprocessing_options=alone),
-    )
-
-    def read(step: int) -> tuple[Any, int]:
-        metadata = _read_metadata(manager, step)
-        wanted = _describe({"params": abstract_params})
-        saved = {path: kind for path, kind in metadata["tree"].items() if path.startswith("params")}
-        if differences := differing(saved, wanted):
-            raise CheckpointMismatch(folder / str(step), differences)
-        args = ocp.args.Composite(params=ocp.args.StandardRestore(_placed(abstract_params)))
-        params = manager.restore(step, args=args)["params"]
-        _verify({"params": params}, metadata["sums"])
-        return params, step
-
+    options = ocp.CheckpointManagerOptions(create=False, multiprocessing_options=alone)
+    manager = _open(epath.Path(folder).resolve(), options)
     try:
-        found = _newest_whole(folder, sorted(manager.all_steps()), read)
+        yield manager
     finally:
         manager.close()
-    if found is None:
-        raise FileNotFoundError(f"{folder} holds no checkpoint: train first")
-    return found[0]
 
 
 def differing(saved: Any, wanted: Any, name: str = "") -> dict[str, tuple[Any, Any]]:

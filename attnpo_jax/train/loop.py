@@ -32,7 +32,7 @@ from attnpo_jax.parallel import backend as backends
 from attnpo_jax.parallel import preemption, processes
 from attnpo_jax.provenance import open_prepared, split_path
 from attnpo_jax.train import optim
-from attnpo_jax.train.checkpoint import Checkpoints
+from attnpo_jax.train.checkpoint import Checkpoints, folder_of
 from attnpo_jax.train.metrics import MetricsWriter
 from attnpo_jax.train.progress import Throughput, TrainProgress
 from attnpo_jax.train.state import create
@@ -87,7 +87,7 @@ class NonFiniteError(FloatingPointError):
 def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
     """Trains on the prepared pairs of `workdir`, from its newest checkpoint if it has one.
 
-    Writes `config.json`, `metrics.jsonl` and `checkpoints/`. Evaluates before the first step and
+    Writes `config.json`, `metrics.jsonl` and checkpoints. Evaluates before the first step and
     after the last, and in between as the config says.
 
     Args:
@@ -168,7 +168,7 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
     eval_step = backend.eval_step(make_eval_step(settings, backend.axis_name))
 
     with Checkpoints(
-        workdir / "checkpoints",
+        folder_of(config, workdir),
         identity(config, model, data),
         keep=config.train.keep_checkpoints,
     ) as checkpoints:
@@ -180,11 +180,10 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
                 param_dtype=param_dtype,
                 shardings=backend.parameter_shardings(),
             )
-            state, start, pairs_seen = backend.create_state(first_state, params), 0, 0
+            state, start = backend.create_state(first_state, params), 0
             del params  # donated
         else:
-            state, start = restored.state, int(restored.state.step)
-            pairs_seen = restored.progress["pairs_seen"]
+            state, start = restored, int(restored.step)
         last_saved = start if restored is not None else None
         first = processes.is_first()
         if first:
@@ -195,17 +194,15 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
                 workdir, start, log=config.log, config=config.to_dict(), writes=first
             ) as metrics,
             TrainProgress(total_steps, start, bar=config.log.progress and first) as progress,
-            preemption.watch() as preempted,
+            preemption.watch_steps() as preempted,
         ):
             speed = Throughput()
 
             def report(step: int, of_step: dict[str, jax.Array]) -> None:
                 """Waits for a step, checks it, and writes its metrics if they are wanted."""
-                nonlocal pairs_seen
                 counted = ("loss", "grad_norm", "pairs", "tokens")
                 values = {k: v.item() for k, v in _fetch(of_step, counted).items()}
                 finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
-                pairs_seen += values["pairs"]
                 speed.add(values["pairs"], values["tokens"])
                 if step % config.train.log_every == 0 or step == total_steps or not finite:
                     scalars = [name for name, value in of_step.items() if value.ndim == 0]
@@ -240,7 +237,7 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
                 unreported = step, of_step
 
                 evaluates = _is_due(step, config.train.eval_every, total_steps)
-                stops = preempted(step) and step < total_steps
+                stops = preempted() and step < total_steps
                 saves = stops or _is_due(step, config.train.save_every, total_steps)
                 if evaluates or saves:
                     report(*unreported)
@@ -249,7 +246,7 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
                     evaluate_at(step)
                 if saves:
                     metrics.flush()
-                    checkpoints.save(state, {"pairs_seen": pairs_seen})
+                    checkpoints.save(state)
                     last_saved = step
                     speed.restart()
                 if stops:

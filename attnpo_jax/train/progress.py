@@ -3,10 +3,10 @@
 import logging
 import time
 from collections.abc import Mapping
-from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from attnpo_jax.progress import Bar
 
 _LOG = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Throughput:
         return speeds
 
 
-class TrainProgress:
+class TrainProgress(Bar):
     """A progress bar on a terminal; elsewhere, a line of log for every line of metrics.
 
     Args:
@@ -49,29 +49,16 @@ class TrainProgress:
     """
 
     def __init__(self, total: int, done: int, *, bar: bool, console: Console | None = None):
-        console = console or Console(stderr=True)
+        super().__init__(
+            "step {task.completed}/{task.total}",
+            "{task.description}",
+            bar=bar,
+            console=console,
+            description="compiling",
+            total=total,
+            completed=done,
+        )
         self._total = total
-        self._bar = None
-        if bar and console.is_terminal:
-            self._bar = Progress(
-                TextColumn("step {task.completed}/{task.total}"),
-                BarColumn(),
-                TextColumn("{task.description}"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                console=console,
-            )
-            self._task = self._bar.add_task("compiling", total=total, completed=done)
-
-    def __enter__(self) -> "TrainProgress":
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if self._bar is not None:
-            self._bar.stop()
 
     def note(self, text: str) -> None:
         """Says what the run is at, when that is not a step."""

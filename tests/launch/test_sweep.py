@@ -152,6 +152,21 @@ def test_a_run_that_diverges_is_listed_last_and_the_others_go_on(
     assert printed.index("0.7500") < printed.index("stopped") < printed.index("step 3: loss is nan")
 
 
+def test_what_stops_a_sweep_is_told_as_attnpo_tells_it(
+    sweep, config_file, tmp_path, capsys, monkeypatch
+):
+    arguments = [f"--config={config_file}", "--set", "seed=1,2"]
+    assert sweep.main([*arguments, "--workdir=gs://bucket/x"]) == cli.EXIT_USAGE
+    assert "sweep: error: --workdir=gs://bucket/x" in capsys.readouterr().err
+    # An error of the package that is no OSError and has no class of its own in the sweep.
+    mesh = "--config.parallel.mesh.fsdp=3"
+    assert sweep.main([*arguments, f"--workdir={tmp_path}", mesh]) == cli.EXIT_FAILED
+    assert "sweep: error: parallel.mesh.data = -1" in capsys.readouterr().err
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    assert sweep.main([*arguments, f"--workdir={tmp_path}"]) == cli.EXIT_USAGE
+    assert "a sweep runs in one" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("axes", "message"),
     [

@@ -8,15 +8,16 @@ from attnpo_jax.parallel import preemption
 from attnpo_jax.train import loop
 
 
-def test_sigterm_is_noticed_inside_the_block_alone():
+@pytest.mark.parametrize("watch", [preemption.watch, preemption.watch_steps])
+def test_sigterm_is_noticed_inside_the_block_alone(watch):
     before = signal.getsignal(signal.SIGTERM)
-    with preemption.watch() as preempted:
-        assert not preempted(1)
+    with watch() as preempted:
+        assert not preempted()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert preempted(2) and preempted(3)
+        assert preempted() and preempted()
     assert signal.getsignal(signal.SIGTERM) is before
-    with preemption.watch() as preempted:
-        assert not preempted(1)
+    with watch() as preempted:
+        assert not preempted()
 
 
 @pytest.mark.parametrize(

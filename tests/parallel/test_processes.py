@@ -1,11 +1,15 @@
-"""Runs of two processes against runs of one. As a script: prepares and trains as it is told."""
+"""Runs of several processes against runs of one. As a script: a run that does as it is told."""
 
+import http.server
 import json
 import os
 import pathlib
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -30,6 +34,7 @@ def test_explicit_variables():
         "coordinator_address": "host:123",
         "num_processes": 4,
         "process_id": 3,
+        "cluster_detection_method": "deactivate",
     }
     assert processes.find(environ | {"ATTNPO_DISTRIBUTED": "0"}) is None
     for change, words in (
@@ -56,8 +61,41 @@ def test_explicit_variables():
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
     ],
 )
-def test_clusters_that_jax_can_ask(environ, several):
+def test_clusters_that_jax_can_ask(monkeypatch, environ, several):
+    # Or it would look whether this is a Cloud TPU VM.
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: None)
     assert processes.find(environ) == ({} if several else None)
+
+
+@pytest.mark.parametrize(
+    "endpoints, changes, several",
+    [
+        ("10.0.0.2,10.0.0.3", {}, True),
+        ("10.0.0.2", {}, False),
+        ("10.0.0.2,10.0.0.3", {"TPU_SKIP_MDS_QUERY": "1"}, False),  # JAX saw no chips
+        ("10.0.0.2,10.0.0.3", {"JAX_PLATFORMS": "cpu"}, False),
+        ("10.0.0.2,10.0.0.3", {"ATTNPO_DISTRIBUTED": "0"}, False),
+        (None, {}, False),  # chips, but not a Cloud TPU VM
+    ],
+)
+def test_hosts_of_a_cloud_tpu_slice_find_each_other(monkeypatch, endpoints, changes, several):
+    class Metadata(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            wanted = "/computeMetadata/v1/instance/attributes/worker-network-endpoints"
+            there = endpoints and (self.path, self.headers["Metadata-Flavor"]) == (wanted, "Google")
+            self.send_response(200 if there else 404)
+            self.end_headers()
+            self.wfile.write((endpoints or "").encode())
+
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: name == "libtpu")
+    with http.server.HTTPServer(("127.0.0.1", 0), Metadata) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        environ = {"GCE_METADATA_IP": f"127.0.0.1:{server.server_port}"} | changes
+        assert processes.find(environ) == ({} if several else None)
+        server.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +122,9 @@ def setting(tmp_path_factory):
 
 
 def start(setting, workdir, count, *arguments):
-    """The local launcher with `count` processes, two virtual devices in all."""
-    command = [sys.executable, "launch/local.py", f"--processes={count}", f"--devices={2 // count}"]
+    """The local launcher with `count` processes, at least two virtual devices in all."""
+    devices = max(1, 2 // count)
+    command = [sys.executable, "launch/local.py", f"--processes={count}", f"--devices={devices}"]
     command += ["--", sys.executable, "-m", "tests.parallel.test_processes"]
     environ = {
         **os.environ,
@@ -105,7 +144,11 @@ def start(setting, workdir, count, *arguments):
 
 
 def finish(process, code=0):
-    output, _ = process.communicate(timeout=300)
+    try:
+        output, _ = process.communicate(timeout=600)
+    finally:
+        if process.poll() is None:
+            process.terminate()  # the launcher passes it on
     assert process.returncode == code, output
     return output
 
@@ -117,7 +160,7 @@ def run(setting, workdir, count, *arguments, code=0):
 @pytest.fixture(scope="module")
 def single(setting):
     workdir = setting / "single"
-    run(setting, workdir, 1)
+    run(setting, workdir, 1, "--save-every=4")
     return workdir
 
 
@@ -134,9 +177,10 @@ def assert_same_metrics(found, expected):
                 assert value == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
 
 
-def test_two_processes_end_as_one_does(setting, single):
-    workdir = setting / "two"
-    output = run(setting, workdir, 2)
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_end_as_one_does(setting, single, count):
+    workdir = setting / f"by-{count}"
+    output = run(setting, workdir, count)
     for split in ("train", "eval"):
         ours, theirs = (Prepared.open(w / "prepared" / split) for w in (workdir, single))
         assert len(ours) == len(theirs) == {"train": 20, "eval": 5}[split]
@@ -152,33 +196,40 @@ def test_two_processes_end_as_one_does(setting, single):
     sizes = [(w / "export" / "model.safetensors").stat().st_size for w in (workdir, single)]
     assert sizes[0] == sizes[1]
     assert "[0] wrote" in output and "[1] wrote" not in output
+    # Every process wrote shards of its own: 7 of the training pairs, 2 of the held-out ones.
+    owners = re.findall(r"\[(\d)\] shard \d is written", output)
+    assert sorted(set(owners)) == [str(i) for i in range(count)] and len(owners) == 9
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_told_to_stop_it_saves_and_the_same_command_continues(setting, single, count):
-    workdir = setting / f"stopped-{count}"
-    stopped = run(setting, workdir, count, "--sigterm-at=3", code=75)
-    assert "step" in stopped
+def test_told_to_stop_at_any_time_it_saves_and_the_same_command_continues(setting, single):
+    """Preparing and training by two processes, then the rest by one."""
+    workdir = setting / "stopped"
+    stopped = run(setting, workdir, 2, "--sigterm-after-shard=1", code=75)
+    assert stopped.count("shards of") == 2, stopped  # by both processes, though one was told
+    assert 1 <= len(list((workdir / "prepared" / "train").glob("*.arrow"))) < 7
+    assert not (workdir / "metrics.jsonl").exists()
+    stopped = run(setting, workdir, 2, "--sigterm-at=3", code=75)
     done = [line["step"] for line in metrics.read(workdir) if "loss" in line]
     assert 3 <= done[-1] < 10
     assert (workdir / "checkpoints" / str(done[-1])).is_dir()
-    run(setting, workdir, count)
-    assert_same_metrics(workdir, single)
-
-
-def test_a_run_goes_on_with_another_number_of_processes(setting, single):
-    workdir = setting / "moved"
-    run(setting, workdir, 2, "--sigterm-at=3", code=75)
     run(setting, workdir, 1)
     assert_same_metrics(workdir, single)
+
+
+def test_notice_while_a_resumed_run_starts_stops_it_after_its_first_step(setting, single):
+    workdir = setting / "resumed"
+    shutil.copytree(single, workdir)
+    # Back to the checkpoint of step 8.
+    shutil.rmtree(workdir / "checkpoints" / "10")
+    run(setting, workdir, 2, "--sigterm-at=0", code=75)
+    assert sorted(int(p.name) for p in (workdir / "checkpoints").iterdir()) == [4, 8, 9]
 
 
 def test_when_one_dies_the_others_end_too_and_a_restart_continues(setting, single):
     workdir = setting / "killed"
     process = start(setting, workdir, 2, "--kill-process-1-at=5", "--save-every=2")
-    output, _ = process.communicate(timeout=300)
+    output = finish(process, code=128 + signal.SIGKILL)
     ended = time.time()
-    assert process.returncode == 128 + signal.SIGKILL, output
     assert "did not end by itself" not in output
     assert ended - float((workdir / "killed-at").read_text()) < 60, output
     assert (workdir / "checkpoints" / "4").is_dir()
@@ -191,6 +242,7 @@ def main(config_file, workdir, *arguments):
     import jax
 
     from attnpo_jax import prepare
+    from attnpo_jax.data.prepared import PreparedWriter
     from attnpo_jax.export import export
     from attnpo_jax.parallel import preemption
     from attnpo_jax.train import loop
@@ -211,9 +263,28 @@ def main(config_file, workdir, *arguments):
                     os.kill(os.getpid(), signal.SIGKILL)
             yield batch
 
+    write = PreparedWriter.write
+
+    def write_and_signal(self, shard, rows):
+        write(self, shard, rows)
+        print(f"shard {shard} is written", flush=True)
+        if shard == int(options.get("sigterm-after-shard", -1)):
+            os.kill(os.getpid(), signal.SIGTERM)
+            wait_for_notice()
+
+    def wait_for_notice():
+        # JAX looks at the signal once a second.
+        with preemption.watch() as noticed:
+            while not noticed():
+                time.sleep(0.1)
+
     loop.read_ahead = read_and_signal
-    prepare.prepare(config, workdir)
+    PreparedWriter.write = write_and_signal
+    if options.get("sigterm-at") == "0" and jax.process_index() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_for_notice()
     try:
+        prepare.prepare(config, workdir)
         loop.train(config, workdir)
     except preemption.Preempted as notice:
         print(notice)

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from attnpo_jax import config as config_lib
 from attnpo_jax.train import checkpoint
 from attnpo_jax.train.state import TrainState, create
 
@@ -49,17 +50,16 @@ def save_steps(folder, *, number, keep=2):
         for step in range(1, number + 1):
             state = advance(state)
             states[step] = jax.device_get(state)
-            checkpoints.save(state, {"pairs_seen": 4 * step})
+            checkpoints.save(state)
     return states
 
 
-def test_restores_the_newest_exactly_with_its_progress(tmp_path):
+def test_restores_the_newest_exactly(tmp_path):
     states = save_steps(tmp_path, number=3)
     with checkpoint.Checkpoints(tmp_path, IDENTITY, keep=2) as checkpoints:
         assert checkpoints.steps() == [2, 3]
         restored = checkpoints.restore(abstract(make_state()))
-    assert_same(restored.state, states[3])
-    assert restored.progress == {"pairs_seen": 12}
+    assert_same(restored, states[3])
 
 
 def test_a_donated_state_is_saved_as_it_was_when_written_in_the_background(tmp_path, monkeypatch):
@@ -69,12 +69,29 @@ def test_a_donated_state_is_saved_as_it_was_when_written_in_the_background(tmp_p
     expected = jax.tree.map(np.array, state)
     with checkpoint.Checkpoints(tmp_path, IDENTITY, keep=1) as checkpoints:
         monkeypatch.undo()
-        checkpoints.save(state, {})
+        checkpoints.save(state)
         for _ in range(5):
             state = step(state)
         checkpoints.wait()
         restored = checkpoints.restore(abstract(make_state(width=4096)))
-    assert_same(restored.state, expected)
+    assert_same(restored, expected)
+
+
+def test_checkpoints_are_where_the_config_says(tmp_path):
+    config = config_lib.default_config()
+    assert os.fspath(checkpoint.folder_of(config, tmp_path)) == f"{tmp_path}/checkpoints"
+    config.train.checkpoint_dir = "gs://bucket/run"
+    assert os.fspath(checkpoint.folder_of(config, tmp_path)) == "gs://bucket/run"
+
+
+def test_accelerators_write_in_the_background_and_cpus_do_not(tmp_path, monkeypatch):
+    made = []
+    opened = checkpoint._open
+    monkeypatch.setattr(checkpoint, "_open", lambda *a: made.append(a[1]) or opened(*a))
+    for platform, asynchronous in (("cpu", False), ("gpu", True), ("tpu", True)):
+        monkeypatch.setattr(checkpoint.jax, "default_backend", lambda name=platform: name)
+        with checkpoint.Checkpoints(tmp_path / platform, IDENTITY, keep=1):
+            assert made[-1].enable_async_checkpointing is asynchronous
 
 
 def test_nothing_to_restore(tmp_path):
@@ -95,9 +112,9 @@ def test_restores_onto_other_devices(tmp_path):
     wanted = jax.tree.map(place, abstract(make_state()))
     with checkpoint.Checkpoints(tmp_path, IDENTITY, keep=2) as checkpoints:
         restored = checkpoints.restore(wanted)
-    assert_same(jax.device_get(restored.state), states[1])
-    assert restored.state.params["embedding"].sharding == split
-    assert restored.state.params["embedding"].addressable_shards[0].data.shape == (50, 4)
+    assert_same(jax.device_get(restored), states[1])
+    assert restored.params["embedding"].sharding == split
+    assert restored.params["embedding"].addressable_shards[0].data.shape == (50, 4)
 
 
 def test_checkpoint_of_another_model_is_refused(tmp_path):
@@ -146,17 +163,18 @@ def test_damaged_newest_is_skipped_with_a_warning(tmp_path, kind):
     with checkpoint.Checkpoints(tmp_path, IDENTITY, keep=2) as checkpoints:
         with pytest.warns(RuntimeWarning, match=f"{tmp_path / '3'} is damaged and will be skipped"):
             restored = checkpoints.restore(abstract(make_state()))
-        assert_same(restored.state, states[2])
+        assert_same(restored, states[2])
         assert checkpoints.steps() == [2]
         # The run goes on and saves that step again.
-        checkpoints.save(advance(restored.state), {})
+        checkpoints.save(advance(restored))
     with checkpoint.Checkpoints(tmp_path, IDENTITY, keep=2) as checkpoints:
-        assert_same(checkpoints.restore(abstract(make_state())).state, states[3])
+        assert_same(checkpoints.restore(abstract(make_state())), states[3])
 
 
 KILLED_WHILE_SAVING = """
 import os, pathlib, signal, sys, threading
 import jax.numpy as jnp
+from attnpo_jax import config as config_lib
 from attnpo_jax.train import checkpoint
 from attnpo_jax.train.state import TrainState
 
@@ -169,10 +187,10 @@ def die_when_the_second_is_begun():
     os.kill(os.getpid(), signal.SIGKILL)
 
 checkpoints = checkpoint.Checkpoints(sys.argv[1], {}, keep=1)
-checkpoints.save(state(1), {})
+checkpoints.save(state(1))
 checkpoints.wait()
 threading.Thread(target=die_when_the_second_is_begun).start()
-checkpoints.save(state(2), {})
+checkpoints.save(state(2))
 checkpoints.wait()
 """
 
@@ -189,8 +207,8 @@ def test_killed_while_saving_leaves_the_one_before(tmp_path):
     )
     with checkpoint.Checkpoints(tmp_path, {}, keep=1) as checkpoints:
         restored = checkpoints.restore(wanted)
-    assert int(restored.state.step) == 1
-    assert float(restored.state.params["w"].min()) == 1.0
+    assert int(restored.step) == 1
+    assert float(restored.params["w"].min()) == 1.0
     assert os.listdir(tmp_path) == ["1"]
 
 
@@ -236,10 +254,10 @@ def test_full_disk_names_the_folder_and_keeps_what_was_there(tmp_path):
             checkpoints = checkpoint.Checkpoints(disk / "checkpoints", IDENTITY, keep=2)
             with checkpoints:
                 pathlib.Path(disk / "filler").write_bytes(b"x" * 900_000)
-                checkpoints.save(advance(advance(make_state())), {})
+                checkpoints.save(advance(advance(make_state())))
         with warnings.catch_warnings():
             warnings.simplefilter("error", RuntimeWarning)
             with checkpoint.Checkpoints(disk / "checkpoints", IDENTITY, keep=2) as checkpoints:
-                assert_same(checkpoints.restore(abstract(make_state())).state, states[1])
+                assert_same(checkpoints.restore(abstract(make_state())), states[1])
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)

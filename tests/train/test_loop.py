@@ -235,6 +235,14 @@ def test_a_finished_run_is_left_as_it_is(tmp_path, model):
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
+def test_checkpoints_elsewhere(tmp_path, model):
+    config = make_config(model, train__steps=2, train__checkpoint_dir=str(tmp_path / "elsewhere"))
+    lines = run(tmp_path / "run", config)
+    assert (tmp_path / "elsewhere" / "2").is_dir()
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert run(tmp_path / "run", config) == lines  # resumed: finished
+
+
 def test_resuming_with_other_settings_is_refused(tmp_path, model):
     run(tmp_path, make_config(model, train__steps=2))
     before = {p: p.read_bytes() for p in (tmp_path / "metrics.jsonl", tmp_path / "config.json")}

@@ -1,0 +1,276 @@
+"""Runs that something befalls, restarted, against the undisturbed run.
+
+Whatever happened, the restarted run ends with the same metrics, prepared rows and model, with no
+step or row lost or doubled. As a script, this file is `attnpo` with a fault: SIGKILL at a moment
+that a test chooses. Faults of several processes are in tests/parallel/test_processes.py.
+"""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import warnings
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from jax.experimental.compilation_cache import compilation_cache
+
+from attnpo_jax import cli, prepare
+from attnpo_jax import config as config_lib
+from attnpo_jax.data.prepared import Prepared, PreparedWriter
+from attnpo_jax.parallel import backend as backends
+from attnpo_jax.parallel import preemption
+from attnpo_jax.run import run
+from attnpo_jax.train import loop, metrics
+from tests.parallel import tiny
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+STEPS = 10
+CONFIG = """
+import pathlib
+from attnpo_jax import config
+
+def get_config():
+    return config.from_json(pathlib.Path({path!r}).read_text())
+"""
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    """A config of ten steps that saves at every other, and a cache of compiled programs."""
+    folder = tmp_path_factory.mktemp("faults")
+    config = config_lib.default_config()
+    config.model.source = str(tiny.write_folder(folder))
+    config.data.train = str(tiny.write_pairs(folder / "train.jsonl", 20))
+    config.data.eval = str(tiny.write_pairs(folder / "eval.jsonl", 5))
+    config.data.num_buckets = 1
+    config.judge.template = str(folder / "template.txt")
+    (folder / "template.txt").write_text("{question} A {answer_a} B {answer_b} Which?")
+    config.judge.layers = (0, 2)
+    config.prepare.rows_per_shard = 4
+    config.optim.learning_rate = 1e-3
+    config.train.batch_size = 4
+    config.train.epochs = 2
+    config.train.save_every = 2
+    config.train.keep_checkpoints = 3
+    config.log.progress = False
+    (folder / "config.json").write_text(config_lib.to_json(config))
+    (folder / "config.py").write_text(CONFIG.format(path=str(folder / "config.json")))
+
+    options = {
+        "jax_compilation_cache_dir": str(folder / "xla"),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    yield folder, config
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def use_devices(monkeypatch):
+    """A function that gives runs the first n of this process's devices, `fsdp` over all of them."""
+
+    def use(number):
+        def make(model, parallel):
+            sizes = {"data": 1, "fsdp": number, "tensor": 1}
+            return backends.Sharded(model, sizes, jax.devices()[:number])
+
+        monkeypatch.setattr(backends, "for_training", make)
+        monkeypatch.setattr(backends, "for_preparing", make)
+
+    use(1)
+    return use
+
+
+@pytest.fixture(scope="module")
+def undisturbed(setting):
+    folder, config = setting
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("for_training", "for_preparing"):
+            patch.setattr(backends, name, lambda model, _: backends.one_device(model))
+        run(config, folder / "undisturbed")
+    return folder / "undisturbed"
+
+
+def assert_same(workdir, expected, rtol=1e-6):
+    """Rows, metrics and model of two workdirs; looser where the numbers of devices differ."""
+    for split, number in (("train", 20), ("eval", 5)):
+        ours, theirs = (Prepared.open(w / "prepared" / split) for w in (workdir, expected))
+        assert [row["id"] for row in ours] == [f"p{i}" for i in range(number)]
+        for row, other in zip(ours, theirs, strict=True):
+            for name in ("judge_chosen", "judge_verdict", "ref_rejected_logps", "chosen_ids"):
+                np.testing.assert_allclose(row[name], other[name], atol=1e-5, rtol=0)
+    lines, wanted = metrics.read(workdir), metrics.read(expected)
+    assert [line["step"] for line in lines] == [0, *range(1, STEPS + 1), STEPS]
+    for line, other in zip(lines, wanted, strict=True):
+        assert line.keys() == other.keys()
+        for name, value in line.items():
+            # Until the first update with a rate above 0, margins are 0 but for rounding.
+            chance = "accuracies" in name and line["step"] <= 2 and rtol > 1e-6
+            if not name.endswith("_per_second") and not chance:
+                assert value == pytest.approx(other[name], rel=rtol, abs=rtol), name
+    ours, theirs = (
+        safetensors.numpy.load_file(w / "export" / "model.safetensors") for w in (workdir, expected)
+    )
+    assert ours.keys() == theirs.keys()
+    for name, array in ours.items():
+        np.testing.assert_allclose(array, theirs[name], rtol=0, atol=rtol, err_msg=name)
+
+
+def train_lines(workdir):
+    return [line["step"] for line in metrics.read(workdir) if "loss" in line]
+
+
+def saved_steps(workdir):
+    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+
+
+def sigterm_at(monkeypatch, step):
+    """SIGTERM comes to this process while it makes that step's batch; 0: never."""
+    read = loop.__dict__.get("_read_ahead", loop.read_ahead)
+    monkeypatch.setattr(loop, "_read_ahead", read, raising=False)
+
+    def read_and_signal(batches, start=0):
+        for number, batch in enumerate(read(batches, start), start + 1):
+            if isinstance(batches, loop.TrainBatches) and number == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(loop, "read_ahead", read_and_signal)
+
+
+def killed(setting, workdir, fault):
+    """`attnpo run` in a process of its own that SIGKILL ends at `fault`."""
+    folder, _ = setting
+    environ = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "xla"),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.test_faults", fault, str(folder / "config.py"), str(workdir)],
+        cwd=ROOT,
+        env=environ,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def test_sigkill_while_preparing(setting, undisturbed, use_devices):
+    workdir = setting[0] / "killed-preparing"
+    killed(setting, workdir, "preparing")
+    prepared = workdir / "prepared" / "train"
+    shards = sorted(prepared.glob("*.arrow"))
+    assert len(shards) == 2 and list(prepared.glob(".*.tmp"))  # two of five, and a torso
+    written = [shard.stat().st_mtime_ns for shard in shards]
+    run(setting[1], workdir)
+    assert [shard.stat().st_mtime_ns for shard in shards] == written
+    assert not list(prepared.glob(".*.tmp"))
+    assert_same(workdir, undisturbed)
+
+
+def test_sigkill_while_training(setting, undisturbed, use_devices):
+    workdir = setting[0] / "killed-training"
+    killed(setting, workdir, "training")
+    assert train_lines(workdir) == [1, 2, 3, 4, 5] and saved_steps(workdir) == [2, 4]
+    run(setting[1], workdir)
+    assert_same(workdir, undisturbed)
+
+
+def test_sigkill_while_saving(setting, undisturbed, use_devices):
+    workdir = setting[0] / "killed-saving"
+    killed(setting, workdir, "saving")
+    assert train_lines(workdir) == [1, 2, 3, 4] and saved_steps(workdir) == [2]
+    assert len(list((workdir / "checkpoints").iterdir())) == 2  # the whole one and the torso
+    run(setting[1], workdir)
+    assert_same(workdir, undisturbed)
+
+
+def test_sigterm_while_preparing(setting, undisturbed, use_devices, monkeypatch):
+    workdir = setting[0] / "stopped-preparing"
+    write = PreparedWriter.write
+
+    def write_and_signal(self, shard, rows):
+        write(self, shard, rows)
+        if shard == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(PreparedWriter, "write", write_and_signal)
+    with pytest.raises(preemption.Preempted, match="prepared/train that were finished stay"):
+        prepare.prepare(setting[1], workdir)
+    assert len(list((workdir / "prepared" / "train").glob("*.arrow"))) == 2
+    monkeypatch.setattr(PreparedWriter, "write", write)
+    run(setting[1], workdir)
+    assert_same(workdir, undisturbed)
+
+
+def test_newest_checkpoint_truncated(setting, undisturbed, use_devices, monkeypatch):
+    workdir = setting[0] / "truncated"
+    sigterm_at(monkeypatch, 7)
+    with pytest.raises(preemption.Preempted, match="step 7 of 10 is saved"):
+        run(setting[1], workdir)
+    assert saved_steps(workdir) == [4, 6, 7]
+    files = [p for p in (workdir / "checkpoints" / "7" / "params").rglob("*") if p.is_file()]
+    largest = max(files, key=lambda p: p.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+    sigterm_at(monkeypatch, 0)
+    with pytest.warns(RuntimeWarning, match="checkpoints/7 is damaged and will be skipped"):
+        run(setting[1], workdir)
+    assert_same(workdir, undisturbed)
+
+
+def test_resumed_on_1_then_4_then_2_devices(setting, undisturbed, use_devices, monkeypatch):
+    workdir = setting[0] / "moved"
+    for devices, stop in ((1, 3), (4, 7), (2, 0)):
+        use_devices(devices)
+        sigterm_at(monkeypatch, stop)
+        if stop:
+            with pytest.raises(preemption.Preempted, match=f"step {stop} of 10 is saved"):
+                run(setting[1], workdir)
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", RuntimeWarning)
+                run(setting[1], workdir)
+    assert_same(workdir, undisturbed, rtol=1e-4)
+
+
+def main(fault, config, workdir):
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    # One of as many devices as in the tests' own process: another number rounds otherwise.
+    backends.for_training = backends.for_preparing = lambda model, _: backends.one_device(model)
+    if fault == "training":
+        write = metrics.MetricsWriter.write
+
+        def write_and_die(self, step, values):
+            write(self, step, values)
+            if step == 5:
+                die()
+
+        metrics.MetricsWriter.write = write_and_die
+    else:
+        # What has been written whole gets its final name: the last moment at which it has not.
+        names = {"preparing": "data-00002-of-00005.arrow", "saving": "4"}
+
+        def dying(rename):
+            def rename_or_die(source, target, *arguments, **options):
+                if pathlib.Path(target).name == names[fault]:
+                    die()
+                return rename(source, target, *arguments, **options)
+
+            return rename_or_die
+
+        os.replace, os.rename = dying(os.replace), dying(os.rename)
+    return cli.main(["run", f"--config={config}", f"--workdir={workdir}"])
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

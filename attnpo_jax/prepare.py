@@ -34,7 +34,8 @@ from attnpo_jax.data.tokenize import ChatTokenizer, TokenizedPair, tokenize_pair
 from attnpo_jax.judge import SAMPLE, Judge, Judgement
 from attnpo_jax.judge_prompt import JudgePrompt, JudgeTemplate
 from attnpo_jax.language_model import LanguageModel
-from attnpo_jax.models import checkpoints
+from attnpo_jax.models import checkpoints, int8
+from attnpo_jax.models.config import ModelConfig
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.parallel import processes
 from attnpo_jax.progress import PairProgress
@@ -88,10 +89,11 @@ def prepare(
                 console.print(f"{split.path}: complete, used as it is", highlight=False)
         else:
             if model is None:
-                shape = checkpoints.load_config(folder)
+                if config.model.prepare_weights == "int8":
+                    shape = int8.quantized(shape)
                 backend = backends.for_preparing(shape, config.parallel)
                 _LOG.info("preparing on %s", backend.description)
-                model = _load(config, folder, tokenizer, backend)
+                model = _load(config, folder, shape, tokenizer, backend)
             _fill(config, model, backend, split)
         if first:
             console.print(summary(split.name, prepared.Prepared.open(split.path)))
@@ -129,16 +131,19 @@ class _Split:
 
 
 def _load(
-    config, folder: pathlib.Path, tokenizer: ChatTokenizer, backend: backends.Backend
+    config,
+    folder: pathlib.Path,
+    shape: ModelConfig,
+    tokenizer: ChatTokenizer,
+    backend: backends.Backend,
 ) -> LanguageModel:
-    model_config = checkpoints.load_config(folder)
     params = checkpoints.load_params(
         folder,
-        model_config,
+        shape,
         param_dtype=jnp.dtype(config.model.param_dtype),
         shardings=backend.parameter_shardings(),
     )
-    return LanguageModel(folder, model_config, params, tokenizer)
+    return LanguageModel(folder, shape, params, tokenizer)
 
 
 def _fill(

@@ -1,6 +1,5 @@
 """What a prepared dataset depends on, and whether the one on disk is the one a config means."""
 
-import dataclasses
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -51,9 +50,10 @@ def components(
     return {
         "model": {
             "weights": checkpoints.weights_digest(folder),
-            "config": dataclasses.asdict(model),
+            "config": model.facts(),
             "dtype": config.model.dtype,
             "param_dtype": config.model.param_dtype,
+            "prepare_weights": config.model.prepare_weights,
         },
         "tokenizer": tokenizer.digest(),
         "judge": {

@@ -26,6 +26,7 @@ from attnpo_jax.data import atomic
 from attnpo_jax.data.batching import EvalBatches, PairBatch, TrainBatches
 from attnpo_jax.data.prepared import METADATA, Prepared
 from attnpo_jax.models import checkpoints as models
+from attnpo_jax.models import lora
 from attnpo_jax.models.decoder import ModelConfig, abstract_params
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.parallel import preemption, processes
@@ -34,7 +35,7 @@ from attnpo_jax.train import optim
 from attnpo_jax.train.checkpoint import Checkpoints
 from attnpo_jax.train.metrics import MetricsWriter
 from attnpo_jax.train.progress import Throughput, TrainProgress
-from attnpo_jax.train.state import create
+from attnpo_jax.train.state import create, create_adapted
 from attnpo_jax.train.step import StepSettings, make_eval_step, make_train_step
 
 _LOG = logging.getLogger(__name__)
@@ -49,6 +50,9 @@ DECISIVE = (
     "data.shuffle",
     "weighting",
     "objective",
+    "lora.rank",
+    "lora.alpha",
+    "lora.targets",
     "optim",
     "train.batch_size",
     "train.epochs",
@@ -107,7 +111,8 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
     model_folder = models.resolve(config.model.source)
     model = models.load_config(model_folder)
     config_lib.check_layers(config, model.num_layers, model.layer_windows)
-    backend = backends.for_training(model, config.parallel)
+    policy = lora.adapted(model, config.lora)
+    backend = backends.for_training(policy, config.parallel)
     _LOG.info("training on %s", backend.description)
 
     splits = ("train", "eval") if config.data.eval else ("train",)
@@ -150,9 +155,13 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
 
     schedule = optim.make_schedule(config.optim, total_steps)
     optimizer = optim.make_optimizer(config.optim, schedule)
-    settings = step_settings(config, model, data)
+    settings = step_settings(config, policy, data)
     param_dtype = jnp.dtype(config.model.param_dtype)
     first_state = functools.partial(create, optimizer=optimizer)
+    if policy.lora is not None:
+        first_state = functools.partial(
+            create_adapted, optimizer=optimizer, model=policy, seed=config.seed
+        )
     abstract_state = backend.abstract_state(
         jax.eval_shape(first_state, abstract_params(model, param_dtype))
     )
@@ -167,17 +176,20 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
         keep=config.train.keep_checkpoints,
     ) as checkpoints:
         restored = checkpoints.restore(abstract_state)
-        if restored is None:
+        if restored is None or policy.lora is not None:
             params = models.load_params(
                 model_folder,
                 model,
                 param_dtype=param_dtype,
                 shardings=backend.parameter_shardings(),
             )
+        if restored is None:
             state, start, pairs_seen = backend.create_state(first_state, params), 0, 0
             del params  # donated
         else:
             state, start = restored.state, int(restored.state.step)
+            if policy.lora is not None:
+                state = dataclasses.replace(state, base=params)
             pairs_seen = restored.progress["pairs_seen"]
         last_saved = start if restored is not None else None
         first = processes.is_first()
@@ -217,7 +229,7 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
             def evaluate_at(step: int) -> None:
                 if eval_batches is not None:
                     progress.note("evaluating")
-                    values = evaluate(eval_step, state.params, eval_batches, backend.put_batch)
+                    values = evaluate(eval_step, state.policy, eval_batches, backend.put_batch)
                     metrics.write(step, values | {"epoch": step / batches.steps_per_epoch})
                     speed.restart()
 
@@ -282,7 +294,7 @@ def identity(config: config_dict.ConfigDict, model: ModelConfig, data: Prepared)
     }
     return {
         "config": decisive,
-        "model": dataclasses.asdict(model),
+        "model": model.facts(),
         "prepared": data.meta["components"],
     }
 

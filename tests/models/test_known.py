@@ -1,0 +1,53 @@
+import json
+import math
+
+import jax
+import pytest
+
+from attnpo_jax.models import checkpoints, embedded, known
+from attnpo_jax.models.decoder import abstract_params
+
+
+def parameters(source):
+    shapes = abstract_params(known.shape_of(source))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+@pytest.mark.parametrize(
+    "source, number",
+    [
+        # As the models' pages give them.
+        ("smollm2-135m-instruct", 134_515_008),
+        ("meta-llama/Meta-Llama-3-8B-Instruct", 8_030_261_248),
+        ("princeton-nlp/Llama-3-Base-8B-SFT", 8_030_261_248),
+    ],
+)
+def test_known_models_have_as_many_parameters_as_published(source, number):
+    assert parameters(source) == number
+
+
+@pytest.mark.parametrize("source", known.KNOWN)
+def test_every_known_model_has_a_shape(source):
+    assert known.shape_of(source).num_layers == known.KNOWN[source]["num_hidden_layers"]
+
+
+def test_the_embedded_model_is_as_its_folder_says(smollm2_folder):
+    assert known.shape_of(embedded.ALIAS) == checkpoints.load_config(smollm2_folder)
+
+
+def test_a_folder_goes_before_a_known_name(tmp_path, monkeypatch):
+    name = "princeton-nlp/Llama-3-Base-8B-SFT"
+    (tmp_path / name).mkdir(parents=True)
+    content = {**known.KNOWN[name], "num_hidden_layers": 2}
+    (tmp_path / name / "config.json").write_text(json.dumps(content))
+    monkeypatch.chdir(tmp_path)
+    assert known.shape_of(name).num_layers == 2
+
+
+def test_what_the_hub_cannot_deliver_is_refused_with_what_would_do(monkeypatch):
+    def offline(*_):
+        raise OSError("no network")
+
+    monkeypatch.setattr(known.huggingface_hub, "hf_hub_download", offline)
+    with pytest.raises(checkpoints.CheckpointError, match="'a/b'.*no network.*Meta-Llama-3-8B"):
+        known.shape_of("a/b")

@@ -13,19 +13,43 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attnpo_jax
 
 
 @dataclasses.dataclass(frozen=True)
+class Option:
+    """An option of one command alone.
+
+    Attributes:
+      keyword: the function's argument that it sets.
+      kind: `str` or `int`, which a value is read as; `bool` for an option without a value.
+      summary: what it says of itself.
+    """
+
+    keyword: str
+    kind: type
+    summary: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Command:
-    """What a command calls, `function(config, workdir)` of `module`, and what it says of itself."""
+    """What a command calls, and what it says of itself.
+
+    Attributes:
+      module, function: where the function is. It is called with (config, workdir); with the config
+        and its options' values by keyword if it has options of its own, since then it writes
+        nothing.
+      summary: what it says of itself.
+      options: options of its own, by name; the first one must be given.
+    """
 
     module: str
     function: str
     summary: str
+    options: Mapping[str, Option] = dataclasses.field(default_factory=dict)
 
 
 COMMANDS = {
@@ -48,6 +72,23 @@ COMMANDS = {
         "attnpo_jax.export",
         "export",
         "Write the newest checkpoint as a Hugging Face folder, workdir/export.",
+    ),
+    "plan": Command(
+        "attnpo_jax.plan.command",
+        "plan",
+        "Compile the run for a TPU slice that need not be there: memory, traffic, time.",
+        {
+            "topology": Option("topology", str, "TPU slice, e.g. v5e:8x8, v5p:2x2x4, v6e:4x4."),
+            "pairs": Option("pairs", int, "Training pairs, where they can't be counted here."),
+            "row-length": Option(
+                "row_length", int, "Tokens of prompt and both responses [the most there can be]."
+            ),
+            "response-length": Option("response_length", int, "Tokens of each response."),
+            "search": Option(
+                "search_over", bool, "Try and rank meshes, microbatch sizes and remat policies."
+            ),
+            "json": Option("as_json", bool, "Print JSON."),
+        },
     ),
 }
 VERSION_SUMMARY = "Print the versions of attnpo_jax and of the libraries it computes with."
@@ -119,26 +160,41 @@ def _main(argv: list[str]) -> int:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         raise UsageError(f"unknown command {name!r}{hint}; commands: {', '.join(COMMANDS)}")
-    options, overrides = _split(arguments)
+    command = COMMANDS[name]
+    options, overrides = _split(arguments, command.options)
     if "help" in options:
         print(_help(name))
         return 0
-    for required, example in (("config", "configs/quickstart.py"), ("workdir", "DIR")):
+    second = (next(iter(command.options)), "v5e:8x8") if command.options else ("workdir", "DIR")
+    for required, example in (("config", "configs/quickstart.py"), second):
         if not options.get(required):
             raise UsageError(f"{name} needs --{required}={example}")
     _start_logging(options.get("verbosity") or "info")
-    # Before config files and plugins, which may ask for devices.
-    _join_processes()
+    if not command.options:
+        # Before config files and plugins, which may ask for devices.
+        _join_processes()
 
     from attnpo_jax import config as config_lib
 
     config = load_config(options["config"], overrides)
     config_lib.validate(config)
     _use_compilation_cache()
-    command = COMMANDS[name]
     function = getattr(importlib.import_module(command.module), command.function)
-    function(config, pathlib.Path(options["workdir"]).expanduser())
+    if command.options:
+        own = {key: options[key] for key in command.options if key in options}
+        keywords = {command.options[k].keyword: _value(command, k, text) for k, text in own.items()}
+        function(config, **keywords)
+    else:
+        function(config, pathlib.Path(options["workdir"]).expanduser())
     return 0
+
+
+def _value(command: Command, name: str, text: str) -> Any:
+    """The value of a command's own option."""
+    kind = command.options[name].kind
+    if kind is int and not re.fullmatch(r"[1-9]\d*", text):
+        raise UsageError(f"--{name}={text}; accepted: a number from 1 up")
+    return True if kind is bool else kind(text)
 
 
 def load_config(spec: str, overrides: Sequence[str] = ()) -> Any:
@@ -211,8 +267,12 @@ def _field(override: str) -> str:
     return re.sub(r"^--?(no)?config\.", "", override.partition("=")[0])
 
 
-def _split(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
+def _split(arguments: list[str], own: Mapping[str, Option]) -> tuple[dict[str, str], list[str]]:
     """Separates the options from the overrides of config fields.
+
+    Args:
+      arguments: what follows the command.
+      own: the options of that command alone.
 
     Returns:
       Values of the options by name ("help" has ""), and overrides, each one string.
@@ -225,6 +285,10 @@ def _split(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
         raise UsageError(str(error)) from error
     options: dict[str, str] = {}
     overrides: list[str] = []
+    flags_ = [key for key, option in own.items() if option.kind is bool]
+    valued = [*VALUE_OPTIONS, *(key for key in own if key not in flags_)]
+    if own:
+        valued.remove("workdir")
     rest = iter(range(len(arguments)))
     for i in rest:
         flag, equals, value = arguments[i].partition("=")
@@ -234,7 +298,7 @@ def _split(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
         # As absl has it, a value may follow as the next argument. A minus sign with a digit is a
         # value too.
         following = arguments[i + 1] if i + 1 < len(arguments) else "--"
-        takes_next = name in VALUE_OPTIONS or name.startswith("config.")
+        takes_next = name in valued or name.startswith("config.")
         if not equals and takes_next and re.match(r"[^-]|-\.?\d", following):
             value, equals = following, "="
             next(rest)
@@ -242,8 +306,12 @@ def _split(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
             overrides.append(f"--{name}{equals}{value}")
         elif name in ("help", "h"):
             options["help"] = ""
-        elif name not in VALUE_OPTIONS:
-            raise UsageError(f"unknown option {flag}{_similar_option(name)}")
+        elif name in flags_ and not equals:
+            options[name] = ""
+        elif name in flags_:
+            raise UsageError(f"{flag} takes no value")
+        elif name not in valued:
+            raise UsageError(f"unknown option {flag}{_similar_option(name, [*valued, *flags_])}")
         elif not value:
             raise UsageError(f"{flag} needs a value")
         elif name == "verbosity" and value not in LEVELS:
@@ -253,10 +321,10 @@ def _split(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
     return options, overrides
 
 
-def _similar_option(name: str) -> str:
+def _similar_option(name: str, known: Sequence[str]) -> str:
     if "." in name:
         return f" (did you mean --config.{name}?)"
-    close = difflib.get_close_matches(name, (*VALUE_OPTIONS, "help"), n=1)
+    close = difflib.get_close_matches(name, (*known, "help"), n=1)
     return f" (did you mean --{close[0]}?)" if close else ""
 
 
@@ -323,10 +391,17 @@ def _use_compilation_cache() -> None:
 
 def _help(name: str | None = None) -> str:
     if name is not None:
-        usage = (
-            f"Usage: attnpo {name} --config=FILE --workdir=DIR [--config.SECTION.FIELD=VALUE ...]"
-        )
-        return f"{usage}\n\n{COMMANDS[name].summary}\n\n{OPTIONS}"
+        command = COMMANDS[name]
+        own, common = "", OPTIONS
+        for key, option in command.options.items():
+            shown = f"--{key}" if option.kind is bool else f"--{key}={key.upper()[:8]}"
+            own += f"  {shown:<30}{option.summary}\n"
+        if own:
+            # It writes nothing.
+            common = re.sub(r"  --workdir(.|\n)*?(?=  --)", "", OPTIONS)
+        needed = "--topology=TOPOLOGY" if own else "--workdir=DIR"
+        usage = f"Usage: attnpo {name} --config=FILE {needed} [--config.SECTION.FIELD=VALUE ...]"
+        return f"{usage}\n\n{command.summary}\n\n{common}{own}"
     summaries = {key: command.summary for key, command in COMMANDS.items()}
     summaries["version"] = VERSION_SUMMARY
     listed = "\n".join(f"  {key:<10}{summary}" for key, summary in summaries.items())

@@ -9,7 +9,7 @@ Shapes: B rows, L row length, P length of that common beginning, S source layers
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -107,13 +107,7 @@ class Judge:
         self._lengths: tuple[int, ...] = ()
         self._backend = backend or backends.one_device(model.config)
         self._letters = self._backend.replicate(np.asarray(self.prompter.letter_ids, np.int32))
-        self._pass = self._backend.row_pass(
-            _judge_rows,
-            out_axes=(1, 0, 0),
-            config=model.config,
-            sources=self.source_layers,
-            dtype=jnp.dtype(dtype),
-        )
+        self._pass = compile_pass(self._backend, model.config, self.source_layers, dtype)
 
     def fit(
         self, prompts: Sequence[JudgePrompt], *, row_lengths: Sequence[int] | None = None
@@ -291,6 +285,23 @@ def _stack(rows: Sequence[_Row], size: int, length: int) -> tuple[np.ndarray, ..
 
 def _shared_past(params: Params, tokens_P: jax.Array, *, config: ModelConfig, dtype) -> Past:
     return decoder.make_past(config, params, tokens_P, dtype=dtype)
+
+
+def compile_pass(
+    backend: backends.Backend, config: ModelConfig, sources: tuple[int, ...], dtype
+) -> Callable:
+    """The judge's pass over a batch of rows, as `Backend.row_pass` returns it.
+
+    It takes (parameters, past or None, the two letters' ids) and (tokens, positions, branches, read
+    positions), and returns attention rows, log-odds and top tokens.
+    """
+    return backend.row_pass(
+        _judge_rows,
+        out_axes=(1, 0, 0),
+        config=config,
+        sources=sources,
+        dtype=jnp.dtype(dtype),
+    )
 
 
 def _judge_rows(

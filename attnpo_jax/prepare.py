@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -35,7 +35,7 @@ from attnpo_jax.judge import SAMPLE, Judge, Judgement
 from attnpo_jax.judge_prompt import JudgePrompt, JudgeTemplate
 from attnpo_jax.language_model import LanguageModel
 from attnpo_jax.models import checkpoints, int8
-from attnpo_jax.models.config import ModelConfig
+from attnpo_jax.models.decoder import ModelConfig
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.parallel import processes
 from attnpo_jax.progress import PairProgress
@@ -89,14 +89,18 @@ def prepare(
                 console.print(f"{split.path}: complete, used as it is", highlight=False)
         else:
             if model is None:
-                if config.model.prepare_weights == "int8":
-                    shape = int8.quantized(shape)
+                shape = shape_of_passes(config, shape)
                 backend = backends.for_preparing(shape, config.parallel)
                 _LOG.info("preparing on %s", backend.description)
                 model = _load(config, folder, shape, tokenizer, backend)
             _fill(config, model, backend, split)
         if first:
             console.print(summary(split.name, prepared.Prepared.open(split.path)))
+
+
+def shape_of_passes(config: config_dict.ConfigDict, model: ModelConfig) -> ModelConfig:
+    """The model's shape as the judge's and the reference's passes have it."""
+    return int8.quantized(model) if config.model.prepare_weights == "int8" else model
 
 
 def _load_pairs(config, split: str, workdir: pathlib.Path) -> LoadedPairs:
@@ -253,6 +257,22 @@ def _shard_rows(
     ]
 
 
+def reference_pass(
+    config: config_dict.ConfigDict, model: ModelConfig, backend: backends.Backend
+) -> Callable:
+    """The reference's pass over a batch, as `Backend.row_pass` returns it.
+
+    It takes parameters and a `PairBatch` without a microbatch axis, and returns (log-probs,).
+    """
+    dtype, chunk = jnp.dtype(config.model.dtype), config.model.logps_chunk
+    return backend.row_pass(
+        lambda params, batch: (
+            scoring.response_logps(model, params, batch, dtype=dtype, chunk=chunk),
+        ),
+        out_axes=(0,),
+    )
+
+
 class _Reference:
     """The reference's log-probs, in batches of few shapes chosen from a sample."""
 
@@ -277,13 +297,7 @@ class _Reference:
             )
             for length in choose_buckets(lengths, config.data.num_buckets)
         }
-        dtype, chunk = jnp.dtype(config.model.dtype), config.model.logps_chunk
-        self._logps = backend.row_pass(
-            lambda params, batch: (
-                scoring.response_logps(model.config, params, batch, dtype=dtype, chunk=chunk),
-            ),
-            out_axes=(0,),
-        )
+        self._logps = reference_pass(config, model.config, backend)
 
     def run(
         self, tokenized: Sequence[TokenizedPair]

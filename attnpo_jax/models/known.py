@@ -1,12 +1,31 @@
-"""The `config.json` of public models that the ready configs name: what decides their shape.
+"""The shapes of well-known models, so that a run can be planned before anything is downloaded.
 
-For asking what a run would take before a model has been downloaded. Once it is there, its own
-`config.json` counts.
+Each entry holds what the shape depends on of the model's public config.json, under its own names.
 """
 
+import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import huggingface_hub
+
+from attnpo_jax.models import checkpoints, embedded
 from attnpo_jax.models.config import ModelConfig
+
+_LLAMA_3_8B = {
+    "model_type": "llama",
+    "vocab_size": 128_256,
+    "hidden_size": 4096,
+    "intermediate_size": 14_336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500_000.0,
+    "tie_word_embeddings": False,
+}
 
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -51,15 +70,21 @@ _SMOLLM2 = {
     "tie_word_embeddings": True,
 }
 
-KNOWN: dict[str, dict[str, Any]] = {
-    "HuggingFaceTB/SmolLM2-135M-Instruct": {
-        **_SMOLLM2,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-    },
+_SMOLLM2_135M = {
+    **_SMOLLM2,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+}
+
+KNOWN: dict[str, Mapping[str, Any]] = {
+    embedded.ALIAS: _SMOLLM2_135M,
+    "meta-llama/Meta-Llama-3-8B": _LLAMA_3_8B,
+    "meta-llama/Meta-Llama-3-8B-Instruct": _LLAMA_3_8B,
+    "princeton-nlp/Llama-3-Base-8B-SFT": _LLAMA_3_8B,
+    "HuggingFaceTB/SmolLM2-135M-Instruct": _SMOLLM2_135M,
     "HuggingFaceTB/SmolLM2-360M-Instruct": {
         **_SMOLLM2,
         "hidden_size": 960,
@@ -118,21 +143,31 @@ KNOWN: dict[str, dict[str, Any]] = {
         },
     },
 }
-"""Hub id -> the fields of its `config.json` that `ModelConfig.from_hf` reads."""
+"""config.json by `model.source`."""
 
 
-def known_config(source: str) -> ModelConfig:
-    """The shape of a public model, without its files.
+def shape_of(source: str | os.PathLike) -> ModelConfig:
+    """A model's shape, from as little as will do: no weights are read or downloaded.
 
     Args:
-      source: a hub id.
+      source: `model.source` of a config: a local folder, whose config.json is read; a model that
+        is known here; or another hub id, of which config.json alone is downloaded.
 
     Raises:
-      KeyError: the table lacks it; the message lists those it has.
-
-    >>> known_config("Qwen/Qwen3-4B").num_layers
-    36
+      CheckpointError: it is none of these, or its config.json can't be had or used.
     """
-    if source not in KNOWN:
-        raise KeyError(f"{source!r} is not in the table of known shapes: {', '.join(KNOWN)}")
-    return ModelConfig.from_hf(KNOWN[source])
+    text = os.fspath(source)
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        return checkpoints.load_config(folder)
+    if text in KNOWN:
+        return ModelConfig.from_hf(KNOWN[text])
+    try:
+        file = huggingface_hub.hf_hub_download(text, "config.json")
+    except Exception as error:
+        raise checkpoints.CheckpointError(
+            f"model.source {text!r} is no local folder, and its config.json could not be "
+            f"downloaded from the hub ({error}). Accepted without the hub: a folder with a "
+            f"config.json, {', '.join(KNOWN)}"
+        ) from error
+    return checkpoints.load_config(Path(file).parent)

@@ -38,6 +38,11 @@ def adapted(model: ModelConfig, section: Any) -> ModelConfig:
     return dataclasses.replace(model, lora=LoraConfig(section.rank, section.alpha, ordered))
 
 
+def without(model: ModelConfig) -> ModelConfig:
+    """The model without its adapters."""
+    return dataclasses.replace(model, lora=None)
+
+
 def abstract_adapters(model: ModelConfig) -> dict[str, Any]:
     """The adapters of a model alone, as `jax.ShapeDtypeStruct`s: float32, whatever the base has."""
     flat = flatten_dict(decoder.abstract_params(model), sep="/")

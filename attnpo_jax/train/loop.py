@@ -27,7 +27,7 @@ from attnpo_jax.data.batching import EvalBatches, PairBatch, TrainBatches
 from attnpo_jax.data.prepared import METADATA, Prepared
 from attnpo_jax.models import checkpoints as models
 from attnpo_jax.models import lora
-from attnpo_jax.models.decoder import ModelConfig, abstract_params
+from attnpo_jax.models.decoder import ModelConfig, Params, abstract_params
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.parallel import preemption, processes
 from attnpo_jax.provenance import open_prepared, split_path
@@ -35,7 +35,7 @@ from attnpo_jax.train import optim
 from attnpo_jax.train.checkpoint import Checkpoints
 from attnpo_jax.train.metrics import MetricsWriter
 from attnpo_jax.train.progress import Throughput, TrainProgress
-from attnpo_jax.train.state import create, create_adapted
+from attnpo_jax.train.state import TrainState, create, create_adapted
 from attnpo_jax.train.step import StepSettings, make_eval_step, make_train_step
 
 _LOG = logging.getLogger(__name__)
@@ -153,21 +153,8 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
             local_rows=backend.local_rows,
         )
 
-    schedule = optim.make_schedule(config.optim, total_steps)
-    optimizer = optim.make_optimizer(config.optim, schedule)
-    settings = step_settings(config, policy, data)
-    param_dtype = jnp.dtype(config.model.param_dtype)
-    first_state = functools.partial(create, optimizer=optimizer)
-    if policy.lora is not None:
-        first_state = functools.partial(
-            create_adapted, optimizer=optimizer, model=policy, seed=config.seed
-        )
-    abstract_state = backend.abstract_state(
-        jax.eval_shape(first_state, abstract_params(model, param_dtype))
-    )
-    train_step = backend.train_step(
-        make_train_step(settings, optimizer, schedule, backend.axis_name), abstract_state
-    )
+    settings = step_settings(config, policy, data.source_layers)
+    compiled = compile_step(config, settings, backend, total_steps)
     eval_step = backend.eval_step(make_eval_step(settings, backend.axis_name))
 
     with Checkpoints(
@@ -175,16 +162,16 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
         identity(config, model, data),
         keep=config.train.keep_checkpoints,
     ) as checkpoints:
-        restored = checkpoints.restore(abstract_state)
+        restored = checkpoints.restore(compiled.abstract_state)
         if restored is None or policy.lora is not None:
             params = models.load_params(
                 model_folder,
                 model,
-                param_dtype=param_dtype,
+                param_dtype=jnp.dtype(config.model.param_dtype),
                 shardings=backend.parameter_shardings(),
             )
         if restored is None:
-            state, start, pairs_seen = backend.create_state(first_state, params), 0, 0
+            state, start, pairs_seen = backend.create_state(compiled.first_state, params), 0, 0
             del params  # donated
         else:
             state, start = restored.state, int(restored.state.step)
@@ -240,7 +227,7 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
             for step, host_batch in enumerate(read_ahead(batches, start), start + 1):
                 batch = backend.put_batch(host_batch)
                 with jax.transfer_guard("disallow"):
-                    state, of_step = train_step(state, batch)
+                    state, of_step = compiled.run(state, batch)
                 if unreported is not None:
                     report(*unreported)
                 unreported = step, of_step
@@ -267,17 +254,66 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
             checkpoints.wait()
 
 
+@dataclasses.dataclass(frozen=True)
+class CompiledStep:
+    """The training step of a run, compiled when it is first called or lowered.
+
+    Attributes:
+      first_state: the model's parameters -> the state before the first step.
+      abstract_state: what a state is, with every array's sharding; nothing is allocated.
+      run: `(state, batch) -> (state, metrics)`.
+    """
+
+    first_state: Callable[[Params], TrainState]
+    abstract_state: TrainState
+    run: Callable[[TrainState, PairBatch], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def compile_step(
+    config: config_dict.ConfigDict,
+    settings: StepSettings,
+    backend: backends.Backend,
+    total_steps: int,
+) -> CompiledStep:
+    """The training step as the config says, for the backend's devices.
+
+    Args:
+      config: its sections `optim` and `model` are used, and its seed.
+      settings: see `step_settings`.
+      backend: places the state and compiles the step.
+      total_steps: optimizer steps of the whole run, for the schedule.
+    """
+    schedule = optim.make_schedule(config.optim, total_steps)
+    optimizer = optim.make_optimizer(config.optim, schedule)
+    first_state = functools.partial(create, optimizer=optimizer)
+    if settings.model.lora is not None:
+        first_state = functools.partial(
+            create_adapted, optimizer=optimizer, model=settings.model, seed=config.seed
+        )
+    base = lora.without(settings.model)
+    params = abstract_params(base, jnp.dtype(config.model.param_dtype))
+    abstract_state = backend.abstract_state(jax.eval_shape(first_state, params))
+    step = make_train_step(settings, optimizer, schedule, backend.axis_name)
+    return CompiledStep(first_state, abstract_state, backend.train_step(step, abstract_state))
+
+
 def step_settings(
-    config: config_dict.ConfigDict, model: ModelConfig, data: Prepared
+    config: config_dict.ConfigDict, model: ModelConfig, source_layers: tuple[int, ...]
 ) -> StepSettings:
-    """What the config says about a step."""
+    """What the config says about a step.
+
+    Args:
+      config: see `attnpo_jax.config.default_config`.
+      model: the model's shape.
+      source_layers: the layers on the prepared dataset's source axis.
+    """
     return StepSettings(
         model=model,
         weighting=config_lib.bind_section(weighting, config.weighting),
         objective=config_lib.bind_section(losses, config.objective),
         # An objective of one's own need not have a beta; its rewards are plain log-ratios.
         beta=config.objective.get("beta", 1.0),
-        source_layers=data.source_layers,
+        source_layers=source_layers,
         dtype=jnp.dtype(config.model.dtype),
         remat=config.model.remat,
         logps_chunk=config.model.logps_chunk,

@@ -190,12 +190,17 @@ class Setting:
         lower: Callable[[], Any],
     ) -> Compiled:
         start = time.monotonic()
+        # Nothing that runs here is compiled: no use in a cache.
+        cached = jax.config.jax_enable_compilation_cache
+        jax.config.update("jax_enable_compilation_cache", False)
         try:
             compiled = lower().compile()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             raise DoesNotFit(self._too_large(name, topology, backend, batching, error)) from error
+        finally:
+            jax.config.update("jax_enable_compilation_cache", cached)
         seconds = time.monotonic() - start
         program = hlo.parse(compiled.as_text())
         sizes = dict(backend.mesh.shape)
@@ -215,11 +220,7 @@ class Setting:
         )
 
     def _too_large(self, name, topology, backend, batching, error) -> str:
-        sizes = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", str(error))
-        by = "more memory than a chip has"
-        if sizes:
-            used, room = (_gib(*sizes.group(k, k + 1)) for k in (1, 3))
-            by = f"{used:.2f} GiB of a chip's {room:.2f} GiB, {used - room:.2f} GiB too much"
+        by = _excess(str(error))
         mesh = ", ".join(f"{axis} {size}" for axis, size in backend.mesh.shape.items())
         where = f"on {topology.name} ({mesh})"
         return f"the {name} program needs {by}, {where}; change: {self._changes(name, batching)}"
@@ -252,6 +253,20 @@ def _coordinates(mesh: jax.sharding.Mesh) -> np.ndarray:
     """Where the mesh's devices are in their slice: int (data, fsdp, tensor, 3)."""
     flat = [tuple(device.coords) for device in mesh.devices.flat]
     return np.array(flat).reshape(*mesh.devices.shape, -1)
+
+
+def _excess(message: str) -> str:
+    """What XLA says of a program that is too large."""
+    number = r"([\d.]+)([KMGT])"
+    for pattern in (
+        rf"Used {number} of {number} hbm",
+        rf"temporaries \({number}\) exceeds available HBM \({number}\)",
+    ):
+        sizes = re.search(pattern, message)
+        if sizes:
+            used, room = (_gib(*sizes.group(k, k + 1)) for k in (1, 3))
+            return f"{used:.2f} GiB of a chip's {room:.2f} GiB, {used - room:.2f} GiB too much"
+    return "more memory than a chip has"
 
 
 def _gib(number: str, unit: str) -> float:

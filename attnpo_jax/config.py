@@ -74,7 +74,7 @@ def default_config() -> config_dict.ConfigDict:
     # matrix products), "layer" (all but each layer's input; least memory).
     model.remat = "dots"
     # Tokens that are projected to the vocabulary at a time; bounds the memory of the logits.
-    model.logps_chunk = 512
+    model.logps_chunk = 2048
 
     config.data = data = config_dict.ConfigDict()
     # A source of pairs or a tuple of them: "builtin:train", a .json, .jsonl, .parquet or .arrow

@@ -18,7 +18,7 @@ def response_logps(
     *,
     dtype=jnp.float32,
     remat: str = "none",
-    chunk: int = 1024,
+    chunk: int = 2048,
 ) -> jax.Array:
     """Log-prob of each response token given its prompt and the tokens before it.
 

@@ -171,13 +171,22 @@ class Vocabulary:
         """This device's rows of `rows_of_group`."""
         return x
 
-    def pick(self, logits_BMV: jax.Array, target_BM: jax.Array) -> jax.Array:
-        """The targets' logits (B, M)."""
-        return jnp.take_along_axis(logits_BMV, target_BM[..., None], axis=-1)[..., 0]
+    def length(self, unembedding_VD: jax.Array) -> jax.Array:
+        """How many of this device's words there are; the rest of its part is padding."""
+        return jnp.asarray(unembedding_VD.shape[0])
 
-    def logsumexp(self, logits_BMV: jax.Array) -> jax.Array:
-        """log of the sum over the vocabulary of exp(logits), (B, M)."""
-        return jax.nn.logsumexp(logits_BMV, axis=-1)
+    def place(self, target_BM: jax.Array) -> jax.Array:
+        """Where in this device's part the targets are; outside of it where they are not."""
+        return target_BM
+
+    @staticmethod
+    def constant(x: jax.Array) -> jax.Array:
+        """A constant as what a loop over this part's words starts with."""
+        return x
+
+    def log_probs(self, picked_BM: jax.Array, log_sum_BM: jax.Array) -> jax.Array:
+        """Log-probs (B, M) from this part's logit of the target, or 0, and log of its sum of exp."""
+        return picked_BM - log_sum_BM
 
 
 class _Part(Vocabulary):
@@ -187,25 +196,29 @@ class _Part(Vocabulary):
         self._size, self._first = size, first
 
     def rows_of_group(self, x):
-        return jax.lax.all_gather(x, "fsdp", axis=0, tiled=True)
+        # What devices do with them differs: the transpose sums it up.
+        x = jax.lax.all_gather(x, "fsdp", axis=0, tiled=True)
+        return jax.lax.pcast(x, "tensor", to="varying")
 
     def own_rows(self, x):
         B = x.shape[0] // jax.lax.axis_size("fsdp")
         return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index("fsdp") * B, B)
 
-    def pick(self, logits_BMV, target_BM):
-        hit = self._tokens(logits_BMV) == target_BM[..., None]
-        return jax.lax.psum(jnp.sum(jnp.where(hit, logits_BMV, 0.0), axis=-1), _VOCABULARY)
+    def length(self, unembedding_VD):
+        length = jnp.clip(self._size - self._first, 0, unembedding_VD.shape[0])
+        return jax.lax.pcast(length, "data", to="varying")
 
-    def logsumexp(self, logits_BMV):
-        logits_BMV = jnp.where(self._tokens(logits_BMV) < self._size, logits_BMV, -jnp.inf)
-        highest = jnp.max(jax.lax.stop_gradient(logits_BMV), axis=-1)
-        highest = jax.lax.pmax(highest, _VOCABULARY)
-        summed = jnp.sum(jnp.exp(logits_BMV - highest[..., None]), axis=-1)
-        return highest + jnp.log(jax.lax.psum(summed, _VOCABULARY))
+    def place(self, target_BM):
+        return target_BM - self._first
 
-    def _tokens(self, logits_BMV):
-        return self._first + jnp.arange(logits_BMV.shape[-1])
+    @staticmethod
+    def constant(x):
+        return jax.lax.pcast(x, AXES, to="varying")
+
+    def log_probs(self, picked_BM, log_sum_BM):
+        highest = jax.lax.pmax(jax.lax.stop_gradient(log_sum_BM), _VOCABULARY)
+        total = jax.lax.psum(jnp.exp(log_sum_BM - highest), _VOCABULARY)
+        return jax.lax.psum(picked_BM, _VOCABULARY) - highest - jnp.log(total)
 
 
 def split_logits(hidden_BMD: jax.Array, unembedding_VD: jax.Array) -> tuple[jax.Array, jax.Array]:

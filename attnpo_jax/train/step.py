@@ -43,7 +43,7 @@ class StepSettings:
     source_layers: tuple[int, ...]
     dtype: Any = jnp.float32
     remat: str = "dots"
-    logps_chunk: int = 512
+    logps_chunk: int = 2048
 
 
 def pair_losses(

@@ -73,6 +73,9 @@ def default_config() -> config_dict.ConfigDict:
     # What the backward pass recomputes: "none" (most memory), "dots" (all but the outputs of
     # matrix products), "layer" (all but each layer's input; least memory).
     model.remat = "dots"
+    # What computes attention: "xla" (everywhere), "cudnn" (NVIDIA GPUs, bfloat16), "tokamax" (TPUs,
+    # extra "tokamax"), or "auto": the last two where they can serve, "xla" elsewhere.
+    model.attention = "auto"
     # Tokens that are projected to the vocabulary at a time; bounds the memory of the logits.
     model.logps_chunk = 2048
 

@@ -115,6 +115,7 @@ RULES: dict[str, Rule] = {
     "model.dtype": _one_of(*_PRECISIONS),
     "model.param_dtype": _one_of(*_PRECISIONS),
     "model.remat": _one_of("none", "dots", "layer"),
+    "model.attention": _one_of("auto", "xla", "cudnn", "tokamax"),
     "model.logps_chunk": _integer(1),
     "data.train": _texts("a source of pairs", empty=False),
     "data.eval": _texts("a source of pairs", empty=True),

@@ -25,8 +25,9 @@ from attnpo_jax.models.attention import MASKED, Past, RowLayout, ScoreRule, soft
 # names saves running it twice.
 RESIDUALS = ("attention_output", "attention_log_sums")
 
-# Scores of a pair of blocks: fewer are not worth a turn of the loop, more leave the cache.
-_SCORES = 1 << 19
+# Scores of a head in a pair of blocks, all rows together: fewer are not worth a turn of the loop,
+# more leave the cache.
+_SCORES = 1 << 16
 _SHORTEST, _LONGEST = 64, 256
 
 # Codes of tokens that no (segment, branch) has: 4 * segment + branch is at least 1.
@@ -57,16 +58,15 @@ class Blocks:
     kinds: jax.Array  # int32 (n, m)
 
     @classmethod
-    def of(cls, layout: RowLayout, num_heads: int, past_length: int = 0) -> "Blocks":
+    def of(cls, layout: RowLayout, past_length: int = 0) -> "Blocks":
         """The blocks for rows of a layout; the same for all layers of a model.
 
         Args:
           layout: who sees whom.
-          num_heads: query heads, N.
           past_length: P, 0 without a shared past.
         """
         B, L = layout.branch_BL.shape
-        b = _block_length(B, L, num_heads)
+        b = _block_length(B, L)
         real = layout.branch_BL > 0
         segment = 0 if layout.segment_BL is None else 4 * layout.segment_BL
         places = past_length + jnp.arange(L)[None]
@@ -116,7 +116,7 @@ def attend(
     v_BLKH: jax.Array,
     blocks: Blocks,
     *,
-    rule: ScoreRule = ScoreRule(),
+    rule: ScoreRule,
     past: Past | None = None,
 ) -> jax.Array:
     """Attention outputs (B, L, N, H) under the row's visibility rule; see `attention.attend`.
@@ -220,8 +220,7 @@ def _backward(softcap, residuals, d_out_BLNH):
     inputs = (q, out, d_out, log_sums, blocks.queries, blocks.kinds)
     (d_k, d_v), d_q = jax.lax.scan(of_queries, zeros, inputs)
     gradients = (
-        _join(d, x.shape).astype(x.dtype)
-        for d, x in ((d_q, q_BLNH), (d_k, k_BLKH), (d_v, v_BLKH))
+        _join(d, x.shape).astype(x.dtype) for d, x in ((d_q, q_BLNH), (d_k, k_BLKH), (d_v, v_BLKH))
     )
     return *gradients, None, None
 
@@ -253,9 +252,9 @@ def _visible(query: _Tokens, key: _Tokens, window) -> jax.Array:
     return mask
 
 
-def _block_length(B: int, L: int, num_heads: int) -> int:
+def _block_length(B: int, L: int) -> int:
     """The length of which blocks are of a good size, and fill the row."""
-    ideal = math.sqrt(_SCORES / (B * num_heads))
+    ideal = math.sqrt(_SCORES / B)
     wanted = min(max(ideal, _SHORTEST), _LONGEST)
     return 16 * math.ceil(L / max(1, round(L / wanted)) / 16)
 

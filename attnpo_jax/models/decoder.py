@@ -19,14 +19,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attnpo_jax.models import block_attention
-from attnpo_jax.models.attention import (
-    Past,
-    RowLayout,
-    attention_rows,
-    weighted_values,
-)
-from attnpo_jax.models.xla_attention import Attention
+from attnpo_jax.models.attention import Past, RowLayout, attention_rows, weighted_values
+from attnpo_jax.models.attention_backends import RESIDUALS, attend, make_masks
 from attnpo_jax.models.config import LinearRopeScaling, ModelConfig, RopeScaling
 from attnpo_jax.models.layer_kinds import layer_kinds, rope_tables, rotate
 from attnpo_jax.parallel import rules
@@ -52,9 +46,10 @@ Params = dict[str, Any]
 
 REMAT_POLICIES = {
     "none": None,  # every intermediate kept: fastest, most memory
-    "dots": jax.checkpoint_policies.save_from_both_policies(  # outputs of matmuls and attention
+    # Outputs of matmuls kept, and what an attention kernel gives: running it again costs the most.
+    "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(*block_attention.RESIDUALS),
+        jax.checkpoint_policies.save_only_these_names(*RESIDUALS),
     ),
     "layer": jax.checkpoint_policies.nothing_saveable,  # only each layer's input kept
 }
@@ -191,18 +186,20 @@ class Decoder(nnx.Module):
         if not config.tie_word_embeddings:
             self.lm_head = _param((V, D), ("vocab", "embed"), rngs, dtype)
 
-    def __call__(self, tokens_BL, positions_BL, layout: RowLayout, *, dtype, remat: str):
+    def __call__(
+        self, tokens_BL, positions_BL, layout: RowLayout, *, dtype, remat: str, attention: str
+    ):
         """Final hidden states (B, L, D)."""
         ropes = rope_tables(self.config, positions_BL)
         graphdef, stacked = nnx.split(self.layers)
-        attend = Attention(layout, self.config.num_heads)
+        run_attention = self._attention(attention, layout)
 
         def body(x_BLD, slice_and_kind):
             slice_, kind = slice_and_kind
             layer, rope = nnx.merge(graphdef, slice_), kind.rope_of(ropes)
             normed = layer.normed_for_attention(x_BLD)
             q_BLNH, k_BLKH = layer.queries(normed, rope), layer.keys(normed, rope)
-            attended = attend(q_BLNH, k_BLKH, layer.values(normed), kind.score_rule(self.config))
+            attended = run_attention(kind, q_BLNH, k_BLKH, layer.values(normed))
             return layer.after_attention(x_BLD, attended), None
 
         policy = rules.checkpoint_policy(REMAT_POLICIES[remat])
@@ -223,6 +220,7 @@ class Decoder(nnx.Module):
         past: Past | None,
         with_hidden: bool,
         dtype,
+        attention: str,
     ) -> ReadOutput:
         """Attention rows of the source layers at the read positions; nothing else is kept.
 
@@ -235,8 +233,7 @@ class Decoder(nnx.Module):
         ropes_read = rope_tables(self.config, positions_BQ)
         graphdef, stacked = nnx.split(self.layers)
         kinds = layer_kinds(self.config)
-        past_length = 0 if past is None else past.keys.shape[1]
-        attend = Attention(layout, self.config.num_heads, past_length)
+        run_attention = self._attention(attention, layout, past)
 
         def layer_at(i):
             # Indexing (rather than scanning over the stack itself) leaves the stack whole in place
@@ -256,11 +253,12 @@ class Decoder(nnx.Module):
 
         def body(x_BLD, i):
             layer, kind, layer_past = layer_at(i)
-            rope, rule = kind.rope_of(ropes), kind.score_rule(self.config)
+            rope = kind.rope_of(ropes)
             normed = layer.normed_for_attention(x_BLD)
             k_BLKH, v_BLKH = layer.keys(normed, rope), layer.values(normed)
             row = mean_over_heads(row_of(layer, kind, normed, k_BLKH, layer_past))
-            attended = attend(layer.queries(normed, rope), k_BLKH, v_BLKH, rule, layer_past)
+            q_BLNH = layer.queries(normed, rope)
+            attended = run_attention(kind, q_BLNH, k_BLKH, v_BLKH, layer_past)
             return layer.after_attention(x_BLD, attended), row
 
         x_BLD, rows = jax.lax.scan(body, self._embed(tokens_BL, dtype), jnp.arange(last))
@@ -276,26 +274,45 @@ class Decoder(nnx.Module):
             hidden_BQD = self._final(layer.after_attention(residual, attended))
         return ReadOutput(rows_SBQL=rows[jnp.asarray(sources)], hidden_BQD=hidden_BQD)
 
-    def make_past(self, tokens_P, *, dtype) -> Past:
+    def make_past(self, tokens_P, *, dtype, attention: str) -> Past:
         """Keys and values of every layer for tokens that all rows of later passes begin with."""
         tokens_BL = tokens_P[None]
         positions_BL = jnp.arange(tokens_P.shape[0])[None]
         ropes = rope_tables(self.config, positions_BL)
         layout = row_layout(self.config, jnp.ones_like(tokens_BL), positions_BL)
         graphdef, stacked = nnx.split(self.layers)
-        attend = Attention(layout, self.config.num_heads)
+        run_attention = self._attention(attention, layout)
 
         def body(x_BLD, slice_and_kind):
             slice_, kind = slice_and_kind
             layer, rope = nnx.merge(graphdef, slice_), kind.rope_of(ropes)
             normed = layer.normed_for_attention(x_BLD)
             k_BLKH, v_BLKH = layer.keys(normed, rope), layer.values(normed)
-            rule = kind.score_rule(self.config)
-            attended = attend(layer.queries(normed, rope), k_BLKH, v_BLKH, rule)
+            attended = run_attention(kind, layer.queries(normed, rope), k_BLKH, v_BLKH)
             return layer.after_attention(x_BLD, attended), Past(k_BLKH[0], v_BLKH[0])
 
         layers = stacked, layer_kinds(self.config)
         return jax.lax.scan(body, self._embed(tokens_BL, dtype), layers)[1]
+
+    def _attention(self, backend: str, layout: RowLayout, past: Past | None = None):
+        """`(kind, q, k, v, past of the layer) -> attended` on rows of one layout."""
+        rule = layer_kinds(self.config).score_rule(self.config)
+        past_length = 0 if past is None else past.keys.shape[1]
+        masks = make_masks(backend, layout, rule, past_length)
+
+        def run(kind, q_BLNH, k_BLKH, v_BLKH, past: Past | None = None):
+            return attend(
+                q_BLNH,
+                k_BLKH,
+                v_BLKH,
+                layout,
+                rule=kind.score_rule(self.config),
+                past=past,
+                backend=backend,
+                masks=masks,
+            )
+
+        return run
 
     def _embed(self, tokens_BL, dtype):
         x_BLD = rules.lookup(self.embedding[...], tokens_BL, dtype)
@@ -404,6 +421,7 @@ def forward(
     segment_BL: jax.Array | None = None,
     dtype=jnp.float32,
     remat: str = "none",
+    attention: str = "xla",
 ) -> jax.Array:
     """Final hidden states of rows `[prefix | branch 1 | branch 2]`.
 
@@ -416,12 +434,15 @@ def forward(
       segment_BL: int32 (B, L), which packed pair a token belongs to; None for one pair a row.
       dtype: what activations are computed in; norms and softmax stay in float32.
       remat: what the backward pass recomputes, a key of `REMAT_POLICIES`.
+      attention: what computes attention, one of `attention_backends.BACKENDS`.
 
     Returns:
       hidden_BLD, after the final norm, in `dtype`.
     """
     layout = row_layout(config, branch_BL, positions_BL, segment_BL)
-    return _decoder(config, params)(tokens_BL, positions_BL, layout, dtype=dtype, remat=remat)
+    return _decoder(config, params)(
+        tokens_BL, positions_BL, layout, dtype=dtype, remat=remat, attention=attention
+    )
 
 
 def read(
@@ -436,6 +457,7 @@ def read(
     past: Past | None = None,
     with_hidden: bool = True,
     dtype=jnp.float32,
+    attention: str = "xla",
 ) -> ReadOutput:
     """Where the tokens at `read_BQ` look, in each source layer: the judge's pass.
 
@@ -450,6 +472,7 @@ def read(
       past: keys and values of tokens that every row begins with (see `make_past`), or None.
       with_hidden: whether the final hidden states at the read positions are wanted too.
       dtype: what activations are computed in.
+      attention: what computes attention but for the rows that are read, as for `forward`.
     """
     return _decoder(config, params).read(
         tokens_BL,
@@ -460,9 +483,17 @@ def read(
         past=past,
         with_hidden=with_hidden,
         dtype=dtype,
+        attention=attention,
     )
 
 
-def make_past(config: ModelConfig, params: Params, tokens_P: jax.Array, *, dtype=jnp.float32):
+def make_past(
+    config: ModelConfig,
+    params: Params,
+    tokens_P: jax.Array,
+    *,
+    dtype=jnp.float32,
+    attention: str = "xla",
+) -> Past:
     """Runs tokens that many rows begin with once: their keys and values in every layer."""
-    return _decoder(config, params).make_past(tokens_P, dtype=dtype)
+    return _decoder(config, params).make_past(tokens_P, dtype=dtype, attention=attention)

@@ -126,9 +126,7 @@ def _backward(softcap, constant, residuals, cotangents):
 
     def add_words(carry, start):
         d_hidden_TD, d_unembedding_VD = carry
-        words_WD, logits_TW, words, valid = _tile(
-            hidden_TD, unembedding_VD, start, length, softcap
-        )
+        words_WD, logits_TW, words, valid = _tile(hidden_TD, unembedding_VD, start, length, softcap)
         d_TW = jnp.exp(logits_TW - log_sum_T[:, None]) * d_log_sum_T[:, None]
         d_TW += jnp.where(words == place_T[:, None], d_picked_T[:, None], 0.0)
         if softcap is not None:

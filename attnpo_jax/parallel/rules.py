@@ -12,6 +12,7 @@ Shapes: B rows, L row length, M scored tokens a row, D width, V vocabulary.
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,12 @@ RULES: dict[str, str | None] = {
 
 # The mesh axes that split the rows of a batch.
 ROWS = ("data", "fsdp")
+
+# How a batch's arrays are split: rows first, then heads on axis 2.
+WHOLE = PartitionSpec()
+BY_ROWS = PartitionSpec(ROWS)
+BY_HEADS = PartitionSpec(None, "tensor")
+BY_ROWS_AND_HEADS = PartitionSpec(ROWS, None, "tensor")
 
 
 def parameter_spec(
@@ -100,7 +107,30 @@ def by_rows(x: jax.Array) -> jax.Array:
     """Activations (B, ...), split by rows and not otherwise."""
     if not _splits_rows(x):
         return x
-    return _constrain(x, PartitionSpec(ROWS))
+    return _constrain(x, BY_ROWS)
+
+
+def per_device(
+    function: Callable[..., Any], inputs: Sequence[Any], output: Any, *, rows: int
+) -> Callable[..., Any]:
+    """Runs a function on each device's own rows and heads: for kernels, which nobody partitions.
+
+    Args:
+      function: what a device does with its part of each argument.
+      inputs: how each argument is split: `WHOLE`, `BY_ROWS`, ..., or a pytree of those.
+      output: how the result is.
+      rows: of the batch; where the mesh does not divide them, each device takes all.
+    """
+    if not _sizes():
+        return function
+    if rows % row_shards():
+        inputs, output = jax.tree.map(
+            lambda spec: PartitionSpec(*(None if entry == ROWS else entry for entry in spec)),
+            (tuple(inputs), output),
+            is_leaf=lambda x: isinstance(x, PartitionSpec),
+        )
+    # Kernels do not say along which axes their results vary.
+    return jax.shard_map(function, in_specs=tuple(inputs), out_specs=output, check_vma=False)
 
 
 def lookup(table_VD: jax.Array, tokens_BL: jax.Array, dtype) -> jax.Array:
@@ -185,7 +215,7 @@ class Vocabulary:
         return x
 
     def log_probs(self, picked_BM: jax.Array, log_sum_BM: jax.Array) -> jax.Array:
-        """Log-probs (B, M) from this part's logit of the target, or 0, and log of its sum of exp."""
+        """Log-probs (B, M) from this part's logit of the target, or 0, and its log-sum-exp."""
         return picked_BM - log_sum_BM
 
 
@@ -229,6 +259,11 @@ def split_logits(hidden_BMD: jax.Array, unembedding_VD: jax.Array) -> tuple[jax.
         _constrain(hidden_BMD, PartitionSpec("data")),
         _constrain(unembedding_VD, PartitionSpec(_VOCABULARY)),
     )
+
+
+def on_mesh() -> bool:
+    """Whether a mesh of several devices is current."""
+    return bool(_sizes())
 
 
 def row_shards() -> int:

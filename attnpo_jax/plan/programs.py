@@ -17,6 +17,7 @@ import numpy as np
 from attnpo_jax import config as config_lib
 from attnpo_jax import flops as model_flops
 from attnpo_jax import judge, prepare
+from attnpo_jax.models import attention_backends
 from attnpo_jax.models.decoder import ModelConfig, abstract_params
 from attnpo_jax.parallel import mesh as meshes
 from attnpo_jax.parallel.backend import Sharded
@@ -65,9 +66,11 @@ class Compiled:
       mesh: sizes of their mesh's axes.
       coordinates: where in the slice the mesh's devices are, int (data, fsdp, tensor, 3).
       batching: what it takes at a time.
+      attention: what computes attention, one of `attention_backends.BACKENDS`.
       memory: bytes.
       model_flops: that the result needs, over all chips (see `attnpo_jax.flops`).
-      flops: that a chip computes, repeated work and padding included.
+      flops: of a chip's matrix products, repeated work and padding included; without those inside
+        an attention kernel, which XLA does not see.
       traffic: bytes through a chip's main memory.
       collectives: what the chips exchange.
       unknown_loops: loops that count once, since their length could not be read.
@@ -79,6 +82,7 @@ class Compiled:
     mesh: Mapping[str, int]
     coordinates: np.ndarray
     batching: Batching
+    attention: str
     memory: Memory
     model_flops: int
     flops: int
@@ -122,9 +126,9 @@ class Setting:
         config, at = self.config, self.lengths
         backend = Sharded(self.model, self.training_mesh(), self.topology.devices())
         batching = Batching.training(config, backend.row_shards)
-        step = loop.compile_step(
-            config, loop.step_settings(config, self.model, self.sources), backend, total_steps=100
-        )
+        attention = self._attention(backend)
+        settings = loop.step_settings(config, self.model, self.sources, attention)
+        step = loop.compile_step(config, settings, backend, total_steps=100)
         batch = lengths.train_batch(at, batching, len(self.sources))
         needed = batching.pairs * model_flops.training(self.model, at.prompt, (at.response,) * 2)
         return self._compile(
@@ -140,7 +144,7 @@ class Setting:
         """The reference's pass on one host's chips; raises as `training` does."""
         at, backend = self.lengths, self._host_backend()
         batching = Batching.preparing(self.config, at.row, backend.row_shards)
-        call = prepare.reference_pass(self.config, self.model, backend)
+        call = prepare.reference_pass(self.config, self.model, backend, self._attention(backend))
         batch = lengths.reference_batch(at, batching.rows)
         needed = model_flops.response_logps(self.model, at.prompt, (at.response,) * 2)
         return self._compile(
@@ -156,8 +160,13 @@ class Setting:
         """The judge's pass on one host's chips; raises as `training` does."""
         at, backend = self.lengths, self._host_backend()
         batching = Batching.preparing(self.config, at.judge_row, backend.row_shards)
-        dtype = jnp.dtype(self.config.model.dtype)
-        call = judge.compile_pass(backend, self.model, self.sources, dtype)
+        call = judge.compile_pass(
+            backend,
+            self.sources,
+            config=self.model,
+            dtype=jnp.dtype(self.config.model.dtype),
+            attention=self._attention(backend),
+        )
         rows = lengths.judge_rows(at, batching.rows)
         letters = jax.ShapeDtypeStruct((2,), jnp.int32)
         needed = model_flops.judge_row(self.model, 0, at.judge_prefix, (at.judge_order,) * 2)
@@ -175,6 +184,13 @@ class Setting:
         return Sharded(
             self.model, meshes.local_sizes(self.training_mesh(), host.size), host.devices()
         )
+
+    def _attention(self, backend: Sharded) -> str:
+        model = self.config.model
+        choice = attention_backends.choose(
+            model.attention, self.model, jnp.dtype(model.dtype), backend.devices
+        )
+        return choice.backend
 
     def _params(self, backend: Sharded) -> Any:
         params = abstract_params(self.model, jnp.dtype(self.config.model.param_dtype))
@@ -210,6 +226,7 @@ class Setting:
             mesh=sizes,
             coordinates=_coordinates(backend.mesh),
             batching=batching,
+            attention=self._attention(backend),
             memory=Memory.of(compiled.memory_analysis()),
             model_flops=needed,
             flops=work.flops(program),

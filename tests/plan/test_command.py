@@ -62,6 +62,7 @@ def made(name, pairs):
         mesh={"data": 2, "fsdp": 2, "tensor": 1},
         coordinates=np.array([[[[0, 0, 0]], [[0, 1, 0]]], [[[1, 0, 0]], [[1, 1, 0]]]]),
         batching=Batching(1, pairs, pairs),
+        attention="xla",
         memory=Memory(2**30, 2**31, 2**20, 2**30 + 2**31 + 2**20),
         model_flops=int(4 * 197e12 / 8),
         flops=int(197e12),

@@ -38,6 +38,8 @@ def setting(model=MODEL, row=128, **fields):
     config.judge.layers, config.judge.batch_size = (-1,), 4
     config.train.batch_size, config.train.microbatch_size = 8, 4
     config.model.dtype, config.model.remat, config.model.logps_chunk = "bfloat16", "layer", 32
+    # Not a kernel, in which XLA sees no FLOPs.
+    config.model.attention = "xla"
     config.parallel.mesh.update({"data": 1, "fsdp": -1, "tensor": 1})
     config.update_from_flattened_dict(fields)
     lengths = Lengths.of(config, row if row < 2 * config.data.max_length else None)

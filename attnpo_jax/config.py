@@ -76,8 +76,11 @@ def default_config() -> config_dict.ConfigDict:
     # What the backward pass recomputes: "none" (most memory), "dots" (all but the outputs of
     # matrix products), "layer" (all but each layer's input; least memory).
     model.remat = "dots"
+    # What computes attention: "xla" (everywhere), "cudnn" (NVIDIA GPUs, bfloat16), "tokamax" (TPUs,
+    # extra "tokamax"), or "auto": the last two where they can serve, "xla" elsewhere.
+    model.attention = "auto"
     # Tokens that are projected to the vocabulary at a time; bounds the memory of the logits.
-    model.logps_chunk = 512
+    model.logps_chunk = 2048
 
     config.data = data = config_dict.ConfigDict()
     # A source of pairs or a tuple of them: "builtin:train", a .json, .jsonl, .parquet or .arrow

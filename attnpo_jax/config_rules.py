@@ -126,6 +126,7 @@ RULES: dict[str, Rule] = {
     "model.param_dtype": _one_of(*_PRECISIONS),
     "model.prepare_weights": _one_of("full", "int8"),
     "model.remat": _one_of("none", "dots", "layer"),
+    "model.attention": _one_of("auto", "xla", "cudnn", "tokamax"),
     "model.logps_chunk": _integer(1),
     "data.train": _texts("a source of pairs", empty=False),
     "data.eval": _texts("a source of pairs", empty=True),

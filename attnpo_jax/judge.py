@@ -9,6 +9,7 @@ Shapes: B rows, L row length, P length of that common beginning, S source layers
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -21,10 +22,12 @@ from attnpo_jax.data.sources import Pair
 from attnpo_jax.data.tokenize import TokenizedPair, tokenize_pair
 from attnpo_jax.judge_prompt import JudgePrompt, JudgePrompter, JudgeTemplate
 from attnpo_jax.language_model import LanguageModel
-from attnpo_jax.models import decoder, head
+from attnpo_jax.models import attention_backends, decoder, head
 from attnpo_jax.models.decoder import ModelConfig, Params, Past
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.parallel import rules
+
+_LOG = logging.getLogger(__name__)
 
 # How many prompts are looked at to find their common beginning and the row lengths to compile.
 SAMPLE = 256
@@ -76,6 +79,10 @@ class Judge:
       num_buckets: row lengths that are compiled for the sampled prompts; longer rows than those
         add powers of two.
       backend: where to run; the model's parameters lie as it says. None for one device.
+      attention: `auto`, or one of `models.attention_backends.BACKENDS`.
+
+    Raises:
+      AttentionError: that backend of attention cannot serve the model on these devices.
     """
 
     def __init__(
@@ -91,6 +98,7 @@ class Judge:
         token_budget: int = 4096,
         num_buckets: int = 4,
         backend: backends.Backend | None = None,
+        attention: str = "auto",
     ):
         layers = model.config.num_layers
         self.source_layers = tuple(range(layers)[layer] for layer in source_layers)
@@ -98,7 +106,6 @@ class Judge:
             model.tokenizer, JudgeTemplate.load(template), max_length, max_answer_length
         )
         self._model = model
-        self._dtype = dtype
         self._batch_size = batch_size
         self._token_budget = token_budget
         self._num_buckets = num_buckets
@@ -106,8 +113,16 @@ class Judge:
         self._past: Past | None = None
         self._lengths: tuple[int, ...] = ()
         self._backend = backend or backends.one_device(model.config)
+        choice = attention_backends.choose(attention, model.config, dtype, self._backend.devices)
+        if attention == "auto":
+            _LOG.info("attention: %s", choice)
+        self._static = {
+            "config": model.config,
+            "dtype": jnp.dtype(dtype),
+            "attention": choice.backend,
+        }
         self._letters = self._backend.replicate(np.asarray(self.prompter.letter_ids, np.int32))
-        self._pass = compile_pass(self._backend, model.config, self.source_layers, dtype)
+        self._pass = compile_pass(self._backend, self.source_layers, **self._static)
 
     def fit(
         self, prompts: Sequence[JudgePrompt], *, row_lengths: Sequence[int] | None = None
@@ -128,9 +143,7 @@ class Judge:
         self._common = common if len(prompts) > 1 else common[:0]
         self._past = None
         if len(self._common):
-            make_past = self._backend.whole_pass(
-                _shared_past, config=self._model.config, dtype=jnp.dtype(self._dtype)
-            )
+            make_past = self._backend.whole_pass(_shared_past, **self._static)
             self._past = make_past(self._model.params, self._common)
         lengths = [len(self._row(prompt).tokens) for prompt in prompts]
         self._lengths = tuple(row_lengths or choose_buckets(np.array(lengths), self._num_buckets))
@@ -283,12 +296,19 @@ def _stack(rows: Sequence[_Row], size: int, length: int) -> tuple[np.ndarray, ..
     return tokens, positions, branch, read
 
 
-def _shared_past(params: Params, tokens_P: jax.Array, *, config: ModelConfig, dtype) -> Past:
-    return decoder.make_past(config, params, tokens_P, dtype=dtype)
+def _shared_past(
+    params: Params, tokens_P: jax.Array, *, config: ModelConfig, dtype, attention: str
+) -> Past:
+    return decoder.make_past(config, params, tokens_P, dtype=dtype, attention=attention)
 
 
 def compile_pass(
-    backend: backends.Backend, config: ModelConfig, sources: tuple[int, ...], dtype
+    backend: backends.Backend,
+    sources: tuple[int, ...],
+    *,
+    config: ModelConfig,
+    dtype,
+    attention: str,
 ) -> Callable:
     """The judge's pass over a batch of rows, as `Backend.row_pass` returns it.
 
@@ -301,6 +321,7 @@ def compile_pass(
         config=config,
         sources=sources,
         dtype=jnp.dtype(dtype),
+        attention=attention,
     )
 
 
@@ -311,6 +332,7 @@ def _judge_rows(
     config: ModelConfig,
     sources: tuple[int, ...],
     dtype,
+    attention: str,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Attention rows (S, B, 2, L), the chosen letter's log-odds (B, 2) and the top token (B, 2).
 
@@ -328,6 +350,7 @@ def _judge_rows(
         sources=sources,
         past=past,
         dtype=dtype,
+        attention=attention,
     )
     hidden_BQD, unembedding_VD = rules.split_logits(
         output.hidden_BQD, decoder.unembedding(params).astype(dtype)

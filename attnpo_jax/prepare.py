@@ -4,6 +4,7 @@ Rows are written shard by shard. An interruption at any moment loses the shard u
 """
 
 import dataclasses
+import functools
 import logging
 import os
 import pathlib
@@ -34,7 +35,7 @@ from attnpo_jax.data.tokenize import ChatTokenizer, TokenizedPair, tokenize_pair
 from attnpo_jax.judge import SAMPLE, Judge, Judgement
 from attnpo_jax.judge_prompt import JudgePrompt, JudgeTemplate
 from attnpo_jax.language_model import LanguageModel
-from attnpo_jax.models import checkpoints, int8
+from attnpo_jax.models import attention_backends, checkpoints, int8
 from attnpo_jax.models.decoder import ModelConfig
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.parallel import processes
@@ -64,6 +65,7 @@ def prepare(
       PreparedMismatch: the dataset on disk was prepared with other settings.
       OSError: a shard could not be written; those before it stay.
       MeshError: the devices or the model do not fit `parallel.mesh`.
+      AttentionError: `model.attention` cannot serve the model on these devices.
     """
     config_lib.validate(config)
     workdir, console = pathlib.Path(workdir), console or Console()
@@ -82,7 +84,7 @@ def prepare(
     # Nobody may finish a dataset that another process still takes for unfinished, or the reverse.
     processes.barrier("prepare: looked at what there is")
     first = processes.is_first()
-    model, backend = None, None
+    model, backend, attention = None, None, None
     for split in todo:
         if split.status == "complete":
             if first:
@@ -92,8 +94,12 @@ def prepare(
                 shape = shape_of_passes(config, shape)
                 backend = backends.for_preparing(shape, config.parallel)
                 _LOG.info("preparing on %s", backend.description)
+                attention = attention_backends.choose(
+                    config.model.attention, shape, config.model.dtype, backend.devices
+                )
+                _LOG.info("attention: %s", attention)
                 model = _load(config, folder, shape, tokenizer, backend)
-            _fill(config, model, backend, split)
+            _fill(config, model, backend, attention.backend, split)
         if first:
             console.print(summary(split.name, prepared.Prepared.open(split.path)))
 
@@ -154,6 +160,7 @@ def _fill(
     config: config_dict.ConfigDict,
     model: LanguageModel,
     backend: backends.Backend,
+    attention: str,
     split: _Split,
 ) -> None:
     """Computes and writes this process's shards that are not there yet, then the metadata."""
@@ -180,6 +187,7 @@ def _fill(
             token_budget=config.judge.token_budget,
             num_buckets=config.data.num_buckets,
             backend=backend,
+            attention=attention,
         )
 
         def tokenize(some: Sequence[Pair]) -> tuple[list[TokenizedPair], list[JudgePrompt]]:
@@ -201,7 +209,7 @@ def _fill(
         ]
         tokenized, prompts = tokenize(sample)
         judge.fit(prompts)
-        reference = _Reference(config, model, backend, tokenized)
+        reference = _Reference(config, model, backend, attention, tokenized)
         total = sum(stop - start for _, start, stop in pending)
         with (
             PairProgress(
@@ -258,19 +266,20 @@ def _shard_rows(
 
 
 def reference_pass(
-    config: config_dict.ConfigDict, model: ModelConfig, backend: backends.Backend
+    config: config_dict.ConfigDict, model: ModelConfig, backend: backends.Backend, attention: str
 ) -> Callable:
     """The reference's pass over a batch, as `Backend.row_pass` returns it.
 
     It takes parameters and a `PairBatch` without a microbatch axis, and returns (log-probs,).
     """
-    dtype, chunk = jnp.dtype(config.model.dtype), config.model.logps_chunk
-    return backend.row_pass(
-        lambda params, batch: (
-            scoring.response_logps(model, params, batch, dtype=dtype, chunk=chunk),
-        ),
-        out_axes=(0,),
+    score = functools.partial(
+        scoring.response_logps,
+        model,
+        dtype=jnp.dtype(config.model.dtype),
+        attention=attention,
+        chunk=config.model.logps_chunk,
     )
+    return backend.row_pass(lambda params, batch: (score(params, batch),), out_axes=(0,))
 
 
 class _Reference:
@@ -281,6 +290,7 @@ class _Reference:
         config,
         model: LanguageModel,
         backend: backends.Backend,
+        attention: str,
         sample: Sequence[TokenizedPair],
     ):
         self._model = model
@@ -297,7 +307,7 @@ class _Reference:
             )
             for length in choose_buckets(lengths, config.data.num_buckets)
         }
-        self._logps = reference_pass(config, model.config, backend)
+        self._logps = reference_pass(config, model.config, backend, attention)
 
     def run(
         self, tokenized: Sequence[TokenizedPair]

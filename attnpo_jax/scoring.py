@@ -18,7 +18,8 @@ def response_logps(
     *,
     dtype=jnp.float32,
     remat: str = "none",
-    chunk: int = 1024,
+    attention: str = "xla",
+    chunk: int = 2048,
 ) -> jax.Array:
     """Log-prob of each response token given its prompt and the tokens before it.
 
@@ -31,6 +32,7 @@ def response_logps(
       batch: rows without a microbatch axis.
       dtype: what activations are computed in.
       remat: a key of `decoder.REMAT_POLICIES`.
+      attention: one of `models.attention_backends.BACKENDS`.
       chunk: tokens whose logits exist at a time.
 
     Returns:
@@ -45,6 +47,7 @@ def response_logps(
         segment_BL=batch.segment_BL if batch.valid_BG.shape[1] > 1 else None,
         dtype=dtype,
         remat=remat,
+        attention=attention,
     )
     hidden_BMD = jnp.take_along_axis(hidden_BLD, batch.read_BM[..., None], axis=1)
     logps_BM = token_logps(

@@ -32,7 +32,7 @@ from attnpo_jax.data.tokenize import ChatTokenizer, tokenize_pair
 from attnpo_jax.judge import Judge
 from attnpo_jax.judge_prompt import JudgePrompter, JudgeTemplate
 from attnpo_jax.language_model import LanguageModel, load_model
-from attnpo_jax.models import checkpoints, decoder
+from attnpo_jax.models import attention_backends, checkpoints, decoder
 from attnpo_jax.models.head import token_logps
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.provenance import open_prepared
@@ -450,6 +450,7 @@ class _Trainer:
     def __init__(self, config, model: decoder.ModelConfig, source_layers: tuple[int, ...]):
         schedule = optim.make_schedule(config.optim, 1000)
         optimizer = optim.make_optimizer(config.optim, schedule)
+        self.backend = backends.for_training(model, config.parallel)
         settings = StepSettings(
             model=model,
             weighting=config_lib.bind_section(weighting, config.weighting),
@@ -458,11 +459,13 @@ class _Trainer:
             source_layers=source_layers,
             dtype=jnp.dtype(config.model.dtype),
             remat=config.model.remat,
+            attention=attention_backends.choose(
+                config.model.attention, model, config.model.dtype, self.backend.devices
+            ).backend,
             logps_chunk=config.model.logps_chunk,
         )
         self._model, self._dtype = model, jnp.dtype(config.model.param_dtype)
         self._create = functools.partial(create, optimizer=optimizer)
-        self.backend = backends.for_training(model, config.parallel)
         self.abstract_state = self.backend.abstract_state(
             jax.eval_shape(self._create, decoder.abstract_params(model, self._dtype))
         )

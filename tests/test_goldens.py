@@ -243,7 +243,9 @@ def test_six_steps_of_training(model, prepared):
         weighted = [name for name in want if "/weighted_" in name]
         assert len(weighted) == 6
         for name in weighted:
-            close(found, want, name, where, relative=0.01, absolute=0.01)
+            # While the policy is the reference, the sign of its rewards is a matter of rounding.
+            if want["rewards/weighted_margins"] or not name.endswith("accuracies"):
+                close(found, want, name, where, relative=0.01, absolute=0.01)
 
 
 def close(found, want, name, where, *, relative, absolute=0.0):

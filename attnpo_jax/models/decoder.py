@@ -19,13 +19,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attnpo_jax.models.attention import (
-    Past,
-    RowLayout,
-    attend,
-    attention_rows,
-    weighted_values,
-)
+from attnpo_jax.models.attention import Past, RowLayout, attention_rows, weighted_values
+from attnpo_jax.models.attention_backends import RESIDUALS, attend, make_masks
 from attnpo_jax.models.config import PROJECTIONS, LinearRopeScaling, ModelConfig, RopeScaling
 from attnpo_jax.models.layer_kinds import layer_kinds, rope_tables, rotate
 from attnpo_jax.parallel import rules
@@ -51,7 +46,11 @@ Params = dict[str, Any]
 
 REMAT_POLICIES = {
     "none": None,  # every intermediate kept: fastest, most memory
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # matmul outputs kept
+    # Outputs of matmuls kept, and what an attention kernel gives: running it again costs the most.
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(*RESIDUALS),
+    ),
     "layer": jax.checkpoint_policies.nothing_saveable,  # only each layer's input kept
 }
 
@@ -156,7 +155,7 @@ class Layers(nnx.Module):
             )
             y = (sums * self._weight(f"{name}_scale", jnp.float32)).astype(x.dtype)
         else:
-            y = jnp.einsum(spec, x, self._weight(name, x.dtype))
+            y = linear(x, self._weight(name, x.dtype), spec)
         if hasattr(self, f"{name}_bias"):
             y += self._weight(f"{name}_bias", x.dtype)
         if hasattr(self, f"{name}_lora_a"):
@@ -237,18 +236,20 @@ class Decoder(nnx.Module):
         if not config.tie_word_embeddings:
             self.lm_head = _param((V, D), ("vocab", "embed"), rngs, dtype)
 
-    def __call__(self, tokens_BL, positions_BL, layout: RowLayout, *, dtype, remat: str):
+    def __call__(
+        self, tokens_BL, positions_BL, layout: RowLayout, *, dtype, remat: str, attention: str
+    ):
         """Final hidden states (B, L, D)."""
         ropes = rope_tables(self.config, positions_BL)
         graphdef, stacked = nnx.split(self.layers)
+        run_attention = self._attention(attention, layout)
 
         def body(x_BLD, slice_and_kind):
             slice_, kind = slice_and_kind
             layer, rope = nnx.merge(graphdef, slice_), kind.rope_of(ropes)
             normed = layer.normed_for_attention(x_BLD)
             q_BLNH, k_BLKH = layer.queries(normed, rope), layer.keys(normed, rope)
-            rule = kind.score_rule(self.config)
-            attended = attend(q_BLNH, k_BLKH, layer.values(normed), layout, rule=rule)
+            attended = run_attention(kind, q_BLNH, k_BLKH, layer.values(normed))
             return layer.after_attention(x_BLD, attended), None
 
         policy = rules.checkpoint_policy(REMAT_POLICIES[remat])
@@ -269,6 +270,7 @@ class Decoder(nnx.Module):
         past: Past | None,
         with_hidden: bool,
         dtype,
+        attention: str,
     ) -> ReadOutput:
         """Attention rows of the source layers at the read positions; nothing else is kept.
 
@@ -281,6 +283,7 @@ class Decoder(nnx.Module):
         ropes_read = rope_tables(self.config, positions_BQ)
         graphdef, stacked = nnx.split(self.layers)
         kinds = layer_kinds(self.config)
+        run_attention = self._attention(attention, layout, past)
 
         def layer_at(i):
             # Indexing (rather than scanning over the stack itself) leaves the stack whole in place
@@ -300,12 +303,12 @@ class Decoder(nnx.Module):
 
         def body(x_BLD, i):
             layer, kind, layer_past = layer_at(i)
-            rope, rule = kind.rope_of(ropes), kind.score_rule(self.config)
+            rope = kind.rope_of(ropes)
             normed = layer.normed_for_attention(x_BLD)
             k_BLKH, v_BLKH = layer.keys(normed, rope), layer.values(normed)
             row = mean_over_heads(row_of(layer, kind, normed, k_BLKH, layer_past))
             q_BLNH = layer.queries(normed, rope)
-            attended = attend(q_BLNH, k_BLKH, v_BLKH, layout, rule=rule, past=layer_past)
+            attended = run_attention(kind, q_BLNH, k_BLKH, v_BLKH, layer_past)
             return layer.after_attention(x_BLD, attended), row
 
         x_BLD, rows = jax.lax.scan(body, self._embed(tokens_BL, dtype), jnp.arange(last))
@@ -321,25 +324,45 @@ class Decoder(nnx.Module):
             hidden_BQD = self._final(layer.after_attention(residual, attended))
         return ReadOutput(rows_SBQL=rows[jnp.asarray(sources)], hidden_BQD=hidden_BQD)
 
-    def make_past(self, tokens_P, *, dtype) -> Past:
+    def make_past(self, tokens_P, *, dtype, attention: str) -> Past:
         """Keys and values of every layer for tokens that all rows of later passes begin with."""
         tokens_BL = tokens_P[None]
         positions_BL = jnp.arange(tokens_P.shape[0])[None]
         ropes = rope_tables(self.config, positions_BL)
         layout = row_layout(self.config, jnp.ones_like(tokens_BL), positions_BL)
         graphdef, stacked = nnx.split(self.layers)
+        run_attention = self._attention(attention, layout)
 
         def body(x_BLD, slice_and_kind):
             slice_, kind = slice_and_kind
             layer, rope = nnx.merge(graphdef, slice_), kind.rope_of(ropes)
             normed = layer.normed_for_attention(x_BLD)
             k_BLKH, v_BLKH = layer.keys(normed, rope), layer.values(normed)
-            rule = kind.score_rule(self.config)
-            attended = attend(layer.queries(normed, rope), k_BLKH, v_BLKH, layout, rule=rule)
+            attended = run_attention(kind, layer.queries(normed, rope), k_BLKH, v_BLKH)
             return layer.after_attention(x_BLD, attended), Past(k_BLKH[0], v_BLKH[0])
 
         layers = stacked, layer_kinds(self.config)
         return jax.lax.scan(body, self._embed(tokens_BL, dtype), layers)[1]
+
+    def _attention(self, backend: str, layout: RowLayout, past: Past | None = None):
+        """`(kind, q, k, v, past of the layer) -> attended` on rows of one layout."""
+        rule = layer_kinds(self.config).score_rule(self.config)
+        past_length = 0 if past is None else past.keys.shape[1]
+        masks = make_masks(backend, layout, rule, past_length)
+
+        def run(kind, q_BLNH, k_BLKH, v_BLKH, past: Past | None = None):
+            return attend(
+                q_BLNH,
+                k_BLKH,
+                v_BLKH,
+                layout,
+                rule=kind.score_rule(self.config),
+                past=past,
+                backend=backend,
+                masks=masks,
+            )
+
+        return run
 
     def _embed(self, tokens_BL, dtype):
         x_BLD = rules.lookup(self.embedding[...], tokens_BL, dtype)
@@ -356,6 +379,31 @@ def row_layout(config: ModelConfig, branch_BL, positions_BL, segment_BL=None) ->
     """The rows' layout, with positions where the model has windows to count in them."""
     positions = None if config.layer_windows is None else positions_BL
     return RowLayout(branch_BL, segment_BL, positions)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def linear(x: jax.Array, weight: jax.Array, spec: str) -> jax.Array:
+    """`einsum(spec, x, weight)` with the weight's gradient computed as it lies in memory.
+
+    JAX's own rule puts the output's cotangent first. Then compilers transpose that, which is often
+    the larger operand, and the result: on a CPU a quarter of the feed-forward block's time.
+    """
+    return jnp.einsum(spec, x, weight)
+
+
+def _linear_forward(x, weight, spec):
+    return linear(x, weight, spec), (x, weight)
+
+
+def _linear_backward(spec, residuals, d_out):
+    x, weight = residuals
+    factors, out = spec.split("->")
+    of_x, of_weight = factors.split(",")
+    d_x = jnp.einsum(f"{out},{of_weight}->{of_x}", d_out, weight)
+    return d_x, jnp.einsum(f"{of_x},{out}->{of_weight}", x, d_out)
+
+
+linear.defvjp(_linear_forward, _linear_backward)
 
 
 def rms_norm(x, weight, eps: float, style: str = "llama"):
@@ -423,6 +471,7 @@ def forward(
     segment_BL: jax.Array | None = None,
     dtype=jnp.float32,
     remat: str = "none",
+    attention: str = "xla",
 ) -> jax.Array:
     """Final hidden states of rows `[prefix | branch 1 | branch 2]`.
 
@@ -435,12 +484,15 @@ def forward(
       segment_BL: int32 (B, L), which packed pair a token belongs to; None for one pair a row.
       dtype: what activations are computed in; norms and softmax stay in float32.
       remat: what the backward pass recomputes, a key of `REMAT_POLICIES`.
+      attention: what computes attention, one of `attention_backends.BACKENDS`.
 
     Returns:
       hidden_BLD, after the final norm, in `dtype`.
     """
     layout = row_layout(config, branch_BL, positions_BL, segment_BL)
-    return _decoder(config, params)(tokens_BL, positions_BL, layout, dtype=dtype, remat=remat)
+    return _decoder(config, params)(
+        tokens_BL, positions_BL, layout, dtype=dtype, remat=remat, attention=attention
+    )
 
 
 def read(
@@ -455,6 +507,7 @@ def read(
     past: Past | None = None,
     with_hidden: bool = True,
     dtype=jnp.float32,
+    attention: str = "xla",
 ) -> ReadOutput:
     """Where the tokens at `read_BQ` look, in each source layer: the judge's pass.
 
@@ -469,6 +522,7 @@ def read(
       past: keys and values of tokens that every row begins with (see `make_past`), or None.
       with_hidden: whether the final hidden states at the read positions are wanted too.
       dtype: what activations are computed in.
+      attention: what computes attention but for the rows that are read, as for `forward`.
     """
     return _decoder(config, params).read(
         tokens_BL,
@@ -479,9 +533,17 @@ def read(
         past=past,
         with_hidden=with_hidden,
         dtype=dtype,
+        attention=attention,
     )
 
 
-def make_past(config: ModelConfig, params: Params, tokens_P: jax.Array, *, dtype=jnp.float32):
+def make_past(
+    config: ModelConfig,
+    params: Params,
+    tokens_P: jax.Array,
+    *,
+    dtype=jnp.float32,
+    attention: str = "xla",
+) -> Past:
     """Runs tokens that many rows begin with once: their keys and values in every layer."""
-    return _decoder(config, params).make_past(tokens_P, dtype=dtype)
+    return _decoder(config, params).make_past(tokens_P, dtype=dtype, attention=attention)

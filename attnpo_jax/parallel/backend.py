@@ -25,11 +25,13 @@ class Backend(Protocol):
     Attributes:
       row_shards: in how many parts the rows of a batch are; batches have a multiple of it.
       axis_name: the axis that a step's function sums over itself, or None where the compiler does.
+      devices: where it runs.
       description: the devices and how they are used, in words.
     """
 
     row_shards: int
     axis_name: str | None
+    devices: Sequence[jax.Device]
     description: str
 
     def parameter_shardings(self) -> Any:
@@ -130,6 +132,7 @@ class Sharded:
     def __init__(self, model: ModelConfig, sizes: Mapping[str, int], devices: Sequence[jax.Device]):
         meshes.check_model(model, sizes)
         self.mesh: Mesh = meshes.make_mesh(sizes, devices)
+        self.devices = tuple(devices)
         self.row_shards = sizes["data"] * sizes["fsdp"]
         listed = ", ".join(f"{axis} {sizes[axis]}" for axis in rules.AXES)
         self.description = f"{len(devices)} {devices[0].device_kind} devices ({listed})"
@@ -235,15 +238,15 @@ class Replicated:
     axis_name = "devices"
 
     def __init__(self, model: ModelConfig, devices: Sequence[jax.Device]):
-        self._devices = list(devices)
+        self.devices = tuple(devices)
         self._model = model
-        self.row_shards = len(self._devices)
+        self.row_shards = len(self.devices)
         self.description = f"{len(devices)} {devices[0].device_kind} devices (pmap)"
         mesh = jax.make_mesh(
-            (len(self._devices),),
+            (len(self.devices),),
             (self.axis_name,),
             axis_types=(jax.sharding.AxisType.Auto,),
-            devices=self._devices,
+            devices=self.devices,
         )
         self._whole = NamedSharding(mesh, PartitionSpec())
         self._split = NamedSharding(mesh, PartitionSpec(self.axis_name))
@@ -287,7 +290,7 @@ class Replicated:
         return sharding.put(tree, self._whole)
 
     def local_rows(self, num_rows: int) -> np.ndarray:
-        local = [device.process_index == jax.process_index() for device in self._devices]
+        local = [device.process_index == jax.process_index() for device in self.devices]
         return np.repeat(local, num_rows // len(local))
 
     def _pmap(self, function: Callable, **options: Any) -> Callable:
@@ -295,7 +298,7 @@ class Replicated:
             function,
             axis_name=self.axis_name,
             in_axes=(None, 0),
-            devices=self._devices,
+            devices=self.devices,
             **options,
         )
 

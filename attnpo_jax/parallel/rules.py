@@ -12,6 +12,7 @@ Shapes: B rows, L row length, M scored tokens a row, D width, V vocabulary.
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,12 @@ RULES: dict[str, str | None] = {
 
 # The mesh axes that split the rows of a batch.
 ROWS = ("data", "fsdp")
+
+# How a batch's arrays are split: rows first, then heads on axis 2.
+WHOLE = PartitionSpec()
+BY_ROWS = PartitionSpec(ROWS)
+BY_HEADS = PartitionSpec(None, "tensor")
+BY_ROWS_AND_HEADS = PartitionSpec(ROWS, None, "tensor")
 
 
 def parameter_spec(
@@ -101,7 +108,30 @@ def by_rows(x: jax.Array) -> jax.Array:
     """Activations (B, ...), split by rows and not otherwise."""
     if not _splits_rows(x):
         return x
-    return _constrain(x, PartitionSpec(ROWS))
+    return _constrain(x, BY_ROWS)
+
+
+def per_device(
+    function: Callable[..., Any], inputs: Sequence[Any], output: Any, *, rows: int
+) -> Callable[..., Any]:
+    """Runs a function on each device's own rows and heads: for kernels, which nobody partitions.
+
+    Args:
+      function: what a device does with its part of each argument.
+      inputs: how each argument is split: `WHOLE`, `BY_ROWS`, ..., or a pytree of those.
+      output: how the result is.
+      rows: of the batch; where the mesh does not divide them, each device takes all.
+    """
+    if not _sizes():
+        return function
+    if rows % row_shards():
+        inputs, output = jax.tree.map(
+            lambda spec: PartitionSpec(*(None if entry == ROWS else entry for entry in spec)),
+            (tuple(inputs), output),
+            is_leaf=lambda x: isinstance(x, PartitionSpec),
+        )
+    # Kernels do not say along which axes their results vary.
+    return jax.shard_map(function, in_specs=tuple(inputs), out_specs=output, check_vma=False)
 
 
 def lookup(table_VD: jax.Array, tokens_BL: jax.Array, dtype) -> jax.Array:
@@ -172,13 +202,22 @@ class Vocabulary:
         """This device's rows of `rows_of_group`."""
         return x
 
-    def pick(self, logits_BMV: jax.Array, target_BM: jax.Array) -> jax.Array:
-        """The targets' logits (B, M)."""
-        return jnp.take_along_axis(logits_BMV, target_BM[..., None], axis=-1)[..., 0]
+    def length(self, unembedding_VD: jax.Array) -> jax.Array:
+        """How many of this device's words there are; the rest of its part is padding."""
+        return jnp.asarray(unembedding_VD.shape[0])
 
-    def logsumexp(self, logits_BMV: jax.Array) -> jax.Array:
-        """log of the sum over the vocabulary of exp(logits), (B, M)."""
-        return jax.nn.logsumexp(logits_BMV, axis=-1)
+    def place(self, target_BM: jax.Array) -> jax.Array:
+        """Where in this device's part the targets are; outside of it where they are not."""
+        return target_BM
+
+    @staticmethod
+    def constant(x: jax.Array) -> jax.Array:
+        """A constant as what a loop over this part's words starts with."""
+        return x
+
+    def log_probs(self, picked_BM: jax.Array, log_sum_BM: jax.Array) -> jax.Array:
+        """Log-probs (B, M) from this part's logit of the target, or 0, and its log-sum-exp."""
+        return picked_BM - log_sum_BM
 
 
 class _Part(Vocabulary):
@@ -188,25 +227,29 @@ class _Part(Vocabulary):
         self._size, self._first = size, first
 
     def rows_of_group(self, x):
-        return jax.lax.all_gather(x, "fsdp", axis=0, tiled=True)
+        # What devices do with them differs: the transpose sums it up.
+        x = jax.lax.all_gather(x, "fsdp", axis=0, tiled=True)
+        return jax.lax.pcast(x, "tensor", to="varying")
 
     def own_rows(self, x):
         B = x.shape[0] // jax.lax.axis_size("fsdp")
         return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index("fsdp") * B, B)
 
-    def pick(self, logits_BMV, target_BM):
-        hit = self._tokens(logits_BMV) == target_BM[..., None]
-        return jax.lax.psum(jnp.sum(jnp.where(hit, logits_BMV, 0.0), axis=-1), _VOCABULARY)
+    def length(self, unembedding_VD):
+        length = jnp.clip(self._size - self._first, 0, unembedding_VD.shape[0])
+        return jax.lax.pcast(length, "data", to="varying")
 
-    def logsumexp(self, logits_BMV):
-        logits_BMV = jnp.where(self._tokens(logits_BMV) < self._size, logits_BMV, -jnp.inf)
-        highest = jnp.max(jax.lax.stop_gradient(logits_BMV), axis=-1)
-        highest = jax.lax.pmax(highest, _VOCABULARY)
-        summed = jnp.sum(jnp.exp(logits_BMV - highest[..., None]), axis=-1)
-        return highest + jnp.log(jax.lax.psum(summed, _VOCABULARY))
+    def place(self, target_BM):
+        return target_BM - self._first
 
-    def _tokens(self, logits_BMV):
-        return self._first + jnp.arange(logits_BMV.shape[-1])
+    @staticmethod
+    def constant(x):
+        return jax.lax.pcast(x, AXES, to="varying")
+
+    def log_probs(self, picked_BM, log_sum_BM):
+        highest = jax.lax.pmax(jax.lax.stop_gradient(log_sum_BM), _VOCABULARY)
+        total = jax.lax.psum(jnp.exp(log_sum_BM - highest), _VOCABULARY)
+        return jax.lax.psum(picked_BM, _VOCABULARY) - highest - jnp.log(total)
 
 
 def split_logits(hidden_BMD: jax.Array, unembedding_VD: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -217,6 +260,11 @@ def split_logits(hidden_BMD: jax.Array, unembedding_VD: jax.Array) -> tuple[jax.
         _constrain(hidden_BMD, PartitionSpec("data")),
         _constrain(unembedding_VD, PartitionSpec(_VOCABULARY)),
     )
+
+
+def on_mesh() -> bool:
+    """Whether a mesh of several devices is current."""
+    return bool(_sizes())
 
 
 def row_shards() -> int:

@@ -5,7 +5,6 @@ import logging
 import pathlib
 from typing import Any
 
-import jax
 from ml_collections import config_dict
 from rich.console import Console
 
@@ -62,8 +61,6 @@ def plan(
         Lengths.of(config, row_length, response_length),
     )
     setting.training_mesh()
-    # A program for a chip that is not there cannot be read back from the cache.
-    jax.config.update("jax_enable_compilation_cache", False)
     if search_over:
         ranking = search.ranking(setting)
         if as_json:

@@ -180,24 +180,17 @@ class Program:
             return int(known[1])
         condition = self.computations[_NAME.findall(loop.attribute("condition"))[0]]
         compare = condition.root
+        sides = [condition.instructions[o] for o in compare.operands]
         if compare.opcode == "fusion":
-            # The comparison alone: the fusion's operands are its parameters, in order.
-            operands, inner = compare.operands, self.computations[compare.called()[0]].root
-            if inner.opcode != "compare":
+            inner = self.computations[compare.called()[0]]
+            compare = inner.root
+            factors = [inner.instructions[o] for o in compare.operands]
+            if any(factor.opcode != "parameter" for factor in factors):
                 return None
-            places = [
-                int(self.computations[compare.called()[0]].instructions[o].arguments)
-                for o in inner.operands
-                if self.computations[compare.called()[0]].instructions[o].opcode == "parameter"
-            ]
-            if len(places) != 2:
-                return None
-            left, right = (condition.instructions[operands[p]] for p in places)
-            compare = inner
-        elif compare.opcode == "compare":
-            left, right = (condition.instructions[o] for o in compare.operands)
-        else:
+            sides = [sides[int(factor.arguments)] for factor in factors]
+        if compare.opcode != "compare":
             return None
+        left, right = sides
         limit = _constant(condition, right)
         if left.opcode != "get-tuple-element" or limit is None:
             return None

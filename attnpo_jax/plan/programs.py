@@ -17,7 +17,7 @@ import numpy as np
 from attnpo_jax import config as config_lib
 from attnpo_jax import flops as model_flops
 from attnpo_jax import judge, prepare
-from attnpo_jax.models import lora
+from attnpo_jax.models import attention_backends, lora
 from attnpo_jax.models.decoder import ModelConfig, abstract_params
 from attnpo_jax.parallel import mesh as meshes
 from attnpo_jax.parallel.backend import Sharded
@@ -66,9 +66,11 @@ class Compiled:
       mesh: sizes of their mesh's axes.
       coordinates: where in the slice the mesh's devices are, int (data, fsdp, tensor, 3).
       batching: what it takes at a time.
+      attention: what computes attention, one of `attention_backends.BACKENDS`.
       memory: bytes.
       model_flops: that the result needs, over all chips (see `attnpo_jax.flops`).
-      flops: that a chip computes, repeated work and padding included.
+      flops: of a chip's matrix products, repeated work and padding included; without those inside
+        an attention kernel, which XLA does not see.
       traffic: bytes through a chip's main memory.
       collectives: what the chips exchange.
       unknown_loops: loops that count once, since their length could not be read.
@@ -80,6 +82,7 @@ class Compiled:
     mesh: Mapping[str, int]
     coordinates: np.ndarray
     batching: Batching
+    attention: str
     memory: Memory
     model_flops: int
     flops: int
@@ -124,9 +127,9 @@ class Setting:
         policy = lora.adapted(self.model, config.lora)
         backend = Sharded(policy, self.training_mesh(), self.topology.devices())
         batching = Batching.training(config, backend.row_shards)
-        step = loop.compile_step(
-            config, loop.step_settings(config, policy, self.sources), backend, total_steps=100
-        )
+        attention = self._attention(backend)
+        settings = loop.step_settings(config, policy, self.sources, attention)
+        step = loop.compile_step(config, settings, backend, total_steps=100)
         batch = lengths.train_batch(at, batching, len(self.sources))
         needed = batching.pairs * model_flops.training(self.model, at.prompt, (at.response,) * 2)
         return self._compile(
@@ -142,7 +145,8 @@ class Setting:
         """The reference's pass on one host's chips; raises as `training` does."""
         at, backend = self.lengths, self._host_backend()
         batching = Batching.preparing(self.config, at.row, backend.row_shards)
-        call = prepare.reference_pass(self.config, self._of_passes, backend)
+        attention = self._attention(backend)
+        call = prepare.reference_pass(self.config, self._of_passes, backend, attention)
         batch = lengths.reference_batch(at, batching.rows)
         needed = model_flops.response_logps(self.model, at.prompt, (at.response,) * 2)
         return self._compile(
@@ -158,8 +162,13 @@ class Setting:
         """The judge's pass on one host's chips; raises as `training` does."""
         at, backend = self.lengths, self._host_backend()
         batching = Batching.preparing(self.config, at.judge_row, backend.row_shards)
-        dtype = jnp.dtype(self.config.model.dtype)
-        call = judge.compile_pass(backend, self._of_passes, self.sources, dtype)
+        call = judge.compile_pass(
+            backend,
+            self.sources,
+            config=self._of_passes,
+            dtype=jnp.dtype(self.config.model.dtype),
+            attention=self._attention(backend),
+        )
         rows = lengths.judge_rows(at, batching.rows)
         letters = jax.ShapeDtypeStruct((2,), jnp.int32)
         needed = model_flops.judge_row(self.model, 0, at.judge_prefix, (at.judge_order,) * 2)
@@ -182,6 +191,13 @@ class Setting:
             self._of_passes, meshes.local_sizes(self.training_mesh(), host.size), host.devices()
         )
 
+    def _attention(self, backend: Sharded) -> str:
+        model = self.config.model
+        choice = attention_backends.choose(
+            model.attention, self.model, jnp.dtype(model.dtype), backend.devices
+        )
+        return choice.backend
+
     def _params(self, backend: Sharded) -> Any:
         params = abstract_params(self._of_passes, jnp.dtype(self.config.model.param_dtype))
         return backend.abstract_state(params)
@@ -196,12 +212,17 @@ class Setting:
         lower: Callable[[], Any],
     ) -> Compiled:
         start = time.monotonic()
+        # Nothing that runs here is compiled: no use in a cache.
+        cached = jax.config.jax_enable_compilation_cache
+        jax.config.update("jax_enable_compilation_cache", False)
         try:
             compiled = lower().compile()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             raise DoesNotFit(self._too_large(name, topology, backend, batching, error)) from error
+        finally:
+            jax.config.update("jax_enable_compilation_cache", cached)
         seconds = time.monotonic() - start
         program = hlo.parse(compiled.as_text())
         sizes = dict(backend.mesh.shape)
@@ -211,6 +232,7 @@ class Setting:
             mesh=sizes,
             coordinates=_coordinates(backend.mesh),
             batching=batching,
+            attention=self._attention(backend),
             memory=Memory.of(compiled.memory_analysis()),
             model_flops=needed,
             flops=work.flops(program),
@@ -221,11 +243,7 @@ class Setting:
         )
 
     def _too_large(self, name, topology, backend, batching, error) -> str:
-        sizes = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", str(error))
-        by = "more memory than a chip has"
-        if sizes:
-            used, room = (_gib(*sizes.group(k, k + 1)) for k in (1, 3))
-            by = f"{used:.2f} GiB of a chip's {room:.2f} GiB, {used - room:.2f} GiB too much"
+        by = _excess(str(error))
         mesh = ", ".join(f"{axis} {size}" for axis, size in backend.mesh.shape.items())
         where = f"on {topology.name} ({mesh})"
         return f"the {name} program needs {by}, {where}; change: {self._changes(name, batching)}"
@@ -258,6 +276,20 @@ def _coordinates(mesh: jax.sharding.Mesh) -> np.ndarray:
     """Where the mesh's devices are in their slice: int (data, fsdp, tensor, 3)."""
     flat = [tuple(device.coords) for device in mesh.devices.flat]
     return np.array(flat).reshape(*mesh.devices.shape, -1)
+
+
+def _excess(message: str) -> str:
+    """What XLA says of a program that is too large."""
+    number = r"([\d.]+)([KMGT])"
+    for pattern in (
+        rf"Used {number} of {number} hbm",
+        rf"temporaries \({number}\) exceeds available HBM \({number}\)",
+    ):
+        sizes = re.search(pattern, message)
+        if sizes:
+            used, room = (_gib(*sizes.group(k, k + 1)) for k in (1, 3))
+            return f"{used:.2f} GiB of a chip's {room:.2f} GiB, {used - room:.2f} GiB too much"
+    return "more memory than a chip has"
 
 
 def _gib(number: str, unit: str) -> float:

@@ -68,6 +68,7 @@ def program_json(program: Compiled) -> dict[str, Any]:
         "topology": program.topology.name,
         "mesh": dict(program.mesh),
         "batching": dataclasses.asdict(program.batching),
+        "attention": program.attention,
         "memory": {**dataclasses.asdict(program.memory), "hbm": program.topology.chip.hbm},
         "model_flops": program.model_flops,
         "flops": program.flops,
@@ -126,6 +127,7 @@ def _programs(plan: Plan) -> Table:
     row("mesh", lambda p, _: ", ".join(f"{axis} {n}" for axis, n in p.mesh.items()))
     row("pairs", lambda p, _: str(p.batching.pairs))
     row("rows", lambda p, _: f"{p.batching.microbatches} x {p.batching.rows}")
+    row("attention", lambda p, _: p.attention)
     row("arguments", lambda p, _: _gib(p.memory.arguments))
     row("temporaries", lambda p, _: _gib(p.memory.temporaries))
     row("peak", lambda p, _: f"{_gib(p.memory.peak)} of {_gib(p.topology.chip.hbm)}")

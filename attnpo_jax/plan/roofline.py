@@ -30,7 +30,9 @@ class Roofline:
     @classmethod
     def of(cls, program: Compiled) -> "Roofline":
         chip = program.topology.chip
-        compute = program.flops / chip.flops
+        # What a kernel computes is not among the program's FLOPs, but is needed.
+        needed = program.model_flops / program.topology.size
+        compute = max(program.flops, needed) / chip.flops
         memory = program.traffic / chip.hbm_bandwidth
         network = sum(
             c.total / (chip.link_bandwidth * links(program, c.axes)) for c in program.collectives

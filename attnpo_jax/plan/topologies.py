@@ -1,9 +1,9 @@
 """TPU chips with their published peaks, and slices of them.
 
 Source of the figures: the pages of Cloud TPU's documentation on the chips,
-https://docs.cloud.google.com/tpu/docs/v5e, .../v5p and .../v6e. They give a chip's interconnect as a
-whole, both directions counted: 400 GB/s for the 4 links of a v5e, 800 for the 4 of a v6e, 1200 for
-the 6 of a v5p.
+https://docs.cloud.google.com/tpu/docs/v5e, .../v5p and .../v6e. They give a chip's interconnect
+as a whole, both directions counted: 400 GB/s for the 4 links of a v5e, 800 for the 4 of a v6e,
+1200 for the 6 of a v5p.
 """
 
 import dataclasses

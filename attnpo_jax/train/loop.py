@@ -25,8 +25,8 @@ from attnpo_jax import losses, weighting
 from attnpo_jax.data import atomic
 from attnpo_jax.data.batching import EvalBatches, PairBatch, TrainBatches
 from attnpo_jax.data.prepared import METADATA, Prepared
+from attnpo_jax.models import attention_backends, lora
 from attnpo_jax.models import checkpoints as models
-from attnpo_jax.models import lora
 from attnpo_jax.models.decoder import ModelConfig, Params, abstract_params
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.parallel import preemption, processes
@@ -104,6 +104,7 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
       CheckpointMismatch: the checkpoints of `workdir` belong to another run.
       NonFiniteError: a loss or gradient was not finite.
       MeshError: the devices or the model do not fit `parallel.mesh`.
+      AttentionError: `model.attention` cannot serve the model on these devices.
       Preempted: SIGTERM came; a checkpoint of the step under way is written.
     """
     config_lib.validate(config)
@@ -114,6 +115,10 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
     policy = lora.adapted(model, config.lora)
     backend = backends.for_training(policy, config.parallel)
     _LOG.info("training on %s", backend.description)
+    attention = attention_backends.choose(
+        config.model.attention, model, config.model.dtype, backend.devices
+    )
+    _LOG.info("attention: %s", attention)
 
     splits = ("train", "eval") if config.data.eval else ("train",)
     for split in splits:
@@ -153,7 +158,7 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
             local_rows=backend.local_rows,
         )
 
-    settings = step_settings(config, policy, data.source_layers)
+    settings = step_settings(config, policy, data.source_layers, attention.backend)
     compiled = compile_step(config, settings, backend, total_steps)
     eval_step = backend.eval_step(make_eval_step(settings, backend.axis_name))
 
@@ -298,7 +303,10 @@ def compile_step(
 
 
 def step_settings(
-    config: config_dict.ConfigDict, model: ModelConfig, source_layers: tuple[int, ...]
+    config: config_dict.ConfigDict,
+    model: ModelConfig,
+    source_layers: tuple[int, ...],
+    attention: str,
 ) -> StepSettings:
     """What the config says about a step.
 
@@ -306,6 +314,7 @@ def step_settings(
       config: see `attnpo_jax.config.default_config`.
       model: the model's shape.
       source_layers: the layers on the prepared dataset's source axis.
+      attention: the backend that was chosen.
     """
     return StepSettings(
         model=model,
@@ -316,6 +325,7 @@ def step_settings(
         source_layers=source_layers,
         dtype=jnp.dtype(config.model.dtype),
         remat=config.model.remat,
+        attention=attention,
         logps_chunk=config.model.logps_chunk,
     )
 

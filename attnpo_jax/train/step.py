@@ -33,6 +33,7 @@ class StepSettings:
       source_layers: the layers on the judge arrays' source axis.
       dtype: what activations are computed in.
       remat: a key of `models.decoder.REMAT_POLICIES`.
+      attention: one of `models.attention_backends.BACKENDS`.
       logps_chunk: tokens whose logits exist at a time.
     """
 
@@ -43,7 +44,8 @@ class StepSettings:
     source_layers: tuple[int, ...]
     dtype: Any = jnp.float32
     remat: str = "dots"
-    logps_chunk: int = 512
+    attention: str = "xla"
+    logps_chunk: int = 2048
 
 
 def pair_losses(
@@ -67,6 +69,7 @@ def pair_losses(
         batch,
         dtype=settings.dtype,
         remat=settings.remat,
+        attention=settings.attention,
         chunk=settings.logps_chunk,
     )
     T = policy_BG2T.shape[-1]

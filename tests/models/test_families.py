@@ -191,7 +191,11 @@ def test_attention_rows_and_verdicts_equal_those_of_torch(models, name):
     past = jax.jit(decoder.make_past, static_argnums=0)(m.config, m.params, tokens[:common])
     judge_rows = jax.jit(
         functools.partial(
-            judge._judge_rows, config=m.config, sources=sources, dtype=jnp.dtype("float32")
+            judge._judge_rows,
+            config=m.config,
+            sources=sources,
+            dtype=jnp.dtype("float32"),
+            attention="xla",
         )
     )
     rows, verdict, answer = judge_rows((m.params, past, letters), (*row, read))

@@ -13,23 +13,45 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attnpo_jax
 
 
 @dataclasses.dataclass(frozen=True)
-class Command:
-    """What a command calls, `function(config, workdir)` of `module`, and what it says of itself.
+class Option:
+    """An option of one command alone.
 
-    `reports`: it writes nothing, so it needs no workdir, and takes `as_json` for `--json`.
+    Attributes:
+      keyword: the function's argument that it sets.
+      kind: `str` or `int`, which a value is read as; `bool` for an option without a value.
+      summary: what it says of itself.
+      example: a value, for an option that must be given.
+    """
+
+    keyword: str
+    kind: type
+    summary: str
+    example: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """What a command calls, and what it says of itself.
+
+    Attributes:
+      module, function: where the function is. It is called with (config, workdir); with the config
+         and its options' values by keyword if it has options of its own, since then it writes
+         nothing.
+      summary: what it says of itself.
+      options: options of its own, by name.
     """
 
     module: str
     function: str
     summary: str
-    reports: bool = False
+    options: Mapping[str, Option] = dataclasses.field(default_factory=dict)
 
 
 COMMANDS = {
@@ -37,7 +59,7 @@ COMMANDS = {
         "attnpo_jax.data_report",
         "data_report",
         "Show what the config's data are: counts, lengths, truncations, bad rows, examples.",
-        reports=True,
+        {"json": Option("as_json", bool, "Print JSON.")},
     ),
     "prepare": Command(
         "attnpo_jax.prepare",
@@ -63,6 +85,25 @@ COMMANDS = {
         "attnpo_jax.export",
         "export",
         "Write the newest checkpoint as a Hugging Face folder, workdir/export.",
+    ),
+    "plan": Command(
+        "attnpo_jax.plan.command",
+        "plan",
+        "Compile the run for a TPU slice that need not be there: memory, traffic, time.",
+        {
+            "topology": Option(
+                "topology", str, "TPU slice, e.g. v5e:8x8, v5p:2x2x4, v6e:4x4.", example="v5e:8x8"
+            ),
+            "pairs": Option("pairs", int, "Training pairs, where they can't be counted here."),
+            "row-length": Option(
+                "row_length", int, "Tokens of prompt and both responses [the most there can be]."
+            ),
+            "response-length": Option("response_length", int, "Tokens of each response."),
+            "search": Option(
+                "search_over", bool, "Try and rank meshes, microbatch sizes and remat policies."
+            ),
+            "json": Option("as_json", bool, "Print JSON."),
+        },
     ),
 }
 VERSION_SUMMARY = "Print the versions of attnpo_jax and of the libraries it computes with."
@@ -149,19 +190,19 @@ def _main(argv: list[str]) -> int:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         raise UsageError(f"unknown command {name!r}{hint}; commands: {', '.join(COMMANDS)}")
-    options, overrides = _split(arguments)
+    command = COMMANDS[name]
+    options, overrides = _split(arguments, command.options)
     if "help" in options:
         return _say(_help(name))
-    command = COMMANDS[name]
-    for required, example in (("config", "configs/quickstart.py"), ("workdir", "DIR")):
-        if not options.get(required) and not (command.reports and required == "workdir"):
+    needed = {"config": "configs/quickstart.py"} | _needed(command)
+    for required, example in needed.items():
+        if not options.get(required):
             raise UsageError(f"{name} needs --{required}={example}")
-    if "json" in options and not command.reports:
-        raise UsageError(f"{name} takes no --json")
-    workdir = None if command.reports else workdir_path(options["workdir"])
+    workdir = None if command.options else workdir_path(options["workdir"])
     start_logging(options.get("verbosity") or "info")
-    # Before config files and plugins, which may ask for devices.
-    _join_processes()
+    if not command.options:
+        # Before config files and plugins, which may ask for devices.
+        _join_processes()
 
     from attnpo_jax import config as config_lib
 
@@ -169,11 +210,20 @@ def _main(argv: list[str]) -> int:
     config_lib.validate(config)
     use_compilation_cache()
     function = getattr(importlib.import_module(command.module), command.function)
-    if command.reports:
-        function(config, as_json="json" in options)
+    if command.options:
+        own = {key: options[key] for key in command.options if key in options}
+        keywords = {command.options[k].keyword: _value(command, k, text) for k, text in own.items()}
+        function(config, **keywords)
     else:
         function(config, workdir)
     return 0
+
+
+def _needed(command: Command) -> dict[str, str]:
+    """The options that a command needs beside the config, with an example each."""
+    if not command.options:
+        return {"workdir": "DIR"}
+    return {key: option.example for key, option in command.options.items() if option.example}
 
 
 def _say(text: str) -> int:
@@ -198,6 +248,14 @@ def workdir_path(text: str) -> pathlib.Path:
             "alone can go to a bucket: --config.train.checkpoint_dir=gs://BUCKET/FOLDER"
         )
     return pathlib.Path(text).expanduser()
+
+
+def _value(command: Command, name: str, text: str) -> Any:
+    """The value of a command's own option."""
+    kind = command.options[name].kind
+    if kind is int and not re.fullmatch(r"[1-9]\d*", text):
+        raise UsageError(f"--{name}={text}; accepted: a number from 1 up")
+    return True if kind is bool else kind(text)
 
 
 def load_config(spec: str, overrides: Sequence[str] = ()) -> Any:
@@ -270,8 +328,12 @@ def _field(override: str) -> str:
     return re.sub(r"^--?(no)?config\.", "", override.partition("=")[0])
 
 
-def _split(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
+def _split(arguments: list[str], own: Mapping[str, Option]) -> tuple[dict[str, str], list[str]]:
     """Separates the options from the overrides of config fields.
+
+    Args:
+      arguments: what follows the command.
+      own: the options of that command alone.
 
     Returns:
       Values of the options by name ("help" has ""), and overrides, each one string.
@@ -284,6 +346,10 @@ def _split(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
         raise UsageError(str(error)) from error
     options: dict[str, str] = {}
     overrides: list[str] = []
+    flags_ = [key for key, option in own.items() if option.kind is bool]
+    valued = [*VALUE_OPTIONS, *(key for key in own if key not in flags_)]
+    if own:
+        valued.remove("workdir")
     rest = iter(range(len(arguments)))
     for i in rest:
         flag, equals, value = arguments[i].partition("=")
@@ -293,7 +359,7 @@ def _split(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
         # As absl has it, a value may follow as the next argument. A minus sign with a digit is a
         # value too.
         following = arguments[i + 1] if i + 1 < len(arguments) else "--"
-        takes_next = name in VALUE_OPTIONS or name.startswith("config.")
+        takes_next = name in valued or name.startswith("config.")
         if not equals and takes_next and re.match(r"[^-]|-\.?\d", following):
             value, equals = following, "="
             next(rest)
@@ -301,10 +367,12 @@ def _split(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
             overrides.append(f"--{name}{equals}{value}")
         elif name in ("help", "h"):
             options["help"] = ""
-        elif name == "json" and not equals:
-            options["json"] = ""
-        elif name not in VALUE_OPTIONS:
-            raise UsageError(f"unknown option {flag}{_similar_option(name)}")
+        elif name in flags_ and not equals:
+            options[name] = ""
+        elif name in flags_:
+            raise UsageError(f"{flag} takes no value")
+        elif name not in valued:
+            raise UsageError(f"unknown option {flag}{_similar_option(name, [*valued, *flags_])}")
         elif not value:
             raise UsageError(f"{flag} needs a value")
         elif name == "verbosity" and value not in LEVELS:
@@ -314,10 +382,10 @@ def _split(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
     return options, overrides
 
 
-def _similar_option(name: str) -> str:
+def _similar_option(name: str, known: Sequence[str]) -> str:
     if "." in name:
         return f" (did you mean --config.{name}?)"
-    close = difflib.get_close_matches(name, (*VALUE_OPTIONS, "json", "help"), n=1)
+    close = difflib.get_close_matches(name, (*known, "help"), n=1)
     return f" (did you mean --{close[0]}?)" if close else ""
 
 
@@ -385,9 +453,18 @@ def use_compilation_cache() -> None:
 
 def _help(name: str | None = None) -> str:
     if name is not None:
-        where = "[--json]" if COMMANDS[name].reports else "--workdir=DIR"
-        usage = f"Usage: attnpo {name} --config=FILE {where} [--config.SECTION.FIELD=VALUE ...]"
-        return f"{usage}\n\n{COMMANDS[name].summary}\n\n{OPTIONS}"
+        command = COMMANDS[name]
+        own, common = "", OPTIONS
+        for key, option in command.options.items():
+            shown = f"--{key}" if option.kind is bool else f"--{key}={key.upper()[:8]}"
+            own += f"  {shown:<30}{option.summary}\n"
+        if own:
+            # It writes nothing.
+            common = re.sub(r"  --workdir(.|\n)*?(?=  --)", "", OPTIONS)
+        needed = " ".join(f"--{key}={key.upper()}" for key in _needed(command))
+        needed = needed.replace("WORKDIR", "DIR") or "[--json]"
+        usage = f"Usage: attnpo {name} --config=FILE {needed} [--config.SECTION.FIELD=VALUE ...]"
+        return f"{usage}\n\n{command.summary}\n\n{common}{own}"
     summaries = {key: command.summary for key, command in COMMANDS.items()}
     summaries["version"] = VERSION_SUMMARY
     listed = "\n".join(f"  {key:<15}{summary}" for key, summary in summaries.items())

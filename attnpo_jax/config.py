@@ -72,6 +72,9 @@ def default_config() -> config_dict.ConfigDict:
     model.dtype = "float32"
     # What the parameters are kept in: "float32" or "bfloat16".
     model.param_dtype = "float32"
+    # What the judge's and the reference's passes hold the projections in: "full" (param_dtype), or
+    # "int8" with a scale for each output channel.
+    model.prepare_weights = "full"
     # What the backward pass recomputes: "none" (most memory), "dots" (all but the outputs of
     # matrix products), "layer" (all but each layer's input; least memory).
     model.remat = "dots"
@@ -147,6 +150,17 @@ def default_config() -> config_dict.ConfigDict:
     optim.weight_decay = 0.0
     # Largest global norm of the gradient, to which larger ones are scaled down; 0: no limit.
     optim.max_grad_norm = 1.0
+
+    config.lora = lora = config_dict.ConfigDict()
+    # Rank of low-rank adapters, which are then trained in place of the model; 0: train the model.
+    lora.rank = 0
+    # What adapters add is scaled by alpha / rank.
+    lora.alpha = 16.0
+    # Projections that have one: "all", "attention", "mlp", or names such as "q_proj".
+    lora.targets = _any("all")
+    # What `export` writes: the model with the adapters "merged" in, the "adapter" alone as PEFT
+    # reads it, or "both".
+    lora.export = "merged"
 
     config.train = train = config_dict.ConfigDict()
     # Pairs in one optimizer step, over all devices.

@@ -13,6 +13,7 @@ from typing import Any
 from ml_collections import config_dict
 
 from attnpo_jax.data import mixture
+from attnpo_jax.models.config import LORA_GROUPS, PROJECTIONS
 from attnpo_jax.registry import REQUIRED, PluginError, RegistryError, load_plugins
 
 
@@ -136,6 +137,15 @@ def _columns() -> Rule:
     return Rule(accepts, "'all', a column's name or a tuple of them, or none")
 
 
+def _projections() -> Rule:
+    def accepts(value):
+        names = LORA_GROUPS.get(value, (value,)) if isinstance(value, str) else as_tuple(value)
+        return bool(names) and all(name in PROJECTIONS for name in names)
+
+    names = ", ".join(map(repr, (*LORA_GROUPS, *PROJECTIONS)))
+    return Rule(accepts, f"{names}, or a tuple of projections")
+
+
 _PRECISIONS = ("float32", "bfloat16")
 
 RULES: dict[str, Rule] = {
@@ -144,6 +154,7 @@ RULES: dict[str, Rule] = {
     "model.chat_template": _file_or(None),
     "model.dtype": _one_of(*_PRECISIONS),
     "model.param_dtype": _one_of(*_PRECISIONS),
+    "model.prepare_weights": _one_of("full", "int8"),
     "model.remat": _one_of("none", "dots", "layer"),
     "model.attention": _one_of("auto", "xla", "cudnn", "tokamax"),
     "model.logps_chunk": _integer(1),
@@ -172,6 +183,10 @@ RULES: dict[str, Rule] = {
     "optim.eps": _positive(),
     "optim.weight_decay": _not_negative(),
     "optim.max_grad_norm": _not_negative(),
+    "lora.rank": _integer(0),
+    "lora.alpha": _positive(),
+    "lora.targets": _projections(),
+    "lora.export": _one_of("merged", "adapter", "both"),
     "train.batch_size": _integer(1),
     "train.microbatch_size": _integer(1),
     "train.epochs": _integer(1),
@@ -288,6 +303,11 @@ def _between_fields(values: Mapping[str, Any]) -> list[str]:
         found.append(
             f"{named('judge.max_answer_length')}: accepted: less than half of "
             f"{named('judge.max_length')}, which holds two answers and the question"
+        )
+    if values["lora.rank"] == 0 and values["lora.export"] != "merged":
+        found.append(
+            f"{named('lora.export')}: accepted: 'merged', since config.lora.rank = 0 trains the "
+            "model itself"
         )
     axes = {f: v for f, v in values.items() if f.startswith("parallel.mesh.")}
     if list(axes.values()).count(-1) > 1:

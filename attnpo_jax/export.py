@@ -1,15 +1,18 @@
-"""`attnpo export`: the newest checkpoint as a Hugging Face folder."""
+"""`attnpo export`: the newest checkpoint as a Hugging Face folder, or as an adapter for PEFT."""
 
 import logging
 import os
 import pathlib
+from typing import Any
 
 import jax.numpy as jnp
 from ml_collections import config_dict
 
 from attnpo_jax import config as config_lib
+from attnpo_jax import provenance
 from attnpo_jax.models import checkpoints as models
-from attnpo_jax.models.decoder import abstract_params
+from attnpo_jax.models import embedded, lora, peft
+from attnpo_jax.models.decoder import ModelConfig, abstract_params
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.parallel import processes
 from attnpo_jax.train import checkpoint
@@ -24,7 +27,10 @@ def export(
 ) -> pathlib.Path:
     """Writes the parameters of the newest whole checkpoint as a folder that transformers loads.
 
-    Tokenizer, chat template and generation config come from the model that training started with.
+    Tokenizer and generation config come from the model that training started with, and the chat
+    template too, unless the config names another. Where adapters were trained, `lora.export` says
+    what is written: the model with them merged in, the adapters as PEFT reads them, or both; then
+    the adapters go beside the model, into a folder whose name ends in `-adapter`.
 
     Args:
       config: the run's config.
@@ -38,7 +44,7 @@ def export(
     Raises:
       ConfigError: the config is wrong.
       FileNotFoundError: there is no checkpoint.
-      CheckpointMismatch: the checkpoint is of another model than the config's.
+      CheckpointMismatch: the checkpoint is of another model than the config's, or its adapters are.
       OSError: the folder can't be written; an earlier export stays.
     """
     config_lib.validate(config)
@@ -47,16 +53,68 @@ def export(
     folder = checkpoint.folder_of(config, workdir)
     if processes.is_first():
         newest = checkpoint.origin(folder)
-        if newest is not None and models.read_origin(out) == newest:
+        if newest is not None and not config.lora.rank and models.read_origin(out) == newest:
             _LOG.info("%s holds the model of step %d already", out, newest["step"])
         else:
             # One process writes, with its own devices; the others wait.
-            source = models.resolve(config.model.source)
-            model = models.load_config(source)
-            backend = backends.for_preparing(model, config.parallel)
-            abstract = abstract_params(model, jnp.dtype(config.model.param_dtype))
-            params, step = checkpoint.restore_params(folder, backend.abstract_state(abstract))
-            origin = checkpoint.origin(folder, step)
-            models.save(out, model, params, source_folder=source, origin=origin)
+            _export(config, folder, out)
     processes.barrier("export: written")
     return out
+
+
+def _export(config: config_dict.ConfigDict, folder: pathlib.Path, out: pathlib.Path) -> None:
+    source = models.resolve(config.model.source)
+    model = models.load_config(source)
+    template = provenance.read_chat_template(config)
+    if config.lora.rank:
+        _export_adapted(config, folder, out, source, model, template)
+        return
+    backend = backends.for_preparing(model, config.parallel)
+    abstract = abstract_params(model, jnp.dtype(config.model.param_dtype))
+    params, step = checkpoint.restore_params(folder, backend.abstract_state(abstract))
+    origin = checkpoint.origin(folder, step)
+    models.save(out, model, params, source_folder=source, chat_template=template, origin=origin)
+
+
+def _export_adapted(
+    config: config_dict.ConfigDict,
+    folder: pathlib.Path,
+    out: pathlib.Path,
+    source: pathlib.Path,
+    model: ModelConfig,
+    template: str | None,
+) -> None:
+    policy = lora.adapted(model, config.lora)
+    backend = backends.for_preparing(policy, config.parallel)
+    # Without the base that they were trained on, and the scale that they were trained with,
+    # adapters are worth nothing: neither shows in their shapes.
+    identity: dict[str, Any] = {
+        "config": {f"lora.{field}": config.lora[field] for field in ("rank", "alpha", "targets")},
+        "prepared": {"model": {"weights": models.weights_digest(source)}},
+    }
+    abstract = backend.abstract_state(lora.abstract_adapters(policy))
+    adapters, _ = checkpoint.restore_params(folder, abstract, identity)
+    if config.lora.export in ("merged", "both"):
+        params = models.load_params(
+            source,
+            model,
+            param_dtype=jnp.dtype(config.model.param_dtype),
+            shardings=backend.parameter_shardings(),
+        )
+        params = lora.merge(policy, params, adapters)
+        models.save(out, model, params, source_folder=source, chat_template=template)
+    if config.lora.export in ("adapter", "both"):
+        both = config.lora.export == "both"
+        # A name from the hub means the same to whoever gets the adapter; a path is all there is
+        # for other models.
+        of_hub = not pathlib.Path(config.model.source).expanduser().is_dir() and (
+            config.model.source != embedded.ALIAS
+        )
+        peft.save_adapter(
+            out.with_name(f"{out.name}-adapter") if both else out,
+            policy,
+            adapters,
+            base=config.model.source if of_hub else str(source.absolute()),
+            source_folder=source,
+            chat_template=template,
+        )

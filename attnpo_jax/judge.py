@@ -10,7 +10,7 @@ Shapes: B rows, L row length, P length of that common beginning, S source layers
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -122,12 +122,7 @@ class Judge:
             "attention": choice.backend,
         }
         self._letters = self._backend.replicate(np.asarray(self.prompter.letter_ids, np.int32))
-        self._pass = self._backend.row_pass(
-            _judge_rows,
-            out_axes=(1, 0, 0),
-            sources=self.source_layers,
-            **self._static,
-        )
+        self._pass = compile_pass(self._backend, self.source_layers, **self._static)
 
     def fit(
         self, prompts: Sequence[JudgePrompt], *, row_lengths: Sequence[int] | None = None
@@ -305,6 +300,29 @@ def _shared_past(
     params: Params, tokens_P: jax.Array, *, config: ModelConfig, dtype, attention: str
 ) -> Past:
     return decoder.make_past(config, params, tokens_P, dtype=dtype, attention=attention)
+
+
+def compile_pass(
+    backend: backends.Backend,
+    sources: tuple[int, ...],
+    *,
+    config: ModelConfig,
+    dtype,
+    attention: str,
+) -> Callable:
+    """The judge's pass over a batch of rows, as `Backend.row_pass` returns it.
+
+    It takes (parameters, past or None, the two letters' ids) and (tokens, positions, branches, read
+    positions), and returns attention rows, log-odds and top tokens.
+    """
+    return backend.row_pass(
+        _judge_rows,
+        out_axes=(1, 0, 0),
+        config=config,
+        sources=sources,
+        dtype=jnp.dtype(dtype),
+        attention=attention,
+    )
 
 
 def _judge_rows(

@@ -29,7 +29,8 @@ from attnpo_jax.data.tokenize import ChatTokenizer, TokenizedPair
 from attnpo_jax.judge import SAMPLE, Judge, Judgement
 from attnpo_jax.judge_prompt import JudgeTemplate
 from attnpo_jax.language_model import LanguageModel
-from attnpo_jax.models import attention_backends, checkpoints
+from attnpo_jax.models import attention_backends, checkpoints, int8
+from attnpo_jax.models.decoder import ModelConfig
 from attnpo_jax.pair_forms import PairForms, PairTokenizer
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.parallel import preemption, processes
@@ -87,17 +88,22 @@ def prepare(
                 console.print(f"{split.path}: complete, used as it is", highlight=False)
         else:
             if model is None:
-                shape = checkpoints.load_config(folder)
+                shape = shape_of_passes(config, shape)
                 backend = backends.for_preparing(shape, config.parallel)
                 _LOG.info("preparing on %s", backend.description)
                 attention = attention_backends.choose(
                     config.model.attention, shape, config.model.dtype, backend.devices
                 )
                 _LOG.info("attention: %s", attention)
-                model = _load(config, folder, tokenizer, backend)
+                model = _load(config, folder, shape, tokenizer, backend)
             _fill(config, model, backend, attention.backend, split)
         if first:
             console.print(summary(split.name, prepared.Prepared.open(split.path)))
+
+
+def shape_of_passes(config: config_dict.ConfigDict, model: ModelConfig) -> ModelConfig:
+    """The model's shape as the judge's and the reference's passes have it."""
+    return int8.quantized(model) if config.model.prepare_weights == "int8" else model
 
 
 def _load_pairs(config, split: str, workdir: pathlib.Path) -> LoadedPairs:
@@ -142,16 +148,19 @@ class _Split:
 
 
 def _load(
-    config, folder: pathlib.Path, tokenizer: ChatTokenizer, backend: backends.Backend
+    config,
+    folder: pathlib.Path,
+    shape: ModelConfig,
+    tokenizer: ChatTokenizer,
+    backend: backends.Backend,
 ) -> LanguageModel:
-    model_config = checkpoints.load_config(folder)
     params = checkpoints.load_params(
         folder,
-        model_config,
+        shape,
         param_dtype=jnp.dtype(config.model.param_dtype),
         shardings=backend.parameter_shardings(),
     )
-    return LanguageModel(folder, model_config, params, tokenizer)
+    return LanguageModel(folder, shape, params, tokenizer)
 
 
 def _fill(
@@ -302,6 +311,23 @@ def _shard_rows(
     return rows
 
 
+def reference_pass(
+    config: config_dict.ConfigDict, model: ModelConfig, backend: backends.Backend, attention: str
+) -> Callable:
+    """The reference's pass over a batch, as `Backend.row_pass` returns it.
+
+    It takes parameters and a `PairBatch` without a microbatch axis, and returns (log-probs,).
+    """
+    score = functools.partial(
+        scoring.response_logps,
+        model,
+        dtype=jnp.dtype(config.model.dtype),
+        attention=attention,
+        chunk=config.model.logps_chunk,
+    )
+    return backend.row_pass(lambda params, batch: (score(params, batch),), out_axes=(0,))
+
+
 class _Reference:
     """The reference's log-probs, in batches of few shapes chosen from a sample."""
 
@@ -327,14 +353,7 @@ class _Reference:
             )
             for length in choose_buckets(lengths, config.judge.num_buckets)
         }
-        score = functools.partial(
-            scoring.response_logps,
-            model.config,
-            dtype=jnp.dtype(config.model.dtype),
-            attention=attention,
-            chunk=config.model.logps_chunk,
-        )
-        self._logps = backend.row_pass(lambda params, batch: (score(params, batch),), out_axes=(0,))
+        self._logps = reference_pass(config, model.config, backend, attention)
 
     def run(
         self, tokenized: Sequence[TokenizedPair]

@@ -1,7 +1,6 @@
 """What a prepared dataset depends on, and whether the one on disk is the one a config means."""
 
 import contextlib
-import dataclasses
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -61,9 +60,10 @@ def components(
     return {
         "model": {
             "weights": checkpoints.weights_digest(folder),
-            "config": dataclasses.asdict(model),
+            "config": model.facts(),
             "dtype": config.model.dtype,
             "param_dtype": config.model.param_dtype,
+            "prepare_weights": config.model.prepare_weights,
         },
         "tokenizer": tokenizer.digest(),
         # Without a judge, nothing depends on how it would be asked.

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnpo_jax import config as config_lib
-from attnpo_jax import losses, prepare, weighting
+from attnpo_jax import flops, losses, prepare, weighting
 from attnpo_jax.data.batching import (
     Example,
     PairBatch,
@@ -39,7 +39,7 @@ from attnpo_jax.provenance import open_prepared
 from attnpo_jax.train import loop, optim
 from attnpo_jax.train.state import TrainState, create
 from attnpo_jax.train.step import StepSettings, make_train_step
-from benchmarks import flops, protocol
+from benchmarks import protocol
 
 Spec = dict[str, Any]
 MATMUL_SIZE = 2048

@@ -12,6 +12,7 @@ from attnpo_jax.models import decoder
 from attnpo_jax.train import optim
 from attnpo_jax.train.checkpoint import CheckpointMismatch, Checkpoints
 from attnpo_jax.train.state import TrainState, create
+from tests.parallel import tiny
 
 HF_CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -151,3 +152,39 @@ def test_checkpoint_of_another_model_is_refused(tmp_path):
     with pytest.raises(CheckpointMismatch, match=r"params.layers.down: float32\[2,12,8\]"):
         export(config, tmp_path / "run")
     assert not (tmp_path / "run" / "export").exists()
+
+
+def test_a_chat_template_of_the_config_s_takes_the_place_of_the_tokenizer_s(tmp_path):
+    folder = write_model(tmp_path)
+    tokenizer = {"chat_template": "of the tokenizer", "model_max_length": 64}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    (folder / "chat_template.jinja").write_text("of the tokenizer")
+    (tmp_path / "own.jinja").write_text("{{ messages[0]['content'] }} «own»")
+    config = make_config(folder)
+    save_checkpoint(tmp_path / "run", config, 1)
+    config.model.chat_template = str(tmp_path / "own.jinja")
+    out = export(config, tmp_path / "run")
+    own = "{{ messages[0]['content'] }} «own»"
+    assert (out / "chat_template.jinja").read_text() == own
+    expected = {"chat_template": own, "model_max_length": 64}
+    assert json.loads((out / "tokenizer_config.json").read_text()) == expected
+    # The source's files are as they were.
+    assert json.loads((folder / "tokenizer_config.json").read_text()) == tokenizer
+
+
+def test_transformers_renders_with_the_exported_template(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder = tiny.write_folder(tmp_path)
+    config = make_config(folder)
+    save_checkpoint(tmp_path / "run", config, 1)
+    messages = [{"role": "user", "content": "hi"}]
+    load = transformers.AutoTokenizer.from_pretrained
+
+    def rendered(name):
+        exported = load(export(config, tmp_path / "run", tmp_path / name))
+        return exported.apply_chat_template(messages, tokenize=False)
+
+    assert rendered("plain") == "<|im_start|>user\nhi<|im_end|>\n"
+    (tmp_path / "own.jinja").write_text("{% for m in messages %}<{{ m['content'] }}>{% endfor %}")
+    config.model.chat_template = str(tmp_path / "own.jinja")
+    assert rendered("own") == "<hi>"

@@ -117,7 +117,9 @@ def by_pair(config, workdir, split="train"):
     """Losses and metrics of every pair, with the weights of both responses."""
     dataset = open_prepared(config, workdir, split)
     model = load_model(config.model.source)
-    settings = step_settings(config, model.config, dataset, "xla")
+    settings = step_settings(
+        config, model.config, dataset.source_layers, "xla", dataset.weight_columns
+    )
     # Not the reference itself, where every loss would be log 2.
     params = jax.tree.map(lambda p: 1.01 * p, model.params)
     batches = EvalBatches(dataset, batch_size=len(dataset))

@@ -258,6 +258,19 @@ def test_without_held_out_pairs(inputs, tmp_path, judged):
     assert not (tmp_path / "prepared" / "eval").exists()
 
 
+def test_int8_weights_give_nearly_the_same_rows(inputs, undisturbed, tmp_path):
+    run(make_config(inputs, data__eval="", model__prepare_weights="int8"), tmp_path)
+    full, quantized = (
+        Prepared.open(folder / "prepared" / "train") for folder in (undisturbed[0], tmp_path)
+    )
+    moved = 0.0
+    for before, after in zip(full, quantized, strict=True):
+        for name in ("judge_chosen", "ref_rejected_logps"):
+            np.testing.assert_allclose(after[name], before[name], rtol=0.2, atol=0.02)
+            moved = max(moved, np.abs(after[name] - before[name]).max())
+    assert moved > 1e-5
+
+
 # --- What is on disk already --------------------------------------------------------------------
 
 
@@ -279,6 +292,7 @@ def test_what_does_not_change_the_rows_may_change(inputs, finished, no_model):
         objective__beta=0.7,
         optim__learning_rate=1.0,
         prepare__rows_per_shard=5,
+        lora__rank=4,
     )
     assert run(config, finished).count("complete, used as it is") == 2
 
@@ -291,6 +305,7 @@ def test_what_does_not_change_the_rows_may_change(inputs, finished, no_model):
         ("judge.layers", "source_layers", (0, 2), (0, 1, 2)),
         ("data.max_prompt_length", "max_prompt_length", 100, 11),
         ("model.dtype", "model.dtype", "float32", "bfloat16"),
+        ("model.prepare_weights", "model.prepare_weights", "full", "int8"),
     ],
 )
 def test_other_settings_are_refused_with_the_difference(

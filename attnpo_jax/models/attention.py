@@ -13,6 +13,10 @@ import jax.numpy as jnp
 # Finite, unlike minus infinity: a padding query that sees nothing gets a uniform row, not NaN.
 MASKED = -1e30
 
+# Every block is compiled apart, which takes most of the time that a training step takes to compile
+# for a TPU.
+_MOST_BLOCKS = 8
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -118,9 +122,10 @@ def attend(
 
     Queries are taken in blocks, each against the keys up to its own end only, so that scores are
     never held for more than `block` queries, and the half of them that causality hides is mostly
-    not computed. Each block is rematerialised in the backward pass.
+    not computed. Each block is rematerialised in the backward pass. Long rows have larger blocks.
     """
     L = q_BLNH.shape[1]
+    block = max(block, -(-L // (_MOST_BLOCKS * 128)) * 128)
     outputs = []
     for start in range(0, L, block):
         stop = min(start + block, L)

@@ -3,6 +3,8 @@
 Weights are read and written as safetensors alone; pickled checkpoints (*.bin, *.pt) are refused.
 """
 
+import contextlib
+import dataclasses
 import hashlib
 import json
 import math
@@ -10,7 +12,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +25,7 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 
-from attnpo_jax.models import embedded
+from attnpo_jax.models import embedded, int8
 from attnpo_jax.models.decoder import ModelConfig, abstract_params
 from attnpo_jax.models.tensors import (
     Part,
@@ -273,7 +275,7 @@ def load_params(
 
     Args:
       folder: a Hugging Face folder with model.safetensors or shards and their index.
-      config: the folder's config (see `load_config`).
+      config: the folder's config (see `load_config`), or `int8.quantized` of it.
       param_dtype: the dtype of the parameters; the file's values are converted.
       shardings: a tree like the parameters' of `jax.sharding.Sharding`, or None for the default
         device.
@@ -287,7 +289,8 @@ def load_params(
     """
     folder = Path(folder)
     files, weight_map = _weight_files(folder)
-    shapes = flatten_dict(abstract_params(config, param_dtype), sep="/")
+    as_stored = dataclasses.replace(config, int8=False)
+    shapes = flatten_dict(abstract_params(as_stored, param_dtype), sep="/")
     stored = _stored_tensors(files)
     slots = table(config, text_prefix(stored))
     wanted = list(parts(slots, shapes))
@@ -307,6 +310,12 @@ def load_params(
             )
         # Transfers run in the background and would keep every host buffer until they end.
         params[path].block_until_ready()
+        if config.int8 and int8.is_quantized(path):
+            # At once, so that one parameter at a time is there in full.
+            pair = path, path + int8.SCALE
+            placed = None if shardings is None else tuple(flat_shardings[name] for name in pair)
+            params |= dict(zip(pair, int8.quantize(path, params[path], placed), strict=True))
+            params[path].block_until_ready()
     return unflatten_dict(params, sep="/")
 
 
@@ -380,7 +389,8 @@ def _plan_shards(exports: Mapping[str, _Export]) -> list[list[str]]:
     return shards
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes an object as indented JSON."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     path.write_text(text, encoding="utf-8")
 
@@ -422,7 +432,7 @@ def _write_weights(
         safetensors.numpy.save_file(arrays, folder / file, metadata={"format": "pt"})
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        _write_json(folder / _INDEX, index)
+        write_json(folder / _INDEX, index)
     return exports[slots["embedding"].name].dtype
 
 
@@ -455,6 +465,7 @@ def save(
     params: Mapping[str, Any],
     *,
     source_folder: str | os.PathLike,
+    chat_template: str | None = None,
     overwrite: bool = False,
     origin: Any = None,
 ) -> None:
@@ -471,6 +482,7 @@ def save(
       config: the model's config.
       params: the parameter tree, in any floating dtype.
       source_folder: the folder that the model was loaded from.
+      chat_template: Jinja text that takes the place of the tokenizer's own template.
       overwrite: also replace a folder that is not an earlier export.
       origin: what the parameters are, as JSON values; see `read_origin`.
 
@@ -479,7 +491,58 @@ def save(
         `source_folder` lacks config.json, or a vision tower that belongs into the export.
       OSError: the disk is full or the place can't be written; what was at `folder` stays.
     """
-    folder, source_folder = Path(folder).absolute(), Path(source_folder)
+    source_folder = Path(source_folder)
+    flat = flatten_dict(params, sep="/")
+    _check_params(config, flat)
+    content = _read_json(source_folder / "config.json")
+    source = _source_tensors(source_folder, config)
+    with replacing(folder, overwrite=overwrite, origin=origin) as temporary:
+        copy_companions(source_folder, temporary, chat_template)
+        try:
+            dtype = _write_weights(temporary, config, flat, source)
+        except SafetensorError as error:
+            raise OSError(f"could not write the weights of {folder}: {error}") from error
+        # transformers 5 writes `dtype`, earlier versions know only `torch_dtype`.
+        for key in {"dtype", "torch_dtype"} & content.keys() or {"torch_dtype"}:
+            content[key] = dtype.name
+        write_json(temporary / "config.json", content)
+
+
+def copy_companions(source_folder: Path, folder: Path, chat_template: str | None) -> None:
+    """Copies tokenizer, chat template and generation config.
+
+    Args:
+      source_folder: where from.
+      folder: where to.
+      chat_template: Jinja text that takes the place of the tokenizer's own template.
+    """
+    for pattern in _COMPANIONS:
+        for companion in source_folder.glob(pattern):
+            shutil.copyfile(companion, folder / companion.name)
+    if chat_template is None:
+        return
+    (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+    # Earlier versions of transformers look into these, where a template was before.
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        if (folder / name).is_file():
+            content = _read_json(folder / name)
+            if "chat_template" in content:
+                write_json(folder / name, content | {"chat_template": chat_template})
+
+
+@contextlib.contextmanager
+def replacing(folder: str | os.PathLike, *, overwrite: bool, origin: Any = None) -> Iterator[Path]:
+    """A new folder that takes the place of `folder` when all in it is written, or vanishes.
+
+    Args:
+      folder: the target; may exist if it is empty or an earlier export.
+      overwrite: also replace a folder that is not an earlier export.
+      origin: what the export is made of, as JSON values; see `read_origin`.
+
+    Raises:
+      CheckpointError: the target holds something else.
+    """
+    folder = Path(folder).absolute()
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; an export needs a folder")
     occupied = folder.is_dir() and any(folder.iterdir())
@@ -488,30 +551,15 @@ def save(
             f"{folder} holds files that are not an earlier export; choose another folder, or pass "
             "overwrite=True to replace it"
         )
-    flat = flatten_dict(params, sep="/")
-    _check_params(config, flat)
-    content = _read_json(source_folder / "config.json")
-    source = _source_tensors(source_folder, config)
-
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
     temporary.mkdir()
     try:
-        for pattern in _COMPANIONS:
-            for companion in source_folder.glob(pattern):
-                shutil.copyfile(companion, temporary / companion.name)
-        _write_json(temporary / _MARKER, {"written_by": "attnpo_jax", "origin": origin})
-        try:
-            dtype = _write_weights(temporary, config, flat, source)
-        except SafetensorError as error:
-            raise OSError(f"could not write the weights of {folder}: {error}") from error
-        # transformers 5 writes `dtype`, earlier versions know only `torch_dtype`.
-        for key in {"dtype", "torch_dtype"} & content.keys() or {"torch_dtype"}:
-            content[key] = dtype.name
-        _write_json(temporary / "config.json", content)
+        write_json(temporary / _MARKER, {"written_by": "attnpo_jax", "origin": origin})
+        yield temporary
         for file in temporary.iterdir():
             # The safetensors writer makes private files; the weights are as readable as the rest.
-            shutil.copymode(temporary / "config.json", file)
+            shutil.copymode(temporary / _MARKER, file)
             with open(file, "rb") as written:
                 os.fsync(written.fileno())
         if occupied:

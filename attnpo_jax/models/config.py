@@ -18,6 +18,25 @@ SUPPORTED_MODEL_TYPES = (
 )
 
 
+PROJECTIONS = {
+    "q_proj": "query",
+    "k_proj": "key",
+    "v_proj": "value",
+    "o_proj": "output",
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "down_proj": "down",
+}
+"""Hugging Face's name of a projection -> the decoder's."""
+
+LORA_GROUPS = {
+    "all": tuple(PROJECTIONS),
+    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+}
+"""Names for several projections at once, by what adapters are asked for on."""
+
+
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
     """Llama-3's stretch of the rotary frequencies for contexts longer than those pre-trained on."""
@@ -33,6 +52,21 @@ class LinearRopeScaling:
     """All rotary frequencies divided by one factor: positions squeezed into the trained range."""
 
     factor: float
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (see `models.lora`).
+
+    Attributes:
+      rank: R, the width between their two factors.
+      alpha: what they add is scaled by alpha / rank.
+      targets: names of the decoder's projections that have one.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +98,8 @@ class ModelConfig:
       local_rope_theta: rotary base of the layers that have a window, unscaled, where it is another
         than `rope_theta`.
       nope_layers: layers without rotary positions.
+      lora: adapters on projections, which a run may add; no `config.json` has them.
+      int8: whether projections are held as int8 (see `models.int8`), again by a run's choice.
     """
 
     vocab_size: int
@@ -94,6 +130,8 @@ class ModelConfig:
     layer_windows: tuple[int | None, ...] | None = None
     local_rope_theta: float | None = None
     nope_layers: tuple[int, ...] = ()
+    lora: LoraConfig | None = None
+    int8: bool = False
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -107,6 +145,12 @@ class ModelConfig:
             raise ValueError(
                 f"layer_windows has {len(self.layer_windows)} entries for {self.num_layers} layers"
             )
+
+    def facts(self) -> dict[str, Any]:
+        """What the model itself is, as JSON: all fields but those that a run adds."""
+        facts = dataclasses.asdict(self)
+        del facts["lora"], facts["int8"]
+        return facts
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":

@@ -21,7 +21,7 @@ from flax import nnx
 
 from attnpo_jax.models.attention import Past, RowLayout, attention_rows, weighted_values
 from attnpo_jax.models.attention_backends import RESIDUALS, attend, make_masks
-from attnpo_jax.models.config import LinearRopeScaling, ModelConfig, RopeScaling
+from attnpo_jax.models.config import PROJECTIONS, LinearRopeScaling, ModelConfig, RopeScaling
 from attnpo_jax.models.layer_kinds import layer_kinds, rope_tables, rotate
 from attnpo_jax.parallel import rules
 
@@ -115,18 +115,63 @@ class Layers(nnx.Module):
             self.gate_bias = p((F,), ("mlp",))
             self.up_bias = p((F,), ("mlp",))
             self.down_bias = p((D,), ("norm",))
+        for name in PROJECTIONS.values() if c.int8 else ():
+            self._make_int8(name)
+        for name in () if c.lora is None else c.lora.targets:
+            self._add_adapter(name, c.lora.rank, rngs)
+
+    def _make_int8(self, name: str) -> None:
+        """A projection's weight as whole numbers, to be loaded, and a scale for each channel."""
+        weight = getattr(self, name)
+        (n, *shape), (layer, *axes) = weight.shape, weight.get_metadata()["axes"]
+        i = num_inputs(name)
+        setattr(self, name, nnx.Param(jnp.zeros((n, *shape), jnp.int8), axes=(layer, *axes)))
+        scale = nnx.Param(jnp.ones((n, *shape[i:]), jnp.float32), axes=(layer, *axes[i:]))
+        setattr(self, f"{name}_scale", scale)
+
+    def _add_adapter(self, name: str, rank: int, rngs: nnx.Rngs) -> None:
+        """The two factors beside a projection's weight; float32, since they are what is trained."""
+        weight = getattr(self, name)
+        (n, *shape), (layer, *axes) = weight.shape, weight.get_metadata()["axes"]
+        i = num_inputs(name)
+        a = (n, *shape[:i], rank), (layer, *axes[:i], "rank")
+        b = (n, rank, *shape[i:]), (layer, "rank", *axes[i:])
+        setattr(self, f"{name}_lora_a", _param(*a, rngs, jnp.float32))
+        setattr(self, f"{name}_lora_b", _param(*b, rngs, jnp.float32))
 
     # The methods below run inside the scan, on a slice that has no layer axis.
 
     def _weight(self, name: str, dtype):
         parameter = getattr(self, name)
-        return rules.gather(parameter[...].astype(dtype), parameter.get_metadata()["axes"][1:])
+        value, axes = parameter[...], parameter.get_metadata()["axes"][1:]
+        if value.dtype == jnp.int8:
+            return rules.gather(value, axes).astype(dtype)
+        return rules.gather(value.astype(dtype), axes)
 
     def _project(self, x, name: str, spec: str):
-        y = linear(x, self._weight(name, x.dtype), spec)
+        if self.config.int8:
+            sums = jnp.einsum(
+                spec, x, self._weight(name, x.dtype), preferred_element_type=jnp.float32
+            )
+            y = (sums * self._weight(f"{name}_scale", jnp.float32)).astype(x.dtype)
+        else:
+            y = linear(x, self._weight(name, x.dtype), spec)
         if hasattr(self, f"{name}_bias"):
             y += self._weight(f"{name}_bias", x.dtype)
+        if hasattr(self, f"{name}_lora_a"):
+            y += self._adapted(x, name, spec)
         return y
+
+    def _adapted(self, x, name: str, spec: str):
+        """What a projection's adapter adds: (alpha / rank) x A B."""
+        operands, out = spec.split("->")
+        of_x, of_weight = operands.split(",")
+        inputs = "".join(axis for axis in of_weight if axis not in out)
+        outputs = "".join(axis for axis in of_weight if axis in out)
+        a, b = (self._weight(f"{name}_lora_{factor}", x.dtype) for factor in "ab")
+        x_BLR = jnp.einsum(f"{of_x},{inputs}r->blr", x, a)
+        lora = self.config.lora
+        return (lora.alpha / lora.rank) * jnp.einsum(f"blr,r{outputs}->{out}", x_BLR, b)
 
     def _norm(self, x, name: str):
         """The named norm of x; x itself where the model has no such norm."""
@@ -158,6 +203,11 @@ class Layers(nnx.Module):
         up = self._project(normed, "up", "bld,df->blf")
         down = self._project(gate * up, "down", "blf,fd->bld")
         return rules.by_rows(x + self._norm(down, "mlp_post_norm"))
+
+
+def num_inputs(name: str) -> int:
+    """How many of a projection's axes, its first ones, are those of its input."""
+    return 2 if name == "output" else 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,7 +64,8 @@ class Backend(Protocol):
           **static: hashable keyword arguments of the function.
 
         Returns:
-          The function, which takes NumPy arrays for `rows`.
+          The function, which takes NumPy arrays for `rows`. On a mesh, its `lower` takes shapes for
+          both.
         """
 
     def whole_pass(self, function: Callable, **static: Any) -> Callable:
@@ -180,9 +181,18 @@ class Sharded:
 
     def row_pass(self, function: Callable, out_axes: Sequence[int], **static: Any) -> Callable:
         out = tuple(sharding.row_sharding(self.mesh, axis) for axis in out_axes)
-        call = self._compile(function, out, static)
+        compiled = self._compile(function, out, static)
         rows_sharding = sharding.row_sharding(self.mesh)
-        return lambda shared, rows: call(shared, sharding.put(rows, rows_sharding))
+
+        def call(shared, rows):
+            return compiled(shared, sharding.put(rows, rows_sharding))
+
+        def lower(shared, rows):
+            placed = jax.tree.map(lambda _: rows_sharding, rows)
+            return compiled.lower(shared, _with_shardings(rows, placed))
+
+        call.lower = lower
+        return call
 
     def whole_pass(self, function: Callable, **static: Any) -> Callable:
         return self._compile(function, self._whole, static)
@@ -190,7 +200,9 @@ class Sharded:
     def _compile(self, function: Callable, out: Any, static: Mapping[str, Any]) -> Callable:
         # By name, and not bound beforehand: so JAX knows the function again and compiles it once.
         compiled = jax.jit(function, static_argnames=tuple(static), out_shardings=out)
-        return self._on_mesh(functools.partial(compiled, **static))
+        bound = functools.partial(compiled, **static)
+        bound.lower = functools.partial(compiled.lower, **static)
+        return self._on_mesh(bound)
 
     def replicate(self, tree: Any) -> Any:
         return sharding.put(tree, self._whole)

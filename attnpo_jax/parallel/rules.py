@@ -30,6 +30,7 @@ RULES: dict[str, str | None] = {
     "head_dim": None,
     "mlp": "tensor",
     "norm": None,  # small
+    "rank": None,  # of adapters: small too
 }
 
 # The mesh axes that split the rows of a batch.

@@ -13,6 +13,7 @@ that whatever has a final name was whole once.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -106,7 +107,7 @@ class Checkpoints:
         Raises:
           CheckpointError: this write failed, or the one before it did.
         """
-        step = int(state.step)
+        step, state = int(state.step), _without_base(state)
         metadata = {
             "identity": self._identity,
             "tree": _describe(state),
@@ -140,12 +141,14 @@ class Checkpoints:
 
         Args:
           abstract: the state as `jax.ShapeDtypeStruct`s; arrays go to their shardings, or to the
-            default device where they have none.
+            default device where they have none. Its `base` is left out: what is read has none.
 
         Raises:
           CheckpointMismatch: the newest one has another identity, or arrays of other shapes.
           CheckpointError: there are checkpoints, but all are damaged.
         """
+
+        abstract = _without_base(abstract)
 
         def read(step: int) -> TrainState:
             metadata = _read_metadata(self._manager, step)
@@ -200,16 +203,20 @@ def origin(folder: str | os.PathLike, step: int | None = None) -> dict[str, Any]
     return {"step": steps[-1], "params": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def restore_params(folder: str | os.PathLike, abstract_params: Any) -> tuple[Any, int]:
+def restore_params(
+    folder: str | os.PathLike, abstract_params: Any, identity: Mapping[str, Any] | None = None
+) -> tuple[Any, int]:
     """The parameters of the newest whole checkpoint in `folder`, and its step; nothing is changed.
 
     Args:
       folder: as given to `Checkpoints`.
       abstract_params: the parameters as `jax.ShapeDtypeStruct`s; see `Checkpoints.restore`.
+      identity: the part of the checkpoint's identity that matters to the caller.
 
     Raises:
       FileNotFoundError: there is no checkpoint.
-      CheckpointMismatch: the checkpoint's parameters have other names or shapes.
+      CheckpointMismatch: the checkpoint's parameters have other names or shapes, or it has another
+        identity.
       CheckpointError: all checkpoints are damaged.
     """
     folder = epath.Path(folder).resolve()
@@ -221,7 +228,9 @@ def restore_params(folder: str | os.PathLike, abstract_params: Any) -> tuple[Any
             saved = {
                 path: kind for path, kind in metadata["tree"].items() if path.startswith("params")
             }
-            if differences := differing(saved, wanted):
+            asked = identity or {}
+            differences = differing(_like(metadata["identity"], asked), asked)
+            if differences := differences | differing(saved, wanted):
                 raise CheckpointMismatch(folder / str(step), differences)
             args = ocp.args.Composite(params=ocp.args.StandardRestore(_placed(abstract_params)))
             params = manager.restore(step, args=args)["params"]
@@ -261,6 +270,13 @@ def differing(saved: Any, wanted: Any, name: str = "") -> dict[str, tuple[Any, A
     return {} if same else {name: (saved, wanted)}
 
 
+def _like(saved: Any, wanted: Any) -> Any:
+    """Of a nested JSON object, what another one has too."""
+    if not isinstance(saved, Mapping) or not isinstance(wanted, Mapping):
+        return saved
+    return {key: _like(saved[key], value) for key, value in wanted.items() if key in saved}
+
+
 def _as_lists(value: Any) -> Any:
     return [_as_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
 
@@ -273,6 +289,11 @@ def _open(folder: epath.Path, options: ocp.CheckpointManagerOptions) -> ocp.Chec
     }
     assert tuple(handlers) == _ITEMS
     return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
+
+
+def _without_base(state: TrainState) -> TrainState:
+    # It does not change, and is where the run took it from.
+    return dataclasses.replace(state, base=None)
 
 
 def _optimizer_item(state: TrainState) -> dict[str, Any]:

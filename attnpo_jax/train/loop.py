@@ -25,9 +25,9 @@ from attnpo_jax import losses, weighting
 from attnpo_jax.data import atomic
 from attnpo_jax.data.batching import EvalBatches, PairBatch, TrainBatches
 from attnpo_jax.data.prepared import METADATA, Prepared
-from attnpo_jax.models import attention_backends
+from attnpo_jax.models import attention_backends, lora
 from attnpo_jax.models import checkpoints as models
-from attnpo_jax.models.decoder import ModelConfig, abstract_params
+from attnpo_jax.models.decoder import ModelConfig, Params, abstract_params
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.parallel import preemption, processes
 from attnpo_jax.provenance import open_prepared, split_path
@@ -35,7 +35,7 @@ from attnpo_jax.train import optim
 from attnpo_jax.train.checkpoint import Checkpoints, folder_of
 from attnpo_jax.train.metrics import MetricsWriter
 from attnpo_jax.train.progress import Throughput, TrainProgress
-from attnpo_jax.train.state import create
+from attnpo_jax.train.state import TrainState, create, create_adapted
 from attnpo_jax.train.step import StepSettings, make_eval_step, make_train_step
 
 _LOG = logging.getLogger(__name__)
@@ -50,6 +50,9 @@ DECISIVE = (
     "data.shuffle",
     "weighting",
     "objective",
+    "lora.rank",
+    "lora.alpha",
+    "lora.targets",
     "optim",
     "train.batch_size",
     "train.epochs",
@@ -109,7 +112,8 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
     model_folder = models.resolve(config.model.source)
     model = models.load_config(model_folder)
     config_lib.check_layers(config, model.num_layers, model.layer_windows)
-    backend = backends.for_training(model, config.parallel)
+    policy = lora.adapted(model, config.lora)
+    backend = backends.for_training(policy, config.parallel)
     _LOG.info("training on %s", backend.description)
     attention = attention_backends.choose(
         config.model.attention, model, config.model.dtype, backend.devices
@@ -154,17 +158,10 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
             local_rows=backend.local_rows,
         )
 
-    schedule = optim.make_schedule(config.optim, total_steps)
-    optimizer = optim.make_optimizer(config.optim, schedule)
-    settings = step_settings(config, model, data, attention.backend)
-    param_dtype = jnp.dtype(config.model.param_dtype)
-    first_state = functools.partial(create, optimizer=optimizer)
-    abstract_state = backend.abstract_state(
-        jax.eval_shape(first_state, abstract_params(model, param_dtype))
+    settings = step_settings(
+        config, policy, data.source_layers, attention.backend, data.weight_columns
     )
-    train_step = backend.train_step(
-        make_train_step(settings, optimizer, schedule, backend.axis_name), abstract_state
-    )
+    compiled = compile_step(config, settings, backend, total_steps)
     eval_step = backend.eval_step(make_eval_step(settings, backend.axis_name))
 
     with Checkpoints(
@@ -172,18 +169,21 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
         identity(config, model, data),
         keep=config.train.keep_checkpoints,
     ) as checkpoints:
-        restored = checkpoints.restore(abstract_state)
-        if restored is None:
+        restored = checkpoints.restore(compiled.abstract_state)
+        if restored is None or policy.lora is not None:
             params = models.load_params(
                 model_folder,
                 model,
-                param_dtype=param_dtype,
+                param_dtype=jnp.dtype(config.model.param_dtype),
                 shardings=backend.parameter_shardings(),
             )
-            state, start = backend.create_state(first_state, params), 0
+        if restored is None:
+            state, start = backend.create_state(compiled.first_state, params), 0
             del params  # donated
         else:
             state, start = restored, int(restored.step)
+            if policy.lora is not None:
+                state = dataclasses.replace(state, base=params)
         last_saved = start if restored is not None else None
         first = processes.is_first()
         if first:
@@ -220,7 +220,7 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
             def evaluate_at(step: int) -> None:
                 if eval_batches is not None:
                     progress.note("evaluating")
-                    values = evaluate(eval_step, state.params, eval_batches, backend.put_batch)
+                    values = evaluate(eval_step, state.policy, eval_batches, backend.put_batch)
                     metrics.write(step, values | {"epoch": step / batches.steps_per_epoch})
                     speed.restart()
 
@@ -231,7 +231,7 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
             for step, host_batch in enumerate(read_ahead(batches, start), start + 1):
                 batch = backend.put_batch(host_batch)
                 with jax.transfer_guard("disallow"):
-                    state, of_step = train_step(state, batch)
+                    state, of_step = compiled.run(state, batch)
                 if unreported is not None:
                     report(*unreported)
                 unreported = step, of_step
@@ -258,18 +258,73 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
             checkpoints.wait()
 
 
+@dataclasses.dataclass(frozen=True)
+class CompiledStep:
+    """The training step of a run, compiled when it is first called or lowered.
+
+    Attributes:
+      first_state: the model's parameters -> the state before the first step.
+      abstract_state: what a state is, with every array's sharding; nothing is allocated.
+      run: `(state, batch) -> (state, metrics)`.
+    """
+
+    first_state: Callable[[Params], TrainState]
+    abstract_state: TrainState
+    run: Callable[[TrainState, PairBatch], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def compile_step(
+    config: config_dict.ConfigDict,
+    settings: StepSettings,
+    backend: backends.Backend,
+    total_steps: int,
+) -> CompiledStep:
+    """The training step as the config says, for the backend's devices.
+
+    Args:
+      config: its sections `optim` and `model` are used, and its seed.
+      settings: see `step_settings`.
+      backend: places the state and compiles the step.
+      total_steps: optimizer steps of the whole run, for the schedule.
+    """
+    schedule = optim.make_schedule(config.optim, total_steps)
+    optimizer = optim.make_optimizer(config.optim, schedule)
+    first_state = functools.partial(create, optimizer=optimizer)
+    if settings.model.lora is not None:
+        first_state = functools.partial(
+            create_adapted, optimizer=optimizer, model=settings.model, seed=config.seed
+        )
+    base = lora.without(settings.model)
+    params = abstract_params(base, jnp.dtype(config.model.param_dtype))
+    abstract_state = backend.abstract_state(jax.eval_shape(first_state, params))
+    step = make_train_step(settings, optimizer, schedule, backend.axis_name)
+    return CompiledStep(first_state, abstract_state, backend.train_step(step, abstract_state))
+
+
 def step_settings(
-    config: config_dict.ConfigDict, model: ModelConfig, data: Prepared, attention: str
+    config: config_dict.ConfigDict,
+    model: ModelConfig,
+    source_layers: tuple[int, ...],
+    attention: str,
+    weight_columns: tuple[str, ...] = (),
 ) -> StepSettings:
-    """What the config says about a step; `attention` is the backend that was chosen."""
+    """What the config says about a step.
+
+    Args:
+      config: see `attnpo_jax.config.default_config`.
+      model: the model's shape.
+      source_layers: the layers on the prepared dataset's source axis.
+      attention: the backend that was chosen.
+      weight_columns: the ready-made weights that the prepared dataset has.
+    """
     return StepSettings(
         model=model,
         weighting=config_lib.bind_section(weighting, config.weighting),
         objective=config_lib.bind_section(losses, config.objective),
         # An objective of one's own need not have a beta; its rewards are plain log-ratios.
         beta=config.objective.get("beta", 1.0),
-        source_layers=data.source_layers,
-        weight_columns=data.weight_columns,
+        source_layers=source_layers,
+        weight_columns=weight_columns,
         dtype=jnp.dtype(config.model.dtype),
         remat=config.model.remat,
         attention=attention,
@@ -287,7 +342,7 @@ def identity(config: config_dict.ConfigDict, model: ModelConfig, data: Prepared)
     }
     return {
         "config": decisive,
-        "model": dataclasses.asdict(model),
+        "model": model.facts(),
         "prepared": data.meta["components"],
     }
 

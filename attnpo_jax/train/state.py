@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from attnpo_jax.models import lora
+from attnpo_jax.models.decoder import ModelConfig, Params
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -15,15 +18,43 @@ class TrainState:
 
     Attributes:
       step: int32 (), optimizer steps done.
-      params: the decoder's parameters, a nested dict of arrays.
-      opt_state: the optimizer's state.
+      params: what is trained, a nested dict of arrays: the decoder's parameters, or adapters.
+      opt_state: the optimizer's state, of `params` alone.
+      base: the parameters that adapters are added to, which stay as they are; None where
+        all parameters are trained. Not part of a checkpoint.
     """
 
     step: jax.Array
     params: Any
     opt_state: Any
+    base: Any = None
+
+    @property
+    def policy(self) -> Params:
+        """The decoder's parameters."""
+        return policy_params(self.params, self.base)
+
+
+def policy_params(trained: Any, base: Params | None) -> Params:
+    """The decoder's parameters, of what is trained and what is not."""
+    return trained if base is None else lora.join(base, trained)
 
 
 def create(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step; parameters are taken as they are, in their own dtype."""
     return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
+
+
+def create_adapted(
+    base: Params, optimizer: optax.GradientTransformation, *, model: ModelConfig, seed: int
+) -> TrainState:
+    """The state before the first step of a run that trains adapters alone.
+
+    Args:
+      base: the decoder's parameters, which stay as they are.
+      optimizer: sees the adapters only.
+      model: the model's shape, adapters included.
+      seed: of the adapters' random halves.
+    """
+    state = create(lora.init_adapters(model, jax.random.key(seed)), optimizer)
+    return dataclasses.replace(state, base=base)

@@ -16,7 +16,7 @@ from attnpo_jax.data.batching import PairBatch
 from attnpo_jax.losses import ResponseScores
 from attnpo_jax.models.decoder import ModelConfig, Params
 from attnpo_jax.scoring import response_logps
-from attnpo_jax.train.state import TrainState
+from attnpo_jax.train.state import TrainState, policy_params
 from attnpo_jax.weighting import ResponseTokens
 
 Metrics = dict[str, jax.Array]
@@ -166,19 +166,21 @@ def make_train_step(
       batch's slots: `pair` (row of the prepared dataset, -1 for empty) and `pair_loss`.
     """
 
-    def loss_sum(params, microbatch):
-        loss_P, metrics = pair_losses(settings, params, microbatch)
+    def loss_sum(trained, base, microbatch):
+        loss_P, metrics = pair_losses(settings, policy_params(trained, base), microbatch)
         totals = jax.tree.map(jnp.sum, {"loss": loss_P, **metrics})
         return totals["loss"], (totals, loss_P)
 
+    gradient = jax.grad(loss_sum, has_aux=True)
+
     def train_step(state: TrainState, batch: PairBatch) -> tuple[TrainState, Metrics]:
         def accumulate(grads, microbatch):
-            g, (totals, loss_P) = jax.grad(loss_sum, has_aux=True)(state.params, microbatch)
+            g, (totals, loss_P) = gradient(state.params, state.base, microbatch)
             return jax.tree.map(jnp.add, grads, g), (totals, loss_P)
 
         if batch.tokens_BL.shape[0] == 1:
             only = jax.tree.map(lambda x: x[0], batch)
-            grads, (totals, loss_nP) = jax.grad(loss_sum, has_aux=True)(state.params, only)
+            grads, (totals, loss_nP) = gradient(state.params, state.base, only)
         else:
             zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
             grads, (totals, loss_nP) = jax.lax.scan(accumulate, zeros, batch)
@@ -199,7 +201,8 @@ def make_train_step(
             "tokens": tokens,
             **by_slot,
         }
-        new_state = TrainState(
+        new_state = dataclasses.replace(
+            state,
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
             opt_state=opt_state,

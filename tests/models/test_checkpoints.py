@@ -321,7 +321,7 @@ def test_resolve_asks_the_hub_for_no_pickles(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 20_000])
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
 def test_load_then_save_gives_every_tensor_back_bit_for_bit(
     tmp_path, monkeypatch, shard_bytes, dtype
 ):

@@ -113,9 +113,9 @@ def batch(microbatches=2, rows=16, pairs=29):
     return jax.tree.map(lambda x: x.reshape(microbatches, rows, *x.shape[1:]), flat)
 
 
-def settings(remat="dots", dtype=jnp.float32):
+def settings(remat="dots", dtype=jnp.float32, model=MODEL):
     return StepSettings(
-        model=MODEL,
+        model=model,
         weighting=config_lib.bind_section(
             weighting, config_lib.section_for(weighting, "attention")
         ),

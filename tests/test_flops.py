@@ -2,8 +2,8 @@ import dataclasses
 
 import pytest
 
+from attnpo_jax import flops
 from attnpo_jax.models.config import ModelConfig
-from benchmarks import flops
 
 # Small enough to count by hand. Per token and layer: key and value 2 * (2*2*1*2) = 16, query and
 # output 2 * (2*2*2*2) = 32, feed-forward 2 * (3*2*3) = 36; per look 2 * (2*2*2) = 16; head
@@ -20,19 +20,24 @@ TINY = ModelConfig(
 
 
 def test_costs_of_the_parts_by_hand():
-    assert flops.Costs.of(TINY) == flops.Costs(key_value=16, rest=68, score=16, head=20, layers=2)
-
-
-def test_sliding_windows_are_refused():
-    with pytest.raises(ValueError, match="sliding window"):
-        flops.Costs.of(dataclasses.replace(TINY, layer_windows=(4, None)))
+    assert flops.Costs.of(TINY) == flops.Costs(16, 68, 16, 20, windows=(None, None))
 
 
 @pytest.mark.parametrize(
-    ("start", "tokens", "seen"), [(0, 3, 1 + 2 + 3), (4, 2, 5 + 6), (7, 0, 0), (2, 1, 3)]
+    ("start", "tokens", "window", "seen"),
+    [
+        (0, 3, None, 1 + 2 + 3),
+        (4, 2, None, 5 + 6),
+        (7, 0, None, 0),
+        (2, 1, None, 3),
+        (0, 4, 2, 1 + 2 + 2 + 2),
+        (1, 3, 3, 2 + 3 + 3),
+        (9, 2, 3, 3 + 3),
+        (1, 1, 3, 2),
+    ],
 )
-def test_a_token_sees_itself_and_what_is_before_it(start, tokens, seen):
-    assert flops.seen_from(start, tokens) == seen
+def test_a_token_sees_itself_and_what_is_before_it(start, tokens, window, seen):
+    assert flops.seen_from(start, tokens, window) == seen
 
 
 def test_response_logps_by_hand():
@@ -41,6 +46,14 @@ def test_response_logps_by_hand():
     first_layer = 5 * (16 + 68) + (1 + 2 + 3 + 3 + 4) * 16
     last_layer = 5 * 16 + 4 * 68 + (2 + 3 + 3 + 4) * 16
     assert flops.response_logps(TINY, 2, (2, 3)) == first_layer + last_layer + 4 * 20
+
+
+def test_a_window_is_counted_in_its_own_layer_alone():
+    # The pair above, the first layer with a window of 2: p0 p1 c0 r0 r1 see 1, 2, 2, 2, 2 there.
+    model = dataclasses.replace(TINY, layer_windows=(2, None))
+    first_layer = 5 * (16 + 68) + (1 + 2 + 2 + 2 + 2) * 16
+    last_layer = 5 * 16 + 4 * 68 + (2 + 3 + 3 + 4) * 16
+    assert flops.response_logps(model, 2, (2, 3)) == first_layer + last_layer + 4 * 20
 
 
 def test_responses_of_one_token_need_the_prompt_alone():

@@ -7,7 +7,8 @@ rematerialisation does. The rule is that work counts where a wanted number depen
 - A row `[prefix | branch 1 | branch 2]` runs every token through every layer once. The prefix that
   the two branches share is counted once, and so is what all judge prompts begin with.
 - A score (query times key, and its weight times the value) counts for every token and every
-  earlier one that it sees: its own branch's and the prefix's.
+  earlier one that it sees: its own branch's and the prefix's, in a layer with a sliding window
+  those within it.
 - In the last layer, only tokens whose hidden state is read need a query, an attention output and
   the feed-forward block; the others need key and value there. A response's last token predicts
   nothing, so it needs no layer at all.
@@ -19,11 +20,14 @@ rematerialisation does. The rule is that work counts where a wanted number depen
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from attnpo_jax.models.config import ModelConfig
+
+Seen = Callable[[int | None], int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,24 +39,18 @@ class Costs:
       rest: query and output projections and the feed-forward block, of a token in a layer.
       score: one token's look at one other in a layer, all heads: score and weighted value.
       head: logits of one position.
-      layers: number of layers.
+      windows: for each layer, how many tokens up to and with itself one sees; None for all.
     """
 
     key_value: int
     rest: int
     score: int
     head: int
-    layers: int
+    windows: tuple[int | None, ...]
 
     @classmethod
     def of(cls, config: ModelConfig) -> Costs:
-        """The costs of a model whose layers all see the whole row.
-
-        Raises:
-          ValueError: a layer has a window; what it sees would be counted wrongly.
-        """
-        if config.layer_windows is not None:
-            raise ValueError("FLOPs of layers with a sliding window are not counted here")
+        """The costs of a model."""
         D, H = config.hidden_size, config.head_dim
         N, K, F = config.num_heads, config.num_kv_heads, config.intermediate_size
         return cls(
@@ -60,29 +58,39 @@ class Costs:
             rest=2 * (2 * D * N * H + 3 * D * F),
             score=2 * (2 * N * H),
             head=2 * D * config.vocab_size,
-            layers=config.num_layers,
+            windows=config.layer_windows or (None,) * config.num_layers,
         )
 
-    def forward(self, tokens: int, seen: int, read: int, seen_by_read: int) -> int:
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return len(self.windows)
+
+    def forward(self, tokens: int, seen: Seen, read: int, seen_by_read: Seen) -> int:
         """A pass whose hidden states are wanted at some positions.
 
         Args:
           tokens: tokens that run through the layers.
-          seen: over all of them, the sum of how many tokens each sees.
+          seen: for a window, the sum over all of them of how many tokens each sees.
           read: positions whose final hidden state is wanted.
-          seen_by_read: the sum of how many tokens these see.
+          seen_by_read: the same as `seen` for these alone.
         """
-        lower = tokens * (self.key_value + self.rest) + seen * self.score
-        last = tokens * self.key_value + read * self.rest + seen_by_read * self.score
-        return (self.layers - 1) * lower + last
+        lower = (self.layers - 1) * tokens * (self.key_value + self.rest)
+        # A few kinds of layers, many of each.
+        for window, layers in Counter(self.windows[:-1]).items():
+            lower += layers * seen(window) * self.score
+        last = tokens * self.key_value + read * self.rest
+        return lower + last + seen_by_read(self.windows[-1]) * self.score
 
 
-def seen_from(start: int, tokens: int) -> int:
+def seen_from(start: int, tokens: int, window: int | None = None) -> int:
     """How many tokens are seen by `tokens` consecutive ones that have `start` before them.
 
-    Each sees those and, of its own, the ones up to itself.
+    Each sees those and, of its own, the ones up to itself, but no more than `window` in all.
     """
-    return tokens * start + tokens * (tokens + 1) // 2
+    inside = tokens if window is None else min(tokens, max(0, window - start))
+    full = 0 if window is None else (tokens - inside) * window
+    return inside * start + inside * (inside + 1) // 2 + full
 
 
 def response_logps(config: ModelConfig, prompt: int, responses: Sequence[int]) -> int:
@@ -95,13 +103,16 @@ def response_logps(config: ModelConfig, prompt: int, responses: Sequence[int]) -
     """
     costs = Costs.of(config)
     inner = [n - 1 for n in responses]
-    in_branches = sum(seen_from(prompt, n) for n in inner)
     read = 1 + sum(inner)
+
+    def in_branches(window):
+        return sum(seen_from(prompt, n, window) for n in inner)
+
     body = costs.forward(
         tokens=prompt + sum(inner),
-        seen=seen_from(0, prompt) + in_branches,
+        seen=lambda w: seen_from(0, prompt, w) + in_branches(w),
         read=read,
-        seen_by_read=prompt + in_branches,
+        seen_by_read=lambda w: seen_from(prompt - 1, 1, w) + in_branches(w),
     )
     return body + read * costs.head
 
@@ -114,7 +125,9 @@ def training(config: ModelConfig, prompt: int, responses: Sequence[int]) -> int:
 def judge_common(config: ModelConfig, common: int) -> int:
     """Keys and values of what all judge prompts begin with, once for a whole dataset."""
     costs = Costs.of(config)
-    return costs.forward(common, seen_from(0, common), read=0, seen_by_read=0)
+    return costs.forward(
+        common, lambda w: seen_from(0, common, w), read=0, seen_by_read=lambda w: 0
+    )
 
 
 def judge_row(config: ModelConfig, common: int, prefix: int, orders: Sequence[int]) -> int:
@@ -130,8 +143,10 @@ def judge_row(config: ModelConfig, common: int, prefix: int, orders: Sequence[in
     branches = [n - prefix for n in orders]
     body = costs.forward(
         tokens=prefix - common + sum(branches),
-        seen=seen_from(common, prefix - common) + sum(seen_from(prefix, n) for n in branches),
+        seen=lambda w: (
+            seen_from(common, prefix - common, w) + sum(seen_from(prefix, n, w) for n in branches)
+        ),
         read=len(branches),
-        seen_by_read=sum(orders),
+        seen_by_read=lambda w: sum(seen_from(n - 1, 1, w) for n in orders),
     )
     return body + len(branches) * costs.head

@@ -1,0 +1,132 @@
+"""How long the pairs are that a plan is made for, and the batches of them, as shapes alone."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attnpo_jax.data.batching import PairBatch, RowShape, fill_rows, round_up
+from attnpo_jax.plan.topologies import PlanError
+
+# Tokens of the default judge prompt without its slots, chat template included: about as many in
+# every vocabulary.
+_TEMPLATE = 192
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """Tokens of the pair that all pairs are taken to be like.
+
+    Attributes:
+      prompt: tokens of the prompt.
+      response: tokens of each response.
+      judge_prefix: tokens that both orders of the judge prompt begin with.
+      judge_order: tokens of the judge prompt in one order, `judge_prefix` included.
+    """
+
+    prompt: int
+    response: int
+    judge_prefix: int
+    judge_order: int
+
+    @classmethod
+    def of(cls, config: Any, row: int | None = None, response: int | None = None) -> "Lengths":
+        """The pair of a given row length, or the longest that the config lets through.
+
+        Args:
+          config: its `data` and `judge` sections say what is cut off.
+          row: tokens of prompt and both responses. None: the most there can be, two responses that
+            are cut off behind a prompt of one token.
+          response: tokens of each response. None: a third of the row, or more where the config
+            would cut prompt and response off otherwise.
+
+        Raises:
+          PlanError: the config lets no such pair through.
+        """
+        longest = config.data.max_length
+        row = 2 * longest - 1 if row is None else row
+        if not 3 <= row < 2 * longest:
+            raise PlanError(
+                f"--row-length={row}: accepted: 3 to {2 * longest - 1}, with data.max_length = "
+                f"{longest}"
+            )
+        if response is None:
+            response = max(row - longest, row // 3)
+        prompt = row - 2 * response
+        if response < 1 or prompt < 1 or prompt + response > longest:
+            raise PlanError(
+                f"--response-length={response}: accepted for rows of {row} tokens: "
+                f"{max(1, row - longest)} to {(row - 1) // 2}"
+            )
+        answer, limit = response, config.judge.max_length - 1
+        if _TEMPLATE + prompt + 2 * answer > limit:
+            answer = min(answer, config.judge.max_answer_length)
+        prefix = max(1, min(_TEMPLATE + prompt, limit - 2 * answer))
+        return cls(prompt, response, prefix, min(limit, prefix + 2 * answer))
+
+    @property
+    def row(self) -> int:
+        return self.prompt + 2 * self.response
+
+    @property
+    def judge_row(self) -> int:
+        return 2 * self.judge_order - self.judge_prefix
+
+
+@dataclasses.dataclass(frozen=True)
+class Batching:
+    """How many rows a program takes at a time.
+
+    Attributes:
+      microbatches: how many of them a step accumulates over.
+      rows: rows of a microbatch; a pair each, the last ones empty where they are too many.
+      pairs: pairs of all microbatches.
+    """
+
+    microbatches: int
+    rows: int
+    pairs: int
+
+    @classmethod
+    def training(cls, config: Any, row_shards: int) -> "Batching":
+        size = config.train.microbatch_size
+        return cls(
+            -(-config.train.batch_size // size), round_up(size, row_shards), config.train.batch_size
+        )
+
+    @classmethod
+    def preparing(cls, config: Any, row: int, row_shards: int) -> "Batching":
+        rows = max(1, min(config.judge.batch_size, config.judge.token_budget // round_up(row)))
+        rows = round_up(rows, row_shards)
+        return cls(1, rows, rows)
+
+
+def train_batch(lengths: Lengths, batching: Batching, num_sources: int) -> PairBatch:
+    """A training batch (n, B, ...) as `jax.ShapeDtypeStruct`s."""
+    one = reference_batch(lengths, 1, num_sources)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            (batching.microbatches, batching.rows, *x.shape[1:]), x.dtype
+        ),
+        one,
+    )
+
+
+def reference_batch(lengths: Lengths, rows: int, num_sources: int = 0) -> PairBatch:
+    """A batch (B, ...) for the reference's pass, as `jax.ShapeDtypeStruct`s."""
+    shape = RowShape(
+        length=round_up(lengths.row),
+        scored=round_up(2 * lengths.response),
+        response=round_up(lengths.response),
+    )
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype),
+        fill_rows([[]], shape, num_sources),
+    )
+
+
+def judge_rows(lengths: Lengths, rows: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Tokens, positions, branches and read positions for the judge's pass, as shapes."""
+    tokens = jax.ShapeDtypeStruct((rows, round_up(lengths.judge_row)), jnp.int32)
+    return tokens, tokens, tokens, jax.ShapeDtypeStruct((rows, 2), jnp.int32)

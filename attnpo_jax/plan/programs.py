@@ -1,0 +1,296 @@
+"""Compiles a run's own programs for chips that are not there, and reads off what they take.
+
+The training step, the reference's pass and the judge's pass are those that a run compiles, with
+shapes for parameters and batches: nothing is allocated.
+"""
+
+import dataclasses
+import re
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnpo_jax import config as config_lib
+from attnpo_jax import flops as model_flops
+from attnpo_jax import judge, prepare
+from attnpo_jax.models import attention_backends, lora
+from attnpo_jax.models.decoder import ModelConfig, abstract_params
+from attnpo_jax.parallel import mesh as meshes
+from attnpo_jax.parallel.backend import Sharded
+from attnpo_jax.plan import hlo, lengths, work
+from attnpo_jax.plan.collectives import Collective, collectives
+from attnpo_jax.plan.lengths import Batching, Lengths
+from attnpo_jax.plan.topologies import GIB, PlanError, Topology
+from attnpo_jax.train import loop
+
+
+class DoesNotFit(PlanError):
+    """A program needs more memory than a chip has; the message says what to change."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of a chip's memory.
+
+    Attributes:
+      arguments: parameters, optimizer state and batch.
+      temporaries: what exists only while the program runs, at its peak.
+      code: the program.
+      peak: all that is there at the peak.
+    """
+
+    arguments: int
+    temporaries: int
+    code: int
+    peak: int
+
+    @classmethod
+    def of(cls, analysis: Any) -> "Memory":
+        arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
+        code = analysis.generated_code_size_in_bytes
+        outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+        return cls(arguments, temporaries, code, arguments + outputs + temporaries + code)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A compiled program and what it takes, by chip and run.
+
+    Attributes:
+      name: "train", "reference" or "judge".
+      topology: the chips of one copy of it.
+      mesh: sizes of their mesh's axes.
+      coordinates: where in the slice the mesh's devices are, int (data, fsdp, tensor, 3).
+      batching: what it takes at a time.
+      attention: what computes attention, one of `attention_backends.BACKENDS`.
+      memory: bytes.
+      model_flops: that the result needs, over all chips (see `attnpo_jax.flops`).
+      flops: of a chip's matrix products, repeated work and padding included; without those inside
+        an attention kernel, which XLA does not see.
+      traffic: bytes through a chip's main memory.
+      collectives: what the chips exchange.
+      unknown_loops: loops that count once, since their length could not be read.
+      compile_seconds: how long XLA took.
+    """
+
+    name: str
+    topology: Topology
+    mesh: Mapping[str, int]
+    coordinates: np.ndarray
+    batching: Batching
+    attention: str
+    memory: Memory
+    model_flops: int
+    flops: int
+    traffic: float
+    collectives: tuple[Collective, ...]
+    unknown_loops: tuple[str, ...]
+    compile_seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What programs are compiled for.
+
+    Attributes:
+      config: the run's config.
+      model: the model's shape.
+      topology: all chips of the run.
+      lengths: the pair that all pairs are like.
+    """
+
+    config: Any
+    model: ModelConfig
+    topology: Topology
+    lengths: Lengths
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        model = self.model
+        return config_lib.check_layers(self.config, model.num_layers, model.layer_windows)
+
+    def training_mesh(self) -> dict[str, int]:
+        return meshes.axis_sizes(self.config.parallel.mesh, self.topology.size)
+
+    def training(self) -> Compiled:
+        """The training step on all chips.
+
+        Raises:
+          DoesNotFit: it needs more memory than a chip has.
+          MeshError: the chips or the model do not fit `parallel.mesh`.
+        """
+        config, at = self.config, self.lengths
+        policy = lora.adapted(self.model, config.lora)
+        backend = Sharded(policy, self.training_mesh(), self.topology.devices())
+        batching = Batching.training(config, backend.row_shards)
+        attention = self._attention(backend)
+        settings = loop.step_settings(config, policy, self.sources, attention)
+        step = loop.compile_step(config, settings, backend, total_steps=100)
+        batch = lengths.train_batch(at, batching, len(self.sources))
+        needed = batching.pairs * model_flops.training(self.model, at.prompt, (at.response,) * 2)
+        return self._compile(
+            "train",
+            self.topology,
+            backend,
+            batching,
+            needed,
+            lambda: step.run.lower(step.abstract_state, batch),
+        )
+
+    def reference(self) -> Compiled:
+        """The reference's pass on one host's chips; raises as `training` does."""
+        at, backend = self.lengths, self._host_backend()
+        batching = Batching.preparing(self.config, at.row, backend.row_shards)
+        attention = self._attention(backend)
+        call = prepare.reference_pass(self.config, self._of_passes, backend, attention)
+        batch = lengths.reference_batch(at, batching.rows)
+        needed = model_flops.response_logps(self.model, at.prompt, (at.response,) * 2)
+        return self._compile(
+            "reference",
+            self.topology.host,
+            backend,
+            batching,
+            batching.pairs * needed,
+            lambda: call.lower(self._params(backend), batch),
+        )
+
+    def judge(self) -> Compiled:
+        """The judge's pass on one host's chips; raises as `training` does."""
+        at, backend = self.lengths, self._host_backend()
+        batching = Batching.preparing(self.config, at.judge_row, backend.row_shards)
+        call = judge.compile_pass(
+            backend,
+            self.sources,
+            config=self._of_passes,
+            dtype=jnp.dtype(self.config.model.dtype),
+            attention=self._attention(backend),
+        )
+        rows = lengths.judge_rows(at, batching.rows)
+        letters = jax.ShapeDtypeStruct((2,), jnp.int32)
+        needed = model_flops.judge_row(self.model, 0, at.judge_prefix, (at.judge_order,) * 2)
+        return self._compile(
+            "judge",
+            self.topology.host,
+            backend,
+            batching,
+            batching.pairs * needed,
+            lambda: call.lower((self._params(backend), None, letters), rows),
+        )
+
+    @property
+    def _of_passes(self) -> ModelConfig:
+        return prepare.shape_of_passes(self.config, self.model)
+
+    def _host_backend(self) -> Sharded:
+        host = self.topology.host
+        return Sharded(
+            self._of_passes, meshes.local_sizes(self.training_mesh(), host.size), host.devices()
+        )
+
+    def _attention(self, backend: Sharded) -> str:
+        model = self.config.model
+        choice = attention_backends.choose(
+            model.attention, self.model, jnp.dtype(model.dtype), backend.devices
+        )
+        return choice.backend
+
+    def _params(self, backend: Sharded) -> Any:
+        params = abstract_params(self._of_passes, jnp.dtype(self.config.model.param_dtype))
+        return backend.abstract_state(params)
+
+    def _compile(
+        self,
+        name: str,
+        topology: Topology,
+        backend: Sharded,
+        batching: Batching,
+        needed: int,
+        lower: Callable[[], Any],
+    ) -> Compiled:
+        start = time.monotonic()
+        # Nothing that runs here is compiled: no use in a cache.
+        cached = jax.config.jax_enable_compilation_cache
+        jax.config.update("jax_enable_compilation_cache", False)
+        try:
+            compiled = lower().compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise DoesNotFit(self._too_large(name, topology, backend, batching, error)) from error
+        finally:
+            jax.config.update("jax_enable_compilation_cache", cached)
+        seconds = time.monotonic() - start
+        program = hlo.parse(compiled.as_text())
+        sizes = dict(backend.mesh.shape)
+        return Compiled(
+            name=name,
+            topology=topology,
+            mesh=sizes,
+            coordinates=_coordinates(backend.mesh),
+            batching=batching,
+            attention=self._attention(backend),
+            memory=Memory.of(compiled.memory_analysis()),
+            model_flops=needed,
+            flops=work.flops(program),
+            traffic=work.memory_traffic(program),
+            collectives=tuple(collectives(program, sizes)),
+            unknown_loops=program.unknown_loops,
+            compile_seconds=seconds,
+        )
+
+    def _too_large(self, name, topology, backend, batching, error) -> str:
+        by = _excess(str(error))
+        mesh = ", ".join(f"{axis} {size}" for axis, size in backend.mesh.shape.items())
+        where = f"on {topology.name} ({mesh})"
+        return f"the {name} program needs {by}, {where}; change: {self._changes(name, batching)}"
+
+    def _changes(self, name: str, batching: Batching) -> str:
+        config, changes = self.config, []
+        sizes = self.training_mesh()
+        if name == "train":
+            if sizes["data"] > 1:
+                changes.append(f"parallel.mesh.data = {sizes['data']} to 1 and fsdp larger")
+            if config.model.remat != "layer":
+                changes.append(f"model.remat = {config.model.remat!r} to 'layer'")
+            if batching.rows > sizes["data"] * sizes["fsdp"]:
+                changes.append(f"a smaller train.microbatch_size than {batching.rows}")
+            if config.model.dtype != "bfloat16":
+                changes.append("model.dtype to 'bfloat16'")
+            changes.append(f"a smaller model.logps_chunk than {config.model.logps_chunk}")
+            changes.append(f"more chips than {self.topology.size}")
+        else:
+            if batching.rows > 1:
+                changes.append(f"a smaller judge.token_budget than {config.judge.token_budget}")
+            if config.model.param_dtype != "bfloat16":
+                changes.append("model.param_dtype to 'bfloat16'")
+            changes.append("chips with more memory")
+        changes.append(f"a smaller data.max_length than {config.data.max_length}")
+        return ", or ".join(changes)
+
+
+def _coordinates(mesh: jax.sharding.Mesh) -> np.ndarray:
+    """Where the mesh's devices are in their slice: int (data, fsdp, tensor, 3)."""
+    flat = [tuple(device.coords) for device in mesh.devices.flat]
+    return np.array(flat).reshape(*mesh.devices.shape, -1)
+
+
+def _excess(message: str) -> str:
+    """What XLA says of a program that is too large."""
+    number = r"([\d.]+)([KMGT])"
+    for pattern in (
+        rf"Used {number} of {number} hbm",
+        rf"temporaries \({number}\) exceeds available HBM \({number}\)",
+    ):
+        sizes = re.search(pattern, message)
+        if sizes:
+            used, room = (_gib(*sizes.group(k, k + 1)) for k in (1, 3))
+            return f"{used:.2f} GiB of a chip's {room:.2f} GiB, {used - room:.2f} GiB too much"
+    return "more memory than a chip has"
+
+
+def _gib(number: str, unit: str) -> float:
+    return float(number) * {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}[unit] / GIB

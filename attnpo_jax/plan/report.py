@@ -1,0 +1,156 @@
+"""A plan as a table and as JSON."""
+
+import dataclasses
+from collections import defaultdict
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+
+from attnpo_jax.plan.lengths import Lengths
+from attnpo_jax.plan.programs import Compiled
+from attnpo_jax.plan.roofline import Roofline
+from attnpo_jax.plan.topologies import GIB, Topology
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run will take.
+
+    Attributes:
+      source: the model's name.
+      topology: the chips.
+      lengths: the pair that all pairs are taken to be like.
+      programs: the training step, the reference's pass and the judge's pass.
+      pairs: training pairs; None where nobody said and they can't be counted here.
+      steps: optimizer steps of the run; None where the number of pairs is needed and unknown.
+    """
+
+    source: str
+    topology: Topology
+    lengths: Lengths
+    programs: tuple[Compiled, ...]
+    pairs: int | None
+    steps: int | None
+
+    def hours(self) -> dict[str, float]:
+        """Hours of each program over the dataset, at the roofline; empty where it is unknown."""
+        hours = {}
+        hosts = self.topology.size / self.topology.host.size
+        for program in self.programs:
+            seconds = Roofline.of(program).seconds
+            if program.name == "train" and self.steps is not None:
+                hours["train"] = seconds * self.steps / 3600
+            elif program.name != "train" and self.pairs is not None:
+                runs = self.pairs / program.batching.pairs / hosts
+                hours[program.name] = seconds * runs / 3600
+        return hours
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, in plain types; bytes, FLOPs and seconds are per chip and run of a program
+        but for `model_flops`, which are of all chips."""
+        return {
+            "model": self.source,
+            "topology": self.topology.name,
+            "chips": self.topology.size,
+            "lengths": {**dataclasses.asdict(self.lengths), "row": self.lengths.row},
+            "pairs": self.pairs,
+            "steps": self.steps,
+            "hours_at_roofline": self.hours(),
+            "programs": {program.name: program_json(program) for program in self.programs},
+        }
+
+
+def program_json(program: Compiled) -> dict[str, Any]:
+    """One program, in plain types."""
+    roofline = Roofline.of(program)
+    return {
+        "topology": program.topology.name,
+        "mesh": dict(program.mesh),
+        "batching": dataclasses.asdict(program.batching),
+        "attention": program.attention,
+        "memory": {**dataclasses.asdict(program.memory), "hbm": program.topology.chip.hbm},
+        "model_flops": program.model_flops,
+        "flops": program.flops,
+        "memory_traffic": program.traffic,
+        "collectives": [
+            {"kind": kind, "axes": list(axes), "times": times, "bytes": sent}
+            for (kind, axes), (times, sent) in by_kind(program).items()
+        ],
+        "seconds": {
+            "compute": roofline.compute,
+            "memory": roofline.memory,
+            "interconnect": roofline.interconnect,
+            "roofline": roofline.seconds,
+        },
+        "limit": roofline.limit,
+        "mfu_at_roofline": roofline.mfu,
+        "unknown_loops": list(program.unknown_loops),
+        "compile_seconds": program.compile_seconds,
+    }
+
+
+def by_kind(program: Compiled) -> dict[tuple[str, tuple[str, ...]], tuple[int, float]]:
+    """By kind and mesh axes: how many collectives a run has, and the bytes a chip sends in them."""
+    sums: dict[tuple[str, tuple[str, ...]], list[float]] = defaultdict(lambda: [0, 0.0])
+    for c in program.collectives:
+        sums[c.kind, c.axes][0] += c.times
+        sums[c.kind, c.axes][1] += c.total
+    order = sorted(sums.items(), key=lambda item: -item[1][1])
+    return {key: (int(times), sent) for key, (times, sent) in order}
+
+
+def table(plan: Plan) -> Group:
+    """The plan for people."""
+    head = Table(title=f"plan: {plan.source} on {plan.topology.name}", show_header=False)
+    at = plan.lengths
+    prompt, response = f"a prompt of {at.prompt}", f"two responses of {at.response}"
+    head.add_row("rows", f"{at.row} tokens: {prompt}, {response}")
+    head.add_row("judge rows", f"{at.judge_row} tokens")
+    head.add_row("pairs", "unknown; --pairs=N" if plan.pairs is None else f"{plan.pairs:,}")
+    if plan.steps is not None:
+        head.add_row("steps", f"{plan.steps:,}")
+    for name, hours in plan.hours().items():
+        head.add_row(f"{name}, at least", f"{hours:.2f} hours")
+    return Group(head, _programs(plan), *(_collectives(p) for p in plan.programs))
+
+
+def _programs(plan: Plan) -> Table:
+    programs = plan.programs
+    made = Table("by chip and run", *(p.name for p in programs), title="programs")
+    lines = [Roofline.of(p) for p in programs]
+
+    def row(name, of):
+        made.add_row(name, *(of(p, line) for p, line in zip(programs, lines, strict=True)))
+
+    row("chips", lambda p, _: p.topology.name)
+    row("mesh", lambda p, _: ", ".join(f"{axis} {n}" for axis, n in p.mesh.items()))
+    row("pairs", lambda p, _: str(p.batching.pairs))
+    row("rows", lambda p, _: f"{p.batching.microbatches} x {p.batching.rows}")
+    row("attention", lambda p, _: p.attention)
+    row("arguments", lambda p, _: _gib(p.memory.arguments))
+    row("temporaries", lambda p, _: _gib(p.memory.temporaries))
+    row("peak", lambda p, _: f"{_gib(p.memory.peak)} of {_gib(p.topology.chip.hbm)}")
+    row("FLOPs", lambda p, _: f"{p.flops / 1e12:.1f} T")
+    row("model FLOPs", lambda p, _: f"{p.model_flops / p.topology.size / 1e12:.1f} T")
+    row("memory traffic", lambda p, _: _gib(p.traffic))
+    row("sent", lambda p, _: _gib(sum(c.total for c in p.collectives)))
+    row("compute", lambda _, line: f"{line.compute:.3f} s")
+    row("memory", lambda _, line: f"{line.memory:.3f} s")
+    row("interconnect", lambda _, line: f"{line.interconnect:.3f} s")
+    row("at least", lambda _, line: f"{line.seconds:.3f} s, for {line.limit}")
+    row("MFU at most", lambda _, line: f"{line.mfu:.0%}")
+    row("compiled in", lambda p, _: f"{p.compile_seconds:.0f} s")
+    return made
+
+
+def _collectives(program: Compiled) -> Table:
+    made = Table("kind", "axes", "times", "sent", title=f"collectives of {program.name}")
+    for (kind, axes), (times, sent) in by_kind(program).items():
+        over = " x ".join(axes) or "other groups"
+        made.add_row(kind, over, f"{times:,}", f"{sent / 2**20:.1f} MiB")
+    return made
+
+
+def _gib(number: float) -> str:
+    return f"{number / GIB:.2f} GiB"

@@ -1,0 +1,157 @@
+"""TPU chips with their published peaks, and slices of them.
+
+Source of the figures: the pages of Cloud TPU's documentation on the chips,
+https://docs.cloud.google.com/tpu/docs/v5e, .../v5p and .../v6e. They give a chip's interconnect
+as a whole, both directions counted: 400 GB/s for the 4 links of a v5e, 800 for the 4 of a v6e,
+1200 for the 6 of a v5p.
+"""
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+
+GIB = 2**30
+
+
+class PlanError(ValueError):
+    """A plan that cannot be made; the message says what to change."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Published figures of one chip.
+
+    Attributes:
+      name: as in a topology's name.
+      flops: bfloat16 FLOPs a second.
+      hbm: bytes of main memory.
+      hbm_bandwidth: bytes a second, of main memory.
+      link_bandwidth: bytes a second over one link to a neighbour, one direction.
+      host: chips of one host of a larger slice, by axis of the slice.
+      wraps: multiples of this many chips on an axis close to a ring.
+      largest: the most chips on an axis.
+    """
+
+    name: str
+    flops: float
+    hbm: int
+    hbm_bandwidth: float
+    link_bandwidth: float
+    host: tuple[int, ...]
+    wraps: int
+    largest: int
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v5e", 197e12, 16 * GIB, 8.19e11, 400e9 / 8, (2, 2), wraps=16, largest=16),
+        Chip("v5p", 459e12, 95 * GIB, 2.765e12, 1200e9 / 12, (2, 2, 1), wraps=4, largest=24),
+        Chip("v6e", 918e12, 32 * GIB, 1.6e12, 800e9 / 8, (2, 2), wraps=16, largest=16),
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A slice: chips of one kind in a grid.
+
+    Attributes:
+      chip: the kind.
+      shape: chips by axis.
+    """
+
+    chip: Chip
+    shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def host(self) -> "Topology":
+        """The part that one process has: a host's chips, or all where they are fewer."""
+        shape = tuple(min(*pair) for pair in zip(self.shape, self.chip.host, strict=True))
+        return dataclasses.replace(self, shape=shape)
+
+    def links(self, coordinates: Sequence[Sequence[int]]) -> int:
+        """Links by which a chip reaches a group of chips: one a varying axis, two where it closes.
+
+        Args:
+          coordinates: where the group's chips are in the slice.
+        """
+        varies = [len(set(at)) > 1 for at in np.array(coordinates).T[: len(self.shape)]]
+        closes = [length % self.chip.wraps == 0 for length in self.shape]
+        return sum(1 + ring for along, ring in zip(varies, closes, strict=True) if along)
+
+    def devices(self) -> list[jax.Device]:
+        """Devices to compile for; there is nothing to run on.
+
+        Raises:
+          PlanError: libtpu is not installed, or does not know the slice.
+        """
+        _prepare_libtpu()
+        try:
+            found = topologies.get_topology_desc(
+                platform="tpu",
+                topology_name=self.name,
+                chips_per_host_bounds=(*self.host.shape, 1, 1)[:3],
+            )
+        except Exception as error:
+            reason = str(error).splitlines()[0]
+            raise PlanError(f"topology {self.name!r}: libtpu refuses it: {reason}") from error
+        return list(found.devices)
+
+
+def parse(name: str) -> Topology:
+    """The slice that a name like "v5e:8x8" or "v5p:2x2x4" means.
+
+    Raises:
+      PlanError: no such chip, or a grid that such chips do not come in.
+    """
+    kind, _, grid = name.partition(":")
+    chip = CHIPS.get(kind)
+    if chip is None or not re.fullmatch(r"\d+(x\d+)*", grid):
+        examples = ", ".join(f"{c.name}:{'x'.join(['4'] * len(c.host))}" for c in CHIPS.values())
+        raise PlanError(
+            f"topology {name!r}: accepted: a chip ({', '.join(CHIPS)}) and its grid, e.g. "
+            f"{examples}"
+        )
+    shape = tuple(map(int, grid.split("x")))
+    lengths = [2**k for k in range(6) if 2**k <= chip.largest]
+    if len(shape) != len(chip.host) or not set(shape) <= {*lengths, chip.largest}:
+        raise PlanError(
+            f"topology {name!r}: accepted for {kind}: {len(chip.host)} axes, each of "
+            f"{', '.join(map(str, sorted({*lengths, chip.largest})))} chips"
+        )
+    return Topology(chip, shape)
+
+
+def _prepare_libtpu() -> None:
+    """Lets libtpu be loaded where there is no TPU, or where another process uses one."""
+    try:
+        import libtpu  # noqa: F401  JAX loads it by itself; this is to see that it is there.
+    except ImportError as error:
+        raise PlanError(
+            "attnpo plan compiles with libtpu, which is not installed; "
+            "pip install 'attnpo_jax[plan]'"
+        ) from error
+    # Without these it asks the network what machine it is on, and takes a lock on the chips.
+    for name, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_MIN_LOG_LEVEL": "3",
+    }.items():
+        os.environ.setdefault(name, value)

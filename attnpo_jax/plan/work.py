@@ -1,0 +1,145 @@
+"""What a compiled program computes and moves: FLOPs of its products, bytes through main memory.
+
+Both are sums over its instructions, each as often as it runs (see `hlo.Program`).
+"""
+
+import math
+import re
+
+import numpy as np
+
+from attnpo_jax.plan.hlo import Computation, Instruction, Program, Shape
+
+# Instructions that move nothing: they name, group or wait for what others made.
+_NOTHING = (
+    "after-all",
+    "bitcast",
+    "call",
+    "conditional",
+    "constant",
+    "get-tuple-element",
+    "iota",
+    "parameter",
+    "partition-id",
+    "replica-id",
+    "tuple",
+    "while",
+)
+
+
+def flops(program: Program) -> int:
+    """FLOPs of all matrix products (which TPU programs write as convolutions), padding left out."""
+    total = 0
+    for computation, i, times in program.instructions():
+        if i.opcode in ("convolution", "dot"):
+            left, right = (computation.instructions[o].shapes[0] for o in i.operands[:2])
+            count = _convolution if i.opcode == "convolution" else _dot
+            total += times * count(i, left, right)
+    return total
+
+
+def _dot(i: Instruction, left: Shape, right: Shape) -> int:
+    summed = [int(n) for n in re.findall(r"\d+", i.attribute("lhs_contracting_dims") or "")]
+    del right
+    return 2 * i.shapes[0].elements * int(np.prod([left.dims[d] for d in summed]))
+
+
+def _convolution(i: Instruction, left: Shape, right: Shape) -> int:
+    labels = re.match(r"(\w+)_(\w+)->(\w+)", i.attribute("dim_labels"))
+    lhs, rhs, out = labels.groups()
+    window = i.attribute("window") or ""
+    found = {key: value.split("x") for key, value in re.findall(r"(\w+)=([\w-]+)", window)}
+    products = 1
+    for k in range(sum(letter.isdigit() for letter in out)):
+
+        def of(name: str, default: str, k=k) -> str:
+            return found[name][k] if name in found else default
+
+        low = int(of("pad", "0_0").split("_")[0])
+        stride, spread = int(of("stride", "1")), int(of("rhs_dilate", "1"))
+        hole = int(of("lhs_dilate", "1"))
+        length = (left.dims[lhs.index(str(k))] - 1) * hole + 1
+        at = np.arange(i.shapes[0].dims[out.index(str(k))])[:, None] * stride - low
+        at = at + np.arange(right.dims[rhs.index(str(k))])[None, :] * spread
+        # Only where the window meets a number, not padding or a hole, is there a product.
+        products *= int(((at >= 0) & (at < length) & (at % hole == 0)).sum())
+    batch, features = left.dims[lhs.index("b")], right.dims[rhs.index("o")]
+    groups = int(i.attribute("batch_group_count") or 1)
+    return 2 * products * (batch // groups) * features * right.dims[rhs.index("i")]
+
+
+def memory_traffic(program: Program) -> float:
+    """Bytes read from and written to main memory, at least: each operand and result once.
+
+    What an instruction slices out of an array counts, not all of the array; what XLA keeps in the
+    core's own memory does not count.
+    """
+    return sum(
+        times * _traffic(program, computation, i)
+        for computation, i, times in program.instructions()
+        if computation.name not in program.fused
+    )
+
+
+def _traffic(program: Program, computation: Computation, i: Instruction) -> float:
+    if i.opcode in _NOTHING or i.opcode.endswith("-done"):
+        return 0.0
+    operands = [computation.instructions[o].shapes for o in i.operands]
+    reads = [_in_hbm(shapes) for shapes in operands]
+    writes = _in_hbm(i.shapes)
+    if i.opcode in ("copy-start", "slice-start"):
+        # (destination, source, state) or ((source), destination, state).
+        target = i.shapes[0] if i.opcode == "copy-start" else i.shapes[1]
+        source = operands[0][0]
+        return target.bytes * (target.in_hbm + source.in_hbm)
+    if i.opcode.endswith("-start"):
+        return sum(reads) + max(writes - sum(reads), 0.0)
+    if i.opcode in ("dynamic-slice", "slice", "gather"):
+        return 2 * writes if reads[0] else writes
+    if i.opcode == "dynamic-update-slice":
+        return 2 * reads[1]
+    if i.opcode == "fusion":
+        inner = program.computations[i.called()[0]]
+        reads = [
+            min(whole, _read(program, inner, p.name))
+            for whole, p in zip(reads, inner.parameters, strict=False)
+        ]
+        writes = _written(inner, i)
+    return sum(reads) + writes
+
+
+def _in_hbm(shapes: tuple[Shape, ...]) -> float:
+    return sum(s.bytes for s in shapes if s.in_hbm)
+
+
+def _read(program: Program, inner: Computation, name: str) -> float:
+    """Bytes that a fusion reads of a value: all of it, unless slices are all it takes."""
+    total = 0.0
+    for user in inner.users.get(name, []):
+        if user.opcode in ("bitcast", "reshape"):
+            total += _read(program, inner, user.name)
+        elif user.opcode == "fusion":
+            nested = program.computations[user.called()[0]]
+            for operand, parameter in zip(user.operands, nested.parameters, strict=False):
+                if operand == name:
+                    total += _read(program, nested, parameter.name)
+        elif user.opcode in ("dynamic-slice", "slice", "gather"):
+            total += user.shapes[0].bytes
+        elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:
+            return math.inf
+    return total
+
+
+def _written(inner: Computation, i: Instruction) -> float:
+    """Bytes that a fusion writes: of what is updated in place, the update alone."""
+    root = inner.root
+    roots = [inner.instructions[o] for o in root.operands] if root.opcode == "tuple" else [root]
+    total = 0.0
+    for shape, made in zip(i.shapes, roots, strict=False):
+        while made.opcode == "bitcast":
+            made = inner.instructions[made.operands[0]]
+        if shape.in_hbm and made.opcode == "dynamic-update-slice":
+            total += inner.instructions[made.operands[1]].shapes[0].bytes
+        elif shape.in_hbm:
+            total += shape.bytes
+    return total

@@ -1,0 +1,160 @@
+"""A small model's programs, compiled for four TPU chips that are not there."""
+
+import math
+import re
+from collections import Counter
+
+import pytest
+
+from attnpo_jax.config import default_config
+from attnpo_jax.models.config import ModelConfig
+from attnpo_jax.parallel.mesh import MeshError
+from attnpo_jax.plan import roofline, search, topologies
+from attnpo_jax.plan.lengths import Lengths
+from attnpo_jax.plan.programs import DoesNotFit, Setting
+
+pytest.importorskip("libtpu")
+
+LAYERS, MICROBATCHES, CHIPS = 3, 2, 4
+REDUCTIONS = ("all-reduce", "reduce-scatter", "collective-permute")
+HF_CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 4096,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+MODEL = ModelConfig.from_hf(HF_CONFIG)
+# Elements of a layer's seven matrices: query and output, key and value, gate, up and down.
+MATRICES = Counter({512 * 512: 2, 512 * 256: 2, 512 * 1024: 3})
+
+
+def setting(model=MODEL, row=128, **fields):
+    config = default_config()
+    config.data.max_length, config.data.max_prompt_length = 96, 64
+    config.judge.max_length, config.judge.max_answer_length = 256, 64
+    config.judge.layers, config.judge.batch_size = (-1,), 4
+    config.train.batch_size, config.train.microbatch_size = 8, 4
+    config.model.dtype, config.model.remat, config.model.logps_chunk = "bfloat16", "layer", 32
+    # Not a kernel, in which XLA sees no FLOPs.
+    config.model.attention = "xla"
+    config.parallel.mesh.update({"data": 1, "fsdp": -1, "tensor": 1})
+    config.update_from_flattened_dict(fields)
+    lengths = Lengths.of(config, row if row < 2 * config.data.max_length else None)
+    return Setting(config, model, topologies.parse("v5e:2x2"), lengths)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return setting().training()
+
+
+@pytest.fixture(scope="module")
+def referenced():
+    return setting().reference()
+
+
+def moved(program, wanted):
+    """By elements, how many of a layer's matrices the wanted collectives move in a run."""
+    counts = Counter()
+    for c in program.collectives:
+        if wanted(c):
+            for shape in c.shapes:
+                if math.prod(shape) in MATRICES:
+                    counts[math.prod(shape)] += c.times
+    return counts
+
+
+def times(number):
+    return Counter({size: number * count for size, count in MATRICES.items()})
+
+
+def test_training_gathers_each_layers_weights_forward_and_back_and_reduces_their_gradients_once(
+    trained,
+):
+    passes = LAYERS * MICROBATCHES
+    assert moved(trained, lambda c: c.kind == "all-gather") == times(2 * passes)
+    assert moved(trained, lambda c: c.kind in REDUCTIONS) == times(passes)
+
+
+def test_reference_gathers_each_layers_weights_once(referenced):
+    assert moved(referenced, lambda c: c.kind == "all-gather") == times(LAYERS)
+    assert not moved(referenced, lambda c: c.kind in REDUCTIONS)
+
+
+@pytest.mark.parametrize("program", ["trained", "referenced"])
+def test_no_stack_no_vocabulary_and_no_logits_are_gathered_or_reduced(program, request):
+    found = request.getfixturevalue(program).collectives
+    largest = max(math.prod(s) for c in found if c.kind != "all-to-all" for s in c.shapes)
+    # A whole vocabulary has 4096 x 512 elements, logits of a chunk of 32 tokens 4096 x 32.
+    assert largest == max(MATRICES)
+    assert not any(4096 in s for c in found for s in c.shapes)
+    assert {c.axes for c in found} == {("fsdp",)}
+    # Columns of the embedding table for rows, each chip a part of its part.
+    exchanged = [math.prod(s) for c in found if c.kind == "all-to-all" for s in c.shapes]
+    assert max(exchanged) == 4096 * 512 // CHIPS
+
+
+def test_memory_is_the_state_and_the_batch_and_what_the_step_needs(trained):
+    # Parameters and two moments in float32: the matrices, two embeddings, norms on every chip.
+    parameters = LAYERS * sum(size * n for size, n in MATRICES.items()) + 2 * 4096 * 512
+    norms = (2 * LAYERS + 1) * 512
+    state = 3 * 4 * (parameters // CHIPS + norms)
+    assert state < trained.memory.arguments < 1.02 * state
+    assert trained.memory.peak < 2 * state
+    assert not trained.unknown_loops
+
+
+def test_flops_of_the_step_are_those_counted_from_the_config_and_the_remat(trained, referenced):
+    # The layers' forward pass runs twice, so about 4/3; rows and blocks are padded.
+    ratio = trained.flops * CHIPS / trained.model_flops
+    assert 4 / 3 < ratio < 1.25 * 4 / 3
+    assert 1 < referenced.flops * CHIPS / referenced.model_flops < 1.3
+
+
+def test_roofline_divides_by_the_published_peaks(referenced):
+    line = roofline.Roofline.of(referenced)
+    assert line.compute == pytest.approx(referenced.flops / 197e12)
+    assert line.memory == pytest.approx(referenced.traffic / 819e9)
+    # A chip of a 2x2 grid has two neighbours, one link of 50 GB/s to each.
+    sent = sum(c.total for c in referenced.collectives)
+    assert line.interconnect == pytest.approx(sent / 100e9)
+    assert line.seconds == max(line.compute, line.memory, line.interconnect)
+
+
+def test_judge_reads_attention_without_gathering_its_vocabulary():
+    judged = setting().judge()
+    assert judged.batching.pairs == 4
+    assert not any(4096 in s for c in judged.collectives for s in c.shapes)
+    # Layers below the last, and the last one's key and query, output, feed-forward.
+    assert moved(judged, lambda c: c.kind == "all-gather")[512 * 1024] == 3 * LAYERS
+
+
+def test_a_mesh_that_does_not_divide_is_refused():
+    with pytest.raises(MeshError, match="parallel.mesh.fsdp = 3.*number of devices, 4"):
+        setting(**{"parallel.mesh.fsdp": 3}).training()
+    with pytest.raises(MeshError, match="parallel.mesh.tensor = 4 does not divide.*accepted: 1, 2"):
+        setting(**{"parallel.mesh.fsdp": 1, "parallel.mesh.tensor": 4}).training()
+
+
+def test_what_does_not_fit_says_by_how_much_and_what_to_change():
+    wide = ModelConfig.from_hf({**HF_CONFIG, "intermediate_size": 1 << 20, "hidden_size": 2048})
+    with pytest.raises(DoesNotFit) as caught:
+        setting(wide, **{"model.remat": "dots"}).training()
+    message = str(caught.value)
+    assert re.search(
+        r"the train program needs \d+.\d\d GiB of a chip's 15.75 GiB, \d+.\d\d GiB too", message
+    )
+    assert "model.remat = 'dots' to 'layer'" in message
+    assert "\n" not in message
+
+
+def test_search_tries_meshes_that_divide_and_leave_no_chip_idle():
+    tried = list(search.candidates(setting(**{"train.batch_size": 2, "train.microbatch_size": 2})))
+    meshes = {tuple(c.mesh.values()) for c in tried}
+    # Two pairs: two parts of a batch at most, so two chips share each layer (of two KV heads).
+    assert meshes == {(1, 2, 2), (2, 1, 2)}
+    assert {c.remat for c in tried} == {"dots", "layer"}
+    assert {c.microbatch for c in tried} == {2}

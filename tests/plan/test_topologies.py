@@ -1,0 +1,63 @@
+import pytest
+
+from attnpo_jax.plan import topologies
+
+
+@pytest.mark.parametrize(
+    "name, size, host",
+    [
+        ("v5e:8x8", 64, "v5e:2x2"),
+        ("v5p:2x2x4", 16, "v5p:2x2x1"),
+        ("v6e:1x1", 1, "v6e:1x1"),
+        ("v5e:1x4", 4, "v5e:1x2"),
+    ],
+)
+def test_slices_and_their_hosts(name, size, host):
+    slice_ = topologies.parse(name)
+    assert (slice_.name, slice_.size, slice_.host.name) == (name, size, host)
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("v9:2x2", r"'v9:2x2': accepted: a chip \(v5e, v5p, v6e\) and its grid, e.g. v5e:4x4"),
+        ("v5e", "accepted: a chip"),
+        ("v5e-64", "accepted: a chip"),
+        ("v5e:2x2x4", "accepted for v5e: 2 axes, each of 1, 2, 4, 8, 16"),
+        ("v5p:3x2x2", "accepted for v5p: 3 axes"),
+        ("v5e:32x2", "each of 1, 2, 4, 8, 16 chips"),
+    ],
+)
+def test_other_names_are_refused_with_what_is_accepted(name, words):
+    with pytest.raises(topologies.PlanError, match=words):
+        topologies.parse(name)
+
+
+@pytest.mark.parametrize(
+    "name, group, links",
+    [
+        ("v5e:8x8", [(0, 0, 0), (0, 1, 0)], 1),
+        ("v5e:8x8", [(0, 0, 0), (0, 1, 0), (1, 0, 0)], 2),
+        ("v5e:16x16", [(0, 0, 0), (1, 0, 0)], 2),  # a row of 16 closes to a ring
+        ("v5p:2x2x4", [(0, 0, 0), (0, 0, 1)], 2),  # so do 4 chips of a v5p
+        ("v5p:2x2x4", [(0, 0, 0), (1, 1, 1)], 4),
+    ],
+)
+def test_links_to_a_group(name, group, links):
+    assert topologies.parse(name).links(group) == links
+
+
+def test_without_libtpu_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "libtpu", None)
+    with pytest.raises(topologies.PlanError, match=r"pip install 'attnpo_jax\[plan\]'"):
+        topologies.parse("v5e:2x2").devices()
+
+
+def test_devices_of_a_slice_that_is_not_there():
+    pytest.importorskip("libtpu")
+    devices = topologies.parse("v5p:2x2x4").devices()
+    assert len(devices) == 16
+    assert {tuple(d.coords) for d in devices} == {
+        (x, y, z) for x in range(2) for y in range(2) for z in range(4)
+    }
+    assert len(topologies.parse("v5e:1x1").devices()) == 1

@@ -112,6 +112,8 @@ def default_config() -> config_dict.ConfigDict:
     judge.batch_size = 8
     # Tokens of a batch (rows times their padded length), at most; a longer row goes alone.
     judge.token_budget = 4096
+    # Row lengths that they are padded to; each is one compilation a pass, of a forward pass alone.
+    judge.num_buckets = 8
 
     config.prepare = prepare = config_dict.ConfigDict()
     # Pairs in one file of the prepared dataset; an interruption loses less than one file.

@@ -130,6 +130,7 @@ RULES: dict[str, Rule] = {
     "judge.layers": _layers(),
     "judge.batch_size": _integer(1),
     "judge.token_budget": _integer(1),
+    "judge.num_buckets": _integer(1),
     "prepare.rows_per_shard": _integer(1),
     "optim.learning_rate": _positive(),
     "optim.schedule": _one_of("cosine", "linear", "constant"),

@@ -177,7 +177,7 @@ def _fill(
             dtype=jnp.dtype(config.model.dtype),
             batch_size=config.judge.batch_size,
             token_budget=config.judge.token_budget,
-            num_buckets=config.data.num_buckets,
+            num_buckets=config.judge.num_buckets,
             backend=backend,
             attention=attention,
         )
@@ -297,7 +297,7 @@ class _Reference:
                 round_up(max(e.scored_length for e in examples if e.row_length <= length)),
                 round_up(max(_longest(e) for e in examples if e.row_length <= length)),
             )
-            for length in choose_buckets(lengths, config.data.num_buckets)
+            for length in choose_buckets(lengths, config.judge.num_buckets)
         }
         self._logps = reference_pass(config, model.config, backend, attention)
 

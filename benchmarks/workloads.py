@@ -431,7 +431,7 @@ def _judge(config, model: LanguageModel) -> Judge:
         dtype=jnp.dtype(config.model.dtype),
         batch_size=config.judge.batch_size,
         token_budget=config.judge.token_budget,
-        num_buckets=config.data.num_buckets,
+        num_buckets=config.judge.num_buckets,
         backend=backends.for_preparing(model.config, config.parallel),
     )
 

@@ -116,7 +116,7 @@ def make_config(inputs, **changes):
     config.data.eval = str(inputs / "eval.jsonl")
     config.data.max_length = 200
     config.data.max_prompt_length = 100
-    config.data.num_buckets = 1
+    config.data.num_buckets = config.judge.num_buckets = 1
     config.judge.template = str(inputs / "judge.txt")
     config.judge.layers = (0, 2)
     config.judge.max_length = 200
@@ -273,6 +273,7 @@ def test_what_does_not_change_the_rows_may_change(inputs, finished, no_model):
         judge__batch_size=1,
         judge__token_budget=100,
         data__num_buckets=3,
+        judge__num_buckets=2,
         data__shuffle=False,
         objective__beta=0.7,
         optim__learning_rate=1.0,

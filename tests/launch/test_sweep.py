@@ -28,7 +28,7 @@ def get_config():
     config = default_config()
     config.model.source = {model!r}
     config.data.train = config.data.eval = {data!r}
-    config.data.num_buckets = 1
+    config.data.num_buckets = config.judge.num_buckets = 1
     config.train.batch_size = config.train.microbatch_size = 2
     config.optim.learning_rate = 1e-2
     config.log.progress = False

@@ -68,7 +68,7 @@ def setting(tmp_path_factory):
     config.model.source = str(tiny.write_folder(folder))
     config.data.train = str(tiny.write_pairs(folder / "train.jsonl", 20))
     config.data.eval = str(tiny.write_pairs(folder / "eval.jsonl", 5))
-    config.data.num_buckets = 1
+    config.data.num_buckets = config.judge.num_buckets = 1
     config.judge.template = str(folder / "template.txt")
     (folder / "template.txt").write_text("{question} A {answer_a} B {answer_b} Which?")
     config.judge.layers = (0, 2)

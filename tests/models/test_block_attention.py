@@ -1,0 +1,125 @@
+"""Attention block by block against a softmax over the whole row."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnpo_jax.models import block_attention
+from attnpo_jax.models.attention import Past, RowLayout, ScoreRule
+
+H = 8
+# [prefix | chosen | rejected] lengths of the pairs in each row, longer than several blocks.
+ROWS = (((60, 250, 230),), ((20, 110, 70), (45, 130, 180)))
+LENGTH = 570
+
+
+def make_rows(packed: bool):
+    """Layout, and by hand who sees whom: bool (B, L, L)."""
+    branch, segment, positions = (np.zeros((2, LENGTH), np.int32) for _ in range(3))
+    visible = np.zeros((2, LENGTH, LENGTH), bool)
+    for b, pairs in enumerate(ROWS):
+        start = 0
+        for s, (prefix, first, second) in enumerate(pairs[: None if packed else 1]):
+            parts = np.cumsum([start, prefix, first, second])
+            for r in range(3):
+                part = slice(parts[r], parts[r + 1])
+                branch[b, part], segment[b, part] = r + 1, s + 1
+                n = parts[r + 1] - parts[r]
+                positions[b, part] = np.arange(n) + (prefix if r else 0)
+                visible[b, part, part] = np.tril(np.ones((n, n), bool))
+                if r:
+                    visible[b, part, parts[0] : parts[1]] = True
+            start = parts[3]
+    layout = RowLayout(
+        jnp.asarray(branch), jnp.asarray(segment) if packed else None, jnp.asarray(positions)
+    )
+    return layout, visible, positions, branch > 0
+
+
+def whole_row(q, k, v, mask, softcap=None):
+    """Softmax over all keys at once, in float32."""
+    q = q.reshape(*q.shape[:2], k.shape[2], -1, H)
+    s = jnp.einsum("bqkgh,blkh->bkgql", q, k) / H**0.5
+    if softcap is not None:
+        s = softcap * jnp.tanh(s / softcap)
+    p = jax.nn.softmax(jnp.where(mask[:, None, None], s, -1e30), axis=-1)
+    out = jnp.einsum("bkgql,blkh->bqkgh", p, v)
+    return out.reshape(*out.shape[:2], -1, H)
+
+
+def random(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("softcap", "window"), [(None, None), (2.0, None), (None, 30)], ids=["plain", "cap", "window"]
+)
+def test_outputs_and_gradients_equal_those_of_the_whole_row(packed, softcap, window):
+    layout, visible, positions, real = make_rows(packed)
+    if window is not None:
+        visible = visible & (positions[:, :, None] - positions[:, None, :] < window)
+    q, k, v = random(0, 2, LENGTH, 6, H), random(1, 2, LENGTH, 2, H), random(2, 2, LENGTH, 2, H)
+    # What padding gets is open, and nothing may come of it.
+    weight = random(3, 2, LENGTH, 6, H) * real[..., None, None]
+
+    def total(attend):
+        return lambda *qkv: jnp.sum(weight * attend(*qkv))
+
+    rule = ScoreRule(softcap=softcap, window=window)
+    blocks = block_attention.Blocks.of(layout)
+    assert blocks.kinds.shape[0] > 2
+    ours = functools.partial(block_attention.attend, blocks=blocks, rule=rule)
+    theirs = functools.partial(whole_row, mask=jnp.asarray(visible), softcap=softcap)
+    got, want = (
+        jax.jit(jax.value_and_grad(total(attend), argnums=(0, 1, 2)))(q, k, v)
+        for attend in (ours, theirs)
+    )
+    chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("window", [None, 50])
+def test_a_shared_past_is_seen_by_every_row(window):
+    layout, visible, positions, real = make_rows(packed=False)
+    P = 70
+    layout = RowLayout(layout.branch_BL, None, layout.positions_BL + P)
+    q, k, v = random(0, 2, LENGTH, 6, H), random(1, 2, LENGTH, 2, H), random(2, 2, LENGTH, 2, H)
+    past = Past(random(4, P, 2, H), random(5, P, 2, H))
+    keys, values = (
+        jnp.concatenate([jnp.broadcast_to(p, (2, *p.shape)), x], axis=1)
+        for p, x in ((past.keys, k), (past.values, v))
+    )
+    mask = np.concatenate([np.ones((2, LENGTH, P), bool), visible], axis=2)
+    if window is not None:
+        places = np.concatenate([np.tile(np.arange(P), (2, 1)), positions + P], axis=1)
+        mask &= (positions + P)[:, :, None] - places[:, None, :] < window
+    blocks = block_attention.Blocks.of(layout, P)
+    got = block_attention.attend(q, k, v, blocks, rule=ScoreRule(window=window), past=past)
+    want = whole_row(q, keys, values, jnp.asarray(mask))
+    np.testing.assert_allclose(got[real], want[real], atol=1e-5)
+
+
+def test_blocks_that_nobody_sees_are_skipped():
+    branch = np.repeat(np.array([1, 2, 3], np.int32), 256)[None]
+    kinds = np.asarray(block_attention.Blocks.of(RowLayout(jnp.asarray(branch))).kinds)
+    # 0 is skipped, 1 masked, 2 computed without a mask.
+    np.testing.assert_array_equal(kinds, [[1, 0, 0], [2, 1, 0], [2, 0, 1]])
+
+
+def test_memory_is_linear_in_the_row():
+    def temporary(L):
+        layout = RowLayout(jnp.ones((1, L), jnp.int32))
+
+        def total(q, k, v):
+            blocks = block_attention.Blocks.of(layout)
+            return jnp.sum(block_attention.attend(q, k, v, blocks, rule=ScoreRule()))
+
+        shapes = [jax.ShapeDtypeStruct((1, L, heads, H), jnp.float32) for heads in (4, 2, 2)]
+        compiled = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(*shapes).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary(8192) < 4.5 * temporary(2048)

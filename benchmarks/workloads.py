@@ -186,8 +186,12 @@ class Reference:
         config, pairs = _config(spec), _pairs(spec)
         model = _model(config)
         self._tokenized = [_tokenize(config, model.tokenizer, pair) for pair in pairs]
+        backend = backends.for_preparing(model.config, config.parallel)
+        attention = attention_backends.choose(
+            config.model.attention, model.config, config.model.dtype, backend.devices
+        )
         self._reference = prepare._Reference(
-            config, model, backends.for_preparing(model.config, config.parallel), self._tokenized
+            config, model, backend, attention.backend, self._tokenized
         )
         self.repeat()
         lengths = [
@@ -433,6 +437,7 @@ def _judge(config, model: LanguageModel) -> Judge:
         token_budget=config.judge.token_budget,
         num_buckets=config.judge.num_buckets,
         backend=backends.for_preparing(model.config, config.parallel),
+        attention=config.model.attention,
     )
 
 

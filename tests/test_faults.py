@@ -197,8 +197,8 @@ def test_sigterm_while_preparing(setting, undisturbed, use_devices, monkeypatch)
     workdir = setting[0] / "stopped-preparing"
     write = PreparedWriter.write
 
-    def write_and_signal(self, shard, rows):
-        write(self, shard, rows)
+    def write_and_signal(self, shard, *rows):
+        write(self, shard, *rows)
         if shard == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 

@@ -21,6 +21,8 @@ from attnpo_jax.models.config import ModelConfig
 from attnpo_jax.parallel import rules
 
 BACKENDS = ("xla", "cudnn", "tokamax")
+# XLA's on one CPU, see `block_attention`.
+BLOCKS = "xla in blocks"
 
 # The backend that "auto" means where it can serve; XLA on all other platforms.
 _PREFERRED = {"gpu": "cudnn", "tpu": "tokamax"}
@@ -39,7 +41,7 @@ class Choice:
     """A backend, and why it was chosen.
 
     Attributes:
-      backend: one of `BACKENDS`.
+      backend: one of `BACKENDS`, or `BLOCKS`.
       reason: the device and what decided, in words.
     """
 
@@ -56,7 +58,7 @@ def choose(
     """Decides what computes attention.
 
     Args:
-      wanted: the config's `model.attention`: `auto`, or one of `BACKENDS`.
+      wanted: the config's `model.attention`: `auto`, or one of `BACKENDS`; or an earlier choice.
       model: the model's shape.
       dtype: what activations are computed in.
       devices: those that the passes will run on, or be compiled for.
@@ -65,8 +67,10 @@ def choose(
       AttentionError: the named backend cannot serve this model on these devices.
     """
     device = devices[0]
-    if wanted == "xla":
-        return Choice("xla", f"{device.device_kind}; as model.attention says")
+    # Blocks that fit a cache, on one CPU; XLA partitions plain products over several devices.
+    xla = BLOCKS if device.platform == "cpu" and len(devices) == 1 else "xla"
+    if wanted in ("xla", BLOCKS):
+        return Choice(xla, f"{device.device_kind}; as model.attention says")
     if wanted != "auto":
         obstacle = _obstacle(wanted, model, jnp.dtype(dtype), device)
         if obstacle is not None:
@@ -77,7 +81,7 @@ def choose(
         return Choice(wanted, f"{device.device_kind}; as model.attention says")
     preferred = _PREFERRED.get(device.platform)
     if preferred is None:
-        return Choice("xla", f"{device.device_kind}; other backends are for GPU and TPU")
+        return Choice(xla, f"{device.device_kind}; other backends are for GPU and TPU")
     obstacle = _obstacle(preferred, model, jnp.dtype(dtype), device)
     if obstacle is not None:
         return Choice("xla", f"{device.device_kind}; not {preferred}: {obstacle}")
@@ -126,11 +130,13 @@ def attend(
       layout: who sees whom.
       rule: how scores become probabilities.
       past: keys and values that stand before every row.
-      backend: one of `BACKENDS`.
-      masks: what `make_masks` gave for the same layout, rule and past, or None.
+      backend: one of `BACKENDS`, or `BLOCKS`.
+      masks: what `make_masks` gave for the same layout, rule and past; None where it gave that.
     """
     if backend == "xla":
-        return _xla(q_BLNH, k_BLKH, v_BLKH, layout, masks, rule=rule, past=past)
+        return attention.attend(q_BLNH, k_BLKH, v_BLKH, layout, rule=rule, past=past)
+    if backend == BLOCKS:
+        return block_attention.attend(q_BLNH, k_BLKH, v_BLKH, masks, rule=rule, past=past)
     if past is None:
         past = Past(k_BLKH[0, :0], v_BLKH[0, :0])
     run = functools.partial(_KERNELS[backend], rule=dataclasses.replace(rule, window=None))
@@ -172,9 +178,9 @@ def make_masks(backend: str, layout: RowLayout, rule: ScoreRule, past_length: in
     Returns:
       A pytree of arrays; None where each layer makes its own, or needs none.
     """
-    if backend == "xla":
-        return None if rules.on_mesh() else block_attention.Blocks.of(layout, past_length)
-    if isinstance(rule.window, jax.Array):
+    if backend == BLOCKS:
+        return block_attention.Blocks.of(layout, past_length)
+    if backend == "xla" or isinstance(rule.window, jax.Array):
         return None
     return _masks(backend, layout, rule, past_length)
 
@@ -209,28 +215,6 @@ def row_masks(
 def _padded(x: jax.Array, length: int) -> jax.Array:
     """x (B, L, ...) with zeros behind, up to a length."""
     return jnp.pad(x, ((0, 0), (0, length - x.shape[1])) + ((0, 0),) * (x.ndim - 2))
-
-
-# --- XLA -----------------------------------------------------------------------------------------
-
-
-def _xla(q_BLNH, k_BLKH, v_BLKH, layout: RowLayout, blocks, *, rule: ScoreRule, past: Past | None):
-    """In blocks on a CPU's cache; else, and on a mesh, where XLA partitions it, as few products."""
-
-    def plain(q, k, v, layout, blocks, window, past):
-        del blocks
-        here = dataclasses.replace(rule, window=window)
-        return attention.attend(q, k, v, layout, rule=here, past=past)
-
-    def in_blocks(q, k, v, layout, blocks, window, past):
-        del layout
-        here = dataclasses.replace(rule, window=window)
-        return block_attention.attend(q, k, v, blocks, rule=here, past=past)
-
-    arrays = q_BLNH, k_BLKH, v_BLKH, layout, blocks, rule.window, past
-    if blocks is None:
-        return plain(*arrays)
-    return jax.lax.platform_dependent(*arrays, cpu=in_blocks, default=plain)
 
 
 # --- cuDNN ---------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from attnpo_jax.models.attention import MASKED, soft_cap
 from attnpo_jax.parallel import rules
@@ -51,7 +52,7 @@ def token_logps(
       unembedding_VD: output embedding (V, D).
       target_BM: int32 token ids (B, M), each in [0, V).
       softcap: the model's `final_logit_softcapping`, which bounds the logits.
-      chunk: tokens projected at a time, over all rows of a device together.
+      chunk: tokens projected at a time, over all of a device's own rows together.
 
     Returns:
       float32 log-probs (B, M).
@@ -64,8 +65,12 @@ def token_logps(
 def _in_chunks(hidden_BMD, unembedding_VD, target_BM, vocabulary, *, softcap, chunk):
     B, M = target_BM.shape
     m = max(1, min(M, chunk // B))
+    # In float32, so that the gradient is summed up in it over all chunks; tiles are cast down.
+    unembedding_VD = unembedding_VD.astype(jnp.float32)
     # A chunk's rows may come from other devices: not to be kept until the backward pass.
-    scores = jax.checkpoint(functools.partial(_chunk_logps, unembedding_VD, softcap, vocabulary))
+    policy = jax.checkpoint_policies.save_only_these_names(_SUMS)
+    scores = functools.partial(_chunk_logps, unembedding_VD, softcap, vocabulary)
+    scores = jax.checkpoint(scores, policy=policy)
     if m == M:
         return scores((hidden_BMD, target_BM))
     n = -(-M // m)
@@ -91,6 +96,8 @@ def _chunk_logps(unembedding_VD, softcap, vocabulary, chunk):
 # Below, T tokens of a chunk; W words of a tile.
 _TILE_LOGITS = 1 << 22
 _FEWEST_WORDS = 512
+# What the backward pass needs of the forward pass, two numbers a token.
+_SUMS = "head_sums"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -116,7 +123,8 @@ def _forward(hidden_TD, unembedding_VD, place_T, length, softcap, constant):
     start = tuple(constant(jnp.full(T, value, jnp.float32)) for value in (MASKED, 0, 0))
     tiles = _tiles(T, unembedding_VD.shape[0])
     (highest, total, picked), _ = jax.lax.scan(add_words, start, tiles)
-    log_sum = highest + jnp.log(total)
+    log_sum = checkpoint_name(highest + jnp.log(total), _SUMS)
+    picked = checkpoint_name(picked, _SUMS)
     return (log_sum, picked), (hidden_TD, unembedding_VD, place_T, length, log_sum)
 
 
@@ -145,8 +153,7 @@ def _backward(softcap, constant, residuals, cotangents):
     start = tuple(constant(jnp.zeros(x.shape, jnp.float32)) for x in both)
     tiles = _tiles(place_T.shape[0], unembedding_VD.shape[0])
     (d_hidden_TD, d_unembedding_VD), _ = jax.lax.scan(add_words, start, tiles)
-    dtype = hidden_TD.dtype
-    return d_hidden_TD.astype(dtype), d_unembedding_VD.astype(dtype), None, None
+    return d_hidden_TD.astype(hidden_TD.dtype), d_unembedding_VD, None, None
 
 
 _log_sum_and_picked.defvjp(_forward, _backward)
@@ -170,7 +177,7 @@ def _tile(hidden_TD, unembedding_VD, start, length, softcap):
     size = unembedding_VD.shape[0]
     count = _words(hidden_TD.shape[0], size)
     words = jnp.minimum(start, size - count) + jnp.arange(count)
-    words_WD = jax.lax.dynamic_slice_in_dim(unembedding_VD, start, count)
+    words_WD = jax.lax.dynamic_slice_in_dim(unembedding_VD, start, count).astype(hidden_TD.dtype)
     logits_TW = soft_cap(_product("td,wd->tw", hidden_TD, words_WD), softcap)
     valid = (words >= start) & (words < length)
     return words_WD, jnp.where(valid, logits_TW, MASKED), words, valid

@@ -262,11 +262,6 @@ def split_logits(hidden_BMD: jax.Array, unembedding_VD: jax.Array) -> tuple[jax.
     )
 
 
-def on_mesh() -> bool:
-    """Whether a mesh of several devices is current."""
-    return bool(_sizes())
-
-
 def row_shards() -> int:
     """How many parts the rows of a batch are in, on the current mesh."""
     return math.prod(_sizes().get(axis, 1) for axis in ROWS)

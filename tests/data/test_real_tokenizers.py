@@ -140,7 +140,7 @@ def test_every_pair_is_aligned(tokenizer, pairs):
                 same += len(there)
                 tokens += len(ids)
     # Mostly both are the same: what a template puts beside a response changes its ends.
-    assert same > 0.9 * tokens
+    assert same > 0.7 * tokens
 
 
 def agreeing(judge_ids, judge_spans, ids, spans):

@@ -13,7 +13,13 @@ import pytest
 from attnpo_jax.models import attention, decoder
 from attnpo_jax.models import attention_backends as backends
 from attnpo_jax.models.attention import Past, RowLayout, ScoreRule
-from attnpo_jax.models.attention_backends import AttentionError, attend, choose, make_masks
+from attnpo_jax.models.attention_backends import (
+    BLOCKS,
+    AttentionError,
+    attend,
+    choose,
+    make_masks,
+)
 from attnpo_jax.models.config import ModelConfig
 
 MODEL = ModelConfig(
@@ -58,7 +64,9 @@ def test_auto_takes_the_fastest_that_can_serve(installed):
     assert choose("auto", MODEL, "bfloat16", [V5E]).backend == "tokamax"
     assert choose("auto", MODEL, "float32", [V5E]).backend == "tokamax"
     assert choose("auto", MODEL, "bfloat16", [H100]).backend == "cudnn"
-    assert choose("auto", MODEL, "float32", [CPU]).backend == "xla"
+    assert choose("auto", MODEL, "float32", [CPU]).backend == BLOCKS
+    assert choose("auto", MODEL, "float32", [CPU, CPU]).backend == "xla"
+    assert choose(BLOCKS, MODEL, "float32", [CPU]).backend == BLOCKS
     assert (
         str(choose("xla", MODEL, "float32", [V5E])) == "xla (TPU v5 lite; as model.attention says)"
     )

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from attnpo_jax.models import decoder
+from attnpo_jax.models.attention_backends import BLOCKS
 from attnpo_jax.models.config import ModelConfig, RopeScaling
 
 TINY = ModelConfig(
@@ -184,6 +185,20 @@ def test_past_replaces_a_common_beginning():
     full = decoder.read(TINY, params, *whole, reads, sources=(1, 0))
     assert shallow.hidden_BQD is None
     np.testing.assert_allclose(shallow.rows_SBQL, full.rows_SBQL, atol=1e-6)
+
+
+def test_dots_are_kept_and_attention_runs_once():
+    params = random_params(TINY)
+    row = shared_row([1, 2, 3], [4, 5], [6, 7, 8])
+
+    def products(remat):
+        def loss(params):
+            hidden = decoder.forward(TINY, params, *row, remat=remat, attention=BLOCKS)
+            return jnp.sum(jnp.sin(hidden))
+
+        return str(jax.make_jaxpr(jax.grad(loss))(params)).count("dot_general[")
+
+    assert products("dots") == products("none") < products("layer")
 
 
 @pytest.mark.parametrize("remat", ["dots", "layer"])

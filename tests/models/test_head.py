@@ -55,3 +55,34 @@ def test_softmax_is_float32_for_bfloat16_inputs():
     want = plain(hidden.astype(jnp.float32), unembedding.astype(jnp.float32), target)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_gradients_are_summed_in_float32_over_chunks():
+    rng = np.random.default_rng(2)
+    hidden = jnp.asarray(rng.normal(size=(1, 2048, 8)), jnp.bfloat16)
+    unembedding = jnp.asarray(rng.normal(size=(16, 8)), jnp.bfloat16)
+    target = jnp.asarray(rng.integers(0, 16, (1, 2048)))
+
+    def gradient(chunk, dtype):
+        def total(u):
+            return jnp.sum(token_logps(hidden.astype(dtype), u, target, chunk=chunk))
+
+        return jax.jit(jax.grad(total))(unembedding.astype(jnp.float32))
+
+    exact = gradient(2048, jnp.float32)
+    for chunk in (2048, 8):
+        error = jnp.linalg.norm(gradient(chunk, jnp.bfloat16) - exact) / jnp.linalg.norm(exact)
+        assert error < 0.01, chunk
+
+
+@pytest.mark.parametrize("chunk", [30, 7])
+def test_logits_are_computed_twice_and_no_oftener(chunk):
+    """Once forward, once backward; with two products for the gradients."""
+    hidden, unembedding = jnp.ones((1, 30, 8)), jnp.ones((37, 8))
+    target = jnp.zeros((1, 30), jnp.int32)
+
+    def total(h, u):
+        return jnp.sum(token_logps(h, u, target, chunk=chunk))
+
+    jaxpr = jax.make_jaxpr(jax.grad(total, argnums=(0, 1)))(hidden, unembedding)
+    assert str(jaxpr).count("dot_general[") == 4

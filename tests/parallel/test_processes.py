@@ -265,8 +265,8 @@ def main(config_file, workdir, *arguments):
 
     write = PreparedWriter.write
 
-    def write_and_signal(self, shard, rows):
-        write(self, shard, rows)
+    def write_and_signal(self, shard, *rows):
+        write(self, shard, *rows)
         print(f"shard {shard} is written", flush=True)
         if shard == int(options.get("sigterm-after-shard", -1)):
             os.kill(os.getpid(), signal.SIGTERM)

@@ -202,6 +202,19 @@ def pairs_digest(pairs: Iterable[Pair]) -> str:
 # Opening sources: each reader yields (1-based row number, row), a row being whatever was found.
 
 
+def hub_split(source: str) -> tuple[str, str | None, str] | None:
+    """Name, config and split of a source on the hub; None for any other source."""
+    path, folder = pathlib.Path(source).expanduser(), source.rpartition("@")[0]
+    if source.startswith("builtin:") or path.exists():
+        return None
+    if folder and pathlib.Path(folder).expanduser().exists():
+        return None
+    hub = _HUB_ID.fullmatch(source)
+    if hub is None or hub["split"] is None or hub["name"].endswith(_FILE_ENDINGS):
+        return None
+    return hub["name"], hub["config"], hub["split"]
+
+
 def _open(source: str, fields: _Fields) -> tuple[str, Iterator[tuple[int, Any]]]:
     """A source's short name (for fallback ids) and its rows."""
     if source.startswith("builtin:"):

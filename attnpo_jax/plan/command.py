@@ -2,15 +2,15 @@
 
 import json
 import logging
-import pathlib
 from typing import Any
 
 from ml_collections import config_dict
 from rich.console import Console
 
 from attnpo_jax import config as config_lib
-from attnpo_jax.data import sources
+from attnpo_jax.data import mixture
 from attnpo_jax.models import known
+from attnpo_jax.plan import pairs as pairs_lib
 from attnpo_jax.plan import report, search, topologies
 from attnpo_jax.plan.lengths import Lengths
 from attnpo_jax.plan.programs import Setting
@@ -35,7 +35,7 @@ def plan(
     Args:
       config: see `attnpo_jax.config.default_config`.
       topology: name of the slice, e.g. "v5e:8x8".
-      pairs: training pairs. None: counted where the data are here, otherwise unknown.
+      pairs: training pairs. None: see `pairs.count`.
       row_length, response_length: see `lengths.Lengths.of`.
       search_over: whether to try meshes, microbatch sizes and remat policies, in place of the
         config's own, and print a ranking.
@@ -60,7 +60,6 @@ def plan(
         topologies.parse(topology),
         Lengths.of(config, row_length, response_length),
     )
-    setting.training_mesh()
     if search_over:
         ranking = search.ranking(setting)
         if as_json:
@@ -68,11 +67,15 @@ def plan(
         else:
             console.print(search.table(ranking))
         return
+    setting.training_mesh()
+    compile_all = [setting.training, setting.reference]
+    if setting.sources:
+        compile_all.append(setting.judge)
     programs = []
-    for compile_one in (setting.training, setting.reference, setting.judge):
+    for compile_one in compile_all:
         _LOG.info("compiling the %s program for %s", compile_one.__name__, topology)
         programs.append(compile_one())
-    pairs = _count(config) if pairs is None else pairs
+    pairs = pairs_lib.count(config) if pairs is None else pairs
     made = report.Plan(
         config.model.source,
         setting.topology,
@@ -80,6 +83,7 @@ def plan(
         tuple(programs),
         pairs,
         _steps(config, pairs),
+        bool(mixture.parse(config.data.eval)),
     )
     if as_json:
         _print_json(console, made.as_json())
@@ -89,15 +93,6 @@ def plan(
 
 def _print_json(console: Console, content: Any) -> None:
     console.print(json.dumps(content, indent=2), markup=False, highlight=False, soft_wrap=True)
-
-
-def _count(config: config_dict.ConfigDict) -> int | None:
-    """Training pairs, where counting them takes no download."""
-    names = config.data.train
-    names = (names,) if isinstance(names, str) else tuple(names)
-    if not all(name.startswith("builtin:") or pathlib.Path(name).exists() for name in names):
-        return None
-    return len(sources.load_pairs(config.data.train, on_bad_row="skip").pairs)
 
 
 def _steps(config: config_dict.ConfigDict, pairs: int | None) -> int | None:

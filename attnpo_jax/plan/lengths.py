@@ -102,9 +102,11 @@ class Batching:
         return cls(1, rows, rows)
 
 
-def train_batch(lengths: Lengths, batching: Batching, num_sources: int) -> PairBatch:
+def train_batch(
+    lengths: Lengths, batching: Batching, num_sources: int, num_columns: int = 0
+) -> PairBatch:
     """A training batch (n, B, ...) as `jax.ShapeDtypeStruct`s."""
-    one = reference_batch(lengths, 1, num_sources)
+    one = reference_batch(lengths, 1, num_sources, num_columns)
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(
             (batching.microbatches, batching.rows, *x.shape[1:]), x.dtype
@@ -113,7 +115,9 @@ def train_batch(lengths: Lengths, batching: Batching, num_sources: int) -> PairB
     )
 
 
-def reference_batch(lengths: Lengths, rows: int, num_sources: int = 0) -> PairBatch:
+def reference_batch(
+    lengths: Lengths, rows: int, num_sources: int = 0, num_columns: int = 0
+) -> PairBatch:
     """A batch (B, ...) for the reference's pass, as `jax.ShapeDtypeStruct`s."""
     shape = RowShape(
         length=round_up(lengths.row),
@@ -122,7 +126,7 @@ def reference_batch(lengths: Lengths, rows: int, num_sources: int = 0) -> PairBa
     )
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype),
-        fill_rows([[]], shape, num_sources),
+        fill_rows([[]], shape, num_sources, num_columns),
     )
 
 

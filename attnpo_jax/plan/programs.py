@@ -113,6 +113,22 @@ class Setting:
         model = self.model
         return config_lib.check_layers(self.config, model.num_layers, model.layer_windows)
 
+    @property
+    def weight_columns(self) -> tuple[str, ...]:
+        """Ready-made weights that the run's data have.
+
+        Raises:
+          PlanError: the config leaves their names to the data.
+          ConfigError: `weighting.column` is not among them.
+        """
+        columns = config_lib.weight_columns(self.config)
+        if columns == "all":
+            raise PlanError(
+                "data.weight_columns = 'all': a plan reads no data; accepted: the columns' names"
+            )
+        config_lib.check_columns(self.config, columns)
+        return columns
+
     def training_mesh(self) -> dict[str, int]:
         return meshes.axis_sizes(self.config.parallel.mesh, self.topology.size)
 
@@ -128,9 +144,10 @@ class Setting:
         backend = Sharded(policy, self.training_mesh(), self.topology.devices())
         batching = Batching.training(config, backend.row_shards)
         attention = self._attention(backend)
-        settings = loop.step_settings(config, policy, self.sources, attention)
+        columns = self.weight_columns
+        settings = loop.step_settings(config, policy, self.sources, attention, columns)
         step = loop.compile_step(config, settings, backend, total_steps=100)
-        batch = lengths.train_batch(at, batching, len(self.sources))
+        batch = lengths.train_batch(at, batching, len(self.sources), len(columns))
         needed = batching.pairs * model_flops.training(self.model, at.prompt, (at.response,) * 2)
         return self._compile(
             "train",
@@ -159,7 +176,7 @@ class Setting:
         )
 
     def judge(self) -> Compiled:
-        """The judge's pass on one host's chips; raises as `training` does."""
+        """The judge's pass on one host's chips, for one source or more; raises as `training`."""
         at, backend = self.lengths, self._host_backend()
         batching = Batching.preparing(self.config, at.judge_row, backend.row_shards)
         call = judge.compile_pass(

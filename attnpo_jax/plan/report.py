@@ -21,9 +21,10 @@ class Plan:
       source: the model's name.
       topology: the chips.
       lengths: the pair that all pairs are taken to be like.
-      programs: the training step, the reference's pass and the judge's pass.
+      programs: the training step, the reference's pass and, where layers are judged, the judge's.
       pairs: training pairs; None where nobody said and they can't be counted here.
       steps: optimizer steps of the run; None where the number of pairs is needed and unknown.
+      evaluates: whether there are pairs to evaluate on.
     """
 
     source: str
@@ -32,6 +33,13 @@ class Plan:
     programs: tuple[Compiled, ...]
     pairs: int | None
     steps: int | None
+    evaluates: bool = False
+
+    @property
+    def left_out(self) -> list[str]:
+        """What the hours do not contain."""
+        evaluation = ["preparing data.eval", "evaluation passes"] if self.evaluates else []
+        return [*evaluation, "compiling", "reading and writing files"]
 
     def hours(self) -> dict[str, float]:
         """Hours of each program over the dataset, at the roofline; empty where it is unknown."""
@@ -57,6 +65,7 @@ class Plan:
             "pairs": self.pairs,
             "steps": self.steps,
             "hours_at_roofline": self.hours(),
+            "hours_leave_out": self.left_out,
             "programs": {program.name: program_json(program) for program in self.programs},
         }
 
@@ -106,12 +115,18 @@ def table(plan: Plan) -> Group:
     at = plan.lengths
     prompt, response = f"a prompt of {at.prompt}", f"two responses of {at.response}"
     head.add_row("rows", f"{at.row} tokens: {prompt}, {response}")
-    head.add_row("judge rows", f"{at.judge_row} tokens")
-    head.add_row("pairs", "unknown; --pairs=N" if plan.pairs is None else f"{plan.pairs:,}")
+    judged = any(program.name == "judge" for program in plan.programs)
+    none = "none, and no judge program: judge.layers = 'none'"
+    head.add_row("judge rows", f"{at.judge_row} tokens" if judged else none)
+    head.add_row(
+        "pairs", "unknown, so no hours; give --pairs=N" if plan.pairs is None else f"{plan.pairs:,}"
+    )
     if plan.steps is not None:
         head.add_row("steps", f"{plan.steps:,}")
     for name, hours in plan.hours().items():
         head.add_row(f"{name}, at least", f"{hours:.2f} hours")
+    if plan.hours():
+        head.add_row("not in these hours", ", ".join(plan.left_out))
     return Group(head, _programs(plan), *(_collectives(p) for p in plan.programs))
 
 

@@ -10,18 +10,21 @@ from typing import Any
 import jax
 from rich.table import Table
 
-from attnpo_jax.models.decoder import abstract_params
+from attnpo_jax.models import lora
 from attnpo_jax.parallel import mesh as meshes
 from attnpo_jax.plan.programs import Compiled, DoesNotFit, Setting
 from attnpo_jax.plan.report import program_json
 from attnpo_jax.plan.roofline import Roofline
 from attnpo_jax.plan.topologies import GIB, PlanError
+from attnpo_jax.train import loop
+from attnpo_jax.train.state import TrainState
 
 _LOG = logging.getLogger(__name__)
 
 # Each is a compilation of a minute or two for a model of 8B.
 TRIED = 12
-REMATS = ("dots", "layer")
+# Of the same mesh and microbatch, tried in this order: what seldom fits comes last.
+REMATS = ("dots", "layer", "none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +84,7 @@ def ranking(setting: Setting) -> list[Found]:
 def candidates(setting: Setting) -> Iterator[Candidate]:
     """All that divide the model and the batch, and have room for parameters and moments."""
     n, batch = setting.topology.size, setting.config.train.batch_size
+    state = _state_bytes(setting)
     for tensor in _divisors(n):
         for fsdp in _divisors(n // tensor):
             mesh = {"data": n // tensor // fsdp, "fsdp": fsdp, "tensor": tensor}
@@ -90,37 +94,46 @@ def candidates(setting: Setting) -> Iterator[Candidate]:
                 continue
             rows = mesh["data"] * fsdp
             # With more parts of a batch than pairs, chips would have none.
-            if rows > batch or _state_bytes(setting) / (fsdp * tensor) > setting.topology.chip.hbm:
+            if rows > batch or state / (fsdp * tensor) > setting.topology.chip.hbm:
                 continue
-            for times in _divisors(batch // rows if batch % rows == 0 else 1):
+            # A microbatch divides the batch. Where none fills all parts, the whole batch is padded.
+            sizes = [size for size in _divisors(batch) if size % rows == 0] or [batch]
+            for size in sizes:
                 for remat in REMATS:
-                    yield Candidate(mesh, rows * times, remat)
+                    yield Candidate(mesh, size, remat)
 
 
 def _divisors(number: int) -> list[int]:
     return [k for k in range(1, number + 1) if number % k == 0]
 
 
-def _parameters(setting: Setting) -> int:
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(setting.model)))
+def _elements(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def _state(setting: Setting) -> TrainState:
+    """The training state, as shapes."""
+    return loop.initial_state(setting.config, lora.adapted(setting.model, setting.config.lora))
 
 
 def _state_bytes(setting: Setting) -> int:
-    """Parameters, two float32 moments and a float32 gradient."""
-    size = 4 if setting.config.model.param_dtype == "float32" else 2
-    return _parameters(setting) * (size + 3 * 4)
+    """Parameters, moments of those that are trained, and their float32 gradient."""
+    state = _state(setting)
+    kept = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
+    return kept + 4 * _elements(state.params)
 
 
 def _guess(setting: Setting, candidate: Candidate) -> tuple[float, float]:
     """What to try first: little to send; of the same, little to compute or keep.
 
-    Per microbatch, the layers' weights are gathered twice and their gradients reduced once over
-    `fsdp`; per layer, activations are summed six times over `tensor`.
+    Per microbatch, the layers' weights are gathered twice and the gradients of those that are
+    trained reduced once over `fsdp`; per layer, activations are summed six times over `tensor`.
     """
-    model, mesh = setting.model, candidate.mesh
+    model, mesh, state = setting.model, candidate.mesh, _state(setting)
+    trained, read = _elements(state.params), _elements((state.params, state.base))
     n = -(-setting.config.train.batch_size // candidate.microbatch)
-    weights = 3 * 2 * _parameters(setting) / mesh["tensor"] * n * (mesh["fsdp"] > 1)
-    gradients = 2 * 4 * _parameters(setting) / mesh["fsdp"] / mesh["tensor"] * (mesh["data"] > 1)
+    weights = 2 * (2 * read + trained) / mesh["tensor"] * n * (mesh["fsdp"] > 1)
+    gradients = 2 * 4 * trained / mesh["fsdp"] / mesh["tensor"] * (mesh["data"] > 1)
     rows = setting.config.train.batch_size / (mesh["data"] * mesh["fsdp"])
     tokens = rows * setting.lengths.row
     sums = 6 * 2 * 2 * tokens * model.hidden_size * model.num_layers * (mesh["tensor"] > 1)

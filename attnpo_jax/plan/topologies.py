@@ -3,7 +3,8 @@
 Source of the figures: the pages of Cloud TPU's documentation on the chips,
 https://docs.cloud.google.com/tpu/docs/v5e, .../v5p and .../v6e. They give a chip's interconnect
 as a whole, both directions counted: 400 GB/s for the 4 links of a v5e, 800 for the 4 of a v6e,
-1200 for the 6 of a v5p.
+1200 for the 6 of a v5p. The page on the v5p says that slices of 4x4x4 chips and larger are full
+tori; smaller ones, 2x2x4 among them, are taken to be open on all axes.
 """
 
 import dataclasses
@@ -35,6 +36,7 @@ class Chip:
       link_bandwidth: bytes a second over one link to a neighbour, one direction.
       host: chips of one host of a larger slice, by axis of the slice.
       wraps: multiples of this many chips on an axis close to a ring.
+      cubes: whether they do only where all axes are such multiples.
       largest: the most chips on an axis.
     """
 
@@ -45,15 +47,16 @@ class Chip:
     link_bandwidth: float
     host: tuple[int, ...]
     wraps: int
+    cubes: bool
     largest: int
 
 
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v5e", 197e12, 16 * GIB, 8.19e11, 400e9 / 8, (2, 2), wraps=16, largest=16),
-        Chip("v5p", 459e12, 95 * GIB, 2.765e12, 1200e9 / 12, (2, 2, 1), wraps=4, largest=24),
-        Chip("v6e", 918e12, 32 * GIB, 1.6e12, 800e9 / 8, (2, 2), wraps=16, largest=16),
+        Chip("v5e", 197e12, 16 * GIB, 8.19e11, 400e9 / 8, (2, 2), 16, False, 16),
+        Chip("v5p", 459e12, 95 * GIB, 2.765e12, 1200e9 / 12, (2, 2, 1), 4, True, 24),
+        Chip("v6e", 918e12, 32 * GIB, 1.6e12, 800e9 / 8, (2, 2), 16, False, 16),
     )
 }
 
@@ -92,6 +95,8 @@ class Topology:
         """
         varies = [len(set(at)) > 1 for at in np.array(coordinates).T[: len(self.shape)]]
         closes = [length % self.chip.wraps == 0 for length in self.shape]
+        if self.chip.cubes and not all(closes):
+            closes = [False] * len(closes)
         return sum(1 + ring for along, ring in zip(varies, closes, strict=True) if along)
 
     def devices(self) -> list[jax.Device]:

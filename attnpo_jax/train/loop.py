@@ -289,16 +289,32 @@ def compile_step(
     """
     schedule = optim.make_schedule(config.optim, total_steps)
     optimizer = optim.make_optimizer(config.optim, schedule)
-    first_state = functools.partial(create, optimizer=optimizer)
-    if settings.model.lora is not None:
-        first_state = functools.partial(
-            create_adapted, optimizer=optimizer, model=settings.model, seed=config.seed
-        )
-    base = lora.without(settings.model)
-    params = abstract_params(base, jnp.dtype(config.model.param_dtype))
-    abstract_state = backend.abstract_state(jax.eval_shape(first_state, params))
+    first_state, shapes = _first_state(config, settings.model, optimizer)
+    abstract_state = backend.abstract_state(shapes)
     step = make_train_step(settings, optimizer, schedule, backend.axis_name)
     return CompiledStep(first_state, abstract_state, backend.train_step(step, abstract_state))
+
+
+def _first_state(config, model, optimizer) -> tuple[Callable[[Params], TrainState], TrainState]:
+    """The function that makes the first state of the model's parameters, and its shapes."""
+    first_state = functools.partial(create, optimizer=optimizer)
+    if model.lora is not None:
+        first_state = functools.partial(
+            create_adapted, optimizer=optimizer, model=model, seed=config.seed
+        )
+    params = abstract_params(lora.without(model), jnp.dtype(config.model.param_dtype))
+    return first_state, jax.eval_shape(first_state, params)
+
+
+def initial_state(config: config_dict.ConfigDict, model: ModelConfig) -> TrainState:
+    """The state that training starts from, as shapes.
+
+    Args:
+      config: see `attnpo_jax.config.default_config`.
+      model: the model's shape, with its adapters.
+    """
+    optimizer = optim.make_optimizer(config.optim, optim.make_schedule(config.optim, 1))
+    return _first_state(config, model, optimizer)[1]
 
 
 def step_settings(

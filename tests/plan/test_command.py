@@ -7,7 +7,7 @@ from rich.console import Console
 
 from attnpo_jax import cli
 from attnpo_jax.config import default_config
-from attnpo_jax.plan import command, programs, report, topologies
+from attnpo_jax.plan import command, programs, report, search, topologies
 from attnpo_jax.plan.collectives import Collective
 from attnpo_jax.plan.lengths import Batching
 from attnpo_jax.plan.programs import Compiled, Memory
@@ -162,10 +162,33 @@ def test_help_lists_the_options_of_the_command_alone(capsys):
     assert "--topology" not in run(["train", "--help"], capsys)[1]
 
 
-def test_pairs_that_would_have_to_be_downloaded_are_not_counted(compiled):
+def test_without_judged_layers_there_is_no_judge_program(arguments, compiled, capsys):
+    none = ["--config.judge.layers=none", "--config.weighting.name=uniform"]
+    code, out, err = run([*arguments, *none, "--json"], capsys)
+    assert code == 0, err
+    assert list(json.loads(out)["programs"]) == ["train", "reference"]
+    code, out, _ = run([*arguments, *none], capsys)
+    assert code == 0 and "no judge program" in " ".join(out.split())
+
+
+def test_hours_say_what_they_leave_out(arguments, compiled, capsys):
+    def left_out(*extra):
+        return json.loads(run([*arguments, "--json", *extra], capsys)[1])["hours_leave_out"]
+
+    assert {"evaluation passes", "preparing data.eval"} < set(left_out())
+    assert "evaluation passes" not in left_out("--config.data.eval=")
+
+
+def test_a_search_needs_no_mesh_that_fits_the_chips(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(search, "ranking", lambda setting: [])
+    code, out, err = run(
+        [*arguments, "--config.parallel.mesh.data=3", "--search", "--json"], capsys
+    )
+    assert (code, json.loads(out)) == (0, []), err
+
+
+def test_without_pairs_there_are_no_hours(compiled):
     config = default_config()
-    config.data.train = "owner/name@train"
-    assert command._count(config) is None
     assert command._steps(config, None) is None
     plan = report.Plan("m", topologies.parse("v5e:2x2"), None, (made("judge", 4),), None, None)
     assert plan.hours() == {}

@@ -52,6 +52,9 @@ def test_batches_have_the_shapes_of_a_run(config):
     assert batch.tokens_BL.shape == (3, 16, 928)  # rounded up to 32
     assert batch.read_BM.shape == (3, 16, 608)
     assert batch.judge_BG22ST.shape == (3, 16, 1, 2, 2, 2, 320)
+    assert batch.ready_BG2KT is None
+    batch = train_batch(Lengths.of(config, 900), batching, num_sources=0, num_columns=3)
+    assert batch.ready_BG2KT.shape == (3, 16, 1, 2, 3, 320)
 
 
 def test_prepared_batches_keep_to_the_token_budget(config):

@@ -6,12 +6,14 @@ from collections import Counter
 
 import pytest
 
-from attnpo_jax.config import default_config
+from attnpo_jax import weighting
+from attnpo_jax.config import default_config, section_for
 from attnpo_jax.models.config import ModelConfig
 from attnpo_jax.parallel.mesh import MeshError
-from attnpo_jax.plan import roofline, search, topologies
+from attnpo_jax.plan import roofline, topologies
 from attnpo_jax.plan.lengths import Lengths
 from attnpo_jax.plan.programs import DoesNotFit, Setting
+from attnpo_jax.plan.topologies import PlanError
 
 pytest.importorskip("libtpu")
 
@@ -151,10 +153,11 @@ def test_what_does_not_fit_says_by_how_much_and_what_to_change():
     assert "\n" not in message
 
 
-def test_search_tries_meshes_that_divide_and_leave_no_chip_idle():
-    tried = list(search.candidates(setting(**{"train.batch_size": 2, "train.microbatch_size": 2})))
-    meshes = {tuple(c.mesh.values()) for c in tried}
-    # Two pairs: two parts of a batch at most, so two chips share each layer (of two KV heads).
-    assert meshes == {(1, 2, 2), (2, 1, 2)}
-    assert {c.remat for c in tried} == {"dots", "layer"}
-    assert {c.microbatch for c in tried} == {2}
+def test_ready_made_weights_are_a_part_of_the_batch():
+    ready = setting(**{"judge.layers": "none", "data.weight_columns": ("mine", "other")})
+    ready.config.weighting = section_for(weighting, "column", column="other")
+    assert ready.weight_columns == ("mine", "other")
+    assert ready.training().memory.peak > 0
+    ready.config.data.weight_columns = "all"
+    with pytest.raises(PlanError, match="'all': a plan reads no data; accepted: the columns"):
+        ready.training()

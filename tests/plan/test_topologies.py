@@ -39,8 +39,9 @@ def test_other_names_are_refused_with_what_is_accepted(name, words):
         ("v5e:8x8", [(0, 0, 0), (0, 1, 0)], 1),
         ("v5e:8x8", [(0, 0, 0), (0, 1, 0), (1, 0, 0)], 2),
         ("v5e:16x16", [(0, 0, 0), (1, 0, 0)], 2),  # a row of 16 closes to a ring
-        ("v5p:2x2x4", [(0, 0, 0), (0, 0, 1)], 2),  # so do 4 chips of a v5p
-        ("v5p:2x2x4", [(0, 0, 0), (1, 1, 1)], 4),
+        ("v5p:4x4x8", [(0, 0, 0), (0, 0, 1)], 2),  # so does each axis of whole cubes
+        ("v5p:2x2x4", [(0, 0, 0), (0, 0, 1)], 1),  # and none of a part of a cube
+        ("v5p:2x2x4", [(0, 0, 0), (1, 1, 1)], 3),
     ],
 )
 def test_links_to_a_group(name, group, links):

@@ -17,6 +17,7 @@ A config file is Python with a `get_config()` that starts from `default_config()
 import importlib.util
 import inspect
 import json
+import logging
 import pathlib
 import traceback
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,8 @@ from ml_collections import config_dict
 from attnpo_jax import losses, weighting
 from attnpo_jax.config_rules import ConfigError, as_tuple, problems
 from attnpo_jax.registry import REQUIRED, PluginError, RegistryError, load_plugins
+
+_LOG = logging.getLogger(__name__)
 
 __all__ = [
     "ConfigError",
@@ -397,7 +400,25 @@ def check_layers(
             raise ConfigError(
                 [f"config.weighting.layer: {error}; config.judge.layers says which layers are kept"]
             ) from error
+        layer = range(num_layers)[config.weighting.layer] if _is_layer(config, num_layers) else None
+        window = None if layer_windows is None or layer is None else layer_windows[layer]
+        if window is not None and window < config.judge.max_length:
+            _LOG.warning(
+                "weighting.layer = %d is layer %d, which sees %d positions back, and judge prompts "
+                "may have %d: it may not see both answers; layers that do: %s",
+                config.weighting.layer,
+                layer,
+                window,
+                config.judge.max_length,
+                ", ".join(map(str, global_layers)) or "none",
+            )
     return sources
+
+
+def _is_layer(config: config_dict.ConfigDict, num_layers: int) -> bool:
+    """Whether the weighting reads one layer."""
+    layer = config.weighting.layer
+    return isinstance(layer, int) and -num_layers <= layer < num_layers
 
 
 def weight_columns(config: config_dict.ConfigDict) -> str | tuple[str, ...]:

@@ -52,7 +52,7 @@ def export(
     out = workdir / "export" if out is None else pathlib.Path(out)
     folder = checkpoint.folder_of(config, workdir)
     if processes.is_first():
-        newest = checkpoint.origin(folder)
+        newest = _origin(config, folder)
         if newest is not None and not config.lora.rank and models.read_origin(out) == newest:
             _LOG.info("%s holds the model of step %d already", out, newest["step"])
         else:
@@ -60,6 +60,15 @@ def export(
             _export(config, folder, out)
     processes.barrier("export: written")
     return out
+
+
+def _origin(
+    config: config_dict.ConfigDict, folder: pathlib.Path, step: int | None = None
+) -> dict[str, Any] | None:
+    """What an export is made of; None if there is no checkpoint that says so."""
+    origin = checkpoint.origin(folder, step)
+    template = provenance.read_chat_template(config)
+    return origin if origin is None else origin | {"chat_template": template}
 
 
 def _export(config: config_dict.ConfigDict, folder: pathlib.Path, out: pathlib.Path) -> None:
@@ -72,7 +81,7 @@ def _export(config: config_dict.ConfigDict, folder: pathlib.Path, out: pathlib.P
     backend = backends.for_preparing(model, config.parallel)
     abstract = abstract_params(model, jnp.dtype(config.model.param_dtype))
     params, step = checkpoint.restore_params(folder, backend.abstract_state(abstract))
-    origin = checkpoint.origin(folder, step)
+    origin = _origin(config, folder, step)
     models.save(out, model, params, source_folder=source, chat_template=template, origin=origin)
 
 

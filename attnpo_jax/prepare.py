@@ -210,6 +210,8 @@ def _fill(
                     break
                 writer.write(shard, rows, [bad_row.as_record() for bad_row in bad_rows])
                 progress.add(len(bad_rows))
+            # Notice may have come while the last shard was written.
+            stops = stops or preempted()
     # Who has been told to stop comes here too: the others learn of it and do not wait in vain.
     processes.barrier(f"prepare: shards of {split.name} written")
     if preemption.agreed(stops):

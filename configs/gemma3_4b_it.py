@@ -25,6 +25,8 @@ def get_config():
     config.model.remat = "layer"
     # A vocabulary this large makes logits the biggest array: 256 tokens are 256 MiB of them.
     config.model.logps_chunk = 256
+    # The published sets may hold pairs of equal responses; what is skipped is counted.
+    config.data.on_bad_row = "skip"
     config.data.train = "HuggingFaceH4/ultrafeedback_binarized@train_prefs"
     config.data.eval = "HuggingFaceH4/ultrafeedback_binarized@test_prefs"
     # beta and learning rate are the paper's, found for Llama-3-8B; not tuned on this model.

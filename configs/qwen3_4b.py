@@ -18,6 +18,8 @@ def get_config():
     # float32 parameters: at 1e-6, bfloat16 ones would lose most updates.
     config.model.dtype = "bfloat16"
     config.model.remat = "layer"
+    # The published sets may hold pairs of equal responses; what is skipped is counted.
+    config.data.on_bad_row = "skip"
     config.data.train = "HuggingFaceH4/ultrafeedback_binarized@train_prefs"
     config.data.eval = "HuggingFaceH4/ultrafeedback_binarized@test_prefs"
     # The paper's, found for Llama-3-8B; not tuned on this model.

@@ -17,6 +17,8 @@ def get_config():
     config.model.source = "HuggingFaceTB/SmolLM2-135M-Instruct"
     # float32 parameters: at these learning rates bfloat16 ones would lose most updates.
     config.model.dtype = "bfloat16"
+    # The published sets may hold pairs of equal responses; what is skipped is counted.
+    config.data.on_bad_row = "skip"
     config.data.train = "HuggingFaceH4/ultrafeedback_binarized@train_prefs"
     config.data.eval = "HuggingFaceH4/ultrafeedback_binarized@test_prefs"
     config.judge.layers = (-1,)

@@ -3,8 +3,9 @@
     python launch/local.py --processes=2 -- attnpo run --config=configs/quickstart.py --workdir=DIR
 
 Every line of output has its process's number in front. SIGTERM and SIGINT are passed on. When a
-process fails, the others get time to end by themselves, then they are killed. Exit code: that of
-the first process that failed; 0 if none did.
+process fails, the others get time to end by themselves, then they are killed; so are all that have
+not ended ten minutes after a signal. Exit code: that of the first process that failed; 0 if none
+did.
 
 On CPU, each process has one device unless `--devices` says otherwise.
 """
@@ -21,6 +22,12 @@ import time
 
 # What the processes' own fault detection may take; see attnpo_jax.parallel.processes.
 GRACE_SECONDS = 60
+# What saving on notice may take.
+STOP_SECONDS = 600
+EXAMPLE = (
+    "example: python launch/local.py --processes=2 -- "
+    "attnpo run --config=configs/quickstart.py --workdir=runs/two"
+)
 
 
 def free_port() -> int:
@@ -49,7 +56,9 @@ def relay(index: int, process: subprocess.Popen) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Run a command as several local processes.")
+    parser = argparse.ArgumentParser(
+        description="Run a command as several local processes.", epilog=EXAMPLE
+    )
     parser.add_argument("--processes", type=int, required=True, help="how many")
     parser.add_argument("--devices", type=int, help="virtual CPU devices of each process")
     parser.add_argument("command", nargs="+", help="after --, what each process runs")
@@ -67,11 +76,18 @@ def main() -> int:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
+            # Or Ctrl-C would reach them from the terminal, and once more from here.
+            start_new_session=True,
         )
         for index in range(options.processes)
     ]
 
+    first_failure, deadline = 0, None
+
     def pass_on(number, frame):
+        nonlocal deadline
+        if deadline is None:
+            deadline = time.monotonic() + STOP_SECONDS
         for process in running:
             if process.poll() is None:
                 process.send_signal(number)
@@ -85,11 +101,11 @@ def main() -> int:
     for thread in relays:
         thread.start()
 
-    first_failure, deadline = 0, None
     while None in (codes := [process.poll() for process in running]):
         failed = [code for code in codes if code]
-        if failed and deadline is None:
-            first_failure, deadline = failed[0], time.monotonic() + GRACE_SECONDS
+        if failed and not first_failure:
+            grace = time.monotonic() + GRACE_SECONDS
+            first_failure, deadline = failed[0], min(grace, deadline or grace)
         if deadline is not None and time.monotonic() > deadline:
             for index, process in enumerate(running):
                 if process.poll() is None:

@@ -53,7 +53,8 @@ create)
   done
   ;;
 install)
-  do_ git archive --format=tar.gz --output=/tmp/attnpo.tar.gz HEAD
+  # The whole repository, wherever this is called from.
+  do_ git -C "$(dirname "$0")/.." archive --format=tar.gz --output=/tmp/attnpo.tar.gz HEAD
   do_ gcloud compute tpus tpu-vm scp /tmp/attnpo.tar.gz "$NAME:" --project="$PROJECT" \
     --zone="$ZONE" --worker=all
   # The image's own Python is older than 3.11; uv brings one.
@@ -70,7 +71,9 @@ install)
 run)
   # Apart from the ssh session, so that it outlives it. HF_HOME: the hosts share one download.
   on_workers all "set -e
-    mountpoint -q $MOUNT
+    if ! mountpoint -q $MOUNT; then
+      echo \"$MOUNT is not mounted on \$(hostname): launch/tpu_pod.sh install mounts it\" >&2; exit 1
+    fi
     if [ -e attnpo.pid ] && kill -0 \$(cat attnpo.pid) 2>/dev/null; then
       echo 'it is running already'; exit 1
     fi

@@ -389,3 +389,18 @@ def test_validation_loads_no_model_or_data_library():
 def test_examples_in_the_docstrings_run():
     result = doctest.testmod(config_lib)
     assert result.attempted >= 4 and result.failed == 0
+
+
+def test_a_layer_that_may_not_see_both_answers_is_warned_of(caplog):
+    config = default_config()
+    config.judge.layers = "all"
+    windows = (512, None, 512)
+    assert check_layers(config, 3, windows) == (0, 1, 2)
+    assert "layer 2, which sees 512 positions back" in caplog.text
+    assert "layers that do: 1" in caplog.text
+    caplog.clear()
+    config.weighting.layer = 1
+    check_layers(config, 3, windows)
+    config.weighting.layer, config.judge.max_length = 2, 512
+    check_layers(config, 3, windows)
+    assert not caplog.text

@@ -110,6 +110,12 @@ def test_what_is_exported_already_is_not_written_again(tmp_path):
     before = weights.stat().st_ino
     export(config, tmp_path / "run")
     assert weights.stat().st_ino == before
+    # With another chat template it is something else.
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ messages[0].content }}")
+    config.model.chat_template = str(template)
+    folder = export(config, tmp_path / "run")
+    assert (folder / "chat_template.jinja").read_text() == template.read_text()
     # The same step of another run is something else; so is an export without its weights.
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     save_checkpoint(tmp_path / "run", config, 1, seed=2)

@@ -193,20 +193,34 @@ def test_sigkill_while_saving(setting, undisturbed, use_devices):
     assert_same(workdir, undisturbed)
 
 
-def test_sigterm_while_preparing(setting, undisturbed, use_devices, monkeypatch):
-    workdir = setting[0] / "stopped-preparing"
+@pytest.mark.parametrize("last", [1, 4])
+def test_sigterm_while_preparing(setting, undisturbed, use_devices, monkeypatch, last):
+    workdir = setting[0] / f"stopped-preparing-{last}"
     write = PreparedWriter.write
 
     def write_and_signal(self, shard, *rows):
         write(self, shard, *rows)
-        if shard == 1:
+        if shard == last:
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(PreparedWriter, "write", write_and_signal)
     with pytest.raises(preemption.Preempted, match="prepared/train that were finished stay"):
         prepare.prepare(setting[1], workdir)
-    assert len(list((workdir / "prepared" / "train").glob("*.arrow"))) == 2
+    assert len(list((workdir / "prepared" / "train").glob("*.arrow"))) == last + 1
     monkeypatch.setattr(PreparedWriter, "write", write)
+    run(setting[1], workdir)
+    assert_same(workdir, undisturbed)
+
+
+def test_sigterm_when_evaluation_is_due(setting, undisturbed, use_devices, monkeypatch):
+    """It is left to the resumed run, also after the last step."""
+    workdir = setting[0] / "stopped-at-the-end"
+    sigterm_at(monkeypatch, STEPS)
+    with pytest.raises(preemption.Preempted, match="step 10 of 10 is saved"):
+        run(setting[1], workdir)
+    assert [line["step"] for line in metrics.read(workdir)] == list(range(STEPS + 1))
+    assert saved_steps(workdir)[-1] == STEPS and not (workdir / "export").exists()
+    sigterm_at(monkeypatch, 0)
     run(setting[1], workdir)
     assert_same(workdir, undisturbed)
 

@@ -183,7 +183,7 @@ class WeightReader:
                 self._text_of = _TokenBytes(self._tokenizer, self._origin)
             pieces = [self._text_of(int(token), pair.id) for token in tokens]
         else:
-            pieces = [token.encode() for token in tokens]
+            pieces = [token.encode(errors="surrogatepass") for token in tokens]
         spans = _locate(pieces, text)
         if spans is None:
             read = b"".join(pieces).decode(errors="replace")

@@ -171,7 +171,17 @@ def load_pairs(
 
     shares = [share for _, share in parsed if share is not None]
     if shares:
-        counts = mixture.take([len(pairs) for pairs in by_source], shares)
+        available = [len(pairs) for pairs in by_source]
+        counts = mixture.take(available, shares)
+        if 0 in counts:
+            found = ", ".join(
+                f"{name} has {n} pairs and gives {count}"
+                for name, n, count in zip(sources, available, counts, strict=True)
+            )
+            raise ValueError(
+                f"no mixture has these shares and something of every source: {found}; accepted: "
+                "shares that the smallest source allows, or another source"
+            )
         by_source = [
             [pairs[i] for i in mixture.spread(len(pairs), count)]
             for pairs, count in zip(by_source, counts, strict=True)

@@ -32,6 +32,9 @@ class Preempted(RuntimeError):
 def watch() -> Iterator[Callable[[], bool]]:
     """Takes SIGTERM as a notice, inside of the `with` block.
 
+    Notice that nobody was told of by the end of the block is sent again then, to whatever handles
+    the signal outside.
+
     Yields:
       A function that says whether this process, or another one of the run, has had notice. Some
       may be told a moment before others are: see `agreed` and `watch_steps`.
@@ -39,32 +42,48 @@ def watch() -> Iterator[Callable[[], bool]]:
     if jax.process_count() > 1:
         yield _service_has_notice
         return
-    noticed = threading.Event()
+    noticed, told = threading.Event(), threading.Event()
     if threading.current_thread() is not threading.main_thread():
         # Only the main thread may handle signals; elsewhere they are its business.
         yield lambda: False
         return
+
+    def preempted() -> bool:
+        if noticed.is_set():
+            told.set()
+        return told.is_set()
+
     before = signal.signal(signal.SIGTERM, lambda *_: noticed.set())
     try:
-        yield noticed.is_set
+        yield preempted
     finally:
         # None stands for a handler that Python did not install and can't install again.
         signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+    # An error that ends the block ends the program's work as well.
+    if noticed.is_set() and not told.is_set():
+        signal.raise_signal(signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def watch_steps() -> Iterator[Callable[[], bool]]:
+def watch_steps(start: int) -> Iterator[Callable[[], bool]]:
     """As `watch`, for work that all processes do in step.
+
+    Args:
+      start: steps done before, the same on all processes.
 
     Yields:
       A function to call after every step: whether to save and stop now. It says so to all
       processes after the same step.
     """
     if jax.process_count() > 1:
-        # The service has all processes stop one step after the latest they have told it of. Steps
-        # count from here: notice that came before the first one then stops the run after that.
-        calls = itertools.count(1)
-        yield lambda: multihost_utils.reached_preemption_sync_point(next(calls))
+        # The service has all processes stop one step after the latest that any has told it of.
+        # Orbax tells it the step of every checkpoint, so ours must be the run's steps as well.
+        multihost_utils.reached_preemption_sync_point(start)
+        # Notice that came before may be due at a step that is over. If nobody has seen it here,
+        # it comes after all have told of `start`.
+        early = agreed(_service_has_notice())
+        steps = itertools.count(start + 1)
+        yield lambda: multihost_utils.reached_preemption_sync_point(next(steps)) or early
         return
     with watch() as noticed:
         yield noticed

@@ -14,6 +14,7 @@ that whatever has a final name was whole once.
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
@@ -114,13 +116,18 @@ class Checkpoints:
             "sums": _checksums(state),
         }
         with _naming_failures(self.folder):
-            self._manager.save(
+            written = self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     params=ocp.args.StandardSave(state.params),
                     optimizer=ocp.args.StandardSave(_optimizer_item(state)),
                     metadata=ocp.args.JsonSave(metadata),
                 ),
+            )
+        if not written:
+            raise CheckpointError(
+                f"no checkpoint of step {step} was written to {self.folder}, which has one of step "
+                f"{self._manager.latest_step()}; accepted: steps in increasing order"
             )
 
     def wait(self) -> None:
@@ -145,29 +152,33 @@ class Checkpoints:
 
         Raises:
           CheckpointMismatch: the newest one has another identity, or arrays of other shapes.
-          CheckpointError: there are checkpoints, but all are damaged.
+          CheckpointError: there are checkpoints, but all are damaged; or another process could not
+            read one for a reason that is not damage.
+          Exception: reading failed for a reason that is not damage, such as missing permission.
         """
 
         abstract = _without_base(abstract)
 
-        def read(step: int) -> TrainState:
-            metadata = _read_metadata(self._manager, step)
+        def load(manager: ocp.CheckpointManager, step: int) -> tuple[TrainState, Any]:
+            metadata = _read_metadata(manager, step)
             differences = differing(metadata["identity"], self._identity)
             differences |= differing(metadata["tree"], _describe(abstract))
             if differences:
                 raise CheckpointMismatch(self.folder / str(step), differences)
-            items = self._manager.restore(
+            items = manager.restore(
                 step,
                 args=ocp.args.Composite(
                     params=ocp.args.StandardRestore(_placed(abstract.params)),
                     optimizer=ocp.args.StandardRestore(_placed(_optimizer_item(abstract))),
                 ),
             )
-            state = TrainState(params=items["params"], **items["optimizer"])
-            _verify(state, metadata["sums"])
-            return state
+            return TrainState(params=items["params"], **items["optimizer"]), metadata["sums"]
 
-        found = _newest_whole(self.folder, self.steps(), read)
+        # Every process reads its part alone: one that fails leaves no other in a barrier of Orbax.
+        with _reader(self.folder) as reader:
+            found = _newest_whole(
+                self.folder, self.steps(), lambda step: load(reader, step), _outcomes_of_all
+            )
         if found is None:
             return None
         restored, damaged = found
@@ -221,8 +232,9 @@ def restore_params(
     """
     folder = epath.Path(folder).resolve()
     with _reader(folder) as manager:
+        taken: list[int] = []
 
-        def read(step: int) -> tuple[Any, int]:
+        def load(step: int) -> tuple[Any, Any]:
             metadata = _read_metadata(manager, step)
             wanted = _describe({"params": abstract_params})
             saved = {
@@ -233,14 +245,13 @@ def restore_params(
             if differences := differences | differing(saved, wanted):
                 raise CheckpointMismatch(folder / str(step), differences)
             args = ocp.args.Composite(params=ocp.args.StandardRestore(_placed(abstract_params)))
-            params = manager.restore(step, args=args)["params"]
-            _verify({"params": params}, metadata["sums"])
-            return params, step
+            taken[:] = [step]
+            return {"params": manager.restore(step, args=args)["params"]}, metadata["sums"]
 
-        found = _newest_whole(folder, sorted(manager.all_steps()), read)
+        found = _newest_whole(folder, sorted(manager.all_steps()), load, lambda own: [own])
     if found is None:
         raise FileNotFoundError(f"{folder} holds no checkpoint: train first")
-    return found[0]
+    return found[0]["params"], taken[0]
 
 
 @contextlib.contextmanager
@@ -305,31 +316,98 @@ def _read_metadata(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     return manager.restore(step, args=args)["metadata"]
 
 
+# How a process's attempt to read a checkpoint ended; `_newest_whole` takes the worst of all.
+_READ, _DAMAGED, _FAILED = range(3)
+
+
+def _outcomes_of_all(own: int) -> list[int]:
+    """What `own` is on every process; all of them must ask together."""
+    return np.ravel(multihost_utils.process_allgather(np.array(own))).tolist()
+
+
 def _newest_whole(
-    folder: epath.Path, steps: list[int], read: Callable[[int], Any]
+    folder: epath.Path,
+    steps: list[int],
+    load: Callable[[int], tuple[Any, Mapping[str, int]]],
+    outcomes: Callable[[int], list[int]],
 ) -> tuple[Any, list[int]] | None:
-    """What `read` returns for the newest step that it can read, and the newer ones it can't."""
+    """The newest step's arrays that can be read and are whole, and the newer steps that are not.
+
+    Args:
+      folder: for messages.
+      steps: in order; the same on all processes that read together.
+      load: step -> arrays and their checksums; must not wait for other processes.
+      outcomes: this process's outcome -> those of all processes that read together.
+    """
     damaged: dict[int, Exception] = {}
     for step in reversed(steps):
-        try:
-            return read(step), list(damaged)
-        except CheckpointMismatch:
-            raise
-        except Exception as error:  # whatever reading damaged files may end in
-            damaged[step] = error
-            reason = str(error).strip().split("\n")[0][:200]
-            warnings.warn(
-                f"checkpoint {folder / str(step)} is damaged and will be skipped "
-                f"({type(error).__name__}: {reason})",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+        # Checksums of arrays that lie on several processes are computed by all of them together,
+        # so all must have loaded theirs; and all go to the same step next.
+        loaded, error = _attempt(lambda step=step: load(step))
+        error = _agree(folder / str(step), error, outcomes)
+        if error is None:
+            arrays, sums = loaded
+            _, error = _attempt(lambda arrays=arrays, sums=sums: _verify(arrays, sums))
+            error = _agree(folder / str(step), error, outcomes)
+        if error is None:
+            return arrays, list(damaged)
+        damaged[step] = error
+        reason = str(error).strip().split("\n")[0][:200]
+        warnings.warn(
+            f"checkpoint {folder / str(step)} is damaged and will be skipped "
+            f"({type(error).__name__}: {reason})",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     if damaged:
         raise CheckpointError(
             f"none of the checkpoints in {folder} can be read (steps "
             f"{', '.join(map(str, damaged))}); delete them to start from the beginning"
         ) from damaged[max(damaged)]
     return None
+
+
+def _attempt(call: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    try:
+        return call(), None
+    except Exception as error:  # whatever reading damaged files may end in
+        return None, error
+
+
+def _agree(
+    path: epath.Path, error: Exception | None, outcomes: Callable[[int], list[int]]
+) -> Exception | None:
+    """What is damaged here or elsewhere; raises what is not damage, on all processes."""
+    own = _READ if error is None else _DAMAGED if _is_damage(error) else _FAILED
+    found = outcomes(own)
+    if own == _FAILED:
+        raise error
+    if _FAILED in found:
+        raise CheckpointError(f"process {found.index(_FAILED)} could not read {path}")
+    if error is None and _DAMAGED in found:
+        return CheckpointError(f"process {found.index(_DAMAGED)} could not read its part")
+    return error
+
+
+# How JAX and TensorStore begin or name errors that say nothing about the files' content.
+_NOT_DAMAGE = (
+    "RESOURCE_EXHAUSTED",
+    "PERMISSION_DENIED",
+    "UNAUTHENTICATED",
+    "UNAVAILABLE",
+    "DEADLINE_EXCEEDED",
+)
+
+
+def _is_damage(error: BaseException) -> bool:
+    """Whether an error in reading may come from damaged files, and not from how they are read."""
+    kinds = (CheckpointMismatch, MemoryError, PermissionError, ConnectionError, TimeoutError)
+    if isinstance(error, kinds) or any(code in str(error) for code in _NOT_DAMAGE):
+        return False
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return False
+    inner = [*getattr(error, "exceptions", ()), error.__cause__]
+    return all(_is_damage(one) for one in inner if one is not None)
 
 
 def _set_aside(path: epath.Path) -> None:

@@ -2,7 +2,8 @@
 
 A step's metrics are read while the next step runs, so that the device never waits for the host.
 Before a checkpoint is written, all metrics up to its step are on the disk, and evaluation at that
-step is done: what a resumed run finds in `metrics.jsonl` up to its checkpoint is complete.
+step is done, unless the run was told to stop: then it is left to the run that resumes, which
+evaluates first where `metrics.jsonl` lacks it.
 """
 
 import dataclasses
@@ -34,6 +35,7 @@ from attnpo_jax.provenance import open_prepared, split_path
 from attnpo_jax.train import optim
 from attnpo_jax.train.checkpoint import Checkpoints, folder_of
 from attnpo_jax.train.metrics import MetricsWriter
+from attnpo_jax.train.metrics import read as read_metrics
 from attnpo_jax.train.progress import Throughput, TrainProgress
 from attnpo_jax.train.state import TrainState, create, create_adapted
 from attnpo_jax.train.step import StepSettings, make_eval_step, make_train_step
@@ -105,7 +107,8 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
       NonFiniteError: a loss or gradient was not finite.
       MeshError: the devices or the model do not fit `parallel.mesh`.
       AttentionError: `model.attention` cannot serve the model on these devices.
-      Preempted: SIGTERM came; a checkpoint of the step under way is written.
+      Preempted: SIGTERM came; a checkpoint of the step under way is written, and evaluation at that
+        step, if due, is left to the run that resumes.
     """
     config_lib.validate(config)
     workdir = pathlib.Path(workdir)
@@ -194,7 +197,7 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
                 workdir, start, log=config.log, config=config.to_dict(), writes=first
             ) as metrics,
             TrainProgress(total_steps, start, bar=config.log.progress and first) as progress,
-            preemption.watch_steps() as preempted,
+            preemption.watch_steps(start) as preempted,
         ):
             speed = Throughput()
 
@@ -224,8 +227,14 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
                     metrics.write(step, values | {"epoch": step / batches.steps_per_epoch})
                     speed.restart()
 
-            if start == 0:
-                evaluate_at(0)
+            # Only the first process reads what it alone writes.
+            evaluated = first and any(
+                line["step"] == start and any(name.startswith("eval_") for name in line)
+                for line in read_metrics(workdir)
+            )
+            due = start == 0 or _is_due(start, config.train.eval_every, total_steps)
+            if due and not preemption.agreed(evaluated):
+                evaluate_at(start)
             unreported: tuple[int, dict[str, jax.Array]] | None = None
             speed.restart()
             for step, host_batch in enumerate(read_ahead(batches, start), start + 1):
@@ -237,12 +246,12 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
                 unreported = step, of_step
 
                 evaluates = _is_due(step, config.train.eval_every, total_steps)
-                stops = preempted() and step < total_steps
+                stops = preempted()
                 saves = stops or _is_due(step, config.train.save_every, total_steps)
                 if evaluates or saves:
                     report(*unreported)
                     unreported = None
-                if evaluates:
+                if evaluates and not stops:
                     evaluate_at(step)
                 if saves:
                     metrics.flush()

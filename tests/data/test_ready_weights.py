@@ -194,6 +194,8 @@ def test_tokens_of_another_text_are_refused():
         carried(byte_level("else"), [256], [1.0], "Nope.", pair)
     with pytest.raises(UnfitPair, match="token 1000 is not in the vocabulary of judge"):
         carried(byte_level(), [1000], [1.0], "Nope.", pair)
+    with pytest.raises(UnfitPair, match="pair p: `chosen_tokens` read"):
+        carried(byte_level(), ["\ud83d"], [1.0], "Nope.", pair)  # half of a character, as JSON can
     words = tokenizers.Tokenizer(models.WordLevel({"Nope": 0, "?": 1}, "?"))
     with pytest.raises(ValueError, match="judge: neither a byte-level nor a SentencePiece"):
         carried(words, [0], [1.0], "Nope.", pair)

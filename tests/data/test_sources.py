@@ -457,6 +457,12 @@ def test_a_mixture_has_its_proportions_and_uses_no_pair_twice(tmp_path):
     assert len(loaded.pairs) == 10 and len(loaded.bad_rows) == 1
 
 
+def test_a_mixture_that_would_leave_a_source_out_is_refused(tmp_path):
+    a, b = rows_of(tmp_path / "a.jsonl", 2), rows_of(tmp_path / "b.jsonl", 8)
+    with pytest.raises(ValueError, match=r"has 2 pairs and gives 2, .*b\.jsonl.* gives 0"):
+        load_pairs((f"{a}*0.9", f"{b}*0.1"))
+
+
 @pytest.mark.parametrize("count", [1, 7, 100, 8191])
 def test_shares_of_equal_sources_take_all_of_them(count):
     assert mixture.take([count] * 3, [0.1, 0.1, 0.1]) == [count] * 3

@@ -8,7 +8,11 @@ from attnpo_jax.parallel import preemption
 from attnpo_jax.train import loop
 
 
-@pytest.mark.parametrize("watch", [preemption.watch, preemption.watch_steps])
+def watch_steps():
+    return preemption.watch_steps(0)
+
+
+@pytest.mark.parametrize("watch", [preemption.watch, watch_steps])
 def test_sigterm_is_noticed_inside_the_block_alone(watch):
     before = signal.getsignal(signal.SIGTERM)
     with watch() as preempted:
@@ -18,6 +22,24 @@ def test_sigterm_is_noticed_inside_the_block_alone(watch):
     assert signal.getsignal(signal.SIGTERM) is before
     with watch() as preempted:
         assert not preempted()
+
+
+@pytest.mark.parametrize("watch", [preemption.watch, watch_steps])
+def test_sigterm_that_nobody_was_told_of_is_not_lost(watch):
+    received = []
+    before = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
+    try:
+        with watch() as preempted:
+            assert not preempted()
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert not received
+        assert received == [True]
+        with watch() as preempted:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert preempted()
+        assert received == [True]
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize(

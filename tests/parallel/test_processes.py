@@ -225,6 +225,16 @@ def test_notice_while_a_resumed_run_starts_stops_it_after_its_first_step(setting
     assert sorted(int(p.name) for p in (workdir / "checkpoints").iterdir()) == [4, 8, 9]
 
 
+def test_checkpoint_that_one_process_cannot_read_is_skipped_by_all(setting, single):
+    workdir = setting / "unreadable"
+    shutil.copytree(single, workdir)
+    output = run(setting, workdir, 2, "--process-1-cannot-read=10")
+    assert output.count("checkpoints/10 is damaged and will be skipped") == 2, output
+    names = {p.name for p in (workdir / "checkpoints").iterdir()}
+    assert names == {"4", "8", "10", "damaged-10"}
+    assert_same_metrics(workdir, single)
+
+
 def test_when_one_dies_the_others_end_too_and_a_restart_continues(setting, single):
     workdir = setting / "killed"
     process = start(setting, workdir, 2, "--kill-process-1-at=5", "--save-every=2")
@@ -245,7 +255,7 @@ def main(config_file, workdir, *arguments):
     from attnpo_jax.data.prepared import PreparedWriter
     from attnpo_jax.export import export
     from attnpo_jax.parallel import preemption
-    from attnpo_jax.train import loop
+    from attnpo_jax.train import checkpoint, loop
 
     config = config_lib.from_json(pathlib.Path(config_file).read_text())
     options = dict(argument.lstrip("-").split("=") for argument in arguments)
@@ -278,6 +288,17 @@ def main(config_file, workdir, *arguments):
             while not noticed():
                 time.sleep(0.1)
 
+    read_metadata = checkpoint._read_metadata
+
+    def read_or_fail(manager, step):
+        unreadable = step == int(options.get("process-1-cannot-read", -1))
+        if unreadable and jax.process_index() == 1 and not damaged:
+            damaged.append(step)
+            raise ValueError("not what was written")
+        return read_metadata(manager, step)
+
+    damaged = []
+    checkpoint._read_metadata = read_or_fail
     loop.read_ahead = read_and_signal
     PreparedWriter.write = write_and_signal
     if options.get("sigterm-at") == "0" and jax.process_index() == 1:

@@ -212,6 +212,36 @@ def test_killed_while_saving_leaves_the_one_before(tmp_path):
     assert os.listdir(tmp_path) == ["1"]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(13, "Permission denied"),
+        ConnectionResetError("reset by peer"),
+        ValueError("RESOURCE_EXHAUSTED: out of memory while allocating"),
+        ExceptionGroup("reading", [ValueError("DEADLINE_EXCEEDED: too slow")]),
+    ],
+)
+def test_what_is_not_damage_is_not_skipped(tmp_path, monkeypatch, error):
+    def fail(manager, step):
+        raise error
+
+    save_steps(tmp_path, number=1)
+    monkeypatch.setattr(checkpoint, "_read_metadata", fail)
+    with checkpoint.Checkpoints(tmp_path, IDENTITY, keep=2) as checkpoints:
+        with warnings.catch_warnings(), pytest.raises(type(error)) as raised:
+            warnings.simplefilter("error", RuntimeWarning)
+            checkpoints.restore(abstract(make_state()))
+    assert raised.value is error
+    assert os.listdir(tmp_path) == ["1"]
+
+
+def test_a_step_that_is_not_written_is_an_error(tmp_path):
+    save_steps(tmp_path, number=2)
+    with checkpoint.Checkpoints(tmp_path, IDENTITY, keep=2) as checkpoints:
+        with pytest.raises(checkpoint.CheckpointError, match="no checkpoint of step 1 was written"):
+            checkpoints.save(advance(make_state()))
+
+
 def test_only_damaged_checkpoints_is_an_error_and_keeps_them(tmp_path):
     save_steps(tmp_path, number=1)
     damage(tmp_path / "1", "truncated")

@@ -17,7 +17,6 @@ updates this small would be lost in bfloat16 ones.
 from attnpo_jax import losses, weighting
 from attnpo_jax.config import default_config, section_for
 
-
 # mesh, train.microbatch_size, judge.token_budget. Those for TPUs were chosen with `attnpo plan`,
 # for the longest rows there can be; it plans no GPUs, and 8x80gb is an estimate, not measured. 32
 # pairs keep 32 parts of a batch busy, not 64: hence two chips to a row on v5e-64.

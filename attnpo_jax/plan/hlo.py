@@ -232,7 +232,8 @@ def parse(text: str) -> Program:
             lines = {}
             if line.startswith("ENTRY "):
                 entry = current
-        elif line.startswith("}") and current is not None:
+        # An instruction's attributes may go over several lines; the last of these starts with "}}".
+        elif line.startswith("}") and not line.startswith("}}") and current is not None:
             computations[current] = Computation(current, lines)
             current = None
         elif current is not None:

@@ -85,6 +85,18 @@ def test_bodies_run_as_often_as_their_loops_go_round():
     assert program.unknown_loops == ()
 
 
+def test_attributes_may_go_over_several_lines():
+    kernel = (
+        '  %kernel = f32[4,8]{1,0} custom-call(%h), custom_call_target="kernel",'
+        ' backend_config={"a":{\n"b": 1\n}}, metadata={op_name="x"}\n'
+    )
+    marker = "  %w = bf16[6,8,16]{2,1,0} get-tuple-element(%state), index=2\n"
+    assert marker in PROGRAM
+    longer = hlo.parse(PROGRAM.replace(marker, kernel + marker))
+    whole, layer = hlo.parse(PROGRAM), longer.computations["layer"]
+    assert set(layer.instructions) == {*whole.computations["layer"].instructions, "kernel"}
+
+
 def test_a_loop_of_unknown_length_counts_once_and_is_named():
     program = hlo.parse(
         PROGRAM.replace("%seven = s32[] constant(7)", "%seven = s32[] negate(%i.1)")

@@ -42,6 +42,7 @@ __all__ = [
     "diff",
     "flatten",
     "from_json",
+    "judge_layers",
     "load_file",
     "section_for",
     "source_layers",
@@ -358,12 +359,12 @@ def source_layers(
     return tuple(sorted({x % num_layers for x in judge_layers}))
 
 
-def check_layers(
+def judge_layers(
     config: config_dict.ConfigDict,
     num_layers: int,
     layer_windows: Sequence[int | None] | None = None,
 ) -> tuple[int, ...]:
-    """Checks `judge.layers` and `weighting.layer` against the layers of the model.
+    """The layers that `judge.layers` means for a model.
 
     `quartiles` takes global layers alone: one with a sliding window may not see both answers. Where
     all layers have a window, those will do whose window holds the whole judge prompt.
@@ -373,18 +374,44 @@ def check_layers(
       num_layers: how many layers the model has.
       layer_windows: see `models.config.ModelConfig`.
 
+    Raises:
+      ConfigError: a layer the model does not have.
+    """
+    return source_layers(config.judge.layers, num_layers, _global_layers(config, layer_windows))
+
+
+def _global_layers(
+    config: config_dict.ConfigDict, layer_windows: Sequence[int | None] | None
+) -> list[int] | None:
+    """The layers that see whole judge prompts; None for all of them."""
+    if layer_windows is None:
+        return None
+    return [i for i, window in enumerate(layer_windows) if window is None] or [
+        i for i, window in enumerate(layer_windows) if window >= config.judge.max_length
+    ]
+
+
+def check_layers(
+    config: config_dict.ConfigDict,
+    num_layers: int,
+    layer_windows: Sequence[int | None] | None = None,
+) -> tuple[int, ...]:
+    """Checks `judge.layers` and `weighting.layer` against the layers of the model.
+
+    Warns of a weighting's layer that may not see both answers, so it is asked once a command.
+
+    Args:
+      config: the run's config.
+      num_layers: how many layers the model has.
+      layer_windows: see `models.config.ModelConfig`.
+
     Returns:
-      The judge's source layers.
+      The judge's source layers, see `judge_layers`.
 
     Raises:
       ConfigError: a layer the model does not have, or a weighting's layer the judge does not keep.
     """
-    global_layers = None
-    if layer_windows is not None:
-        global_layers = [i for i, window in enumerate(layer_windows) if window is None] or [
-            i for i, window in enumerate(layer_windows) if window >= config.judge.max_length
-        ]
-    sources = source_layers(config.judge.layers, num_layers, global_layers)
+    sources = judge_layers(config, num_layers, layer_windows)
     if "layer" in config.weighting and not sources:
         raise ConfigError(
             [
@@ -410,7 +437,7 @@ def check_layers(
                 layer,
                 window,
                 config.judge.max_length,
-                ", ".join(map(str, global_layers)) or "none",
+                ", ".join(map(str, _global_layers(config, layer_windows))) or "none",
             )
     return sources
 

@@ -327,7 +327,7 @@ def _between_fields(values: Mapping[str, Any]) -> list[str]:
         if values[field] and importlib.util.find_spec(package) is None:
             extra = field.split(".")[1]
             found.append(
-                f"{named(field)}: needs the package {package}: pip install 'attnpo_jax[{extra}]'"
+                f"{named(field)}: needs the package {package}: pip install '.[{extra}]' in a clone"
             )
     return found
 

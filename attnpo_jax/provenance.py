@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import config_dict
 
 from attnpo_jax import config as config_lib
-from attnpo_jax.config import check_layers
+from attnpo_jax.config import judge_layers
 from attnpo_jax.data import mixture
 from attnpo_jax.data.prepared import Prepared, PreparedMismatch, differences
 from attnpo_jax.data.sources import Pair, pairs_digest
@@ -56,7 +56,7 @@ def components(
         ready["weight_columns"] = list(weight_columns)
         if config.data.weights_tokenizer is not None:
             ready["weights_tokenizer"] = config.data.weights_tokenizer
-    source_layers = check_layers(config, model.num_layers, model.layer_windows)
+    source_layers = judge_layers(config, model.num_layers, model.layer_windows)
     return {
         "model": {
             "weights": checkpoints.weights_digest(folder),

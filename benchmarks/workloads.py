@@ -6,7 +6,6 @@ the same for an implementation that does not share their beginning.
 """
 
 import dataclasses
-import functools
 import json
 import pathlib
 import time
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnpo_jax import config as config_lib
-from attnpo_jax import flops, losses, prepare, weighting
+from attnpo_jax import flops, prepare
 from attnpo_jax.data.batching import (
     Example,
     PairBatch,
@@ -29,16 +28,15 @@ from attnpo_jax.data.batching import (
 from attnpo_jax.data.packing import round_up
 from attnpo_jax.data.sources import Pair, load_pairs, pairs_digest
 from attnpo_jax.data.tokenize import ChatTokenizer, tokenize_pair
-from attnpo_jax.judge import Judge
+from attnpo_jax.judge import Judge, compile_pass
 from attnpo_jax.judge_prompt import JudgePrompter, JudgeTemplate
 from attnpo_jax.language_model import LanguageModel, load_model
 from attnpo_jax.models import attention_backends, checkpoints, decoder
 from attnpo_jax.models.head import token_logps
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.provenance import open_prepared
-from attnpo_jax.train import loop, optim
-from attnpo_jax.train.state import TrainState, create
-from attnpo_jax.train.step import StepSettings, make_train_step
+from attnpo_jax.train import loop
+from attnpo_jax.train.state import TrainState
 from benchmarks import protocol
 
 Spec = dict[str, Any]
@@ -187,12 +185,8 @@ class Reference:
         model = _model(config)
         self._tokenized = [_tokenize(config, model.tokenizer, pair) for pair in pairs]
         backend = backends.for_preparing(model.config, config.parallel)
-        attention = attention_backends.choose(
-            config.model.attention, model.config, config.model.dtype, backend.devices
-        )
-        self._reference = prepare._Reference(
-            config, model, backend, attention.backend, self._tokenized
-        )
+        attention = _attention(config, model.config, backend)
+        self._reference = prepare._Reference(config, model, backend, attention, self._tokenized)
         self.repeat()
         lengths = [
             (len(t.prompt_ids), (len(t.chosen_ids), len(t.rejected_ids))) for t in self._tokenized
@@ -234,7 +228,7 @@ class Training:
             row_multiple=backend.row_shards,
             local_rows=backend.local_rows,
         )
-        self._step, self._put = trainer.step, backend.put_batch
+        self._step, self._put = trainer.compiled.run, backend.put_batch
         self._state = trainer.first_state(folder)
         warm = set()
         for batch in (self._batches[i] for i in range(len(self._batches))):
@@ -303,10 +297,8 @@ class Curve:
         folder = checkpoints.resolve(config.model.source)
         model = checkpoints.load_config(folder)
         trainer = _Trainer(config, model, (model.num_layers - 1,))
-        self._step, self._state = trainer.step, trainer.first_state(folder)
-        self._batches = [
-            trainer.backend.put_batch(_random_batch(model, self.PROMPT, n)) for n in spec["lengths"]
-        ]
+        self._step, self._state = trainer.compiled.run, trainer.first_state(folder)
+        self._batches = [trainer.random_batch(self.PROMPT, n) for n in spec["lengths"]]
         for batch in self._batches:
             self._state, _ = jax.block_until_ready(self._step(self._state, batch))
         self.info = {
@@ -338,24 +330,28 @@ class Compile:
     def _compile_step(self, layers: int) -> float:
         model = dataclasses.replace(self._model, num_layers=layers)
         trainer = _Trainer(self._config, model, (layers - 1,))
-        batch = trainer.backend.put_batch(_random_batch(model, 64, 128))
+        batch = trainer.random_batch(64, 128)
         start = time.perf_counter()
-        trainer.step.lower(trainer.abstract_state, batch).compile()
+        trainer.compiled.run.lower(trainer.compiled.abstract_state, batch).compile()
         return time.perf_counter() - start
 
     def _compile_judge(self, layers: int) -> float:
+        config = self._config
         model = dataclasses.replace(self._model, num_layers=layers)
+        backend = backends.for_preparing(model, config.parallel)
+        compiled = compile_pass(
+            backend,
+            (0, layers - 1),
+            config=model,
+            dtype=jnp.dtype(config.model.dtype),
+            attention=_attention(config, model, backend),
+        )
         tokens = jax.ShapeDtypeStruct((8, 512), jnp.int32)
         reads = jax.ShapeDtypeStruct((8, 2), jnp.int32)
-        judge = jax.jit(
-            lambda params, tokens, positions, branch, read: (
-                decoder.read(
-                    model, params, tokens, positions, branch, read, sources=(0, layers - 1)
-                ).rows_SBQL
-            )
-        )
+        letters = jax.ShapeDtypeStruct((2,), jnp.int32)
+        params = backend.abstract_state(decoder.abstract_params(model))
         start = time.perf_counter()
-        judge.lower(decoder.abstract_params(model), tokens, tokens, tokens, reads).compile()
+        compiled.lower((params, None, letters), (tokens, tokens, tokens, reads)).compile()
         return time.perf_counter() - start
 
     def repeat(self) -> dict[str, Any]:
@@ -453,31 +449,11 @@ class _Trainer:
     """A run's compiled step, and the state it starts from, as the training loop makes them."""
 
     def __init__(self, config, model: decoder.ModelConfig, source_layers: tuple[int, ...]):
-        schedule = optim.make_schedule(config.optim, 1000)
-        optimizer = optim.make_optimizer(config.optim, schedule)
         self.backend = backends.for_training(model, config.parallel)
-        settings = StepSettings(
-            model=model,
-            weighting=config_lib.bind_section(weighting, config.weighting),
-            objective=config_lib.bind_section(losses, config.objective),
-            beta=config.objective.beta,
-            source_layers=source_layers,
-            dtype=jnp.dtype(config.model.dtype),
-            remat=config.model.remat,
-            attention=attention_backends.choose(
-                config.model.attention, model, config.model.dtype, self.backend.devices
-            ).backend,
-            logps_chunk=config.model.logps_chunk,
-        )
+        attention = _attention(config, model, self.backend)
+        settings = loop.step_settings(config, model, source_layers, attention)
+        self.compiled = loop.compile_step(config, settings, self.backend, total_steps=1000)
         self._model, self._dtype = model, jnp.dtype(config.model.param_dtype)
-        self._create = functools.partial(create, optimizer=optimizer)
-        self.abstract_state = self.backend.abstract_state(
-            jax.eval_shape(self._create, decoder.abstract_params(model, self._dtype))
-        )
-        self.step = self.backend.train_step(
-            make_train_step(settings, optimizer, schedule, self.backend.axis_name),
-            self.abstract_state,
-        )
 
     def first_state(self, folder: pathlib.Path) -> TrainState:
         params = checkpoints.load_params(
@@ -486,11 +462,26 @@ class _Trainer:
             param_dtype=self._dtype,
             shardings=self.backend.parameter_shardings(),
         )
-        return self.backend.create_state(self._create, params)
+        return self.backend.create_state(self.compiled.first_state, params)
+
+    def random_batch(self, prompt: int, response: int) -> PairBatch:
+        """One pair of random tokens, on the devices."""
+        rows = self.backend.row_shards
+        return self.backend.put_batch(_random_batch(self._model, prompt, response, rows))
 
 
-def _random_batch(model: decoder.ModelConfig, prompt: int, response: int) -> PairBatch:
-    """One microbatch of one pair of random tokens, its row no longer than rounding asks for."""
+def _attention(config, model: decoder.ModelConfig, backend: backends.Backend) -> str:
+    choice = attention_backends.choose(
+        config.model.attention, model, config.model.dtype, backend.devices
+    )
+    return choice.backend
+
+
+def _random_batch(model: decoder.ModelConfig, prompt: int, response: int, rows: int) -> PairBatch:
+    """One microbatch of one pair of random tokens, its row no longer than rounding asks for.
+
+    The other rows are empty: where there are several devices, each takes one.
+    """
     rng = np.random.default_rng(0)
 
     def ids(n: int) -> np.ndarray:
@@ -512,7 +503,9 @@ def _random_batch(model: decoder.ModelConfig, prompt: int, response: int) -> Pai
         scored=round_up(2 * response),
         response=round_up(response),
     )
-    return jax.tree.map(lambda x: x[None], fill_rows([[example]], shape, num_sources=1))
+    return jax.tree.map(
+        lambda x: x[None], fill_rows([[example], *[[]] * (rows - 1)], shape, num_sources=1)
+    )
 
 
 WORKLOADS = {

@@ -17,8 +17,6 @@ def get_config(machine="8x80gb"):
     base = pathlib.Path(__file__).with_name("llama3_8b_base.py")
     config = load_file(f"{base}:{machine}")
     config.model.source = "meta-llama/Meta-Llama-3-8B-Instruct"
-    # The published sets may hold pairs of equal responses; what is skipped is counted.
-    config.data.on_bad_row = "skip"
     config.data.train = "princeton-nlp/llama3-ultrafeedback@train"
     config.data.eval = "princeton-nlp/llama3-ultrafeedback@test"
     return config

@@ -184,7 +184,7 @@ def test_writers_need_their_package(monkeypatch):
     config = default_config()
     config.log.wandb = True
     monkeypatch.setattr(config_rules.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"config.log.wandb = True: .*attnpo_jax\[wandb\]"):
+    with pytest.raises(ConfigError, match=r"config.log.wandb = True: .*pip install '\.\[wandb\]'"):
         validate(config)
 
 

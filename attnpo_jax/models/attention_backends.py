@@ -95,7 +95,7 @@ def _obstacle(backend: str, model: ModelConfig, dtype, device: jax.Device) -> st
         return f"it runs on {platform.upper()}, and the devices are {device.device_kind}"
     if backend == "tokamax":
         if importlib.util.find_spec("tokamax") is None:
-            return "tokamax is not installed (pip install 'attnpo_jax[tokamax]')"
+            return "tokamax is not installed (pip install '.[tokamax]' in a clone)"
         return None
     if "rocm" in device.client.platform_version.lower():
         return "it runs on CUDA devices, and these are ROCm's"

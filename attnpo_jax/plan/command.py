@@ -54,9 +54,11 @@ def plan(
         raise PlanError(
             f"parallel.backend = {config.parallel.backend!r} is not planned; accepted: 'jit'"
         )
+    model = known.shape_of(config.model.source)
+    config_lib.check_layers(config, model.num_layers, model.layer_windows)
     setting = Setting(
         config,
-        known.shape_of(config.model.source),
+        model,
         topologies.parse(topology),
         Lengths.of(config, row_length, response_length),
     )

@@ -111,7 +111,7 @@ class Setting:
     @property
     def sources(self) -> tuple[int, ...]:
         model = self.model
-        return config_lib.check_layers(self.config, model.num_layers, model.layer_windows)
+        return config_lib.judge_layers(self.config, model.num_layers, model.layer_windows)
 
     @property
     def weight_columns(self) -> tuple[str, ...]:

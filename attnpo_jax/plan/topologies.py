@@ -149,7 +149,7 @@ def _prepare_libtpu() -> None:
     except ImportError as error:
         raise PlanError(
             "attnpo plan compiles with libtpu, which is not installed; "
-            "pip install 'attnpo_jax[plan]'"
+            "pip install '.[plan]' in a clone"
         ) from error
     # Without these it asks the network what machine it is on, and takes a lock on the chips.
     for name, value in {

@@ -139,8 +139,9 @@ def test_every_pair_is_aligned(tokenizer, pairs):
                 np.testing.assert_array_equal(weights[there], mass[here], err_msg=pair.id)
                 same += len(there)
                 tokens += len(ids)
-    # Mostly both are the same: what a template puts beside a response changes its ends.
-    assert same > 0.7 * tokens
+    # Mostly both are the same: what a template puts beside a response changes its ends. Of strings
+    # made to be cut differently, fewer.
+    assert same > (0.9 if os.environ.get("ATTNPO_PAIRS") else 0.7) * tokens
 
 
 def agreeing(judge_ids, judge_spans, ids, spans):

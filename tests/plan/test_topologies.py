@@ -50,7 +50,7 @@ def test_links_to_a_group(name, group, links):
 
 def test_without_libtpu_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "libtpu", None)
-    with pytest.raises(topologies.PlanError, match=r"pip install 'attnpo_jax\[plan\]'"):
+    with pytest.raises(topologies.PlanError, match=r"pip install '.\[plan\]'"):
         topologies.parse("v5e:2x2").devices()
 
 

@@ -293,6 +293,7 @@ class Decoder(nnx.Module):
             return nnx.merge(graphdef, slice_), kind, layer_past
 
         def row_of(layer, kind, normed, k_BLKH, layer_past):
+            """Attention probabilities (B, N, Q, P + L) of the read positions."""
             at_read = jnp.take_along_axis(normed, read_BQ[:, :, None], axis=1)
             q_BQNH = layer.queries(at_read, kind.rope_of(ropes_read))
             rule = kind.score_rule(self.config)

@@ -107,7 +107,8 @@ def _export_adapted(
         params = models.load_params(
             source,
             model,
-            param_dtype=jnp.dtype(config.model.param_dtype),
+            # Training may have held them in less.
+            param_dtype=models.stored_dtype(source),
             shardings=backend.parameter_shardings(),
         )
         params = lora.merge(policy, params, adapters)

@@ -89,7 +89,7 @@ def published_rows(dataset: Prepared, pairs: list[Pair]) -> Iterator[dict[str, A
             line[f"{side}_tokens"] = row[f"{side}_ids"][: row[f"{side}_text_length"]].tolist()
         if dataset.source_layers:
             names: tuple[Any, ...] = dataset.source_layers
-            weights = {side: _shares(row[f"judge_{side}"]) for side in SIDES}
+            weights = {side: shares(row[f"judge_{side}"]) for side in SIDES}
             agrees = row["judge_verdict"] > 0
             line["cr_last_token"] = "A" if agrees[0] else "B"
             line["rc_last_token"] = "B" if agrees[1] else "A"
@@ -102,8 +102,11 @@ def published_rows(dataset: Prepared, pairs: list[Pair]) -> Iterator[dict[str, A
         yield line
 
 
-def _shares(attention_2ST: np.ndarray) -> np.ndarray:
-    """Shares (S, T), float64: each order's, uniform where there is no attention, averaged."""
+def shares(attention_2ST: np.ndarray) -> np.ndarray:
+    """Each token's share of a response's raw attention (2, S, T), by source layer: float64 (S, T).
+
+    Each judge order's, uniform where there is no attention, then the mean of both.
+    """
     attention = attention_2ST.astype(np.float64)
     total = attention.sum(axis=-1, keepdims=True)
     uniform = 1 / attention.shape[-1]

@@ -195,6 +195,22 @@ def policies(suite: Suite) -> Measurement:
     return {"figures": {}, "points": points}
 
 
+def int8(suite: Suite) -> Measurement:
+    """What int8 projections of judge and reference save, and what they change: no repeats, since
+    the changes are the same every time.
+    """
+    figures: dict[str, Any] = {}
+    for weights in ("full", "int8"):
+        suite.say(f"  preparing with {weights} weights ...")
+        with suite.worker("prepare", f"prepare-{weights}", weights=weights) as worker:
+            peak = worker.finish()["peak_resident_bytes"]
+        figures[f"{weights}_parameter_bytes"] = worker.info["parameter_bytes"]
+        figures[f"{weights}_peak_resident_bytes"] = peak
+    with suite.worker("int8_change") as worker:
+        changed = worker.repeat()
+    return {"figures": figures | changed["figures"], "points": changed["points"]}
+
+
 def first_step(suite: Suite) -> Measurement:
     """From starting `attnpo train` to its first line of metrics, compile cache empty and filled.
 
@@ -342,9 +358,11 @@ MEASUREMENTS: dict[str, Callable[[Suite], Measurement]] = {
     "curve": curve,
     "memory": memory,
     "policies": policies,
+    "int8": int8,
 }
-DEFAULT = tuple(name for name in MEASUREMENTS if name != "policies")
-"""What runs when nothing is asked for; `policies` takes as long as all of it."""
+DEFAULT = tuple(name for name in MEASUREMENTS if name not in ("policies", "int8"))
+"""What runs when nothing is asked for; `policies` takes as long as all of it, and what int8 changes
+is no matter of the machine."""
 
 
 def machine(selected: dict[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from attnpo_jax.data.batching import (
     fill_rows,
 )
 from attnpo_jax.data.packing import round_up
+from attnpo_jax.data.prepared import Prepared
 from attnpo_jax.data.sources import Pair, load_pairs, pairs_digest
 from attnpo_jax.data.tokenize import ChatTokenizer, tokenize_pair
 from attnpo_jax.judge import Judge, compile_pass
@@ -38,6 +39,7 @@ from attnpo_jax.provenance import open_prepared
 from attnpo_jax.train import loop
 from attnpo_jax.train.state import TrainState
 from benchmarks import protocol
+from benchmarks.int8_change import change
 
 Spec = dict[str, Any]
 MATMUL_SIZE = 2048
@@ -107,15 +109,40 @@ class Select:
 
 
 class Prepare:
-    """Prepares the pairs for training; all is done when it is ready."""
+    """Prepares the pairs for training; all is done when it is ready.
+
+    With `weights` in the spec, as `model.prepare_weights` has them, into a folder of that name.
+    """
 
     def __init__(self, spec: Spec):
-        scratch = pathlib.Path(spec["scratch"])
-        prepare.prepare(_config(spec), scratch)
-        self.info = {}
+        config, scratch = _config(spec), pathlib.Path(spec["scratch"])
+        if "weights" in spec:
+            config.model.prepare_weights = spec["weights"]
+            scratch /= spec["weights"]
+        prepare.prepare(config, scratch)
+        model = checkpoints.load_config(checkpoints.resolve(config.model.source))
+        params = decoder.abstract_params(
+            prepare.shape_of_passes(config, model), jnp.dtype(config.model.param_dtype)
+        )
+        leaves = jax.tree.leaves(params)
+        self.info = {"parameter_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)}
 
     def repeat(self) -> dict[str, Any]:
         return {}
+
+
+class Int8Change:
+    """What the pairs prepared with int8 projections differ in from those prepared in full."""
+
+    def __init__(self, spec: Spec):
+        scratch = pathlib.Path(spec["scratch"])
+        self._full, self._int8 = (
+            Prepared.open(scratch / weights / "prepared" / "train") for weights in ("full", "int8")
+        )
+        self.info = {"pairs": len(self._full)}
+
+    def repeat(self) -> dict[str, Any]:
+        return change(self._full, self._int8, self._full.source_layers)
 
 
 class Matmul:
@@ -516,6 +543,7 @@ WORKLOADS = {
     "reference": Reference,
     "train": Training,
     "tokenize": Tokenization,
+    "int8_change": Int8Change,
     "curve": Curve,
     "compile": Compile,
     "logps_memory": LogpsMemory,

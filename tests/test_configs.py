@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from attnpo_jax import config as config_lib
-from attnpo_jax import judge
+from attnpo_jax import judge, prepare
 from attnpo_jax.data.batching import Example, RowShape, fill_rows
-from attnpo_jax.models import embedded, known
+from attnpo_jax.models import decoder, embedded, known
 from attnpo_jax.models.known import KNOWN, shape_of
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.parallel import mesh
@@ -76,7 +76,7 @@ def abstract_batch(rows, num_sources):
 
 
 @pytest.mark.parametrize("file", OF_KNOWN_MODELS, ids=lambda file: file.stem)
-def test_steps_of_a_ready_config_compile_for_eight_devices(file):
+def test_programs_of_a_ready_config_compile_for_eight_devices(file):
     config = config_lib.load_file(str(file))
     model = shape_of(config.model.source)
     sources = config_lib.check_layers(config, model.num_layers, model.layer_windows)
@@ -87,23 +87,40 @@ def test_steps_of_a_ready_config_compile_for_eight_devices(file):
     settings = loop.step_settings(config, model, sources, "xla")
     step = loop.compile_step(config, settings, backend, total_steps=10)
     state, batch = step.abstract_state, abstract_batch(backend.row_shards, len(sources))
-    compiled = step.run.lower(state, batch).compile(compiler_options=UNOPTIMIZED)
     # What the state takes on each device is known beforehand: three times the parameters.
-    per_device = compiled.memory_analysis().argument_size_in_bytes
     shares = backend.mesh.shape["fsdp"] * backend.mesh.shape["tensor"]
-    whole = 3 * 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
-    assert whole / shares <= per_device < 1.01 * whole / shares
+    copy = 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params)) / shares
+    assert 3 * copy <= argument_bytes(step.run.lower(state, batch)) < 1.01 * 3 * copy
 
+    # The passes of `prepare` have the parameters alone.
+    passes = prepare.shape_of_passes(config, model)
+    backend = backends.for_preparing(passes, config.parallel)
     B, L = backend.row_shards, 32
+    params = backend.abstract_state(decoder.abstract_params(passes))
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     rows = (shape((B, L)), shape((B, L)), shape((B, L)), shape((B, 2)))
     judged = judge.compile_pass(
-        backend, sources, config=model, dtype=jnp.dtype(config.model.dtype), attention="xla"
+        backend, sources, config=passes, dtype=jnp.dtype(config.model.dtype), attention="xla"
     )
-    lowered = judged.lower((state.params, None, shape((2,))), rows)
+    lowered = judged.lower((params, None, shape((2,))), rows)
     attention, verdict, answer = lowered.out_info
     assert attention.shape == (len(sources), B, 2, L)
     assert verdict.shape == answer.shape == (B, 2)
+    assert copy <= argument_bytes(lowered) < 1.01 * copy
+
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), abstract_batch(B, num_sources=0)
+    )
+    lowered = prepare.reference_pass(config, passes, backend, "xla").lower(params, batch)
+    (logps,) = lowered.out_info
+    assert logps.shape == batch.mask_BG2T.shape == (B, 1, 2, 8)
+    assert copy <= argument_bytes(lowered) < 1.01 * copy
+
+
+def argument_bytes(lowered):
+    """What the arguments of a program take on one device, once it is compiled."""
+    compiled = lowered.compile(compiler_options=UNOPTIMIZED)
+    return compiled.memory_analysis().argument_size_in_bytes
 
 
 LLAMAS = ["llama3_8b_base", "llama3_8b_instruct"]

@@ -1,9 +1,10 @@
 """Token weights that come with the data, and how they get to the tokens that are trained on.
 
 The form in which the method's authors publish their datasets: beside a pair's texts a row holds
-`chosen_tokens` and `rejected_tokens` (the response's tokens as the judge saw them, ids or texts)
-and, for each source of weights, `chosen_weights_<name>` and `rejected_weights_<name>`, one number a
-token. A name is mostly a layer's number, counted from 0; `attention_rollout` is one too.
+`chosen_tokens` and `rejected_tokens` (the response's tokens as the judge saw them: ids, texts, or
+the vocabulary's entries, as `Ġworld`, `▁world` and `<0x0A>`) and, for each source of weights,
+`chosen_weights_<name>` and `rejected_weights_<name>`, one number a token. A name is mostly a
+layer's number, counted from 0; `attention_rollout` is one too.
 
 These tokens need not be those that are trained on: another tokenizer may have made them, and the
 judge may have seen only the beginning of a response, or the template's text behind it. So they are
@@ -11,6 +12,7 @@ read as text, found in the response, and their weights carried over by character
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -39,7 +41,8 @@ class ReadyWeights:
     """A pair's ready-made weights.
 
     Attributes:
-      tokens: by side (`chosen`, `rejected`): ids, int32 (T,), or the tokens' texts.
+      tokens: by side (`chosen`, `rejected`): ids, int32 (T,), or strings, the tokens' texts or the
+        vocabulary's entries.
       weights: by side: float32 (K, T), one row a column.
     """
 
@@ -112,13 +115,17 @@ def read(row: Mapping[str, Any], columns: Sequence[str]) -> ReadyWeights:
 def _tokens(value: Any, field: str) -> np.ndarray | tuple[str, ...]:
     if not isinstance(value, list) or not value:
         raise Unfit(
-            f"`{field}` is {_found(value)}; accepted: a list of token ids or of their texts"
+            f"`{field}` is {_found(value)}; accepted: a list of token ids, of their texts, or of "
+            "the vocabulary's entries"
         )
     if all(isinstance(token, str) for token in value):
         return tuple(value)
-    if all(isinstance(token, int) and 0 <= token < 2**31 for token in value):
+    if all(_is_number(token, int) and 0 <= token < 2**31 for token in value):
         return np.array(value, np.int32)
-    raise Unfit(f"`{field}` holds something else than token ids, or than their texts")
+    raise Unfit(
+        f"`{field}` holds something else than token ids, or than strings (the tokens' texts, or "
+        "the vocabulary's entries)"
+    )
 
 
 def _numbers(value: Any, field: str, length: int) -> np.ndarray:
@@ -126,9 +133,14 @@ def _numbers(value: Any, field: str, length: int) -> np.ndarray:
         raise Unfit(f"`{field}` is {_found(value)}; accepted: a list of numbers, one a token")
     if len(value) != length:
         raise Unfit(f"`{field}` has {len(value)} numbers for {length} tokens")
-    if not all(isinstance(x, (int, float)) and math.isfinite(x) and x >= 0 for x in value):
+    if not all(_is_number(x, (int, float)) and math.isfinite(x) and x >= 0 for x in value):
         raise Unfit(f"`{field}` holds something else than numbers of 0 or more")
     return np.array(value, np.float32)
+
+
+def _is_number(value: Any, kinds: Any) -> bool:
+    # In JSON `true` is no number; in Python it is.
+    return isinstance(value, kinds) and not isinstance(value, bool)
 
 
 def _found(value: Any) -> str:
@@ -139,14 +151,17 @@ class WeightReader:
     """Carries ready-made weights over to the tokens that are trained on.
 
     Args:
-      tokenizer: what made the ids among the tokens.
+      tokenizer: what made the tokens, where they are ids or the vocabulary's entries.
       origin: its name, for errors.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, origin: str):
         self._tokenizer = tokenizer
         self._origin = origin
-        self._text_of: _TokenBytes | None = None
+
+    @functools.cached_property
+    def _bytes(self) -> "_TokenBytes":
+        return _TokenBytes(self._tokenizer, self._origin)
 
     def carry(self, ready: ReadyWeights, chosen: str, rejected: str, pair: TokenizedPair):
         """Weights of the text tokens of a pair as it is trained on.
@@ -172,20 +187,25 @@ class WeightReader:
     def _carry(self, side: str, ready: ReadyWeights, text: str, pair: TokenizedPair) -> np.ndarray:
         tokens, weights_KT = ready.tokens[side], ready.weights[side]
         ids = getattr(pair, f"{side}_ids")[: getattr(pair, f"{side}_text_length")]
-        common = min(len(tokens), len(ids))
-        are_ids = isinstance(tokens, np.ndarray)
-        if are_ids and np.array_equal(tokens[:common], ids[:common]):
-            carried = np.zeros((len(weights_KT), len(ids)), np.float32)
-            carried[:, :common] = weights_KT[:, :common]
-            return carried
-        if are_ids:
-            if self._text_of is None:
-                self._text_of = _TokenBytes(self._tokenizer, self._origin)
-            pieces = [self._text_of(int(token), pair.id) for token in tokens]
-        else:
+        located = None
+        if not isinstance(tokens, np.ndarray):
             pieces = [token.encode(errors="surrogatepass") for token in tokens]
-        spans = _locate(pieces, text)
-        if spans is None:
+            located = _locate(pieces, text)
+            # A string may be both a text and an entry of the vocabulary. The response tells which
+            # is meant: read as texts, entries have marks of spaces and bytes that it has not.
+            if (located is None or located[1] < 1) and self._bytes.knows_all(tokens):
+                tokens = self._bytes.ids(tokens)
+        if isinstance(tokens, np.ndarray):
+            common = min(len(tokens), len(ids))
+            if np.array_equal(tokens[:common], ids[:common]):
+                carried = np.zeros((len(weights_KT), len(ids)), np.float32)
+                carried[:, :common] = weights_KT[:, :common]
+                return carried
+            pieces = [self._bytes(int(token), pair.id) for token in tokens]
+            by_id = _locate(pieces, text)
+            if located is None or (by_id is not None and by_id[1] > located[1]):
+                located = by_id
+        if located is None:
             read = b"".join(pieces).decode(errors="replace")
             raise UnfitPair(
                 f"`{side}_tokens` read {read[:40]!r}..., the response {text[:40]!r}...: they are "
@@ -193,6 +213,7 @@ class WeightReader:
                 "(data.weights_tokenizer names the one that made them)",
                 pair.id,
             )
+        spans, _ = located
         return align(weights_KT, spans, getattr(pair, f"{side}_spans")).astype(np.float32)
 
 
@@ -201,32 +222,42 @@ class _TokenBytes:
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, origin: str):
         self._origin = origin
-        self._added = {
-            token_id: token.content.encode()
-            for token_id, token in tokenizer.get_added_tokens_decoder().items()
-        }
+        self._added = set(tokenizer.get_added_tokens_decoder())
         self._token_of = tokenizer.id_to_token
+        self._id_of = tokenizer.get_vocab()
         self._known: dict[int, bytes] = {}
         described = json.loads(tokenizer.to_str())
-        parts = json.dumps([described["decoder"], described["pre_tokenizer"]])
-        self._byte_of = _bytes_of_characters() if '"ByteLevel"' in parts else None
-        if self._byte_of is None and "▁" not in json.dumps(
-            [described["decoder"], described["pre_tokenizer"], described["normalizer"]],
-            ensure_ascii=False,
-        ):
-            raise ValueError(
-                f"{origin}: neither a byte-level nor a SentencePiece tokenizer; accepted beside "
-                "weights: tokens of these, or the tokens' texts instead of their ids"
-            )
+        parts = [described["decoder"], described["pre_tokenizer"]]
+        self._byte_of = _bytes_of_characters() if '"ByteLevel"' in json.dumps(parts) else None
+        parts.append(described["normalizer"])
+        is_sentencepiece = "▁" in json.dumps(parts, ensure_ascii=False)
+        self._is_readable = self._byte_of is not None or is_sentencepiece
+
+    def knows_all(self, tokens: Iterable[str]) -> bool:
+        """Whether all strings are entries of the vocabulary whose bytes can be told."""
+        return self._is_readable and all(token in self._id_of for token in tokens)
+
+    def ids(self, tokens: Iterable[str]) -> np.ndarray:
+        """The ids, int32 (T,), of entries of the vocabulary."""
+        return np.array([self._id_of[token] for token in tokens], np.int32)
 
     def __call__(self, token_id: int, pair_id: str) -> bytes:
+        """The bytes of a token.
+
+        Raises:
+          ValueError: the tokenizer is of neither kind.
+          UnfitPair: it has no such token.
+        """
+        if not self._is_readable:
+            raise ValueError(
+                f"{self._origin}: neither a byte-level nor a SentencePiece tokenizer; accepted "
+                "beside weights: tokens of these, or the tokens' texts instead of their ids"
+            )
         if token_id not in self._known:
-            self._known[token_id] = self._bytes(token_id, pair_id)
+            self._known[token_id] = self._read(token_id, pair_id)
         return self._known[token_id]
 
-    def _bytes(self, token_id: int, pair_id: str) -> bytes:
-        if token_id in self._added:
-            return self._added[token_id]
+    def _read(self, token_id: int, pair_id: str) -> bytes:
         token = self._token_of(token_id)
         if token is None:
             raise UnfitPair(
@@ -235,9 +266,12 @@ class _TokenBytes:
                 pair_id,
             )
         if self._byte_of is not None:
+            if token_id in self._added:
+                return token.encode()
             return bytes(self._byte_of[character] for character in token)
         if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
             return bytes([int(token[3:5], 16)])
+        # Runs of spaces may be among the added tokens, as in Gemma's vocabulary.
         return token.replace("▁", " ").encode()
 
 
@@ -255,8 +289,9 @@ def _bytes_of_characters() -> dict[str, int]:
     return table
 
 
-def _locate(pieces: Sequence[bytes], text: str) -> np.ndarray | None:
-    """[start, end) characters (T, 2) in the text of tokens that spell it, or a beginning of it.
+def _locate(pieces: Sequence[bytes], text: str) -> tuple[np.ndarray, float] | None:
+    """[start, end) characters (T, 2) in the text of tokens that spell it, or a beginning of it, and
+    the share of the characters that was found.
 
     White space before it, text after it and small differences are passed over: a token without any
     character of the text is empty, at its place. None where too little of them is in the text.
@@ -264,8 +299,8 @@ def _locate(pieces: Sequence[bytes], text: str) -> np.ndarray | None:
     joined = b"".join(pieces)
     # Bytes that are no character (of one cut in two) count as one each.
     read = joined.decode(errors="surrogateescape")
-    spans = _match(read, text)
-    if spans is None:
+    spans, share = _match(read, text)
+    if share < _LEAST_FOUND:
         return None
     widths = [len(c.encode(errors="surrogateescape")) for c in read]
     char_of_byte = np.repeat(np.arange(len(read)), widths)
@@ -274,11 +309,13 @@ def _locate(pieces: Sequence[bytes], text: str) -> np.ndarray | None:
     # A token without bytes stands where the next one does.
     first = spans[char_of_byte[np.minimum(starts, len(joined) - 1)], 0]
     last = spans[char_of_byte[np.maximum(ends - 1, 0)], 1]
-    return np.stack([first, np.where(ends > starts, last, first)], axis=-1)
+    return np.stack([first, np.where(ends > starts, last, first)], axis=-1), share
 
 
-def _match(read: str, text: str) -> np.ndarray | None:
-    """The [start, end) characters of the text (n, 2) that those of `read` are; None if too few."""
+def _match(read: str, text: str) -> tuple[np.ndarray, float]:
+    """The [start, end) characters of the text (n, 2) that those of `read` are, and the share found:
+    of the text, or of what was read where that ends before it.
+    """
     spans = np.zeros((len(read), 2), np.int64)
     i = lead = len(read) - len(read.lstrip())
     j = found = 0
@@ -293,7 +330,7 @@ def _match(read: str, text: str) -> np.ndarray | None:
             break
         i, j = i + ahead[0], j + ahead[1]
     wanted = len(text) if j == len(text) else len(read) - lead
-    return spans if found and found >= _LEAST_FOUND * wanted else None
+    return spans, found / max(wanted, 1)
 
 
 def _common(a: str, b: str) -> int:

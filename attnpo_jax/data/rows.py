@@ -146,9 +146,15 @@ def _prompt(
     if turns[-1]["role"] != "user":
         raise Unfit(f"the last turn of `prompt` is {turns[-1]['role']}, not user")
     _check_turns(turns, "prompt")
-    if chosen_prefix is not None and tuple(turns) != chosen_prefix:
+    if chosen_prefix is None:
+        return tuple(turns)
+    if _stripped(turns) != _stripped(chosen_prefix):
         raise Unfit("`prompt` differs from the turns before the last one in `chosen`")
-    return tuple(turns)
+    return chosen_prefix
+
+
+def _stripped(messages: Sequence[Message]) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"].strip()) for message in messages]
 
 
 def _messages(value: Any, field: str) -> list[Message]:

@@ -7,7 +7,8 @@ A source is named by one string:
   or an `.arrow` file;
 - a folder written by datasets' `save_to_disk`; `FOLDER@split` for one split of a DatasetDict;
 - `FOLDER@split` of a local copy of a hub dataset (its Parquet or JSON files as published);
-- a Hugging Face hub id, `owner/name[:config]@split`.
+- a Hugging Face hub id, `owner/name@split`; one of its parts, if it has several, by its config,
+  `owner/name:config@split`, or its folder, `owner/name/folder@split`.
 
 Several sources are read one after another; with shares (see `mixture`) they are mixed.
 
@@ -34,7 +35,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import pyarrow as pa
@@ -46,13 +47,16 @@ from attnpo_jax.data.rows import Pair, Unfit, own_id, pair_of_row
 ACCEPTED_SOURCES = (
     "builtin:train, builtin:eval, a .json, .jsonl, .parquet or .arrow file, a folder saved by "
     "datasets (FOLDER or FOLDER@split) or copied from the hub (FOLDER@split), or a hub id "
-    "owner/name[:config]@split"
+    "owner/name@split, owner/name:config@split or owner/name/folder@split"
 )
 
 _BUILTIN = pathlib.Path(__file__).parent / "builtin"
 _FILE_ENDINGS = (".json", ".jsonl", ".parquet", ".arrow")
 _FIELDS = ("id", "prompt_id", "prompt", "chosen", "rejected")
-_HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?::(?P<config>[^@:]+))?(?:@(?P<split>[^@]+))?")
+_HUB_ID = re.compile(
+    r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?:/(?P<folder>\w[\w./-]*)|:(?P<config>[^@:]+))?"
+    r"(?:@(?P<split>[^@]+))?"
+)
 _Fields = Callable[[str], bool]  # whether a column of a table is wanted
 _READ_ROWS = 1024  # rows turned into Python objects at once, so that a big file is never held twice
 
@@ -212,17 +216,38 @@ def pairs_digest(pairs: Iterable[Pair]) -> str:
 # Opening sources: each reader yields (1-based row number, row), a row being whatever was found.
 
 
-def hub_split(source: str) -> tuple[str, str | None, str] | None:
-    """Name, config and split of a source on the hub; None for any other source."""
+class HubSplit(NamedTuple):
+    """A split of a dataset on the hub: its owner and name, and which part of it, if it has several.
+
+    Attributes:
+        name: `owner/name`.
+        config: the part's name; None for the only part, or the default one.
+        folder: the part's folder in the repository, where parts are told by folders.
+        split: the split's name, as datasets takes it.
+    """
+
+    name: str
+    config: str | None
+    folder: str | None
+    split: str | None
+
+
+def hub_split(source: str) -> HubSplit | None:
+    """What a source on the hub is made of; None for any other source."""
     path, folder = pathlib.Path(source).expanduser(), source.rpartition("@")[0]
     if source.startswith("builtin:") or path.exists():
         return None
     if folder and pathlib.Path(folder).expanduser().exists():
         return None
+    hub = _hub_id(source)
+    return None if hub is None or hub.split is None else hub
+
+
+def _hub_id(source: str) -> HubSplit | None:
     hub = _HUB_ID.fullmatch(source)
-    if hub is None or hub["split"] is None or hub["name"].endswith(_FILE_ENDINGS):
+    if hub is None or (hub["folder"] or hub["name"]).endswith(_FILE_ENDINGS):
         return None
-    return hub["name"], hub["config"], hub["split"]
+    return HubSplit(**{field: hub[field] for field in HubSplit._fields})
 
 
 def _open(source: str, fields: _Fields) -> tuple[str, Iterator[tuple[int, Any]]]:
@@ -245,14 +270,14 @@ def _open(source: str, fields: _Fields) -> tuple[str, Iterator[tuple[int, Any]]]
     if at and folder.is_file():
         raise ValueError(f"{source}: a single file has no splits; write {str(folder)!r}")
 
-    hub = _HUB_ID.fullmatch(source)
-    if hub is None or hub["name"].endswith(_FILE_ENDINGS):
+    hub = _hub_id(source)
+    if hub is None:
         raise FileNotFoundError(f"no data at {source!r}; accepted: {ACCEPTED_SOURCES}")
-    if hub["split"] is None:
+    if hub.split is None:
         raise FileNotFoundError(
             f"no data at {source!r}; if it is a hub id, name the split: {source}@train"
         )
-    dataset = datasets.load_dataset(hub["name"], hub["config"], split=hub["split"])
+    dataset = datasets.load_dataset(hub.name, hub.config, data_dir=hub.folder, split=hub.split)
     return source, _dataset_rows(fields, dataset, source)
 
 

@@ -5,6 +5,7 @@ Weights are read and written as safetensors alone; pickled checkpoints (*.bin, *
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -50,20 +51,25 @@ _FLOAT_TYPES = {
     "F64": np.dtype(np.float64),
 }
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl")
+# What tokenizers and processors consist of, in any of the forms that transformers reads; not
+# whatever lies in a folder, which may be an adapter's config or a record of its training.
 _COMPANIONS = (
     "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
+    "*token*.json",
+    "*vocab*.json",
+    "*vocab*.txt",
     "merges.txt",
-    "tokenizer.model",
+    "bpe.codes",
+    "normalizer.json",
+    "*.model",
+    "*.spm",
+    "*.tiktoken",
+    "tekken.json",
+    "*processor_config.json",
     "chat_template.json",
-    "preprocessor_config.json",
-    "processor_config.json",
     "*.jinja",
 )
+_TEMPLATES = "additional_chat_templates"
 _MARKER = "attnpo_export.json"
 _SHARD_BYTES = 5 * 10**9
 
@@ -104,15 +110,13 @@ def resolve(source: str | os.PathLike, *, weights: bool = True) -> Path:
     accepted = f"a local Hugging Face folder, {embedded.ALIAS!r}, or a hub id 'owner/name'"
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text):
         raise CheckpointError(f"model.source {text!r} is not a folder; accepted: {accepted}")
+    wanted = ["config.json", _INDEX, *(["*.safetensors"] if weights else []), *_COMPANIONS]
     try:
         downloaded = huggingface_hub.snapshot_download(
             text,
-            allow_patterns=[
-                *(["*.safetensors"] if weights else []),
-                *("*.json", "*.jinja", "merges.txt", "tokenizer.model"),
-            ],
-            # Folders inside a repository hold other formats of the same weights.
-            ignore_patterns=["*/*"],
+            allow_patterns=wanted,
+            # Folders inside a repository hold other formats of the same weights, or templates.
+            ignore_patterns=[f"*/{pattern}" for pattern in wanted if pattern != "*.jinja"],
         )
     except Exception as error:
         raise CheckpointError(
@@ -319,6 +323,18 @@ def load_params(
     return unflatten_dict(params, sep="/")
 
 
+def stored_dtype(folder: str | os.PathLike) -> np.dtype:
+    """The narrowest dtype, of at most 32 bits, that holds all of a folder's weights unchanged.
+
+    Raises:
+      CheckpointError: no safetensors, or a damaged file.
+    """
+    stored = _stored_tensors(_weight_files(Path(folder))[0]).values()
+    found = {_FLOAT_TYPES[tensor.dtype] for tensor in stored if tensor.dtype in _FLOAT_TYPES}
+    widest = functools.reduce(jnp.promote_types, found)
+    return np.dtype(np.float32) if widest.itemsize > 4 else widest
+
+
 # --- Saving --------------------------------------------------------------------------------------
 
 
@@ -509,16 +525,18 @@ def save(
 
 
 def copy_companions(source_folder: Path, folder: Path, chat_template: str | None) -> None:
-    """Copies tokenizer, chat template and generation config.
+    """Copies tokenizer, processor, chat templates and generation config.
 
     Args:
       source_folder: where from.
       folder: where to.
-      chat_template: Jinja text that takes the place of the tokenizer's own template.
+      chat_template: Jinja text that takes the place of the tokenizer's own default template.
     """
-    for pattern in _COMPANIONS:
+    for pattern in (*_COMPANIONS, f"{_TEMPLATES}/*.jinja"):
         for companion in source_folder.glob(pattern):
-            shutil.copyfile(companion, folder / companion.name)
+            target = folder / companion.relative_to(source_folder)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(companion, target)
     if chat_template is None:
         return
     (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
@@ -557,7 +575,7 @@ def replacing(folder: str | os.PathLike, *, overwrite: bool, origin: Any = None)
     try:
         write_json(temporary / _MARKER, {"written_by": "attnpo_jax", "origin": origin})
         yield temporary
-        for file in temporary.iterdir():
+        for file in filter(Path.is_file, temporary.rglob("*")):
             # The safetensors writer makes private files; the weights are as readable as the rest.
             shutil.copymode(temporary / _MARKER, file)
             with open(file, "rb") as written:

@@ -1,6 +1,7 @@
 """The shape of a decoder, read from a Hugging Face `config.json`."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -172,8 +173,8 @@ class ModelConfig:
             raise _refusal("quantization_config", config["quantization_config"], "null")
         if model_type == "gemma3":
             config = _text_part(config)
-        config = {**_DEFAULTS[model_type], **config}
-        _refuse_unsupported(config, model_type)
+        given = {k: v for k, v in config.items() if v is not None or k not in _NULL_IS_ABSENT}
+        config = {**_DEFAULTS[model_type], **given}
         required = (
             "vocab_size",
             "hidden_size",
@@ -184,6 +185,8 @@ class ModelConfig:
         missing = [name for name in required if config.get(name) is None]
         if missing:
             raise ValueError(f"config.json lacks {', '.join(missing)}")
+        _check_values(config)
+        _refuse_unsupported(config, model_type)
         num_heads = config["num_attention_heads"]
         return cls(
             model_type=model_type,
@@ -254,6 +257,75 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 
 def _refusal(field: str, found: Any, accepted: str) -> ValueError:
     return ValueError(f"config.json: {field} {found!r} is not supported; supported: {accepted}")
+
+
+_WHOLE_NUMBERS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "max_window_layers",
+    "sliding_window_pattern",
+    "no_rope_layer_interval",
+)
+_NUMBERS = (
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_local_base_freq",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+)
+_FLAGS = (
+    "attention_bias",
+    "mlp_bias",
+    "tie_word_embeddings",
+    "use_sliding_window",
+    "use_bidirectional_attention",
+)
+_NULL_IS_ABSENT = ("max_window_layers", "sliding_window_pattern", "no_rope_layer_interval")
+_MAY_BE_NULL = (
+    *_FLAGS,
+    "num_key_value_heads",
+    "head_dim",
+    "rope_theta",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+)
+
+
+def _check_values(config: Mapping[str, Any]) -> None:
+    """Refuses fields of the wrong kind: they would mean something else, or fail later."""
+    for field, value in config.items():
+        if value is None and field in _MAY_BE_NULL:
+            continue
+        if field in _WHOLE_NUMBERS and not (isinstance(value, int) and _is_positive(value)):
+            # Layers with a window may begin with the first.
+            if field != "max_window_layers" or value != 0 or isinstance(value, bool):
+                raise _refusal(field, value, "a whole number above 0")
+        if field in _NUMBERS and not _is_positive(value):
+            raise _refusal(field, value, "a number above 0")
+        if field in _FLAGS and not isinstance(value, bool):
+            raise _refusal(field, value, "true or false")
+        if field in ("rope_parameters", "rope_scaling"):
+            if value is not None and not isinstance(value, Mapping):
+                raise _refusal(field, value, "an object")
+        if field in ("layer_types", "no_rope_layers") and not isinstance(value, list | None):
+            raise _refusal(field, value, "a list with an entry for each layer")
+    hidden_size, num_heads = config["hidden_size"], config["num_attention_heads"]
+    if config.get("head_dim") is None and hidden_size % num_heads:
+        raise _refusal(
+            "hidden_size", hidden_size, f"a multiple of num_attention_heads ({num_heads})"
+        )
+
+
+def _is_positive(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and 0 < value < math.inf
 
 
 def _text_part(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -341,7 +413,7 @@ def _layer_windows(config: Mapping[str, Any], model_type: str) -> tuple[int | No
     types = config.get("layer_types")
     if types is not None:
         accepted = f"'full_attention' or 'sliding_attention' for each of the {n} layers"
-        if len(types) != n or not set(types) <= {"full_attention", "sliding_attention"}:
+        if len(types) != n or any(k not in ("full_attention", "sliding_attention") for k in types):
             raise _refusal("layer_types", types, accepted)
         listed = [kind == "sliding_attention" for kind in types]
         if model_type in ("llama", "mistral", "olmo2", "phi3") and listed != local:
@@ -349,7 +421,7 @@ def _layer_windows(config: Mapping[str, Any], model_type: str) -> tuple[int | No
         local = listed
     if not any(local):
         return None
-    if not isinstance(window, int) or window < 1:
+    if not isinstance(window, int) or not _is_positive(window):
         raise _refusal("sliding_window", window, "a positive number where layers slide")
     return tuple(window if slides else None for slides in local)
 
@@ -381,7 +453,10 @@ def _rope(config: Mapping[str, Any], model_type: str) -> dict[str, Any]:
 def _theta_and_scaling(
     config: Mapping[str, Any], parameters: Mapping[str, Any], default_theta: float | None
 ) -> tuple[float, RopeScaling | LinearRopeScaling | None]:
-    theta = float(parameters.get("rope_theta") or default_theta or 10_000.0)
+    theta = parameters.get("rope_theta")
+    if theta is not None and not _is_positive(theta):
+        raise _refusal("rope_theta", theta, "a number above 0")
+    theta = float(theta or default_theta or 10_000.0)
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     share = parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
     if share != 1.0:
@@ -398,6 +473,9 @@ def _theta_and_scaling(
     missing = [name for name in needed if parameters.get(name) is None]
     if missing:
         raise ValueError(f"config.json: rope type {kind!r} lacks {', '.join(missing)}")
+    for name in needed:
+        if not _is_positive(parameters[name]):
+            raise _refusal(f"{name} of rope type {kind!r}", parameters[name], "a number above 0")
     if kind == "linear":
         return theta, LinearRopeScaling(float(parameters["factor"]))
     return theta, RopeScaling(

@@ -35,14 +35,15 @@ def _of_source(source: str) -> int | None:
     hub = sources.hub_split(source)
     if hub is None:
         return len(sources.load_pairs(source, on_bad_row="skip").pairs)
-    return KNOWN[source] if source in KNOWN else _of_hub(*hub)
+    return KNOWN[source] if source in KNOWN else _of_hub(hub)
 
 
-def _of_hub(name: str, config: str | None, split: str) -> int | None:
+def _of_hub(hub: sources.HubSplit) -> int | None:
     try:
-        splits = datasets.load_dataset_builder(name, config).info.splits
+        builder = datasets.load_dataset_builder(hub.name, hub.config, data_dir=hub.folder)
     except (ConnectionError, FileNotFoundError):
         # The hub is out of reach, or has no such dataset for us: the report asks for --pairs.
         return None
     # Splits are a part of the description that a dataset need not have.
-    return splits[split].num_examples if splits and split in splits else None
+    splits = builder.info.splits
+    return splits[hub.split].num_examples if splits and hub.split in splits else None

@@ -44,6 +44,20 @@ def test_the_curve_has_a_time_for_every_length(run):
     assert len(done["seconds"]) == 2
 
 
+def test_int8_changes_a_little_of_what_is_prepared(run):
+    full, _ = run("prepare", weights="full")
+    int8, _ = run("prepare", weights="int8")
+    # One byte in place of four for all but the embedding: 134.5M parameters, 28.3M of them.
+    assert full["parameter_bytes"] == pytest.approx(4 * 134.5e6, rel=1e-3)
+    assert int8["parameter_bytes"] == pytest.approx(106.2e6 + 4 * 28.3e6, rel=1e-2)
+    info, changed = run("int8_change")
+    assert info["pairs"] == PAIRS
+    assert changed["figures"]["verdicts"] == 2 * PAIRS
+    assert 0 < changed["figures"]["nats_a_token"] < 0.2
+    assert [point["layer"] for point in changed["points"]] == [0, 6, 14, 21, 29]
+    assert all(0 < point["share_moved"] < 0.1 for point in changed["points"])
+
+
 def test_compiling_is_timed_by_layers(run):
     _, done = run("compile", layers=[2, 3])
     assert {what: len(seconds) for what, seconds in done.items()} == {"step": 2, "judge": 2}

@@ -84,6 +84,8 @@ def test_the_digest_covers_the_weights(tmp_path):
         ({"rejected_weights_7": [0.5, 0.5]}, "`rejected_weights_7` has 2 numbers for 1 tokens"),
         ({"chosen_weights_7": [0.5, -0.1, 0.6]}, "numbers of 0 or more"),
         ({"chosen_weights_7": [0.5, "a", 0.6]}, "numbers of 0 or more"),
+        ({"chosen_weights_7": [True, 0.5, 0.6]}, "numbers of 0 or more"),
+        ({"chosen_tokens": [True, 4, 5]}, "`chosen_tokens` holds something else than token ids"),
         ({"chosen_tokens": None}, "`chosen_tokens` is missing"),
         ({"chosen_tokens": []}, "`chosen_tokens` is empty"),
         ({"chosen_tokens": [1, "a", 2]}, "`chosen_tokens` holds something else"),
@@ -174,6 +176,42 @@ def test_sentencepiece_tokens_and_texts():
     np.testing.assert_allclose(found, [0.3, 0.7], rtol=1e-6)
     found = carried(byte_level(), ("a ", "😀bc"), [0.25, 0.75], "a 😀bc", pair)
     np.testing.assert_allclose(found, [0.25, 0.75], rtol=1e-6)
+
+
+# As transformers' `convert_ids_to_tokens` writes tokens.
+
+
+def test_entries_of_a_byte_level_vocabulary_are_read():
+    text, pair = "no 😀b", trained_on([500, 501], [(0, 3), (3, 5)])
+    backend = byte_level("no")
+    tokens = ("no", "Ġ", "ð", "Ł", "ĺ", "Ģ", "b", "Ċ")
+    assert tokens == tuple(
+        backend.id_to_token(i) for i in (256, 32, *"😀".encode(), ord("b"), ord("\n"))
+    )
+    weights = [0.1, 0.2, 0.1, 0.1, 0.1, 0.1, 0.2, 0.1]
+    found = carried(backend, tokens, weights, text, pair)
+    np.testing.assert_allclose(found, [0.3, 0.7], rtol=1e-6)
+
+
+def test_entries_of_a_sentencepiece_vocabulary_are_read():
+    pair = trained_on([500, 501], [(0, 2), (2, 5)])
+    tokens = ("▁a", "▁", "<0xF0>", "<0x9F>", "<0x98>", "<0x80>", "b")
+    weights = [0.1, 0.2, 0.1, 0.1, 0.1, 0.1, 0.3]
+    found = carried(sentencepiece("▁a", "▁", "b"), tokens, weights, "a 😀b", pair)
+    np.testing.assert_allclose(found, [0.3, 0.7], rtol=1e-6)
+
+
+def test_what_looks_like_an_entry_is_text_where_the_response_has_it():
+    # The texts "Ġ" and "a" of the response "Ġa", though "Ġ" is the vocabulary's space.
+    pair = trained_on([500, 501], [(0, 1), (1, 2)])
+    assert carried(byte_level(), ("Ġ", "a"), [0.25, 0.75], "Ġa", pair) == [0.25, 0.75]
+    assert carried(sentencepiece("▁", "a"), ("▁", "a"), [0.25, 0.75], "▁a", pair) == [0.25, 0.75]
+
+
+def test_entries_of_another_vocabulary_are_refused():
+    pair = trained_on([500, 501], [(0, 2), (2, 5)])
+    with pytest.raises(UnfitPair, match="read 'ĠnoĠpeĠx'.*another tokenizer than judge"):
+        carried(byte_level(), ("Ġno", "Ġpe", "Ġx"), [0.5, 0.25, 0.25], "aa bb cc", pair)
 
 
 def test_small_differences_are_passed_over_and_mass_is_kept():

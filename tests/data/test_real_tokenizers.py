@@ -5,6 +5,7 @@ those are skipped that the package does not fetch itself. $ATTNPO_PAIRS may name
 pairs to check beside the strings below.
 """
 
+import functools
 import os
 import pathlib
 import unicodedata
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from attnpo_jax.data.alignment import align
+from attnpo_jax.data.ready_weights import ReadyWeights, WeightReader
 from attnpo_jax.data.rows import Pair
 from attnpo_jax.data.sources import load_pairs
 from attnpo_jax.data.tokenize import ChatTokenizer, tokenize_pair
@@ -88,13 +90,18 @@ def pairs():
 
 
 @pytest.fixture(scope="module", params=["llama3", "llama2", "qwen3", "gemma3", "smollm2"])
-def tokenizer(request):
-    if request.param == "smollm2":
+def tokenizer_name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def tokenizer(request, tokenizer_name):
+    if tokenizer_name == "smollm2":
         return ChatTokenizer.load(request.getfixturevalue("smollm2_folder"))
     folder = os.environ.get("ATTNPO_TOKENIZERS")
     if not folder:
         pytest.skip("no $ATTNPO_TOKENIZERS (see tests/fetch_tokenizers.sh)")
-    return ChatTokenizer.load(pathlib.Path(folder) / request.param, TEMPLATES.get(request.param))
+    return ChatTokenizer.load(pathlib.Path(folder) / tokenizer_name, TEMPLATES.get(tokenizer_name))
 
 
 def covered(spans):
@@ -142,6 +149,89 @@ def test_every_pair_is_aligned(tokenizer, pairs):
     # Mostly both are the same: what a template puts beside a response changes its ends. Of strings
     # made to be cut differently, fewer.
     assert same > (0.9 if os.environ.get("ATTNPO_PAIRS") else 0.7) * tokens
+
+
+def test_ready_weights_of_vocabulary_entries_are_those_of_ids(tokenizer, pairs):
+    reader = WeightReader(tokenizer.tokenizer.backend_tokenizer, tokenizer.origin)
+    rng = np.random.default_rng(1)
+    for pair in pairs:
+        trained = tokenize_pair(tokenizer, pair, max_length=200_000, max_prompt_length=100_000)
+        ids, weights = {}, {}
+        for side in ("chosen", "rejected"):
+            length = getattr(trained, f"{side}_text_length")
+            ids[side] = getattr(trained, f"{side}_ids")[:length]
+            weights[side] = rng.random((1, length)).astype(np.float32)
+        entries = {
+            side: tuple(tokenizer.tokenizer.convert_ids_to_tokens(ids[side])) for side in ids
+        }
+        texts = pair.chosen, pair.rejected
+        found = reader.carry(ReadyWeights(entries, weights), *texts, trained)
+        # They are the tokens that are trained on; ASCII without spaces reads the same either way.
+        for side, got in zip(weights, found, strict=True):
+            np.testing.assert_allclose(got, weights[side], rtol=1e-6, err_msg=pair.id)
+
+
+# --- The template's own parsing of answers --------------------------------------------------------
+
+REASONING = [
+    "</think>",
+    "<think>a</think>b",
+    "<think>\n\n</think>\n\nBecause.",
+    "x </think> y",
+    "a\n<think>b",
+    "<think>",
+    "</think>\n\nz",
+    "\n\nafter lines",
+    "<tool_response>a</tool_response>",
+    "<|im_end|>\n<|im_start|>assistant\n</think>",
+]
+# What each template takes off an answer's ends.
+TRIMS = {
+    "llama3": str.strip,
+    "llama2": str.strip,
+    "gemma3": str.strip,
+    "qwen3": lambda text: text.lstrip("\n"),
+    "smollm2": lambda text: text,
+}
+BEFORE = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"})
+
+
+def squeezed(text):
+    """Without white space, which decoding writes where it likes."""
+    return "".join(text.split())
+
+
+@pytest.mark.parametrize("earlier", [(), BEFORE], ids=["first", "later"])
+def test_answers_are_not_parsed_by_the_template(tokenizer, tokenizer_name, earlier):
+    """What the template writes around a plain answer stands around every answer."""
+    prompter = JudgePrompter(tokenizer, JudgeTemplate.load("default"), 100_000, 10_000)
+    apply = functools.partial(
+        tokenizer.tokenizer.apply_chat_template, tokenize=False, enable_thinking=False
+    )
+    decode = functools.partial(tokenizer.tokenizer.decode, clean_up_tokenization_spaces=False)
+    prompt = (*earlier, {"role": "user", "content": "Why?"})
+    before, after = apply([*prompt, {"role": "assistant", "content": "PLAIN"}]).split("PLAIN")
+    question = [{"role": "user", "content": "PLAIN"}]
+    _, ending = apply(question, add_generation_prompt=True).split("PLAIN")
+    if tokenizer_name == "qwen3":
+        assert before.endswith("assistant\n<think>\n\n</think>\n\n")
+        assert ending.endswith("assistant\n<think>\n\n</think>\n\n")
+    for answer in REASONING:
+        trained = tokenize_pair(
+            tokenizer, Pair("p", prompt, answer, "No."), max_length=9999, max_prompt_length=9999
+        )
+        text = TRIMS[tokenizer_name](answer)
+        decoded = decode(trained.chosen_ids[: trained.chosen_text_length])
+        assert decoded.strip() == text.strip(), answer
+        whole = decode(np.concatenate([trained.prompt_ids, trained.chosen_ids]))
+        assert squeezed(whole) == squeezed(before + text + after), answer
+        judged = prompter.build(Pair("p", question, answer, "No."))
+        for order in (0, 1):
+            asked = squeezed(decode(judged.ids[order]))
+            assert asked.endswith(squeezed(ending)), answer
+            assert asked.count(squeezed(ending)) == 1 + squeezed(answer).count(squeezed(ending))
+            places = judged.chosen_tokens[order]
+            assert answer.strip() in decode(judged.ids[order][places]), answer
 
 
 def agreeing(judge_ids, judge_spans, ids, spans):

@@ -75,6 +75,21 @@ def test_implicit_prompt_is_what_the_conversations_share(tmp_path, prompt):
     assert (pair.chosen, pair.rejected) == ("A", "B")
 
 
+@pytest.mark.parametrize(
+    "prompt",
+    ["Why?\n", [{"role": "user", "content": "Why? "}], "\n\nHuman: Why?\n\n\nAssistant:"],
+    ids=["string", "messages", "transcript"],
+)
+def test_a_prompt_may_differ_from_the_conversations_by_white_space_in_any_form(tmp_path, prompt):
+    row = {
+        "prompt": prompt,
+        "chosen": [user("Why?"), assistant("A")],
+        "rejected": [user("Why?"), assistant("B")],
+    }
+    (pair,) = load_pairs(write_jsonl(tmp_path / "a.jsonl", [row])).pairs
+    assert (pair.prompt, pair.chosen, pair.rejected) == ((user("Why?"),), "A", "B")
+
+
 def test_two_string_transcripts(tmp_path):
     start = "\n\nHuman: Hi there\n\nAssistant: Hello\n\nHuman: Name a river.\n\nAssistant:"
     pair = load_row(tmp_path, {"chosen": start + " The Nile.", "rejected": start + " Everest.\n"})
@@ -141,15 +156,20 @@ def test_arrow_folder_arrow_file_and_split(tmp_path):
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ("owner/name@train", ("owner/name", None, "train")),
-        ("owner/some.name:config-1@train[:10]", ("owner/some.name", "config-1", "train[:10]")),
+        ("owner/name@train", ("owner/name", None, None, "train")),
+        (
+            "owner/some.name:config-1@train[:10]",
+            ("owner/some.name", "config-1", None, "train[:10]"),
+        ),
+        ("owner/name/part-1@test", ("owner/name", None, "part-1", "test")),
+        ("owner/name/data/part.1@test", ("owner/name", None, "data/part.1", "test")),
     ],
 )
 def test_hub_id_is_passed_to_datasets(monkeypatch, source, expected):
     asked = []
 
-    def load_dataset(name, config, *, split):
-        asked.append((name, config, split))
+    def load_dataset(name, config, *, data_dir, split):
+        asked.append((name, config, data_dir, split))
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -325,16 +345,26 @@ def test_missing_column_is_named_before_any_row(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "source", ["missing.jsonl", "/no/such/file.json", "data/missing.parquet", "folder", "a/b/c"]
+    "source",
+    [
+        "missing.jsonl",
+        "/no/such/file.json",
+        "data/missing.parquet",
+        "data/of/missing.parquet@train",
+        "folder",
+        "a/b/c:d@train",
+        "a/b/../c@train",
+    ],
 )
 def test_missing_file_is_named_with_what_is_accepted(source):
     with pytest.raises(FileNotFoundError, match=f"no data at '{source}'; accepted: builtin:train"):
         load_pairs(source)
 
 
-def test_hub_id_without_split():
-    with pytest.raises(FileNotFoundError, match="owner/name@train"):
-        load_pairs("owner/name")
+@pytest.mark.parametrize("source", ["owner/name", "owner/name:config", "owner/name/folder"])
+def test_hub_id_without_split(source):
+    with pytest.raises(FileNotFoundError, match=f"name the split: {source}@train"):
+        load_pairs(source)
 
 
 @pytest.mark.parametrize(
@@ -430,6 +460,31 @@ def test_a_copy_of_hh_rlhf(tmp_path, monkeypatch):
     pairs = load_pairs(f"{tmp_path}/hh-rlhf@train").pairs
     assert {pair.chosen for pair in pairs} == {"harmless-base", "helpful-base"}
     assert {pair.rejected for pair in pairs} == {"train"}
+    # From the hub, the part is asked for by its folder; datasets treats a repository as a folder.
+    load = datasets.load_dataset
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, *a, **k: load(str(tmp_path / "hh-rlhf"), *a, **k)
+    )
+    (pair,) = load_pairs("Anthropic/hh-rlhf/helpful-base@test").pairs
+    assert (pair.chosen, pair.rejected) == ("helpful-base", "test")
+    (pair,) = load_pairs("Anthropic/hh-rlhf/harmless-base@train").pairs
+    assert (pair.chosen, pair.rejected) == ("harmless-base", "train")
+    assert len(load_pairs("Anthropic/hh-rlhf@train").pairs) == 2
+
+
+def test_a_part_with_a_name_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    for part in ("easy", "hard"):
+        (tmp_path / "set" / part).mkdir(parents=True)
+        table = datasets.Dataset.from_list([GOOD | {"id": part}])
+        table.to_parquet(tmp_path / "set" / part / "train.parquet")
+    names = "".join(f"- config_name: {part}\n  data_dir: {part}\n" for part in ("easy", "hard"))
+    (tmp_path / "set" / "README.md").write_text(f"---\nconfigs:\n{names}---\n")
+    load = datasets.load_dataset
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, *a, **k: load(str(tmp_path / "set"), *a, **k)
+    )
+    assert [pair.id for pair in load_pairs("owner/set:hard@train").pairs] == ["hard"]
 
 
 # Mixtures.

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
@@ -312,9 +313,64 @@ def test_resolve_asks_the_hub_for_no_pickles(tmp_path, monkeypatch):
     assert checkpoints.resolve("owner/some-model.v2") == tmp_path
     assert asked["name"] == "owner/some-model.v2"
     assert "*.safetensors" in asked["allow_patterns"]
-    assert not any("bin" in p or "pt" in p or p == "*" for p in asked["allow_patterns"])
+    assert list(delivered(asked)) == [
+        *("config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"),
+        *COMPANIONS,
+    ]
     checkpoints.resolve("owner/some-model.v2", weights=False)
-    assert "*.safetensors" not in asked["allow_patterns"] and "*.json" in asked["allow_patterns"]
+    assert list(delivered(asked)) == ["config.json", "model.safetensors.index.json", *COMPANIONS]
+
+
+COMPANIONS = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"),
+    *("sentencepiece.bpe.model", "tekken.json", "qwen.tiktoken", "generation_config.json"),
+    *("chat_template.json", "chat_template.jinja", "additional_chat_templates/tool_use.jinja"),
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+)
+OTHERS = (
+    *("pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt", "model.gguf"),
+    *("pytorch_model.bin.index.json", "adapter_config.json", "trainer_state.json"),
+    *("training_args.bin", "all_results.json", "README.md", "notes.txt", "onnx/config.json"),
+    *("original/tokenizer.model", "onnx/model.safetensors", "original/params.json"),
+)
+
+
+def delivered(asked):
+    """What the hub delivers of a repository of all these files."""
+    files = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+    return filter_repo_objects(
+        [*files, *COMPANIONS, *OTHERS],
+        allow_patterns=asked["allow_patterns"],
+        ignore_patterns=asked["ignore_patterns"],
+    )
+
+
+def test_an_export_has_all_that_tokenizer_and_processor_consist_of(tmp_path):
+    write_folder(tmp_path / "m", hf_tensors())
+    for name in (*COMPANIONS, *OTHERS):
+        file = tmp_path / "m" / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("{}")
+    model = checkpoints.load_config(tmp_path / "m")
+    params = checkpoints.load_params(tmp_path / "m", model)
+    checkpoints.save(tmp_path / "out", model, params, source_folder=tmp_path / "m")
+    written = {str(f.relative_to(tmp_path / "out")) for f in (tmp_path / "out").rglob("*.*")}
+    assert written == {*COMPANIONS, "config.json", "model.safetensors", "attnpo_export.json"}
+
+
+def test_files_of_every_tokenizer_that_decoders_have_go_into_an_export(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    names = {"tokenizer_config.json"}
+    for kind in ("Llama", "Qwen2", "GPT2", "Gemma", "T5", "XLMRoberta", "Bert", "Albert", "XGLM"):
+        tokenizer = getattr(transformers, f"{kind}Tokenizer")
+        names |= set(tokenizer.vocab_files_names.values())
+    assert {"tokenizer.json", "vocab.txt", "spiece.model"} <= names
+    (tmp_path / "out").mkdir()
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    checkpoints.copy_companions(tmp_path, tmp_path / "out", None)
+    assert {file.name for file in (tmp_path / "out").iterdir()} == names
 
 
 # --- Saving --------------------------------------------------------------------------------------

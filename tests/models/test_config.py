@@ -32,6 +32,8 @@ def test_qwen2_slides_from_max_window_layers_on_and_only_if_it_is_told_to():
     assert read("qwen2", use_sliding_window=False, **fields).layer_windows is None
     sliding = read("qwen2", use_sliding_window=True, **fields)
     assert sliding.layer_windows == (None,) * 4 + (32768,) * 2
+    assert read("qwen2", **fields | {"max_window_layers": None}).layer_windows is None
+    assert read("qwen2", use_sliding_window=True, **fields | {"max_window_layers": 0}).layer_windows
     assert sliding.qkv_bias and not sliding.attention_bias and sliding.qk_norm is None
     # Files of version 5 list the layers.
     types = ["full_attention", "sliding_attention"] * 3
@@ -136,6 +138,31 @@ def test_llama_scaling_from_either_layout():
         ("mistral", {"layer_types": ["full_attention"] * 6}, "layer_types .*mistral"),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers"),
+        ("llama", {"num_attention_heads": "8"}, "num_attention_heads '8' .*a whole number above 0"),
+        ("llama", {"num_attention_heads": 0}, "num_attention_heads 0 "),
+        ("llama", {"num_attention_heads": None}, "lacks num_attention_heads"),
+        ("llama", {"num_hidden_layers": True}, "num_hidden_layers True "),
+        ("llama", {"vocab_size": 1e3}, "vocab_size 1000.0 "),
+        ("llama", {"max_position_embeddings": None}, "max_position_embeddings None "),
+        ("llama", {"rms_norm_eps": "1e-5"}, "rms_norm_eps '1e-5' .*a number above 0"),
+        ("llama", {"rms_norm_eps": None}, "rms_norm_eps None "),
+        ("llama", {"tie_word_embeddings": "false"}, "tie_word_embeddings 'false' .*true or false"),
+        ("llama", {"hidden_size": 50}, "hidden_size 50 .*multiple of num_attention_heads"),
+        ("llama", {"rope_scaling": "linear"}, "rope_scaling 'linear' .*an object"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 0}}, "factor of rope type"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": -2.0}}, "factor .* -2.0 "),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": "2"}}, "factor .* '2' "),
+        ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_"),
+        ("llama", {"rope_theta": "1e4"}, "rope_theta '1e4' "),
+        ("llama", {"rope_parameters": {"rope_theta": 0}}, "rope_theta 0 "),
+        ("gemma2", {"sliding_window": True}, "sliding_window True"),
+        ("gemma2", {"query_pre_attn_scalar": None}, "query_pre_attn_scalar None"),
+        ("gemma2", {"final_logit_softcapping": "30"}, "final_logit_softcapping '30'"),
+        ("gemma3_text", {"sliding_window_pattern": 0}, "sliding_window_pattern 0"),
+        ("qwen2", {"max_window_layers": "4"}, "max_window_layers '4'"),
+        ("qwen3", {"layer_types": "full_attention"}, "layer_types 'full_attention' .*a list"),
+        ("qwen3", {"layer_types": [{}] * 6}, "layer_types "),
+        ("smollm3", {"no_rope_layers": 4}, "no_rope_layers 4 .*a list"),
     ],
 )  # fmt: skip
 def test_what_the_decoder_lacks_is_refused_by_name(model_type, fields, message):

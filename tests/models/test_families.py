@@ -65,24 +65,24 @@ MODELS = {
                               "rope_parameters": LLAMA3}),
     "llama-linear": ("LlamaConfig", {"head_dim": 4, "rope_parameters": LINEAR}),
     "mistral": ("MistralConfig", {"head_dim": 4, "sliding_window": WINDOW,
-                                  "rope_parameters": ROPE}),
+                                  "rope_parameters": LLAMA3}),
     "qwen2": ("Qwen2Config", {**EVEN, "use_sliding_window": True, "sliding_window": WINDOW,
-                              "max_window_layers": 2, "rope_parameters": ROPE}),
+                              "max_window_layers": 2, "rope_parameters": LINEAR}),
     "qwen2-global": ("Qwen2Config", {**EVEN, "sliding_window": WINDOW, "max_window_layers": 2,
                                      "tie_word_embeddings": True, "rope_parameters": ROPE}),
     "qwen3": ("Qwen3Config", {"head_dim": 4, "attention_bias": True, "use_sliding_window": True,
                               "sliding_window": WINDOW, "max_window_layers": 1,
-                              "rope_parameters": ROPE}),
+                              "rope_parameters": LLAMA3}),
     "gemma2": ("Gemma2Config", {"head_dim": 4, "attention_bias": True, "query_pre_attn_scalar": 7,
                                 "sliding_window": WINDOW, "attn_logit_softcapping": 1.5,
-                                "final_logit_softcapping": 3.0, "rope_parameters": ROPE}),
+                                "final_logit_softcapping": 3.0, "rope_parameters": LINEAR}),
     "gemma3_text": ("Gemma3TextConfig", {**GEMMA3, "final_logit_softcapping": 3.0}),
     "gemma3": ("Gemma3Config", GEMMA3),
     "phi3": ("Phi3Config", {**EVEN, "sliding_window": WINDOW, "rope_parameters": ROPE}),
     "olmo2": ("Olmo2Config", {**EVEN, "attention_bias": True, "rope_parameters": LINEAR}),
     "smollm3": ("SmolLM3Config", {**EVEN, "attention_bias": True, "mlp_bias": True,
                                   "no_rope_layers": [1, 0, 1, 0], "use_sliding_window": True,
-                                  "sliding_window": WINDOW, "rope_parameters": ROPE}),
+                                  "sliding_window": WINDOW, "rope_parameters": LLAMA3}),
 }  # fmt: skip
 
 
@@ -288,9 +288,10 @@ def test_gradients_of_a_dpo_loss_equal_those_of_torch(models, name, tmp_path):
             inner = parameter_name.removeprefix("model.language_model.")
             stored = f"language_model.{inner}" if inner == parameter_name else None
             stored = stored or f"language_model.model.{inner}"
-        np.testing.assert_allclose(
-            got[stored], parameter.grad.numpy(), atol=1e-4, err_msg=parameter_name
-        )
+        want = parameter.grad.numpy()
+        # Small gradients as well as large ones.
+        atol = min(1e-4, 1e-3 * np.abs(want).max() + 1e-7)
+        np.testing.assert_allclose(got[stored], want, atol=atol, err_msg=parameter_name)
         # Without rotary positions (SmolLM3's fourth layers), a key bias shifts all of a query's
         # scores alike, which changes nothing: its gradient is 0.
         if not (name == "smollm3" and parameter_name.endswith("k_proj.bias")):

@@ -25,6 +25,10 @@ CASES = {
     "phi3": EVERY,
     "phi3-some": ("query", "value", "up", "down"),
     "olmo2": ("output", "gate"),
+    "mistral": EVERY,
+    "qwen2": EVERY,
+    "gemma3_text": EVERY,
+    "smollm3": EVERY,
 }
 
 

@@ -13,8 +13,8 @@ def count(*train):
 
 
 def described(monkeypatch, splits):
-    def builder(name, config):
-        assert (name, config) == ("owner/name", "small")
+    def builder(name, config, *, data_dir):
+        assert (name, config, data_dir) == ("owner/name", "small", None)
         sizes = {k: types.SimpleNamespace(num_examples=n) for k, n in splits.items()}
         return types.SimpleNamespace(info=types.SimpleNamespace(splits=sizes or None))
 
@@ -34,7 +34,7 @@ def test_splits_on_the_hub_have_the_size_of_their_description(monkeypatch):
 
 @pytest.mark.parametrize("error", [ConnectionError, FileNotFoundError])
 def test_a_hub_out_of_reach_gives_no_size(monkeypatch, error):
-    def fail(name, config):
+    def fail(name, config, *, data_dir):
         raise error("no")
 
     monkeypatch.setattr(pairs.datasets, "load_dataset_builder", fail)

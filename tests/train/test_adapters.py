@@ -5,8 +5,10 @@ import pathlib
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from attnpo_jax import config as config_lib
 from attnpo_jax import prepare
@@ -161,6 +163,33 @@ def test_exports(workdir, folder):
         beside / "adapter_model.safetensors"
     ).read_bytes()
     assert not (workdir / "alone" / "config.json").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_merged_weights_have_the_source_s_dtype_whatever_training_held_them_in(
+    workdir, folder, tmp_path, monkeypatch, dtype
+):
+    source = tmp_path / "source"
+    shutil.copytree(folder / "model", source)
+    as_dtype = jnp.dtype(dtype)
+    stored = {
+        name: value.astype(as_dtype)
+        for name, value in load_file(source / "model.safetensors").items()
+    }
+    save_file(stored, source / "model.safetensors", metadata={"format": "pt"})
+    # The adapters were trained on the same model, in float32.
+    monkeypatch.setattr(models, "weights_digest", lambda _: digest)
+    digest = json.loads((workdir / "prepared" / "train" / "prepared.json").read_text())
+    digest = digest["components"]["model"]["weights"]
+    config = make_config(folder, model__source=str(source), model__param_dtype="bfloat16")
+    written = load_file(export(config, workdir) / "model.safetensors")
+    assert written.keys() == stored.keys()
+    changed = set()
+    for name, value in written.items():
+        assert value.dtype == as_dtype, name
+        if value.tobytes() != stored[name].tobytes():
+            changed.add(name.rsplit(".", 2)[1])
+    assert changed == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
 def test_what_was_prepared_does_not_depend_on_adapters(workdir, folder):

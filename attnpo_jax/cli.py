@@ -174,6 +174,11 @@ def exit_code(program: str, body: Callable[[], int]) -> int:
         if _is_preempted(error):
             print(f"{program}: {error}", file=sys.stderr)
             return EXIT_PREEMPTED
+        processes = sys.modules.get("attnpo_jax.parallel.processes")
+        if processes is not None and processes.are_several():
+            from attnpo_jax.parallel import failures
+
+            failures.fail(program, error, expected=_is_expected(error), code=EXIT_FAILED)
         if not _is_expected(error):
             raise
         print(f"{program}: error: {error}", file=sys.stderr)
@@ -425,9 +430,11 @@ def start_logging(level: str = "info") -> None:
 
 def _join_processes() -> None:
     """Makes this process one of several where the environment says so; the first one speaks."""
-    from attnpo_jax.parallel import processes
+    from attnpo_jax.parallel import failures, processes
 
-    if processes.initialize() and not processes.is_first():
+    if processes.initialize():
+        failures.watch()
+    if processes.are_several() and not processes.is_first():
         logging.getLogger("attnpo_jax").setLevel(logging.WARNING)
 
 

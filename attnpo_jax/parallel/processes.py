@@ -125,6 +125,11 @@ def find(environ: Mapping[str, str]) -> dict[str, str | int] | None:
     return {} if switch == "1" or any(several) or _is_tpu_slice(environ) else None
 
 
+def are_several() -> bool:
+    """Whether this process works with others."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
 def is_first() -> bool:
     """Whether this process writes, logs and shows progress for all."""
     return jax.process_index() == 0

@@ -15,6 +15,7 @@ import time
 import numpy as np
 import pytest
 
+from attnpo_jax import cli
 from attnpo_jax import config as config_lib
 from attnpo_jax.data.prepared import Prepared
 from attnpo_jax.parallel import processes
@@ -113,6 +114,7 @@ def setting(tmp_path_factory):
     config.prepare.rows_per_shard = 3
     config.optim.learning_rate = 1e-3
     config.train.batch_size = 4
+    config.train.eval_batch_size = 2
     config.train.epochs = 2
     config.train.keep_checkpoints = 5
     config.parallel.mesh.data = 1
@@ -212,6 +214,9 @@ def test_told_to_stop_at_any_time_it_saves_and_the_same_command_continues(settin
     done = [line["step"] for line in metrics.read(workdir) if "loss" in line]
     assert 3 <= done[-1] < 10
     assert (workdir / "checkpoints" / str(done[-1])).is_dir()
+    stopped = run(setting, workdir, 2, "--sigterm-in-last-evaluation=1", code=75)
+    assert "step 10 of 10 is saved" in stopped
+    assert [line["step"] for line in metrics.read(workdir)] == list(range(11))
     run(setting, workdir, 1)
     assert_same_metrics(workdir, single)
 
@@ -235,20 +240,45 @@ def test_checkpoint_that_one_process_cannot_read_is_skipped_by_all(setting, sing
     assert_same_metrics(workdir, single)
 
 
-def test_when_one_dies_the_others_end_too_and_a_restart_continues(setting, single):
-    workdir = setting / "killed"
-    process = start(setting, workdir, 2, "--kill-process-1-at=5", "--save-every=2")
+@pytest.mark.parametrize("victim, survivor", [(1, 0), (0, 1)])
+def test_when_one_dies_the_others_end_too_and_a_restart_continues(
+    setting, single, victim, survivor
+):
+    workdir = setting / f"killed-{victim}"
+    process = start(setting, workdir, 2, f"--victim={victim}", "--kill-at=5", "--save-every=2")
     output = finish(process, code=128 + signal.SIGKILL)
     ended = time.time()
     assert "did not end by itself" not in output
     assert ended - float((workdir / "killed-at").read_text()) < 60, output
+    # Said by itself, or by JAX where its watch came first.
+    reason = r"another process of this run is gone without a word|fatal errors.*another task died"
+    assert re.search(rf"^\[{survivor}\] .*({reason})", output, re.MULTILINE), output
+    assert f"process {victim} of 2 ended: killed by SIGKILL" in output
     assert (workdir / "checkpoints" / "4").is_dir()
     run(setting, workdir, 2, "--save-every=2")
     assert_same_metrics(workdir, single)
 
 
+@pytest.mark.parametrize("victim, other", [(1, 0), (0, 1)])
+def test_when_one_fails_the_others_say_why_and_end(setting, tmp_path, victim, other):
+    process = start(setting, tmp_path, 2, f"--victim={victim}", "--fail-at=2")
+    output = finish(process, code=1)
+    ended = time.time()
+    assert ended - float((tmp_path / "killed-at").read_text()) < 30, output
+    lines = output.splitlines()
+    assert f"[{victim}] attnpo: error: the disk is full" in lines
+    why = f"process {victim} of 2 failed: OSError: the disk is full"
+    assert (
+        f"[{other}] attnpo: error: {why}; process {other} of 2 ends too, and the same command "
+        "continues the run"
+    ) in lines
+    for index in range(2):
+        assert f"[{index}] process {index} of 2 ended: exit code 1" in lines
+    assert "Traceback" not in output
+
+
 def main(config_file, workdir, *arguments):
-    processes.initialize()
+    cli._join_processes()
     import jax
 
     from attnpo_jax import prepare
@@ -264,14 +294,26 @@ def main(config_file, workdir, *arguments):
 
     def read_and_signal(batches, start=0):
         for number, batch in enumerate(put_batch(batches, start), start + 1):
+            last = jax.process_index() == jax.process_count() - 1
             if type(batches).__name__ == "TrainBatches":
-                last = jax.process_index() == jax.process_count() - 1
                 if last and number == int(options.get("sigterm-at", -1)):
                     os.kill(os.getpid(), signal.SIGTERM)
-                if jax.process_index() == 1 and number == int(options.get("kill-process-1-at", -1)):
-                    (pathlib.Path(workdir) / "killed-at").write_text(str(time.time()))
-                    os.kill(os.getpid(), signal.SIGKILL)
+                if jax.process_index() == int(options.get("victim", -1)):
+                    befall(number)
+            elif "sigterm-in-last-evaluation" in options and number == 2:
+                if last and (pathlib.Path(workdir) / "metrics.jsonl").read_text().count("\n") > 10:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    wait_for_notice()
             yield batch
+
+    def befall(number):
+        faults = [fault for fault in ("kill", "fail") if options.get(f"{fault}-at") == str(number)]
+        if faults:
+            (pathlib.Path(workdir) / "killed-at").write_text(str(time.time()))
+        if "kill" in faults:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if "fail" in faults:
+            raise OSError("the disk is full")
 
     write = PreparedWriter.write
 
@@ -304,12 +346,8 @@ def main(config_file, workdir, *arguments):
     if options.get("sigterm-at") == "0" and jax.process_index() == 1:
         os.kill(os.getpid(), signal.SIGTERM)
         wait_for_notice()
-    try:
-        prepare.prepare(config, workdir)
-        loop.train(config, workdir)
-    except preemption.Preempted as notice:
-        print(notice)
-        return 75
+    prepare.prepare(config, workdir)
+    loop.train(config, workdir)
     folder = export(config, workdir)
     if processes.is_first():
         print(f"wrote {folder}", json.dumps(sorted(p.name for p in folder.iterdir())))
@@ -317,4 +355,4 @@ def main(config_file, workdir, *arguments):
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(cli.exit_code("attnpo", lambda: main(*sys.argv[1:])))

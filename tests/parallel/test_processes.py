@@ -1,12 +1,12 @@
 """Runs of several processes against runs of one. As a script: a run that does as it is told."""
 
 import http.server
-import json
 import os
 import pathlib
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +14,7 @@ import time
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from attnpo_jax import cli
 from attnpo_jax import config as config_lib
@@ -23,6 +24,13 @@ from attnpo_jax.train import metrics
 from tests.parallel import tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+CONFIG = """
+import pathlib
+from attnpo_jax import config
+
+def get_config():
+    return config.from_json(pathlib.Path({path!r}).read_text())
+"""
 
 
 def test_explicit_variables():
@@ -41,12 +49,71 @@ def test_explicit_variables():
     for change, words in (
         ({"ATTNPO_PROCESS_ID": "4"}, "accepted: 0 to 3"),
         ({"ATTNPO_PROCESS_ID": "x"}, "ATTNPO_PROCESS_ID is 'x'"),
+        ({"ATTNPO_NUM_PROCESSES": "0"}, "there must be at least one"),
         ({"ATTNPO_PROCESS_ID": ""}, "not ATTNPO_PROCESS_ID; set all or none"),
         ({"ATTNPO_COORDINATOR": "host"}, "accepted: host:port"),
         ({"ATTNPO_DISTRIBUTED": "yes"}, "accepted: 0, 1, or unset"),
     ):
         with pytest.raises(processes.ProcessesError, match=words):
             processes.find(environ | change)
+
+
+def test_options_count_before_the_environment():
+    options = {"coordinator-address": "host:123", "num-processes": "4", "process-id": "3"}
+    for environ in ({}, {"ATTNPO_DISTRIBUTED": "0"}, {"ATTNPO_PROCESS_ID": "1"}):
+        assert processes.find(environ, options) == {
+            "coordinator_address": "host:123",
+            "num_processes": 4,
+            "process_id": 3,
+            "cluster_detection_method": "deactivate",
+        }
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--process-id=0"], "--process-id set, but not --coordinator-address, --num-processes"),
+        (
+            ["--coordinator-address=host", "--num-processes=2", "--process-id=0"],
+            "--coordinator-address is 'host'; accepted: host:port",
+        ),
+        (
+            ["--coordinator-address=host:1", "--num-processes=2", "--process-id=2"],
+            "--process-id is 2 of 2 processes; accepted: 0 to 1",
+        ),
+        (
+            ["--coordinator-address=host:1", "--num-processes=two", "--process-id=0"],
+            "--num-processes is 'two'; accepted: a whole number",
+        ),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_starts(capsys, tmp_path, options, words):
+    command = ["train", "--config=configs/quickstart.py", f"--workdir={tmp_path / 'run'}"]
+    assert cli.main([*command, *options]) == 1
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_takes_no_process_options(capsys):
+    command = ["plan", "--config=configs/quickstart.py", "--topology=v5e:2x2", "--process-id=0"]
+    assert cli.main(command) == 2
+    assert "unknown option --process-id" in capsys.readouterr().err
+
+
+def test_indexed_job_needs_the_client_that_jax_asks_with(monkeypatch):
+    pod = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(processes.ProcessesError, match="pip install kubernetes"):
+        processes.find(pod)
+    assert processes.find(pod | {"ATTNPO_DISTRIBUTED": "0"}) is None
+    monkeypatch.setattr(
+        processes.importlib.util, "find_spec", lambda name: name == "kubernetes" or None
+    )
+    assert processes.find(pod) == {}
+    assert processes.find({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}) is None  # no Job's pod
+    assert (
+        processes.find(pod | {"TPU_WORKER_HOSTNAMES": "localhost"}) is None
+    )  # a slice of one host
 
 
 @pytest.mark.parametrize(
@@ -123,22 +190,25 @@ def setting(tmp_path_factory):
     return folder
 
 
-def start(setting, workdir, count, *arguments):
-    """The local launcher with `count` processes, at least two virtual devices in all."""
-    devices = max(1, 2 // count)
-    command = [sys.executable, "launch/local.py", f"--processes={count}", f"--devices={devices}"]
-    command += ["--", sys.executable, "-m", "tests.parallel.test_processes"]
-    environ = {
+def environment(setting):
+    return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
         "JAX_COMPILATION_CACHE_DIR": str(setting / "xla"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
+
+
+def start(setting, workdir, count, *arguments):
+    """The local launcher with `count` processes, at least two virtual devices in all."""
+    devices = max(1, 2 // count)
+    command = [sys.executable, "launch/local.py", f"--processes={count}", f"--devices={devices}"]
+    command += ["--", sys.executable, "-m", "tests.parallel.test_processes"]
     return subprocess.Popen(
         [*command, str(setting / "config.json"), str(workdir), *arguments],
         cwd=ROOT,
-        env=environ,
+        env=environment(setting),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -179,12 +249,9 @@ def assert_same_metrics(found, expected):
                 assert value == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_several_processes_end_as_one_does(setting, single, count):
-    workdir = setting / f"by-{count}"
-    output = run(setting, workdir, count)
-    for split in ("train", "eval"):
-        ours, theirs = (Prepared.open(w / "prepared" / split) for w in (workdir, single))
+def assert_same_rows(found, expected, splits=("train", "eval")):
+    for split in splits:
+        ours, theirs = (Prepared.open(w / "prepared" / split) for w in (found, expected))
         assert len(ours) == len(theirs) == {"train": 20, "eval": 5}[split]
         for row, other in zip(ours, theirs, strict=True):
             assert row.keys() == other.keys()
@@ -193,14 +260,57 @@ def test_several_processes_end_as_one_does(setting, single, count):
                     np.testing.assert_allclose(value, other[name], atol=1e-5, rtol=0)
                 else:
                     assert np.array_equal(value, other[name]), name
+
+
+def assert_same_exports(found, expected):
+    ours, theirs = (
+        safetensors.numpy.load_file(w / "export" / "model.safetensors") for w in (found, expected)
+    )
+    assert ours.keys() == theirs.keys()
+    for name, array in ours.items():
+        np.testing.assert_allclose(array, theirs[name], rtol=0, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_end_as_one_does(setting, single, count):
+    """All that `attnpo run` does: preparing, training, evaluating, exporting."""
+    workdir = setting / f"by-{count}"
+    output = run(setting, workdir, count)
+    assert_same_rows(workdir, single)
     assert_same_metrics(workdir, single)
-    # Exports hold the same parameters, and only the first process speaks.
-    sizes = [(w / "export" / "model.safetensors").stat().st_size for w in (workdir, single)]
-    assert sizes[0] == sizes[1]
-    assert "[0] wrote" in output and "[1] wrote" not in output
+    assert_same_exports(workdir, single)
+    # Only the first process speaks of the whole.
+    assert re.findall(r"\[(\d)\] model \(Hugging Face\)", output) == ["0"]
     # Every process wrote shards of its own: 7 of the training pairs, 2 of the held-out ones.
     owners = re.findall(r"\[(\d)\] shard \d is written", output)
     assert sorted(set(owners)) == [str(i) for i in range(count)] and len(owners) == 9
+
+
+def test_two_commands_that_say_by_options_who_they_are(setting, single, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    (tmp_path / "config.py").write_text(CONFIG.format(path=str(setting / "config.json")))
+    command = [sys.executable, "-m", "attnpo_jax.cli", "prepare", "--config.data.eval="]
+    command += [f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path}"]
+    command += [f"--coordinator-address={address}", "--num-processes=2"]
+    environ = environment(setting) | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    commands = [
+        subprocess.Popen(
+            [*command, f"--process-id={index}"],
+            cwd=ROOT,
+            env=environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    outputs = [finish(process) for process in commands]
+    for index, output in enumerate(outputs):
+        assert f"process {index} of 2, 1 of 2 devices" in output
+    assert "prepared: train" in outputs[0] and "prepared: train" not in outputs[1]
+    assert_same_rows(tmp_path, single, ("train",))
 
 
 def test_told_to_stop_at_any_time_it_saves_and_the_same_command_continues(setting, single):
@@ -278,13 +388,12 @@ def test_when_one_fails_the_others_say_why_and_end(setting, tmp_path, victim, ot
 
 
 def main(config_file, workdir, *arguments):
-    cli._join_processes()
+    cli._join_processes({})
     import jax
 
-    from attnpo_jax import prepare
     from attnpo_jax.data.prepared import PreparedWriter
-    from attnpo_jax.export import export
     from attnpo_jax.parallel import preemption
+    from attnpo_jax.run import run as run_all
     from attnpo_jax.train import checkpoint, loop
 
     config = config_lib.from_json(pathlib.Path(config_file).read_text())
@@ -346,11 +455,7 @@ def main(config_file, workdir, *arguments):
     if options.get("sigterm-at") == "0" and jax.process_index() == 1:
         os.kill(os.getpid(), signal.SIGTERM)
         wait_for_notice()
-    prepare.prepare(config, workdir)
-    loop.train(config, workdir)
-    folder = export(config, workdir)
-    if processes.is_first():
-        print(f"wrote {folder}", json.dumps(sorted(p.name for p in folder.iterdir())))
+    run_all(config, workdir)
     return 0
 
 

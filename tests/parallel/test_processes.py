@@ -313,6 +313,23 @@ def test_two_commands_that_say_by_options_who_they_are(setting, single, tmp_path
     assert_same_rows(tmp_path, single, ("train",))
 
 
+def test_two_processes_prepare_with_a_model_that_is_split_over_both(setting, single, tmp_path):
+    (tmp_path / "config.py").write_text(CONFIG.format(path=str(setting / "config.json")))
+    command = [sys.executable, "launch/local.py", "--processes=2", "--devices=1", "--"]
+    command += [sys.executable, "-m", "attnpo_jax.cli", "prepare", f"--workdir={tmp_path}"]
+    command += [f"--config={tmp_path / 'config.py'}", "--config.prepare.devices=all"]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(setting),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert "preparing on 2 cpu devices (data 1, fsdp 2, tensor 1)" in finish(process)
+    assert_same_rows(tmp_path, single)
+
+
 def test_told_to_stop_at_any_time_it_saves_and_the_same_command_continues(setting, single):
     """Preparing and training by two processes, then the rest by one."""
     workdir = setting / "stopped"

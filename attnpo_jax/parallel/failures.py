@@ -95,6 +95,9 @@ def _end(message: str, code: int, tell: str | None = None) -> None:
                 time.sleep(STAY_SECONDS)
             except jax.errors.JaxRuntimeError as error:
                 print(f"the others can't be told why: {_first_line(error)}", file=sys.stderr)
+        if jax.process_index() == 0:
+            # JAX aborts those that are still there when the service goes with this process.
+            time.sleep(2 * POLL_SECONDS if tell is not None else STAY_SECONDS + 2 * POLL_SECONDS)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

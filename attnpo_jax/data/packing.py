@@ -8,6 +8,9 @@ import numpy as np
 # finer steps would only make buckets that hardly differ.
 ROUND_TO = 32
 
+# What a batch costs beside its tokens, in tokens: small matrix products are slower.
+_BATCH_COST = 256
+
 
 def round_up(value: int, multiple: int = ROUND_TO) -> int:
     """The least multiple that is not below a value."""
@@ -51,7 +54,10 @@ def plan_batches(
     token_budget: int,
     row_multiple: int = 1,
 ) -> Iterator[tuple[np.ndarray, int, int]]:
-    """Cuts rows into batches of like length, longest first, so that little is padded.
+    """Cuts rows into batches of like length, longest first, so that least is padded.
+
+    A batch is full, or three, two or one quarter of that, so that there are at most four shapes to
+    a length; which of them follow one another is a dynamic program.
 
     Args:
       lengths: int (n,), what each row needs.
@@ -61,19 +67,31 @@ def plan_batches(
       row_multiple: batches have a multiple of this many rows, the limits rounded up to it.
 
     Yields:
-      (which rows, the batch's row length, the number of rows it is padded to). Batches of one
-      length have one number of rows, so there are no more shapes than lengths.
+      (which rows, the batch's row length, the number of rows it is padded to).
     """
     order = np.argsort(-lengths, kind="stable")
-    start = 0
-    while start < len(order):
+    n = len(order)
+    # least[i]: what the first i rows take; last[i]: (first row, length, size) of their last batch.
+    least = np.full(n + 1, np.inf)
+    least[0] = 0
+    last: list[tuple[int, int, int]] = [(0, 0, 0)] * (n + 1)
+    for start in range(n):
         longest = int(lengths[order[start]])
         fitting = [b for b in buckets if b >= longest]
         length = min(fitting) if fitting else 1 << (longest - 1).bit_length()
-        size = max(1, min(batch_size, token_budget // length, len(order)))
-        size = round_up(size, row_multiple)
-        yield order[start : start + size], length, size
-        start += size
+        full = max(1, min(batch_size, token_budget // length, n))
+        for size in {round_up(-(-full * quarters // 4), row_multiple) for quarters in (4, 3, 2, 1)}:
+            stop = min(start + size, n)
+            cost = least[start] + size * length + _BATCH_COST
+            if cost < least[stop]:
+                least[stop], last[stop] = cost, (start, length, size)
+    cuts = []
+    stop = n
+    while stop:
+        start, length, size = last[stop]
+        cuts.append((order[start:stop], length, size))
+        stop = start
+    yield from reversed(cuts)
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:

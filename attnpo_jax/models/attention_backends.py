@@ -15,13 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attnpo_jax.models import attention, block_attention
+from attnpo_jax.models import attention, block_attention, strip_attention
 from attnpo_jax.models.attention import Past, RowLayout, ScoreRule
 from attnpo_jax.models.config import ModelConfig
 from attnpo_jax.parallel import rules
 
 BACKENDS = ("xla", "cudnn", "tokamax")
-# XLA's on one CPU, see `block_attention`.
+# XLA's on one CPU, see `block_attention` and `strip_attention`.
 BLOCKS = "xla in blocks"
 
 # The backend that "auto" means where it can serve; XLA on all other platforms.
@@ -135,8 +135,12 @@ def attend(
     """
     if backend == "xla":
         return attention.attend(q_BLNH, k_BLKH, v_BLKH, layout, rule=rule, past=past)
-    if backend == BLOCKS:
+    if isinstance(masks, block_attention.Blocks):
         return block_attention.attend(q_BLNH, k_BLKH, v_BLKH, masks, rule=rule, past=past)
+    if backend == BLOCKS:
+        if masks is None:
+            masks = _strip_masks(layout, rule, 0 if past is None else past.keys.shape[0])
+        return strip_attention.attend(q_BLNH, k_BLKH, v_BLKH, masks, rule=rule, past=past)
     if past is None:
         past = Past(k_BLKH[0, :0], v_BLKH[0, :0])
     run = functools.partial(_KERNELS[backend], rule=dataclasses.replace(rule, window=None))
@@ -178,10 +182,12 @@ def make_masks(backend: str, layout: RowLayout, rule: ScoreRule, past_length: in
     Returns:
       A pytree of arrays; None where each layer makes its own, or needs none.
     """
-    if backend == BLOCKS:
+    if backend == BLOCKS and past_length + layout.branch_BL.shape[1] > strip_attention.MOST_KEYS:
         return block_attention.Blocks.of(layout, past_length)
     if backend == "xla" or isinstance(rule.window, jax.Array):
         return None
+    if backend == BLOCKS:
+        return _strip_masks(layout, rule, past_length)
     return _masks(backend, layout, rule, past_length)
 
 
@@ -190,6 +196,10 @@ def _masks(backend: str, layout: RowLayout, rule: ScoreRule, past_length: int) -
     specs = (rules.BY_ROWS, rules.WHOLE)
     rows = layout.branch_BL.shape[0]
     return rules.per_device(make, specs, rules.BY_ROWS, rows=rows)(layout, rule.window)
+
+
+def _strip_masks(layout: RowLayout, rule: ScoreRule, past_length: int) -> jax.Array:
+    return row_masks(layout, rule.window, past_length, multiple=1)
 
 
 def row_masks(

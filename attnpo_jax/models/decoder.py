@@ -284,6 +284,7 @@ class Decoder(nnx.Module):
         graphdef, stacked = nnx.split(self.layers)
         kinds = layer_kinds(self.config)
         run_attention = self._attention(attention, layout, past)
+        wanted = jnp.asarray([i in sources for i in range(self.config.num_layers)])
 
         def layer_at(i):
             # Indexing (rather than scanning over the stack itself) leaves the stack whole in place
@@ -293,6 +294,7 @@ class Decoder(nnx.Module):
             return nnx.merge(graphdef, slice_), kind, layer_past
 
         def row_of(layer, kind, normed, k_BLKH, layer_past):
+            """Attention probabilities (B, N, Q, P + L) of the read positions."""
             at_read = jnp.take_along_axis(normed, read_BQ[:, :, None], axis=1)
             q_BQNH = layer.queries(at_read, kind.rope_of(ropes_read))
             rule = kind.score_rule(self.config)
@@ -306,7 +308,11 @@ class Decoder(nnx.Module):
             rope = kind.rope_of(ropes)
             normed = layer.normed_for_attention(x_BLD)
             k_BLKH, v_BLKH = layer.keys(normed, rope), layer.values(normed)
-            row = mean_over_heads(row_of(layer, kind, normed, k_BLKH, layer_past))
+            row = jax.lax.cond(
+                wanted[i],
+                lambda: mean_over_heads(row_of(layer, kind, normed, k_BLKH, layer_past)),
+                lambda: jnp.zeros((*read_BQ.shape, tokens_BL.shape[1])),
+            )
             q_BLNH = layer.queries(normed, rope)
             attended = run_attention(kind, q_BLNH, k_BLKH, v_BLKH, layer_past)
             return layer.after_attention(x_BLD, attended), row

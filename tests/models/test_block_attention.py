@@ -1,4 +1,4 @@
-"""Attention block by block against a softmax over the whole row."""
+"""Attention on processors, in blocks and in strips, against a softmax over the whole row."""
 
 import functools
 
@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnpo_jax.models import block_attention
+from attnpo_jax.models import attention_backends, block_attention, strip_attention
 from attnpo_jax.models.attention import Past, RowLayout, ScoreRule
+from attnpo_jax.models.attention_backends import BLOCKS
 
 H = 8
 # [prefix | chosen | rejected] lengths of the pairs in each row, longer than several blocks.
@@ -55,11 +56,25 @@ def random(seed, *shape):
     return jax.random.normal(jax.random.key(seed), shape)
 
 
+@pytest.fixture(params=["blocks", "strips"])
+def masks_of(request, monkeypatch):
+    """`make_masks`, as for rows of more or of fewer keys."""
+    strips = request.param == "strips"
+    monkeypatch.setattr(strip_attention, "MOST_KEYS", 10**6 if strips else 0)
+
+    def make(*arguments):
+        masks = attention_backends.make_masks(BLOCKS, *arguments)
+        assert isinstance(masks, block_attention.Blocks) != strips
+        return masks
+
+    return make
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(
     ("softcap", "window"), [(None, None), (2.0, None), (None, 30)], ids=["plain", "cap", "window"]
 )
-def test_outputs_and_gradients_equal_those_of_the_whole_row(packed, softcap, window):
+def test_outputs_and_gradients_equal_those_of_the_whole_row(packed, softcap, window, masks_of):
     layout, visible, positions, real = make_rows(packed)
     if window is not None:
         visible = visible & (positions[:, :, None] - positions[:, None, :] < window)
@@ -71,9 +86,13 @@ def test_outputs_and_gradients_equal_those_of_the_whole_row(packed, softcap, win
         return lambda *qkv: jnp.sum(weight * attend(*qkv))
 
     rule = ScoreRule(softcap=softcap, window=window)
-    blocks = block_attention.Blocks.of(layout)
-    assert blocks.kinds.shape[0] > 2
-    ours = functools.partial(block_attention.attend, blocks=blocks, rule=rule)
+    ours = functools.partial(
+        attention_backends.attend,
+        layout=layout,
+        rule=rule,
+        backend=BLOCKS,
+        masks=masks_of(layout, rule),
+    )
     theirs = functools.partial(whole_row, mask=jnp.asarray(visible), softcap=softcap)
     got, want = (
         jax.jit(jax.value_and_grad(total(attend), argnums=(0, 1, 2)))(q, k, v)
@@ -83,7 +102,7 @@ def test_outputs_and_gradients_equal_those_of_the_whole_row(packed, softcap, win
 
 
 @pytest.mark.parametrize("window", [None, 50])
-def test_a_shared_past_is_seen_by_every_row(window):
+def test_a_shared_past_is_seen_by_every_row(window, masks_of):
     layout, visible, positions, real = make_rows(packed=False)
     P = 70
     layout = RowLayout(layout.branch_BL, None, layout.positions_BL + P)
@@ -97,10 +116,32 @@ def test_a_shared_past_is_seen_by_every_row(window):
     if window is not None:
         places = np.concatenate([np.tile(np.arange(P), (2, 1)), positions + P], axis=1)
         mask &= (positions + P)[:, :, None] - places[:, None, :] < window
-    blocks = block_attention.Blocks.of(layout, P)
-    got = block_attention.attend(q, k, v, blocks, rule=ScoreRule(window=window), past=past)
+    rule = ScoreRule(window=window)
+    masks = masks_of(layout, rule, P)
+    got = attention_backends.attend(
+        q, k, v, layout, rule=rule, past=past, backend=BLOCKS, masks=masks
+    )
     want = whole_row(q, keys, values, jnp.asarray(mask))
     np.testing.assert_allclose(got[real], want[real], atol=1e-5)
+
+
+def test_layers_that_differ_in_their_window_make_masks_of_their_own():
+    layout, visible, positions, real = make_rows(packed=True)
+    q, k, v = random(0, 2, LENGTH, 6, H), random(1, 2, LENGTH, 2, H), random(2, 2, LENGTH, 2, H)
+    rule = ScoreRule(window=jnp.asarray(30))
+    masks = attention_backends.make_masks(BLOCKS, layout, rule)
+    assert masks is None
+    got = attention_backends.attend(q, k, v, layout, rule=rule, backend=BLOCKS, masks=masks)
+    mask = visible & (positions[:, :, None] - positions[:, None, :] < 30)
+    np.testing.assert_allclose(got[real], whole_row(q, k, v, jnp.asarray(mask))[real], atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 15, 96, 200, 384, 1000, 1407])
+def test_strips_cover_every_query_once(length):
+    strips = strip_attention.strips(length, length + 129)
+    places = [place for first, stop, _ in strips for place in range(first, stop)]
+    assert places == list(range(length))
+    assert [keys - stop for _, stop, keys in strips] == [129] * len(strips)
 
 
 def test_blocks_that_nobody_sees_are_skipped():

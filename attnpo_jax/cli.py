@@ -114,6 +114,9 @@ Options:
   --config.SECTION.FIELD=VALUE  Set one field of the config; any number of these.
   --workdir=DIR                 Folder of everything that is written: config.json, prepared/,
                                 checkpoints/, metrics.jsonl, export/.
+  --coordinator-address=HOST:PORT, --num-processes=N, --process-id=I
+                                Where process 0 of a run of N processes listens, and which one this
+                                is; needed only where the environment does not say.
   --json                        Print JSON instead of tables (data only).
   --verbosity=LEVEL             debug, info (default), warning or error.
   --flagfile=FILE               Read further options from a file, one a line.
@@ -121,6 +124,8 @@ Options:
 """
 LEVELS = ("debug", "info", "warning", "error")
 VALUE_OPTIONS = ("config", "workdir", "verbosity", "flagfile")
+# Those of commands that several processes may run; named as `jax.distributed.initialize` has them.
+PROCESS_OPTIONS = ("coordinator-address", "num-processes", "process-id")
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -174,6 +179,11 @@ def exit_code(program: str, body: Callable[[], int]) -> int:
         if _is_preempted(error):
             print(f"{program}: {error}", file=sys.stderr)
             return EXIT_PREEMPTED
+        processes = sys.modules.get("attnpo_jax.parallel.processes")
+        if processes is not None and processes.are_several():
+            from attnpo_jax.parallel import failures
+
+            failures.fail(program, error, expected=_is_expected(error), code=EXIT_FAILED)
         if not _is_expected(error):
             raise
         print(f"{program}: error: {error}", file=sys.stderr)
@@ -202,7 +212,7 @@ def _main(argv: list[str]) -> int:
     start_logging(options.get("verbosity") or "info")
     if not command.options:
         # Before config files and plugins, which may ask for devices.
-        _join_processes()
+        _join_processes({name: options[name] for name in PROCESS_OPTIONS if name in options})
 
     from attnpo_jax import config as config_lib
 
@@ -348,6 +358,7 @@ def _split(arguments: list[str], own: Mapping[str, Option]) -> tuple[dict[str, s
     overrides: list[str] = []
     flags_ = [key for key, option in own.items() if option.kind is bool]
     valued = [*VALUE_OPTIONS, *(key for key in own if key not in flags_)]
+    valued += () if own else PROCESS_OPTIONS
     if own:
         valued.remove("workdir")
     rest = iter(range(len(arguments)))
@@ -423,12 +434,22 @@ def start_logging(level: str = "info") -> None:
     logging.getLogger("attnpo_jax").setLevel(level.upper())
 
 
-def _join_processes() -> None:
-    """Makes this process one of several where the environment says so; the first one speaks."""
-    from attnpo_jax.parallel import processes
+def _join_processes(options: Mapping[str, str]) -> None:
+    """Makes this process one of several where options or environment say so; the first speaks.
 
-    if processes.initialize() and not processes.is_first():
-        logging.getLogger("attnpo_jax").setLevel(logging.WARNING)
+    Args:
+      options: those of `PROCESS_OPTIONS` that were given.
+
+    Raises:
+      ProcessesError: see `attnpo_jax.parallel.processes.find`.
+    """
+    from attnpo_jax.parallel import failures, processes
+
+    processes.initialize(options=options)
+    if processes.are_several():
+        failures.watch()
+        if not processes.is_first():
+            logging.getLogger("attnpo_jax").setLevel(logging.WARNING)
 
 
 def use_compilation_cache() -> None:
@@ -461,6 +482,7 @@ def _help(name: str | None = None) -> str:
         if own:
             # It writes nothing.
             common = re.sub(r"  --workdir(.|\n)*?(?=  --)", "", OPTIONS)
+            common = re.sub(r"  --coordinator-address(.|\n)*?(?=  --json)", "", common)
         needed = " ".join(f"--{key}={key.upper()}" for key in _needed(command))
         needed = needed.replace("WORKDIR", "DIR") or "[--json]"
         usage = f"Usage: attnpo {name} --config=FILE {needed} [--config.SECTION.FIELD=VALUE ...]"

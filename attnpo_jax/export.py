@@ -14,7 +14,7 @@ from attnpo_jax.models import checkpoints as models
 from attnpo_jax.models import embedded, lora, peft
 from attnpo_jax.models.decoder import ModelConfig, abstract_params
 from attnpo_jax.parallel import backend as backends
-from attnpo_jax.parallel import processes
+from attnpo_jax.parallel import gathering, preemption, processes
 from attnpo_jax.train import checkpoint
 
 _LOG = logging.getLogger(__name__)
@@ -32,6 +32,9 @@ def export(
     what is written: the model with them merged in, the adapters as PEFT reads them, or both; then
     the adapters go beside the model, into a folder whose name ends in `-adapter`.
 
+    Of several processes, all hold their part of the parameters, and the first one writes them as
+    they come, tensor by tensor.
+
     Args:
       config: the run's config.
       workdir: the run's folder.
@@ -45,19 +48,21 @@ def export(
       ConfigError: the config is wrong.
       FileNotFoundError: there is no checkpoint.
       CheckpointMismatch: the checkpoint is of another model than the config's, or its adapters are.
-      OSError: the folder can't be written; an earlier export stays.
+      MeshError: the devices or the model do not fit `parallel.mesh`.
+      OSError: the folder can't be written; an earlier export stays. The other processes get
+        `gathering.FirstProcessFailed`.
     """
     config_lib.validate(config)
     workdir = pathlib.Path(workdir)
     out = workdir / "export" if out is None else pathlib.Path(out)
     folder = checkpoint.folder_of(config, workdir)
-    if processes.is_first():
-        newest = _origin(config, folder)
-        if newest is not None and not config.lora.rank and models.read_origin(out) == newest:
+    newest = _origin(config, folder) if processes.is_first() and not config.lora.rank else None
+    written = newest is not None and models.read_origin(out) == newest
+    if preemption.agreed(written):
+        if written:
             _LOG.info("%s holds the model of step %d already", out, newest["step"])
-        else:
-            # One process writes, with its own devices; the others wait.
-            _export(config, folder, out)
+    else:
+        _export(config, folder, out)
     processes.barrier("export: written")
     return out
 
@@ -78,11 +83,15 @@ def _export(config: config_dict.ConfigDict, folder: pathlib.Path, out: pathlib.P
     if config.lora.rank:
         _export_adapted(config, folder, out, source, model, template)
         return
-    backend = backends.for_preparing(model, config.parallel)
+    backend = backends.for_training(model, config.parallel)
     abstract = abstract_params(model, jnp.dtype(config.model.param_dtype))
     params, step = checkpoint.restore_params(folder, backend.abstract_state(abstract))
     origin = _origin(config, folder, step)
-    models.save(out, model, params, source_folder=source, chat_template=template, origin=origin)
+    with gathering.for_first(params) as readable:
+        if readable is not None:
+            models.save(
+                out, model, readable, source_folder=source, chat_template=template, origin=origin
+            )
 
 
 def _export_adapted(
@@ -94,7 +103,7 @@ def _export_adapted(
     template: str | None,
 ) -> None:
     policy = lora.adapted(model, config.lora)
-    backend = backends.for_preparing(policy, config.parallel)
+    backend = backends.for_training(policy, config.parallel)
     # Without the base that they were trained on, and the scale that they were trained with,
     # adapters are worth nothing: neither shows in their shapes.
     identity: dict[str, Any] = {
@@ -112,7 +121,9 @@ def _export_adapted(
             shardings=backend.parameter_shardings(),
         )
         params = lora.merge(policy, params, adapters)
-        models.save(out, model, params, source_folder=source, chat_template=template)
+        with gathering.for_first(params) as readable:
+            if readable is not None:
+                models.save(out, model, readable, source_folder=source, chat_template=template)
     if config.lora.export in ("adapter", "both"):
         both = config.lora.export == "both"
         # A name from the hub means the same to whoever gets the adapter; a path is all there is
@@ -120,11 +131,13 @@ def _export_adapted(
         of_hub = not pathlib.Path(config.model.source).expanduser().is_dir() and (
             config.model.source != embedded.ALIAS
         )
-        peft.save_adapter(
-            out.with_name(f"{out.name}-adapter") if both else out,
-            policy,
-            adapters,
-            base=config.model.source if of_hub else str(source.absolute()),
-            source_folder=source,
-            chat_template=template,
-        )
+        with gathering.for_first(adapters) as readable:
+            if readable is not None:
+                peft.save_adapter(
+                    out.with_name(f"{out.name}-adapter") if both else out,
+                    policy,
+                    readable,
+                    base=config.model.source if of_hub else str(source.absolute()),
+                    source_folder=source,
+                    chat_template=template,
+                )

@@ -47,7 +47,8 @@ def prepare(
     What is on disk already and still fits is kept: a finished dataset as a whole, an unfinished one
     shard by shard. At the end, each split's figures are printed.
 
-    Of several processes, each computes its own shards, on its own devices.
+    Of several processes, each computes its own shards, on its own devices; or all compute the same
+    shards, on all devices, and the first one writes them: see `prepare.devices`.
 
     Args:
       config: see `attnpo_jax.config.default_config`.
@@ -89,7 +90,8 @@ def prepare(
         else:
             if model is None:
                 shape = shape_of_passes(config, shape)
-                backend = backends.for_preparing(shape, config.parallel)
+                choose = backends.for_training if _together(config) else backends.for_preparing
+                backend = choose(shape, config.parallel)
                 _LOG.info("preparing on %s", backend.description)
                 attention = attention_backends.choose(
                     config.model.attention, shape, config.model.dtype, backend.devices
@@ -99,6 +101,11 @@ def prepare(
             _fill(config, model, backend, attention.backend, split)
         if first:
             console.print(summary(split.name, prepared.Prepared.open(split.path)))
+
+
+def _together(config: config_dict.ConfigDict) -> bool:
+    """Whether several processes prepare the same shards."""
+    return config.prepare.devices == "all" and jax.process_count() > 1
 
 
 def shape_of_passes(config: config_dict.ConfigDict, model: ModelConfig) -> ModelConfig:
@@ -171,15 +178,15 @@ def _fill(
     split: _Split,
 ) -> None:
     """Computes and writes this process's shards that are not there yet, then the metadata."""
-    pairs = split.pairs
+    pairs, together = split.pairs, _together(config)
     writer = prepared.PreparedWriter(
         split.path,
         split.components,
         len(pairs),
         config.prepare.rows_per_shard,
         ids=[pair.id for pair in pairs],
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=0 if together else jax.process_index(),
+        process_count=1 if together else jax.process_count(),
     )
     pending, stops = writer.pending(), False
     if pending:
@@ -195,8 +202,13 @@ def _fill(
                 f"prepare {split.name}", total, bar=config.log.progress and processes.is_first()
             ) as progress,
             ThreadPoolExecutor(max_workers=1) as ahead,
-            preemption.watch() as preempted,
+            preemption.watch() as noticed,
         ):
+
+            def preempted() -> bool:
+                # Those that compute together must leave off together.
+                return preemption.agreed(noticed()) if together else noticed()
+
             # The next shard is tokenized while this one is on the device.
             following = ahead.submit(tokenize, pairs[pending[0][1] : pending[0][2]])
             for k, (shard, _, _) in enumerate(pending):
@@ -208,7 +220,8 @@ def _fill(
                     stops = True
                     following.cancel()
                     break
-                writer.write(shard, rows, [bad_row.as_record() for bad_row in bad_rows])
+                if not together or processes.is_first():
+                    writer.write(shard, rows, [bad_row.as_record() for bad_row in bad_rows])
                 progress.add(len(bad_rows))
             # Notice may have come while the last shard was written.
             stops = stops or preempted()

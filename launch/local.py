@@ -55,6 +55,15 @@ def relay(index: int, process: subprocess.Popen) -> None:
         sys.stdout.flush()
 
 
+def report(codes: list[int | None], told: set[int]) -> None:
+    """Says, once, how each process ended that did not end well."""
+    for index, code in enumerate(codes):
+        if code and index not in told:
+            told.add(index)
+            how = f"exit code {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
+            print(f"[{index}] process {index} of {len(codes)} ended: {how}", flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description="Run a command as several local processes.", epilog=EXAMPLE
@@ -82,7 +91,7 @@ def main() -> int:
         for index in range(options.processes)
     ]
 
-    first_failure, deadline = 0, None
+    first_failure, deadline, told = 0, None, set()
 
     def pass_on(number, frame):
         nonlocal deadline
@@ -103,6 +112,7 @@ def main() -> int:
 
     while None in (codes := [process.poll() for process in running]):
         failed = [code for code in codes if code]
+        report(codes, told)
         if failed and not first_failure:
             grace = time.monotonic() + GRACE_SECONDS
             first_failure, deadline = failed[0], min(grace, deadline or grace)
@@ -115,6 +125,7 @@ def main() -> int:
         time.sleep(0.1)
     for thread in relays:
         thread.join()
+    report(codes, told)
     first_failure = first_failure or next((code for code in codes if code), 0)
     # As shells say it: 128 and the number of the signal.
     return first_failure if first_failure >= 0 else 128 - first_failure

@@ -53,6 +53,7 @@ def setting(tmp_path_factory):
     config.prepare.rows_per_shard = 4
     config.optim.learning_rate = 1e-3
     config.train.batch_size = 4
+    config.train.eval_batch_size = 2
     config.train.epochs = 2
     config.train.save_every = 2
     config.train.keep_checkpoints = 3
@@ -221,6 +222,34 @@ def test_sigterm_when_evaluation_is_due(setting, undisturbed, use_devices, monke
     assert [line["step"] for line in metrics.read(workdir)] == list(range(STEPS + 1))
     assert saved_steps(workdir)[-1] == STEPS and not (workdir / "export").exists()
     sigterm_at(monkeypatch, 0)
+    run(setting[1], workdir)
+    assert_same(workdir, undisturbed)
+
+
+@pytest.mark.parametrize("evaluation, step", [(1, 0), (2, STEPS)])
+def test_sigterm_during_an_evaluation(
+    setting, undisturbed, use_devices, monkeypatch, evaluation, step
+):
+    """It is left off at once, and done again, whole, by the resumed run."""
+    workdir = setting[0] / f"stopped-evaluating-{evaluation}"
+    batches_made, read = [], loop.read_ahead
+
+    def read_and_signal(batches, start=0):
+        for batch in read(batches, start):
+            if isinstance(batches, loop.EvalBatches):
+                assert len(batches) == 3
+                batches_made.append(batch)
+                if len(batches_made) == 3 * (evaluation - 1) + 2:
+                    os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(loop, "read_ahead", read_and_signal)
+    with pytest.raises(preemption.Preempted, match=f"step {step} of 10"):
+        run(setting[1], workdir)
+    assert len(batches_made) == 3 * (evaluation - 1) + 2  # its third was not even made
+    evaluated = [line["step"] for line in metrics.read(workdir) if "eval_loss" in line]
+    assert evaluated == [0] * (evaluation - 1)
+    assert not step or saved_steps(workdir)[-1] == step
     run(setting[1], workdir)
     assert_same(workdir, undisturbed)
 

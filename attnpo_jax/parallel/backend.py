@@ -64,7 +64,8 @@ class Backend(Protocol):
           **static: hashable keyword arguments of the function.
 
         Returns:
-          The function, which takes NumPy arrays for `rows`. On a mesh, its `lower` takes shapes for
+          The function, which takes NumPy arrays for `rows`, whose results every process of the
+          mesh can read. On a mesh, its `lower` takes shapes for
           both.
         """
 
@@ -181,6 +182,9 @@ class Sharded:
 
     def row_pass(self, function: Callable, out_axes: Sequence[int], **static: Any) -> Callable:
         out = tuple(sharding.row_sharding(self.mesh, axis) for axis in out_axes)
+        if not self._whole.is_fully_addressable:
+            # Every process reads all rows.
+            out = (self._whole,) * len(out)
         compiled = self._compile(function, out, static)
         rows_sharding = sharding.row_sharding(self.mesh)
 

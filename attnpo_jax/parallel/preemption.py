@@ -10,6 +10,7 @@ one's notice.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import signal
 import threading
@@ -64,16 +65,28 @@ def watch() -> Iterator[Callable[[], bool]]:
         signal.raise_signal(signal.SIGTERM)
 
 
+@dataclasses.dataclass(frozen=True)
+class Notice:
+    """Whether a run has been told to stop; all of its processes ask together and hear the same.
+
+    Attributes:
+      after_step: to call once after every training step.
+      between: to call at other times, as often as one likes; it may wait for the other processes.
+    """
+
+    after_step: Callable[[], bool]
+    between: Callable[[], bool]
+
+
 @contextlib.contextmanager
-def watch_steps(start: int) -> Iterator[Callable[[], bool]]:
+def watch_steps(start: int) -> Iterator[Notice]:
     """As `watch`, for work that all processes do in step.
 
     Args:
       start: steps done before, the same on all processes.
 
     Yields:
-      A function to call after every step: whether to save and stop now. It says so to all
-      processes after the same step.
+      What to ask whether to save and stop now.
     """
     if jax.process_count() > 1:
         # The service has all processes stop one step after the latest that any has told it of.
@@ -83,10 +96,13 @@ def watch_steps(start: int) -> Iterator[Callable[[], bool]]:
         # it comes after all have told of `start`.
         early = agreed(_service_has_notice())
         steps = itertools.count(start + 1)
-        yield lambda: multihost_utils.reached_preemption_sync_point(next(steps)) or early
+        yield Notice(
+            lambda: multihost_utils.reached_preemption_sync_point(next(steps)) or early,
+            lambda: agreed(_service_has_notice()),
+        )
         return
     with watch() as noticed:
-        yield noticed
+        yield Notice(noticed, noticed)
 
 
 def agreed(stops: bool) -> bool:

@@ -1,10 +1,12 @@
 """Several processes that work on one run: how they find each other, and how they wait.
 
-Every process runs the same command. Where they are told so by the environment, `initialize` joins
-them to one JAX runtime before anything else touches a device:
+Every process runs the same command. Where they are told so, `initialize` joins them to one JAX
+runtime before anything else touches a device. They are told by the first of these that there is:
 
-- `ATTNPO_COORDINATOR` (host:port of process 0), `ATTNPO_NUM_PROCESSES` and `ATTNPO_PROCESS_ID`;
+- options: `--coordinator-address` (host:port of process 0), `--num-processes`, `--process-id`;
+- `ATTNPO_COORDINATOR`, `ATTNPO_NUM_PROCESSES` and `ATTNPO_PROCESS_ID`, the same as variables;
 - a Slurm step, an Open MPI run, a GKE TPU slice, or a Cloud TPU slice of several hosts;
+- an indexed Job of Kubernetes or a JobSet, which JAX asks the cluster's API about;
 - `ATTNPO_DISTRIBUTED=1`: whatever JAX finds by itself, for a cluster that is none of these;
 - `ATTNPO_DISTRIBUTED=0`: none of this.
 """
@@ -15,7 +17,7 @@ import logging
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import orbax.checkpoint as ocp
@@ -23,6 +25,7 @@ import orbax.checkpoint as ocp
 _LOG = logging.getLogger(__name__)
 
 _EXPLICIT = ("ATTNPO_COORDINATOR", "ATTNPO_NUM_PROCESSES", "ATTNPO_PROCESS_ID")
+_OPTIONS = ("coordinator-address", "num-processes", "process-id")
 _SWITCH = "ATTNPO_DISTRIBUTED"
 
 # A process that says nothing for this long counts as dead, and all others end.
@@ -41,24 +44,27 @@ class ProcessesError(ValueError):
     """The environment does not say, or contradicts itself on, which processes there are."""
 
 
-def initialize(environ: Mapping[str, str] = os.environ) -> bool:
+def initialize(
+    environ: Mapping[str, str] = os.environ, options: Mapping[str, str] | None = None
+) -> bool:
     """Joins this process to the others of its run, if there are any.
 
     Must come before the first use of a device.
 
     Args:
       environ: the environment to look at.
+      options: see `find`.
 
     Returns:
       Whether there was anything to join.
 
     Raises:
-      ProcessesError: the variables are incomplete or wrong.
+      ProcessesError: the options or variables are incomplete or wrong.
       RuntimeError: the others did not answer.
     """
     if jax.distributed.is_initialized():
         return True
-    arguments = find(environ)
+    arguments = find(environ, options)
     if arguments is None:
         return False
     try:
@@ -70,7 +76,8 @@ def initialize(environ: Mapping[str, str] = os.environ) -> bool:
     except ValueError as error:
         raise ProcessesError(
             f"the environment announces several processes, but JAX can't find them: {error}; "
-            f"accepted: {', '.join(_EXPLICIT)}, or {_SWITCH}=0 for this process alone"
+            f"accepted: the options {', '.join('--' + name for name in _OPTIONS)}, the variables "
+            f"{', '.join(_EXPLICIT)}, or {_SWITCH}=0 for this process alone"
         ) from error
     _LOG.info(
         "process %d of %d, %d of %d devices",
@@ -82,47 +89,45 @@ def initialize(environ: Mapping[str, str] = os.environ) -> bool:
     return True
 
 
-def find(environ: Mapping[str, str]) -> dict[str, str | int] | None:
+def find(
+    environ: Mapping[str, str], options: Mapping[str, str] | None = None
+) -> dict[str, str | int] | None:
     """Arguments for `jax.distributed.initialize`; None for a process that is alone.
 
     An empty dict leaves it to JAX to ask the cluster.
 
+    Args:
+      environ: the environment.
+      options: values of `coordinator-address`, `num-processes` and `process-id`, all of them or
+        none; they count before the environment.
+
     Raises:
-      ProcessesError: the variables are incomplete or wrong.
+      ProcessesError: the options or variables are incomplete or wrong.
     """
-    given = [name for name in _EXPLICIT if environ.get(name)]
+    if options:
+        return _explicit(options, _OPTIONS, "--{}")
     switch = environ.get(_SWITCH, "")
     if switch not in ("", "0", "1"):
         raise ProcessesError(f"{_SWITCH} is {switch!r}; accepted: 0, 1, or unset")
     if switch == "0":
         return None
+    given = {name: environ[name] for name in _EXPLICIT if environ.get(name)}
     if given:
-        if len(given) < len(_EXPLICIT):
-            missing = ", ".join(name for name in _EXPLICIT if name not in given)
-            raise ProcessesError(f"{', '.join(given)} set, but not {missing}; set all or none")
-        count, index = (_whole_number(environ, name) for name in _EXPLICIT[1:])
-        if not 0 <= index < count:
-            raise ProcessesError(
-                f"ATTNPO_PROCESS_ID is {index} of {count} processes; accepted: 0 to {count - 1}"
-            )
-        address = environ["ATTNPO_COORDINATOR"]
-        if ":" not in address:
-            raise ProcessesError(f"ATTNPO_COORDINATOR is {address!r}; accepted: host:port")
-        return {
-            "coordinator_address": address,
-            "num_processes": count,
-            "process_id": index,
-            # Or Slurm, asked for what is not given, would say one device a process.
-            "cluster_detection_method": "deactivate",
-        }
+        return _explicit(given, _EXPLICIT, "{}")
     several = (
         # A shell inside an allocation has the job's variables, but not those of a step.
         _above_one(environ, "SLURM_STEP_NUM_TASKS") and "SLURM_PROCID" in environ,
         _above_one(environ, "OMPI_COMM_WORLD_SIZE"),
         "," in environ.get("TPU_PROCESS_ADDRESSES", environ.get("TPU_WORKER_HOSTNAMES", "")),
         bool(environ.get("MEGASCALE_COORDINATOR_ADDRESS")),
+        _is_indexed_job(environ),
     )
     return {} if switch == "1" or any(several) or _is_tpu_slice(environ) else None
+
+
+def are_several() -> bool:
+    """Whether this process works with others."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def is_first() -> bool:
@@ -168,11 +173,66 @@ def _is_tpu_slice(environ: Mapping[str, str]) -> bool:
         return False
 
 
-def _whole_number(environ: Mapping[str, str], name: str) -> int:
-    try:
-        return int(environ[name])
-    except ValueError as error:
-        raise ProcessesError(f"{name} is {environ[name]!r}; accepted: a whole number") from error
+def _is_indexed_job(environ: Mapping[str, str]) -> bool:
+    """Whether this is a pod of an indexed Kubernetes Job that JAX can ask the cluster about.
+
+    Of a Job of one pod too, which nothing in its environment tells from others. Pods that have TPUs
+    say by their own variables how many there are.
+
+    Raises:
+      ProcessesError: it is one, but the client that JAX asks with is not installed.
+    """
+    in_job = "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ
+    if not in_job or "TPU_WORKER_HOSTNAMES" in environ:
+        return False
+    if importlib.util.find_spec("kubernetes") is None:
+        raise ProcessesError(
+            "this is a pod of an indexed Kubernetes Job, but the package `kubernetes`, which JAX "
+            "finds the other pods with, is not installed; accepted: `pip install kubernetes` in "
+            f"the image, the options {', '.join('--' + name for name in _OPTIONS)}, or "
+            f"{_SWITCH}=0 for this process alone"
+        )
+    return True
+
+
+def _explicit(given: Mapping[str, str], names: Sequence[str], shown: str) -> dict[str, str | int]:
+    """What was said by name: address, number of processes, which of them.
+
+    Args:
+      given: the values.
+      names: the names of the three.
+      shown: how a name is written in a message.
+    """
+    said = [shown.format(name) for name in names if name in given]
+    missing = [shown.format(name) for name in names if name not in given]
+    if missing:
+        raise ProcessesError(
+            f"{', '.join(said)} set, but not {', '.join(missing)}; set all or none"
+        )
+    numbers = []
+    for name in names[1:]:
+        if not given[name].isascii() or not given[name].isdigit():
+            raise ProcessesError(
+                f"{shown.format(name)} is {given[name]!r}; accepted: a whole number"
+            )
+        numbers.append(int(given[name]))
+    count, index = numbers
+    if not index < count:
+        raise ProcessesError(
+            f"{shown.format(names[2])} is {index} of {count} processes; "
+            + (f"accepted: 0 to {count - 1}" if count else "there must be at least one")
+        )
+    address = given[names[0]]
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ProcessesError(f"{shown.format(names[0])} is {address!r}; accepted: host:port")
+    return {
+        "coordinator_address": address,
+        "num_processes": count,
+        "process_id": index,
+        # Or Slurm, asked for what is not given, would say one device a process.
+        "cluster_detection_method": "deactivate",
+    }
 
 
 def _above_one(environ: Mapping[str, str], name: str) -> bool:

@@ -159,8 +159,8 @@ class Setting:
         )
 
     def reference(self) -> Compiled:
-        """The reference's pass on one host's chips; raises as `training` does."""
-        at, backend = self.lengths, self._host_backend()
+        """The reference's pass on the chips of `prepares_on`; raises as `training` does."""
+        at, backend = self.lengths, self._preparing_backend()
         batching = Batching.preparing(self.config, at.row, backend.row_shards)
         attention = self._attention(backend)
         call = prepare.reference_pass(self.config, self._of_passes, backend, attention)
@@ -168,7 +168,7 @@ class Setting:
         needed = model_flops.response_logps(self.model, at.prompt, (at.response,) * 2)
         return self._compile(
             "reference",
-            self.topology.host,
+            self.prepares_on,
             backend,
             batching,
             batching.pairs * needed,
@@ -176,8 +176,11 @@ class Setting:
         )
 
     def judge(self) -> Compiled:
-        """The judge's pass on one host's chips, for one source or more; raises as `training`."""
-        at, backend = self.lengths, self._host_backend()
+        """The judge's pass on the chips of `prepares_on`, for one source or more.
+
+        Raises as `training` does.
+        """
+        at, backend = self.lengths, self._preparing_backend()
         batching = Batching.preparing(self.config, at.judge_row, backend.row_shards)
         call = judge.compile_pass(
             backend,
@@ -191,7 +194,7 @@ class Setting:
         needed = model_flops.judge_row(self.model, 0, at.judge_prefix, (at.judge_order,) * 2)
         return self._compile(
             "judge",
-            self.topology.host,
+            self.prepares_on,
             backend,
             batching,
             batching.pairs * needed,
@@ -202,11 +205,16 @@ class Setting:
     def _of_passes(self) -> ModelConfig:
         return prepare.shape_of_passes(self.config, self.model)
 
-    def _host_backend(self) -> Sharded:
-        host = self.topology.host
-        return Sharded(
-            self._of_passes, meshes.local_sizes(self.training_mesh(), host.size), host.devices()
-        )
+    @property
+    def prepares_on(self) -> Topology:
+        """The chips that work on one shard of the prepared dataset together."""
+        together = self.config.prepare.devices == "all"
+        return self.topology if together else self.topology.host
+
+    def _preparing_backend(self) -> Sharded:
+        chips = self.prepares_on
+        sizes = meshes.local_sizes(self.training_mesh(), chips.size)
+        return Sharded(self._of_passes, sizes, chips.devices())
 
     def _attention(self, backend: Sharded) -> str:
         model = self.config.model

@@ -44,13 +44,14 @@ class Plan:
     def hours(self) -> dict[str, float]:
         """Hours of each program over the dataset, at the roofline; empty where it is unknown."""
         hours = {}
-        hosts = self.topology.size / self.topology.host.size
         for program in self.programs:
             seconds = Roofline.of(program).seconds
             if program.name == "train" and self.steps is not None:
                 hours["train"] = seconds * self.steps / 3600
             elif program.name != "train" and self.pairs is not None:
-                runs = self.pairs / program.batching.pairs / hosts
+                # Each copy of it takes pairs of its own.
+                copies = self.topology.size / program.topology.size
+                runs = self.pairs / program.batching.pairs / copies
                 hours[program.name] = seconds * runs / 3600
         return hours
 

@@ -221,7 +221,8 @@ def restore_params(
 
     Args:
       folder: as given to `Checkpoints`.
-      abstract_params: the parameters as `jax.ShapeDtypeStruct`s; see `Checkpoints.restore`.
+      abstract_params: the parameters as `jax.ShapeDtypeStruct`s; see `Checkpoints.restore`. Where
+        they go to devices of several processes, all of these must call together.
       identity: the part of the checkpoint's identity that matters to the caller.
 
     Raises:
@@ -248,7 +249,12 @@ def restore_params(
             taken[:] = [step]
             return {"params": manager.restore(step, args=args)["params"]}, metadata["sums"]
 
-        found = _newest_whole(folder, sorted(manager.all_steps()), load, lambda own: [own])
+        together = any(
+            x.sharding is not None and not x.sharding.is_fully_addressable
+            for x in jax.tree.leaves(abstract_params)
+        )
+        outcomes = _outcomes_of_all if together else lambda own: [own]
+        found = _newest_whole(folder, sorted(manager.all_steps()), load, outcomes)
     if found is None:
         raise FileNotFoundError(f"{folder} holds no checkpoint: train first")
     return found[0]["params"], taken[0]

@@ -108,7 +108,7 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
       MeshError: the devices or the model do not fit `parallel.mesh`.
       AttentionError: `model.attention` cannot serve the model on these devices.
       Preempted: SIGTERM came; a checkpoint of the step under way is written, and evaluation at that
-        step, if due, is left to the run that resumes.
+        step, if due or under way, is left to the run that resumes.
     """
     config_lib.validate(config)
     workdir = pathlib.Path(workdir)
@@ -197,7 +197,7 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
                 workdir, start, log=config.log, config=config.to_dict(), writes=first
             ) as metrics,
             TrainProgress(total_steps, start, bar=config.log.progress and first) as progress,
-            preemption.watch_steps(start) as preempted,
+            preemption.watch_steps(start) as notice,
         ):
             speed = Throughput()
 
@@ -220,12 +220,19 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
                     ids = _suspects(data, of_step)
                     raise NonFiniteError(step, values, ids, last_saved)
 
-            def evaluate_at(step: int) -> None:
-                if eval_batches is not None:
-                    progress.note("evaluating")
-                    values = evaluate(eval_step, state.policy, eval_batches, backend.put_batch)
-                    metrics.write(step, values | {"epoch": step / batches.steps_per_epoch})
-                    speed.restart()
+            def evaluate_at(step: int) -> bool:
+                """Whether it was told to stop meanwhile; then the evaluation counts for nothing."""
+                if eval_batches is None:
+                    return False
+                progress.note("evaluating")
+                values = evaluate(
+                    eval_step, state.policy, eval_batches, backend.put_batch, notice.between
+                )
+                if values is None:
+                    return True
+                metrics.write(step, values | {"epoch": step / batches.steps_per_epoch})
+                speed.restart()
+                return False
 
             # Only the first process reads what it alone writes.
             evaluated = first and any(
@@ -233,8 +240,11 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
                 for line in read_metrics(workdir)
             )
             due = start == 0 or _is_due(start, config.train.eval_every, total_steps)
-            if due and not preemption.agreed(evaluated):
-                evaluate_at(start)
+            if due and not preemption.agreed(evaluated) and evaluate_at(start):
+                raise preemption.Preempted(
+                    f"told to stop while evaluating, after step {start} of {total_steps}, where "
+                    "this run began; the same command goes on from there"
+                )
             unreported: tuple[int, dict[str, jax.Array]] | None = None
             speed.restart()
             for step, host_batch in enumerate(read_ahead(batches, start), start + 1):
@@ -246,14 +256,14 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
                 unreported = step, of_step
 
                 evaluates = _is_due(step, config.train.eval_every, total_steps)
-                stops = preempted()
+                stops = notice.after_step()
                 saves = stops or _is_due(step, config.train.save_every, total_steps)
                 if evaluates or saves:
                     report(*unreported)
                     unreported = None
                 if evaluates and not stops:
-                    evaluate_at(step)
-                if saves:
+                    stops = evaluate_at(step)
+                if saves or stops:
                     metrics.flush()
                     checkpoints.save(state)
                     last_saved = step
@@ -377,7 +387,8 @@ def evaluate(
     params: Any,
     batches: EvalBatches,
     put_batch: Callable[[PairBatch], PairBatch] = jax.device_put,
-) -> dict[str, float]:
+    stops: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
     """Means over all pairs of `batches`, under the names of the training metrics after `eval_`.
 
     Args:
@@ -385,13 +396,24 @@ def evaluate(
       params: the model's parameters.
       batches: the batches.
       put_batch: brings one to the devices.
+      stops: whether to leave off; asked after every batch but the last.
+
+    Returns:
+      The means; None if it left off.
     """
-    sums = []
-    for host_batch in read_ahead(batches):
+    on_host, waiting = [], None
+    for number, host_batch in enumerate(read_ahead(batches), 1):
         batch = put_batch(host_batch)
         with jax.transfer_guard("disallow"):
-            sums.append(eval_step(params, batch))
-    on_host = jax.device_get(sums)
+            running = eval_step(params, batch)
+        # One batch behind: the device does not wait, and the host does not hurry ahead of it, to
+        # where it would ask in vain.
+        if waiting is not None:
+            on_host.append(jax.device_get(waiting))
+        waiting = running
+        if number < len(batches) and stops():
+            return None
+    on_host.append(jax.device_get(waiting))
     totals = {name: math.fsum(float(s[name]) for s in on_host) for name in on_host[0]}
     pairs = totals.pop("pairs")
     return {f"eval_{name}": total / pairs for name, total in totals.items()}

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import signal
 
@@ -8,11 +9,22 @@ from attnpo_jax.parallel import preemption
 from attnpo_jax.train import loop
 
 
-def watch_steps():
-    return preemption.watch_steps(0)
+@contextlib.contextmanager
+def after_step():
+    with preemption.watch_steps(0) as notice:
+        yield notice.after_step
 
 
-@pytest.mark.parametrize("watch", [preemption.watch, watch_steps])
+@contextlib.contextmanager
+def between():
+    with preemption.watch_steps(0) as notice:
+        yield notice.between
+
+
+WATCHES = pytest.mark.parametrize("watch", [preemption.watch, after_step, between])
+
+
+@WATCHES
 def test_sigterm_is_noticed_inside_the_block_alone(watch):
     before = signal.getsignal(signal.SIGTERM)
     with watch() as preempted:
@@ -24,7 +36,7 @@ def test_sigterm_is_noticed_inside_the_block_alone(watch):
         assert not preempted()
 
 
-@pytest.mark.parametrize("watch", [preemption.watch, watch_steps])
+@WATCHES
 def test_sigterm_that_nobody_was_told_of_is_not_lost(watch):
     received = []
     before = signal.signal(signal.SIGTERM, lambda *_: received.append(True))

@@ -1,12 +1,12 @@
 """Runs of several processes against runs of one. As a script: a run that does as it is told."""
 
 import http.server
-import json
 import os
 import pathlib
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,7 +14,9 @@ import time
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
+from attnpo_jax import cli
 from attnpo_jax import config as config_lib
 from attnpo_jax.data.prepared import Prepared
 from attnpo_jax.parallel import processes
@@ -22,6 +24,13 @@ from attnpo_jax.train import metrics
 from tests.parallel import tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+CONFIG = """
+import pathlib
+from attnpo_jax import config
+
+def get_config():
+    return config.from_json(pathlib.Path({path!r}).read_text())
+"""
 
 
 def test_explicit_variables():
@@ -40,12 +49,71 @@ def test_explicit_variables():
     for change, words in (
         ({"ATTNPO_PROCESS_ID": "4"}, "accepted: 0 to 3"),
         ({"ATTNPO_PROCESS_ID": "x"}, "ATTNPO_PROCESS_ID is 'x'"),
+        ({"ATTNPO_NUM_PROCESSES": "0"}, "there must be at least one"),
         ({"ATTNPO_PROCESS_ID": ""}, "not ATTNPO_PROCESS_ID; set all or none"),
         ({"ATTNPO_COORDINATOR": "host"}, "accepted: host:port"),
         ({"ATTNPO_DISTRIBUTED": "yes"}, "accepted: 0, 1, or unset"),
     ):
         with pytest.raises(processes.ProcessesError, match=words):
             processes.find(environ | change)
+
+
+def test_options_count_before_the_environment():
+    options = {"coordinator-address": "host:123", "num-processes": "4", "process-id": "3"}
+    for environ in ({}, {"ATTNPO_DISTRIBUTED": "0"}, {"ATTNPO_PROCESS_ID": "1"}):
+        assert processes.find(environ, options) == {
+            "coordinator_address": "host:123",
+            "num_processes": 4,
+            "process_id": 3,
+            "cluster_detection_method": "deactivate",
+        }
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--process-id=0"], "--process-id set, but not --coordinator-address, --num-processes"),
+        (
+            ["--coordinator-address=host", "--num-processes=2", "--process-id=0"],
+            "--coordinator-address is 'host'; accepted: host:port",
+        ),
+        (
+            ["--coordinator-address=host:1", "--num-processes=2", "--process-id=2"],
+            "--process-id is 2 of 2 processes; accepted: 0 to 1",
+        ),
+        (
+            ["--coordinator-address=host:1", "--num-processes=two", "--process-id=0"],
+            "--num-processes is 'two'; accepted: a whole number",
+        ),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_starts(capsys, tmp_path, options, words):
+    command = ["train", "--config=configs/quickstart.py", f"--workdir={tmp_path / 'run'}"]
+    assert cli.main([*command, *options]) == 1
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_takes_no_process_options(capsys):
+    command = ["plan", "--config=configs/quickstart.py", "--topology=v5e:2x2", "--process-id=0"]
+    assert cli.main(command) == 2
+    assert "unknown option --process-id" in capsys.readouterr().err
+
+
+def test_indexed_job_needs_the_client_that_jax_asks_with(monkeypatch):
+    pod = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(processes.ProcessesError, match="pip install kubernetes"):
+        processes.find(pod)
+    assert processes.find(pod | {"ATTNPO_DISTRIBUTED": "0"}) is None
+    monkeypatch.setattr(
+        processes.importlib.util, "find_spec", lambda name: name == "kubernetes" or None
+    )
+    assert processes.find(pod) == {}
+    assert processes.find({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}) is None  # no Job's pod
+    assert (
+        processes.find(pod | {"TPU_WORKER_HOSTNAMES": "localhost"}) is None
+    )  # a slice of one host
 
 
 @pytest.mark.parametrize(
@@ -113,6 +181,7 @@ def setting(tmp_path_factory):
     config.prepare.rows_per_shard = 3
     config.optim.learning_rate = 1e-3
     config.train.batch_size = 4
+    config.train.eval_batch_size = 2
     config.train.epochs = 2
     config.train.keep_checkpoints = 5
     config.parallel.mesh.data = 1
@@ -121,22 +190,25 @@ def setting(tmp_path_factory):
     return folder
 
 
-def start(setting, workdir, count, *arguments):
-    """The local launcher with `count` processes, at least two virtual devices in all."""
-    devices = max(1, 2 // count)
-    command = [sys.executable, "launch/local.py", f"--processes={count}", f"--devices={devices}"]
-    command += ["--", sys.executable, "-m", "tests.parallel.test_processes"]
-    environ = {
+def environment(setting):
+    return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
         "JAX_COMPILATION_CACHE_DIR": str(setting / "xla"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
+
+
+def start(setting, workdir, count, *arguments):
+    """The local launcher with `count` processes, at least two virtual devices in all."""
+    devices = max(1, 2 // count)
+    command = [sys.executable, "launch/local.py", f"--processes={count}", f"--devices={devices}"]
+    command += ["--", sys.executable, "-m", "tests.parallel.test_processes"]
     return subprocess.Popen(
         [*command, str(setting / "config.json"), str(workdir), *arguments],
         cwd=ROOT,
-        env=environ,
+        env=environment(setting),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -177,12 +249,9 @@ def assert_same_metrics(found, expected):
                 assert value == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_several_processes_end_as_one_does(setting, single, count):
-    workdir = setting / f"by-{count}"
-    output = run(setting, workdir, count)
-    for split in ("train", "eval"):
-        ours, theirs = (Prepared.open(w / "prepared" / split) for w in (workdir, single))
+def assert_same_rows(found, expected, splits=("train", "eval")):
+    for split in splits:
+        ours, theirs = (Prepared.open(w / "prepared" / split) for w in (found, expected))
         assert len(ours) == len(theirs) == {"train": 20, "eval": 5}[split]
         for row, other in zip(ours, theirs, strict=True):
             assert row.keys() == other.keys()
@@ -191,14 +260,74 @@ def test_several_processes_end_as_one_does(setting, single, count):
                     np.testing.assert_allclose(value, other[name], atol=1e-5, rtol=0)
                 else:
                     assert np.array_equal(value, other[name]), name
+
+
+def assert_same_exports(found, expected):
+    ours, theirs = (
+        safetensors.numpy.load_file(w / "export" / "model.safetensors") for w in (found, expected)
+    )
+    assert ours.keys() == theirs.keys()
+    for name, array in ours.items():
+        np.testing.assert_allclose(array, theirs[name], rtol=0, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_end_as_one_does(setting, single, count):
+    """All that `attnpo run` does: preparing, training, evaluating, exporting."""
+    workdir = setting / f"by-{count}"
+    output = run(setting, workdir, count)
+    assert_same_rows(workdir, single)
     assert_same_metrics(workdir, single)
-    # Exports hold the same parameters, and only the first process speaks.
-    sizes = [(w / "export" / "model.safetensors").stat().st_size for w in (workdir, single)]
-    assert sizes[0] == sizes[1]
-    assert "[0] wrote" in output and "[1] wrote" not in output
+    assert_same_exports(workdir, single)
+    # Only the first process speaks of the whole.
+    assert re.findall(r"\[(\d)\] model \(Hugging Face\)", output) == ["0"]
     # Every process wrote shards of its own: 7 of the training pairs, 2 of the held-out ones.
     owners = re.findall(r"\[(\d)\] shard \d is written", output)
     assert sorted(set(owners)) == [str(i) for i in range(count)] and len(owners) == 9
+
+
+def test_two_commands_that_say_by_options_who_they_are(setting, single, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    (tmp_path / "config.py").write_text(CONFIG.format(path=str(setting / "config.json")))
+    command = [sys.executable, "-m", "attnpo_jax.cli", "prepare", "--config.data.eval="]
+    command += [f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path}"]
+    command += [f"--coordinator-address={address}", "--num-processes=2"]
+    environ = environment(setting) | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    commands = [
+        subprocess.Popen(
+            [*command, f"--process-id={index}"],
+            cwd=ROOT,
+            env=environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    outputs = [finish(process) for process in commands]
+    for index, output in enumerate(outputs):
+        assert f"process {index} of 2, 1 of 2 devices" in output
+    assert "prepared: train" in outputs[0] and "prepared: train" not in outputs[1]
+    assert_same_rows(tmp_path, single, ("train",))
+
+
+def test_two_processes_prepare_with_a_model_that_is_split_over_both(setting, single, tmp_path):
+    (tmp_path / "config.py").write_text(CONFIG.format(path=str(setting / "config.json")))
+    command = [sys.executable, "launch/local.py", "--processes=2", "--devices=1", "--"]
+    command += [sys.executable, "-m", "attnpo_jax.cli", "prepare", f"--workdir={tmp_path}"]
+    command += [f"--config={tmp_path / 'config.py'}", "--config.prepare.devices=all"]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(setting),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert "preparing on 2 cpu devices (data 1, fsdp 2, tensor 1)" in finish(process)
+    assert_same_rows(tmp_path, single)
 
 
 def test_told_to_stop_at_any_time_it_saves_and_the_same_command_continues(setting, single):
@@ -212,6 +341,9 @@ def test_told_to_stop_at_any_time_it_saves_and_the_same_command_continues(settin
     done = [line["step"] for line in metrics.read(workdir) if "loss" in line]
     assert 3 <= done[-1] < 10
     assert (workdir / "checkpoints" / str(done[-1])).is_dir()
+    stopped = run(setting, workdir, 2, "--sigterm-in-last-evaluation=1", code=75)
+    assert "step 10 of 10 is saved" in stopped
+    assert [line["step"] for line in metrics.read(workdir)] == list(range(11))
     run(setting, workdir, 1)
     assert_same_metrics(workdir, single)
 
@@ -235,26 +367,50 @@ def test_checkpoint_that_one_process_cannot_read_is_skipped_by_all(setting, sing
     assert_same_metrics(workdir, single)
 
 
-def test_when_one_dies_the_others_end_too_and_a_restart_continues(setting, single):
-    workdir = setting / "killed"
-    process = start(setting, workdir, 2, "--kill-process-1-at=5", "--save-every=2")
+@pytest.mark.parametrize("victim, survivor", [(1, 0), (0, 1)])
+def test_when_one_dies_the_others_end_too_and_a_restart_continues(
+    setting, single, victim, survivor
+):
+    workdir = setting / f"killed-{victim}"
+    process = start(setting, workdir, 2, f"--victim={victim}", "--kill-at=5", "--save-every=2")
     output = finish(process, code=128 + signal.SIGKILL)
     ended = time.time()
     assert "did not end by itself" not in output
     assert ended - float((workdir / "killed-at").read_text()) < 60, output
+    # Said by itself, or by JAX where its watch came first.
+    reason = r"another process of this run is gone without a word|fatal errors.*another task died"
+    assert re.search(rf"^\[{survivor}\] .*({reason})", output, re.MULTILINE), output
+    assert f"process {victim} of 2 ended: killed by SIGKILL" in output
     assert (workdir / "checkpoints" / "4").is_dir()
     run(setting, workdir, 2, "--save-every=2")
     assert_same_metrics(workdir, single)
 
 
+@pytest.mark.parametrize("victim, other", [(1, 0), (0, 1)])
+def test_when_one_fails_the_others_say_why_and_end(setting, tmp_path, victim, other):
+    process = start(setting, tmp_path, 2, f"--victim={victim}", "--fail-at=2")
+    output = finish(process, code=1)
+    ended = time.time()
+    assert ended - float((tmp_path / "killed-at").read_text()) < 30, output
+    lines = output.splitlines()
+    assert f"[{victim}] attnpo: error: the disk is full" in lines
+    why = f"process {victim} of 2 failed: OSError: the disk is full"
+    assert (
+        f"[{other}] attnpo: error: {why}; process {other} of 2 ends too, and the same command "
+        "continues the run"
+    ) in lines
+    for index in range(2):
+        assert f"[{index}] process {index} of 2 ended: exit code 1" in lines
+    assert "Traceback" not in output
+
+
 def main(config_file, workdir, *arguments):
-    processes.initialize()
+    cli._join_processes({})
     import jax
 
-    from attnpo_jax import prepare
     from attnpo_jax.data.prepared import PreparedWriter
-    from attnpo_jax.export import export
     from attnpo_jax.parallel import preemption
+    from attnpo_jax.run import run as run_all
     from attnpo_jax.train import checkpoint, loop
 
     config = config_lib.from_json(pathlib.Path(config_file).read_text())
@@ -264,14 +420,26 @@ def main(config_file, workdir, *arguments):
 
     def read_and_signal(batches, start=0):
         for number, batch in enumerate(put_batch(batches, start), start + 1):
+            last = jax.process_index() == jax.process_count() - 1
             if type(batches).__name__ == "TrainBatches":
-                last = jax.process_index() == jax.process_count() - 1
                 if last and number == int(options.get("sigterm-at", -1)):
                     os.kill(os.getpid(), signal.SIGTERM)
-                if jax.process_index() == 1 and number == int(options.get("kill-process-1-at", -1)):
-                    (pathlib.Path(workdir) / "killed-at").write_text(str(time.time()))
-                    os.kill(os.getpid(), signal.SIGKILL)
+                if jax.process_index() == int(options.get("victim", -1)):
+                    befall(number)
+            elif "sigterm-in-last-evaluation" in options and number == 2:
+                if last and (pathlib.Path(workdir) / "metrics.jsonl").read_text().count("\n") > 10:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    wait_for_notice()
             yield batch
+
+    def befall(number):
+        faults = [fault for fault in ("kill", "fail") if options.get(f"{fault}-at") == str(number)]
+        if faults:
+            (pathlib.Path(workdir) / "killed-at").write_text(str(time.time()))
+        if "kill" in faults:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if "fail" in faults:
+            raise OSError("the disk is full")
 
     write = PreparedWriter.write
 
@@ -304,17 +472,9 @@ def main(config_file, workdir, *arguments):
     if options.get("sigterm-at") == "0" and jax.process_index() == 1:
         os.kill(os.getpid(), signal.SIGTERM)
         wait_for_notice()
-    try:
-        prepare.prepare(config, workdir)
-        loop.train(config, workdir)
-    except preemption.Preempted as notice:
-        print(notice)
-        return 75
-    folder = export(config, workdir)
-    if processes.is_first():
-        print(f"wrote {folder}", json.dumps(sorted(p.name for p in folder.iterdir())))
+    run_all(config, workdir)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(cli.exit_code("attnpo", lambda: main(*sys.argv[1:])))

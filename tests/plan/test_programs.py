@@ -58,19 +58,34 @@ def referenced():
     return setting().reference()
 
 
-def moved(program, wanted):
+@pytest.fixture(scope="module")
+def tensor_setting():
+    return setting(**{"parallel.mesh.fsdp": 2, "parallel.mesh.tensor": 2})
+
+
+@pytest.fixture(scope="module")
+def tensor_trained(tensor_setting):
+    return tensor_setting.training()
+
+
+@pytest.fixture(scope="module")
+def tensor_referenced(tensor_setting):
+    return tensor_setting.reference()
+
+
+def moved(program, wanted, matrices=MATRICES):
     """By elements, how many of a layer's matrices the wanted collectives move in a run."""
     counts = Counter()
     for c in program.collectives:
         if wanted(c):
             for shape in c.shapes:
-                if math.prod(shape) in MATRICES:
+                if math.prod(shape) in matrices:
                     counts[math.prod(shape)] += c.times
     return counts
 
 
-def times(number):
-    return Counter({size: number * count for size, count in MATRICES.items()})
+def times(number, matrices=MATRICES):
+    return Counter({size: number * count for size, count in matrices.items()})
 
 
 def test_training_gathers_each_layers_weights_forward_and_back_and_reduces_their_gradients_once(
@@ -97,6 +112,50 @@ def test_no_stack_no_vocabulary_and_no_logits_are_gathered_or_reduced(program, r
     # Columns of the embedding table for rows, each chip a part of its part.
     exchanged = [math.prod(s) for c in found if c.kind == "all-to-all" for s in c.shapes]
     assert max(exchanged) == 4096 * 512 // CHIPS
+
+
+# Of each matrix, a chip and its partner along `fsdp` compute with the half of their tensor rank.
+HALVES = Counter({size // 2: number for size, number in MATRICES.items()})
+# Half of the batch's four rows of 128 tokens: what a layer passes on.
+PASSED_ON = (2, 128, 512)
+
+
+def test_tensor_axis_halves_what_is_gathered_and_gathers_nothing_itself(
+    tensor_trained, tensor_referenced
+):
+    passes = LAYERS * MICROBATCHES
+
+    def over_fsdp(*kinds):
+        return lambda c: c.axes == ("fsdp",) and c.kind in kinds
+
+    assert moved(tensor_trained, over_fsdp("all-gather"), HALVES) == times(2 * passes, HALVES)
+    assert moved(tensor_trained, over_fsdp(*REDUCTIONS), HALVES) == times(passes, HALVES)
+    assert moved(tensor_referenced, over_fsdp("all-gather"), HALVES) == times(LAYERS, HALVES)
+    for program in (tensor_trained, tensor_referenced):
+        assert not program.unknown_loops
+        kinds = {c.kind for c in program.collectives if "tensor" in c.axes}
+        assert kinds == {"all-reduce"}
+        assert not any(4096 in s or 2048 in s for c in program.collectives for s in c.shapes)
+
+
+def test_tensor_axis_sums_what_attention_and_mlp_pass_on_twice_a_layer_each_way(
+    tensor_trained, tensor_referenced
+):
+    def sums(program):
+        return sum(
+            c.times
+            for c in program.collectives
+            if c.axes == ("tensor",) and c.shapes == (PASSED_ON,)
+        )
+
+    # Attention's output and the feed-forward block's.
+    assert sums(tensor_referenced) == 2 * LAYERS
+    # These, the gradients of both blocks' inputs, and attention's output again: the backward pass
+    # recomputes the layer up to the feed-forward block's last product, which it does not need.
+    assert sums(tensor_trained) == (2 + 2 + 1) * LAYERS * MICROBATCHES
+    # The embedding's rows come from either half of the vocabulary, each chip a part of the width.
+    of_rows = [c for c in tensor_referenced.collectives if c.shapes == ((4, 128, 256),)]
+    assert [(c.kind, c.axes, c.times) for c in of_rows] == [("all-reduce", ("tensor",), 1)]
 
 
 def test_memory_is_the_state_and_the_batch_and_what_the_step_needs(trained):

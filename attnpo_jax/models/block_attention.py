@@ -51,11 +51,19 @@ class _Tokens(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """How a batch of rows is cut, and which pairs of blocks have anything to do with each other."""
+    """How a batch of rows is cut, and which pairs of blocks have anything to do with each other.
+
+    Attributes:
+      queries, keys: the blocks.
+      pairs: int32 (n * m, 3), a block of queries, one of keys, and what to do with them; first those
+        where anybody sees anybody.
+      count: int32 (), how many those are.
+    """
 
     queries: _Tokens
     keys: _Tokens
-    kinds: jax.Array  # int32 (n, m)
+    pairs: jax.Array
+    count: jax.Array
 
     @classmethod
     def of(cls, layout: RowLayout, past_length: int = 0) -> "Blocks":
@@ -107,7 +115,11 @@ class Blocks:
             return jnp.where(every, _ALL, jnp.any(mask).astype(jnp.int32))
 
         kinds = jax.lax.map(lambda query: jax.lax.map(lambda key: kind(query, key), keys), queries)
-        return cls(queries, keys, kinds)
+        kinds = kinds.reshape(-1)
+        order = jnp.argsort(kinds == _NONE, stable=True)
+        m = keys.codes.shape[0]
+        pairs = jnp.stack([order // m, order % m, kinds[order]], axis=1)
+        return cls(queries, keys, pairs, jnp.sum(kinds != _NONE))
 
 
 def attend(
@@ -146,36 +158,24 @@ def _attention(q_BLNH, k_BLKH, v_BLKH, blocks: Blocks, window, softcap):
 def _forward(q_BLNH, k_BLKH, v_BLKH, blocks: Blocks, window, softcap):
     b, K = blocks.queries.codes.shape[-1], k_BLKH.shape[2]
     q, k, v = (_split(x, b, K) for x in (q_BLNH, k_BLKH, v_BLKH))
-    n, B, _, Q, H = q.shape
 
-    def of_queries(inputs):
-        q_BKQH, query, kinds = inputs
+    def add(t, carry):
+        i, j, kind = blocks.pairs[t]
+        query, key = _at(blocks.queries, i), _at(blocks.keys, j)
+        highest, sums, out = (x[i] for x in carry)
+        s = _scores(q[i], k[j], query, key, kind, window, softcap)
+        higher = jnp.maximum(highest, jnp.max(s, axis=-1))
+        shrink = jnp.exp(highest - higher)
+        p = jnp.exp(s - higher[..., None])
+        more = _product("bkql,bklh->bkqh", p.astype(v.dtype), v[j])
+        new = higher, sums * shrink + jnp.sum(p, axis=-1), out * shrink[..., None] + more
+        return tuple(x.at[i].set(y) for x, y in zip(carry, new, strict=True))
 
-        def add_keys(carry, inputs):
-            k_BKbH, v_BKbH, key, kind = inputs
-
-            def add(carry):
-                highest, sums, out = carry
-                s = _scores(q_BKQH, k_BKbH, query, key, kind, window, softcap)
-                higher = jnp.maximum(highest, jnp.max(s, axis=-1))
-                shrink = jnp.exp(highest - higher)
-                p = jnp.exp(s - higher[..., None])
-                more = _product("bkql,bklh->bkqh", p.astype(v_BKbH.dtype), v_BKbH)
-                return (
-                    higher,
-                    sums * shrink + jnp.sum(p, axis=-1),
-                    out * shrink[..., None] + more,
-                )
-
-            return jax.lax.cond(kind == _NONE, lambda carry: carry, add, carry), None
-
-        start = jnp.full((B, K, Q), MASKED), jnp.zeros((B, K, Q)), jnp.zeros((B, K, Q, H))
-        (highest, sums, out), _ = jax.lax.scan(add_keys, start, (k, v, blocks.keys, kinds))
-        sums = jnp.where(sums > 0, sums, 1.0)  # a block of padding saw no keys at all
-        return out / sums[..., None], highest + jnp.log(sums)
-
-    out, log_sums = jax.lax.map(of_queries, (q, blocks.queries, blocks.kinds))
-    out_BLNH = _join(out, q_BLNH.shape).astype(v_BLKH.dtype)
+    start = jnp.full(q.shape[:-1], MASKED), jnp.zeros(q.shape[:-1]), jnp.zeros(q.shape, jnp.float32)
+    highest, sums, out = jax.lax.fori_loop(0, blocks.count, add, start)
+    sums = jnp.where(sums > 0, sums, 1.0)  # a block of padding saw no keys at all
+    log_sums = highest + jnp.log(sums)
+    out_BLNH = _join(out / sums[..., None], q_BLNH.shape).astype(v_BLKH.dtype)
     out_BLNH, log_sums = map(checkpoint_name, (out_BLNH, log_sums), RESIDUALS)
     return out_BLNH, (q_BLNH, k_BLKH, v_BLKH, blocks, window, out_BLNH, log_sums)
 
@@ -183,49 +183,41 @@ def _forward(q_BLNH, k_BLKH, v_BLKH, blocks: Blocks, window, softcap):
 def _backward(softcap, residuals, d_out_BLNH):
     q_BLNH, k_BLKH, v_BLKH, blocks, window, out_BLNH, log_sums = residuals
     b, K = blocks.queries.codes.shape[-1], k_BLKH.shape[2]
-    q, k, v, out, d_out = (_split(x, b, K) for x in (q_BLNH, k_BLKH, v_BLKH, out_BLNH, d_out_BLNH))
+    product = out_BLNH.astype(jnp.float32) * d_out_BLNH.astype(jnp.float32)
+    drop = _split(jnp.sum(product, axis=-1, keepdims=True), b, K)
+    q, k, v, d_out = (_split(x, b, K) for x in (q_BLNH, k_BLKH, v_BLKH, d_out_BLNH))
 
-    def of_queries(carry, inputs):
-        q_BKQH, out_BKQH, d_out_BKQH, log_sums_BKQ, query, kinds = inputs
-        product = d_out_BKQH.astype(jnp.float32) * out_BKQH.astype(jnp.float32)
-        drop_BKQ = jnp.sum(product, axis=-1)
+    def add(t, carry):
+        i, j, kind = blocks.pairs[t]
+        query, key = _at(blocks.queries, i), _at(blocks.keys, j)
+        d_q, d_k, d_v = carry
+        s = _scores(q[i], k[j], query, key, kind, window, softcap)
+        p = jnp.exp(s - log_sums[i][..., None])
+        d_p = _product("bkqh,bklh->bkql", d_out[i], v[j])
+        d_s = p * (d_p - drop[i])
+        if softcap is not None:
+            d_s *= jnp.where(s > MASKED / 2, 1 - jnp.square(s / softcap), 0.0)
+        p, d_s = p.astype(v.dtype), d_s.astype(q.dtype)
+        return (
+            d_q.at[i].add(_product("bkql,bklh->bkqh", d_s, k[j])),
+            d_k.at[j].add(_product("bkql,bkqh->bklh", d_s, q[i])),
+            d_v.at[j].add(_product("bkql,bkqh->bklh", p, d_out[i])),
+        )
 
-        def add_keys(d_q_BKQH, inputs):
-            k_BKbH, v_BKbH, d_k_BKbH, d_v_BKbH, key, kind = inputs
-
-            def add(carry):
-                d_q, d_k, d_v = carry
-                s = _scores(q_BKQH, k_BKbH, query, key, kind, window, softcap)
-                p = jnp.exp(s - log_sums_BKQ[..., None])
-                d_p = _product("bkqh,bklh->bkql", d_out_BKQH, v_BKbH)
-                d_s = p * (d_p - drop_BKQ[..., None])
-                if softcap is not None:
-                    d_s *= jnp.where(s > MASKED / 2, 1 - jnp.square(s / softcap), 0.0)
-                p, d_s = p.astype(v_BKbH.dtype), d_s.astype(q_BKQH.dtype)
-                return (
-                    d_q + _product("bkql,bklh->bkqh", d_s, k_BKbH),
-                    d_k + _product("bkql,bkqh->bklh", d_s, q_BKQH),
-                    d_v + _product("bkql,bkqh->bklh", p, d_out_BKQH),
-                )
-
-            carry = d_q_BKQH, d_k_BKbH, d_v_BKbH
-            d_q, d_k, d_v = jax.lax.cond(kind == _NONE, lambda carry: carry, add, carry)
-            return d_q, (d_k, d_v)
-
-        start = jnp.zeros(q_BKQH.shape, jnp.float32)
-        d_q, carry = jax.lax.scan(add_keys, start, (k, v, *carry, blocks.keys, kinds))
-        return carry, d_q
-
-    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (k, v))
-    inputs = (q, out, d_out, log_sums, blocks.queries, blocks.kinds)
-    (d_k, d_v), d_q = jax.lax.scan(of_queries, zeros, inputs)
+    start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
+    d_qkv = jax.lax.fori_loop(0, blocks.count, add, start)
     gradients = (
-        _join(d, x.shape).astype(x.dtype) for d, x in ((d_q, q_BLNH), (d_k, k_BLKH), (d_v, v_BLKH))
+        _join(d, x.shape).astype(x.dtype)
+        for d, x in zip(d_qkv, (q_BLNH, k_BLKH, v_BLKH), strict=True)
     )
     return *gradients, None, None
 
 
 _attention.defvjp(_forward, _backward)
+
+
+def _at(tokens: _Tokens, i) -> _Tokens:
+    return jax.tree.map(lambda x: x[i], tokens)
 
 
 def _scores(q_BKQH, k_BKbH, query: _Tokens, key: _Tokens, kind, window, softcap):

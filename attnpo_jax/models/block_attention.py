@@ -55,7 +55,7 @@ class Blocks:
 
     Attributes:
       queries, keys: the blocks.
-      pairs: int32 (n * m, 3), a block of queries, one of keys, and what to do with them; first those
+      pairs: int32 (n * m, 3), a block of queries, one of keys, and what to do; first those pairs
         where anybody sees anybody.
       count: int32 (), how many those are.
     """

@@ -110,7 +110,7 @@ def default_config() -> config_dict.ConfigDict:
     # What to do with a bad row: "error" (stop) or "skip" (count it, write it to bad_rows.jsonl).
     data.on_bad_row = "error"
     # How many row lengths batches are padded to; each is one compilation per pass.
-    data.num_buckets = 4
+    data.num_buckets = 6
 
     config.judge = judge = config_dict.ConfigDict()
     # "default", or a text file with the slots {question}, {answer_a} and {answer_b}.

@@ -42,9 +42,10 @@ class Judgement:
       chosen: float32 (2, S, T), raw attention by order, source layer and text token of the chosen
         response as it is trained on.
       rejected: float32 (2, S, T'), the same for the rejected response.
-      verdict: float32 (2,), by order, log p(letter of the chosen response) - log p(other letter).
+      verdict: float32 (2,), by order, log p(letter of the chosen response) - log p(other letter);
+        NaN from a judge that was not asked for it.
       answer_ids: int32 (2,), by order, the token that the judge would most likely answer with,
-        which need not be a letter.
+        which need not be a letter; -1 likewise.
     """
 
     id: str
@@ -73,6 +74,8 @@ class Judge:
       max_length: a judge prompt stays below this many tokens.
       max_answer_length: tokens that an answer keeps where the prompt would be longer.
       source_layers: the layers whose attention is kept, counted from 0.
+      verdict: whether the answer is wanted too; without it, layers above the last of those do not
+        run.
       dtype: what activations are computed in.
       batch_size: rows in a batch, at most.
       token_budget: tokens in a batch, at most (a longer row is a batch of its own).
@@ -93,6 +96,7 @@ class Judge:
         max_length: int = 2048,
         max_answer_length: int = 768,
         source_layers: Sequence[int] = (-1,),
+        verdict: bool = True,
         dtype=jnp.float32,
         batch_size: int = 8,
         token_budget: int = 4096,
@@ -105,6 +109,7 @@ class Judge:
         self.prompter = JudgePrompter(
             model.tokenizer, JudgeTemplate.load(template), max_length, max_answer_length
         )
+        self.verdict = verdict
         self._model = model
         self._batch_size = batch_size
         self._token_budget = token_budget
@@ -122,7 +127,9 @@ class Judge:
             "attention": choice.backend,
         }
         self._letters = self._backend.replicate(np.asarray(self.prompter.letter_ids, np.int32))
-        self._pass = compile_pass(self._backend, self.source_layers, **self._static)
+        self._pass = compile_pass(
+            self._backend, self.source_layers, verdict=verdict, **self._static
+        )
 
     def fit(
         self, prompts: Sequence[JudgePrompt], *, row_lengths: Sequence[int] | None = None
@@ -306,6 +313,7 @@ def compile_pass(
     backend: backends.Backend,
     sources: tuple[int, ...],
     *,
+    verdict: bool = True,
     config: ModelConfig,
     dtype,
     attention: str,
@@ -313,13 +321,15 @@ def compile_pass(
     """The judge's pass over a batch of rows, as `Backend.row_pass` returns it.
 
     It takes (parameters, past or None, the two letters' ids) and (tokens, positions, branches, read
-    positions), and returns attention rows, log-odds and top tokens.
+    positions), and returns attention rows, log-odds and top tokens; NaN and -1 for the latter if
+    there is no `verdict`.
     """
     return backend.row_pass(
         _judge_rows,
         out_axes=(1, 0, 0),
         config=config,
         sources=sources,
+        verdict=verdict,
         dtype=jnp.dtype(dtype),
         attention=attention,
     )
@@ -331,6 +341,7 @@ def _judge_rows(
     *,
     config: ModelConfig,
     sources: tuple[int, ...],
+    verdict: bool,
     dtype,
     attention: str,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -349,9 +360,13 @@ def _judge_rows(
         read_B2,
         sources=sources,
         past=past,
+        with_hidden=verdict,
         dtype=dtype,
         attention=attention,
     )
+    if not verdict:
+        shape = read_B2.shape
+        return output.rows_SBQL, jnp.full(shape, jnp.nan), jnp.full(shape, -1, jnp.int32)
     hidden_BQD, unembedding_VD = rules.split_logits(
         output.hidden_BQD, decoder.unembedding(params).astype(dtype)
     )

@@ -258,6 +258,7 @@ def _judge(
         max_length=config.judge.max_length,
         max_answer_length=config.judge.max_answer_length,
         source_layers=source_layers,
+        verdict=config.judge.verdict,
         dtype=jnp.dtype(config.model.dtype),
         batch_size=config.judge.batch_size,
         token_budget=config.judge.token_budget,
@@ -319,7 +320,8 @@ def _shard_rows(
         if judge is not None:
             row["judge_chosen"] = judgements[i].chosen
             row["judge_rejected"] = judgements[i].rejected
-            row["judge_verdict"] = judgements[i].verdict
+            if judge.verdict:
+                row["judge_verdict"] = judgements[i].verdict
         if forms[i].ready is not None:
             row["ready_chosen"], row["ready_rejected"] = forms[i].ready
         rows.append(row)
@@ -427,16 +429,16 @@ class JudgeFigures:
 
     Attributes:
       agreement: share of pairs whose verdict prefers the chosen response in (both orders, one
-        order, none).
+        order, none); None if verdicts were not asked for.
       position_bias: mean log-odds for the letter A over both orders; 0 for a judge that does not
-        care where an answer stands.
+        care where an answer stands; None likewise.
       entropy: per source layer, mean entropy of a response's weights before the sink fix, as a
         share of the uniform weights' entropy (responses of one token left out).
       first_token: per source layer, mean share of the weight that the first token has.
     """
 
-    agreement: tuple[float, float, float]
-    position_bias: float
+    agreement: tuple[float, float, float] | None
+    position_bias: float | None
     entropy: tuple[float, ...]
     first_token: tuple[float, ...]
 
@@ -446,7 +448,7 @@ def judge_figures(dataset: prepared.Prepared) -> JudgeFigures:
     verdicts = np.zeros((len(dataset), 2))
     entropies, firsts = [], []
     for i, row in enumerate(dataset):
-        verdicts[i] = row["judge_verdict"]
+        verdicts[i] = row.get("judge_verdict", np.nan)
         for side in ("judge_chosen", "judge_rejected"):
             raw = row[side].astype(np.float64)
             n = raw.shape[-1]
@@ -457,10 +459,11 @@ def judge_figures(dataset: prepared.Prepared) -> JudgeFigures:
                 logs = np.log(share, where=share > 0, out=np.zeros_like(share))
                 entropies.append(-(share * logs).sum(axis=-1) / np.log(n))
     right = (verdicts > 0).sum(axis=1)
+    asked = not np.isnan(verdicts).all()
     return JudgeFigures(
-        agreement=tuple(float(np.mean(right == k)) for k in (2, 1, 0)),
+        agreement=tuple(float(np.mean(right == k)) for k in (2, 1, 0)) if asked else None,
         # Order 0 has the chosen answer at A, order 1 at B.
-        position_bias=float(np.mean(verdicts * [1, -1])),
+        position_bias=float(np.mean(verdicts * [1, -1])) if asked else None,
         entropy=tuple(np.mean(entropies, axis=0).tolist()) if entropies else (),
         first_token=tuple(np.mean(firsts, axis=0).tolist()),
     )
@@ -476,9 +479,11 @@ def summary(split: str, dataset: prepared.Prepared) -> Table:
     if not dataset.source_layers:
         return table
     figures = judge_figures(dataset)
-    both, one, none = (f"{share:.1%}" for share in figures.agreement)
-    table.add_row("verdict agrees with the label", f"both orders {both}, one {one}, none {none}")
-    table.add_row("position bias", f"{figures.position_bias:+.3f} log-odds for A")
+    if figures.agreement is not None:
+        both, one, none = (f"{share:.1%}" for share in figures.agreement)
+        agrees = f"both orders {both}, one {one}, none {none}"
+        table.add_row("verdict agrees with the label", agrees)
+        table.add_row("position bias", f"{figures.position_bias:+.3f} log-odds for A")
     for layer, entropy, first in zip(
         dataset.source_layers, figures.entropy, figures.first_token, strict=False
     ):

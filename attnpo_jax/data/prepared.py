@@ -475,7 +475,9 @@ class Prepared:
 
 def _features(components: Mapping[str, Any]) -> datasets.Features:
     return shards.features(
-        len(components["source_layers"]), len(components.get("weight_columns", ()))
+        len(components["source_layers"]),
+        len(components.get("weight_columns", ())),
+        verdict=(components.get("judge") or {}).get("verdict", True),
     )
 
 

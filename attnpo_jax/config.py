@@ -131,7 +131,8 @@ def default_config() -> config_dict.ConfigDict:
     judge.batch_size = 8
     # Tokens of a batch (rows times their padded length), at most; a longer row goes alone.
     judge.token_budget = 4096
-    # Row lengths that they are padded to; each is one compilation a pass, of a forward pass alone.
+    # Row lengths that they are padded to; each is one compilation of a forward pass, or up to four,
+    # for batches that are not full.
     judge.num_buckets = 8
 
     config.prepare = prepare = config_dict.ConfigDict()

@@ -79,8 +79,8 @@ class Judge:
       dtype: what activations are computed in.
       batch_size: rows in a batch, at most.
       token_budget: tokens in a batch, at most (a longer row is a batch of its own).
-      num_buckets: row lengths that are compiled for the sampled prompts; longer rows than those
-        add powers of two.
+      num_buckets: row lengths that are compiled for the sampled prompts, for one to four numbers of
+        rows; longer rows than those add powers of two.
       backend: where to run; the model's parameters lie as it says. None for one device.
       attention: `auto`, or one of `models.attention_backends.BACKENDS`.
 
@@ -117,6 +117,7 @@ class Judge:
         self._common = np.zeros(0, np.int32)
         self._past: Past | None = None
         self._lengths: tuple[int, ...] = ()
+        self._compiled: set[tuple[int, int]] = set()
         self._backend = backend or backends.one_device(model.config)
         choice = attention_backends.choose(attention, model.config, dtype, self._backend.devices)
         if attention == "auto":
@@ -203,7 +204,9 @@ class Judge:
                 self._batch_size,
                 self._token_budget,
                 row_multiple=self._backend.row_shards,
+                compiled=frozenset(self._compiled),
             ):
+                self._compiled.add((length, size))
                 batch = [items[j] for j in chosen]
                 arrays = _stack([rows[i] for i in batch], size, length)
                 yield batch, self._pass((self._model.params, past, self._letters), arrays)

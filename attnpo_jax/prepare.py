@@ -189,6 +189,11 @@ def _fill(
         process_count=1 if together else jax.process_count(),
     )
     pending, stops = writer.pending(), False
+    if together:
+        # A file system may show one process what it does not show another yet.
+        mine = {shard for shard, _, _ in pending}
+        either = preemption.agreed_each([shard in mine for shard in range(writer.num_shards)])
+        pending = [(k, *writer.row_range(k)) for k, missing in enumerate(either) if missing]
     if pending:
         tokenize = PairTokenizer.from_config(config, model.tokenizer)
         sample = _sample(tokenize, pairs)
@@ -370,6 +375,7 @@ class _Reference:
             )
             for length in choose_buckets(lengths, config.judge.num_buckets)
         }
+        self._compiled: set[tuple[int, int]] = set()
         self._logps = reference_pass(config, model.config, backend, attention)
 
     def run(
@@ -385,7 +391,9 @@ class _Reference:
             self._batch_size,
             self._token_budget,
             row_multiple=self._row_shards,
+            compiled=frozenset(self._compiled),
         ):
+            self._compiled.add((length, size))
             batch = [examples[i] for i in items]
             shape = self._shapes.get(length)
             if shape is None or any(

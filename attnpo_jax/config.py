@@ -124,11 +124,15 @@ def default_config() -> config_dict.ConfigDict:
     # sliding-window layers, among its global ones), "all", a tuple of layer numbers, negative
     # ones counted from the last, or "none": nothing is judged.
     judge.layers = _any("quartiles")
+    # Whether the judge's answer is wanted too; without it, layers above the last of judge.layers
+    # do not run.
+    judge.verdict = True
     # Pairs judged, or scored by the reference, at a time, at most.
     judge.batch_size = 8
     # Tokens of a batch (rows times their padded length), at most; a longer row goes alone.
     judge.token_budget = 4096
-    # Row lengths that they are padded to; each is one compilation a pass, of a forward pass alone.
+    # Row lengths that they are padded to; each is one compilation of a forward pass, or up to four,
+    # for batches that are not full.
     judge.num_buckets = 8
 
     config.prepare = prepare = config_dict.ConfigDict()

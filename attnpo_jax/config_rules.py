@@ -171,6 +171,7 @@ RULES: dict[str, Rule] = {
     "judge.max_length": _integer(2),
     "judge.max_answer_length": _integer(1),
     "judge.layers": _layers(),
+    "judge.verdict": _boolean(),
     "judge.batch_size": _integer(1),
     "judge.token_budget": _integer(1),
     "judge.num_buckets": _integer(1),

@@ -90,9 +90,10 @@ def published_rows(dataset: Prepared, pairs: list[Pair]) -> Iterator[dict[str, A
         if dataset.source_layers:
             names: tuple[Any, ...] = dataset.source_layers
             weights = {side: shares(row[f"judge_{side}"]) for side in SIDES}
-            agrees = row["judge_verdict"] > 0
-            line["cr_last_token"] = "A" if agrees[0] else "B"
-            line["rc_last_token"] = "B" if agrees[1] else "A"
+            if "judge_verdict" in row:
+                agrees = row["judge_verdict"] > 0
+                line["cr_last_token"] = "A" if agrees[0] else "B"
+                line["rc_last_token"] = "B" if agrees[1] else "A"
         else:
             names = dataset.weight_columns
             weights = {side: row[f"ready_{side}"] for side in SIDES}

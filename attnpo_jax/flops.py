@@ -36,13 +36,15 @@ class Costs:
 
     Attributes:
       key_value: key and value projections of a token in a layer.
-      rest: query and output projections and the feed-forward block, of a token in a layer.
+      query: query projection of a token in a layer.
+      rest: that, the output projection and the feed-forward block, of a token in a layer.
       score: one token's look at one other in a layer, all heads: score and weighted value.
       head: logits of one position.
       windows: for each layer, how many tokens up to and with itself one sees; None for all.
     """
 
     key_value: int
+    query: int
     rest: int
     score: int
     head: int
@@ -55,6 +57,7 @@ class Costs:
         N, K, F = config.num_heads, config.num_kv_heads, config.intermediate_size
         return cls(
             key_value=2 * (2 * D * K * H),
+            query=2 * D * N * H,
             rest=2 * (2 * D * N * H + 3 * D * F),
             score=2 * (2 * N * H),
             head=2 * D * config.vocab_size,
@@ -130,16 +133,25 @@ def judge_common(config: ModelConfig, common: int) -> int:
     )
 
 
-def judge_row(config: ModelConfig, common: int, prefix: int, orders: Sequence[int]) -> int:
-    """Attention rows and verdict of one pair in both orders.
+def judge_row(
+    config: ModelConfig,
+    common: int,
+    prefix: int,
+    orders: Sequence[int],
+    last_layer: int | None = None,
+) -> int:
+    """Attention rows, and the verdict, of one pair in both orders.
 
     Args:
       config: the model's shape.
       common: tokens that all judge prompts begin with (see `judge_common`).
       prefix: tokens both orders begin with, `common` included.
       orders: tokens of each order's prompt, `prefix` included.
+      last_layer: the last layer whose attention is wanted, where the verdict is not; else None.
     """
     costs = Costs.of(config)
+    if last_layer is not None:
+        costs = dataclasses.replace(costs, windows=costs.windows[: last_layer + 1])
     branches = [n - prefix for n in orders]
     body = costs.forward(
         tokens=prefix - common + sum(branches),
@@ -149,4 +161,10 @@ def judge_row(config: ModelConfig, common: int, prefix: int, orders: Sequence[in
         read=len(branches),
         seen_by_read=lambda w: sum(seen_from(n - 1, 1, w) for n in orders),
     )
-    return body + len(branches) * costs.head
+    if last_layer is None:
+        return body + len(branches) * costs.head
+    # Of the last layer, keys, and the queries and scores of the read positions.
+    tokens = prefix - common + sum(branches)
+    scored = sum(seen_from(n - 1, 1, costs.windows[-1]) for n in orders)
+    values = tokens * costs.key_value // 2 + scored * costs.score // 2
+    return body - values - len(branches) * (costs.rest - costs.query)

@@ -42,9 +42,10 @@ class Judgement:
       chosen: float32 (2, S, T), raw attention by order, source layer and text token of the chosen
         response as it is trained on.
       rejected: float32 (2, S, T'), the same for the rejected response.
-      verdict: float32 (2,), by order, log p(letter of the chosen response) - log p(other letter).
+      verdict: float32 (2,), by order, log p(letter of the chosen response) - log p(other letter);
+        NaN from a judge that was not asked for it.
       answer_ids: int32 (2,), by order, the token that the judge would most likely answer with,
-        which need not be a letter.
+        which need not be a letter; -1 likewise.
     """
 
     id: str
@@ -73,11 +74,13 @@ class Judge:
       max_length: a judge prompt stays below this many tokens.
       max_answer_length: tokens that an answer keeps where the prompt would be longer.
       source_layers: the layers whose attention is kept, counted from 0.
+      verdict: whether the answer is wanted too; without it, layers above the last of those do not
+        run.
       dtype: what activations are computed in.
       batch_size: rows in a batch, at most.
       token_budget: tokens in a batch, at most (a longer row is a batch of its own).
-      num_buckets: row lengths that are compiled for the sampled prompts; longer rows than those
-        add powers of two.
+      num_buckets: row lengths that are compiled for the sampled prompts, for one to four numbers of
+        rows; longer rows than those add powers of two.
       backend: where to run; the model's parameters lie as it says. None for one device.
       attention: `auto`, or one of `models.attention_backends.BACKENDS`.
 
@@ -93,6 +96,7 @@ class Judge:
         max_length: int = 2048,
         max_answer_length: int = 768,
         source_layers: Sequence[int] = (-1,),
+        verdict: bool = True,
         dtype=jnp.float32,
         batch_size: int = 8,
         token_budget: int = 4096,
@@ -105,6 +109,7 @@ class Judge:
         self.prompter = JudgePrompter(
             model.tokenizer, JudgeTemplate.load(template), max_length, max_answer_length
         )
+        self.verdict = verdict
         self._model = model
         self._batch_size = batch_size
         self._token_budget = token_budget
@@ -112,6 +117,7 @@ class Judge:
         self._common = np.zeros(0, np.int32)
         self._past: Past | None = None
         self._lengths: tuple[int, ...] = ()
+        self._compiled: set[tuple[int, int]] = set()
         self._backend = backend or backends.one_device(model.config)
         choice = attention_backends.choose(attention, model.config, dtype, self._backend.devices)
         if attention == "auto":
@@ -122,7 +128,9 @@ class Judge:
             "attention": choice.backend,
         }
         self._letters = self._backend.replicate(np.asarray(self.prompter.letter_ids, np.int32))
-        self._pass = compile_pass(self._backend, self.source_layers, **self._static)
+        self._pass = compile_pass(
+            self._backend, self.source_layers, verdict=verdict, **self._static
+        )
 
     def fit(
         self, prompts: Sequence[JudgePrompt], *, row_lengths: Sequence[int] | None = None
@@ -196,7 +204,9 @@ class Judge:
                 self._batch_size,
                 self._token_budget,
                 row_multiple=self._backend.row_shards,
+                compiled=frozenset(self._compiled),
             ):
+                self._compiled.add((length, size))
                 batch = [items[j] for j in chosen]
                 arrays = _stack([rows[i] for i in batch], size, length)
                 yield batch, self._pass((self._model.params, past, self._letters), arrays)
@@ -306,6 +316,7 @@ def compile_pass(
     backend: backends.Backend,
     sources: tuple[int, ...],
     *,
+    verdict: bool = True,
     config: ModelConfig,
     dtype,
     attention: str,
@@ -313,13 +324,15 @@ def compile_pass(
     """The judge's pass over a batch of rows, as `Backend.row_pass` returns it.
 
     It takes (parameters, past or None, the two letters' ids) and (tokens, positions, branches, read
-    positions), and returns attention rows, log-odds and top tokens.
+    positions), and returns attention rows, log-odds and top tokens; NaN and -1 for the latter if
+    there is no `verdict`.
     """
     return backend.row_pass(
         _judge_rows,
         out_axes=(1, 0, 0),
         config=config,
         sources=sources,
+        verdict=verdict,
         dtype=jnp.dtype(dtype),
         attention=attention,
     )
@@ -331,6 +344,7 @@ def _judge_rows(
     *,
     config: ModelConfig,
     sources: tuple[int, ...],
+    verdict: bool,
     dtype,
     attention: str,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -349,9 +363,13 @@ def _judge_rows(
         read_B2,
         sources=sources,
         past=past,
+        with_hidden=verdict,
         dtype=dtype,
         attention=attention,
     )
+    if not verdict:
+        shape = read_B2.shape
+        return output.rows_SBQL, jnp.full(shape, jnp.nan), jnp.full(shape, -1, jnp.int32)
     hidden_BQD, unembedding_VD = rules.split_logits(
         output.hidden_BQD, decoder.unembedding(params).astype(dtype)
     )

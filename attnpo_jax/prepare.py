@@ -189,6 +189,11 @@ def _fill(
         process_count=1 if together else jax.process_count(),
     )
     pending, stops = writer.pending(), False
+    if together:
+        # A file system may show one process what it does not show another yet.
+        mine = {shard for shard, _, _ in pending}
+        either = preemption.agreed_each([shard in mine for shard in range(writer.num_shards)])
+        pending = [(k, *writer.row_range(k)) for k, missing in enumerate(either) if missing]
     if pending:
         tokenize = PairTokenizer.from_config(config, model.tokenizer)
         sample = _sample(tokenize, pairs)
@@ -258,6 +263,7 @@ def _judge(
         max_length=config.judge.max_length,
         max_answer_length=config.judge.max_answer_length,
         source_layers=source_layers,
+        verdict=config.judge.verdict,
         dtype=jnp.dtype(config.model.dtype),
         batch_size=config.judge.batch_size,
         token_budget=config.judge.token_budget,
@@ -319,7 +325,8 @@ def _shard_rows(
         if judge is not None:
             row["judge_chosen"] = judgements[i].chosen
             row["judge_rejected"] = judgements[i].rejected
-            row["judge_verdict"] = judgements[i].verdict
+            if judge.verdict:
+                row["judge_verdict"] = judgements[i].verdict
         if forms[i].ready is not None:
             row["ready_chosen"], row["ready_rejected"] = forms[i].ready
         rows.append(row)
@@ -368,6 +375,7 @@ class _Reference:
             )
             for length in choose_buckets(lengths, config.judge.num_buckets)
         }
+        self._compiled: set[tuple[int, int]] = set()
         self._logps = reference_pass(config, model.config, backend, attention)
 
     def run(
@@ -383,7 +391,9 @@ class _Reference:
             self._batch_size,
             self._token_budget,
             row_multiple=self._row_shards,
+            compiled=frozenset(self._compiled),
         ):
+            self._compiled.add((length, size))
             batch = [examples[i] for i in items]
             shape = self._shapes.get(length)
             if shape is None or any(
@@ -427,16 +437,16 @@ class JudgeFigures:
 
     Attributes:
       agreement: share of pairs whose verdict prefers the chosen response in (both orders, one
-        order, none).
+        order, none); None if verdicts were not asked for.
       position_bias: mean log-odds for the letter A over both orders; 0 for a judge that does not
-        care where an answer stands.
+        care where an answer stands; None likewise.
       entropy: per source layer, mean entropy of a response's weights before the sink fix, as a
         share of the uniform weights' entropy (responses of one token left out).
       first_token: per source layer, mean share of the weight that the first token has.
     """
 
-    agreement: tuple[float, float, float]
-    position_bias: float
+    agreement: tuple[float, float, float] | None
+    position_bias: float | None
     entropy: tuple[float, ...]
     first_token: tuple[float, ...]
 
@@ -446,7 +456,7 @@ def judge_figures(dataset: prepared.Prepared) -> JudgeFigures:
     verdicts = np.zeros((len(dataset), 2))
     entropies, firsts = [], []
     for i, row in enumerate(dataset):
-        verdicts[i] = row["judge_verdict"]
+        verdicts[i] = row.get("judge_verdict", np.nan)
         for side in ("judge_chosen", "judge_rejected"):
             raw = row[side].astype(np.float64)
             n = raw.shape[-1]
@@ -457,10 +467,11 @@ def judge_figures(dataset: prepared.Prepared) -> JudgeFigures:
                 logs = np.log(share, where=share > 0, out=np.zeros_like(share))
                 entropies.append(-(share * logs).sum(axis=-1) / np.log(n))
     right = (verdicts > 0).sum(axis=1)
+    asked = not np.isnan(verdicts).all()
     return JudgeFigures(
-        agreement=tuple(float(np.mean(right == k)) for k in (2, 1, 0)),
+        agreement=tuple(float(np.mean(right == k)) for k in (2, 1, 0)) if asked else None,
         # Order 0 has the chosen answer at A, order 1 at B.
-        position_bias=float(np.mean(verdicts * [1, -1])),
+        position_bias=float(np.mean(verdicts * [1, -1])) if asked else None,
         entropy=tuple(np.mean(entropies, axis=0).tolist()) if entropies else (),
         first_token=tuple(np.mean(firsts, axis=0).tolist()),
     )
@@ -476,9 +487,11 @@ def summary(split: str, dataset: prepared.Prepared) -> Table:
     if not dataset.source_layers:
         return table
     figures = judge_figures(dataset)
-    both, one, none = (f"{share:.1%}" for share in figures.agreement)
-    table.add_row("verdict agrees with the label", f"both orders {both}, one {one}, none {none}")
-    table.add_row("position bias", f"{figures.position_bias:+.3f} log-odds for A")
+    if figures.agreement is not None:
+        both, one, none = (f"{share:.1%}" for share in figures.agreement)
+        agrees = f"both orders {both}, one {one}, none {none}"
+        table.add_row("verdict agrees with the label", agrees)
+        table.add_row("position bias", f"{figures.position_bias:+.3f} log-odds for A")
     for layer, entropy, first in zip(
         dataset.source_layers, figures.entropy, figures.first_token, strict=False
     ):

@@ -71,6 +71,7 @@ def components(
             "template": JudgeTemplate.load(config.judge.template).digest(),
             "max_length": config.judge.max_length,
             "max_answer_length": config.judge.max_answer_length,
+            "verdict": config.judge.verdict,
         }
         if source_layers
         else None,

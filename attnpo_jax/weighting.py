@@ -46,7 +46,7 @@ class ResponseTokens:
         of the answers (0: chosen at A, 1: chosen at B) and source layer. Values off `text_mask_BT`
         carry no meaning.
       verdict_B2: float32, by order, log-probability of the letter of the chosen response minus
-        that of the other letter.
+        that of the other letter; NaN where `judge.verdict` is False.
       reference_logps_BT: float32, log-probability of each token under the reference.
       policy_logps_BT: float32, the same under the policy, gradient stopped.
       is_chosen: bool (B,), whether the row is its pair's chosen response.

@@ -20,7 +20,7 @@ TINY = ModelConfig(
 
 
 def test_costs_of_the_parts_by_hand():
-    assert flops.Costs.of(TINY) == flops.Costs(16, 68, 16, 20, windows=(None, None))
+    assert flops.Costs.of(TINY) == flops.Costs(16, 16, 68, 16, 20, windows=(None, None))
 
 
 @pytest.mark.parametrize(
@@ -73,6 +73,14 @@ def test_judge_row_by_hand():
     first_layer = 4 * (16 + 68) + (2 + 3 + 3 + 4) * 16
     last_layer = 4 * 16 + 2 * 68 + (3 + 4) * 16
     assert flops.judge_row(TINY, 1, 2, (3, 4)) == first_layer + last_layer + 2 * 20
+
+
+def test_without_a_verdict_the_last_layer_takes_keys_and_the_scores_of_what_is_read():
+    # As above; a key is half of 16, a query 2 * (2*2*2) = 16, a score half a look.
+    row = 4 * 8 + 2 * 16 + (3 + 4) * 8
+    assert flops.judge_row(TINY, 1, 2, (3, 4), last_layer=0) == row
+    first_layer = 4 * (16 + 68) + (2 + 3 + 3 + 4) * 16
+    assert flops.judge_row(TINY, 1, 2, (3, 4), last_layer=1) == first_layer + row
 
 
 def test_what_judge_prompts_share_needs_no_more_than_keys_and_values_in_the_last_layer():

@@ -247,6 +247,22 @@ def test_bfloat16_stays_near(model, template):
         np.testing.assert_allclose(a.verdict, b.verdict, atol=0.1)
 
 
+def test_without_a_verdict_no_layer_above_the_last_source_runs(model, template):
+    settings = {"template": template, "source_layers": (0, 1)}
+    tokenized = tokenize(model, PAIRS)
+    want = Judge(model, **settings).judge(PAIRS, tokenized)
+    # Whatever runs through this layer is no number any more.
+    poisoned = jax.tree.map(lambda p: p, model.params)
+    poisoned["layers"] = jax.tree.map(lambda p: p.at[2].set(jnp.nan), poisoned["layers"])
+    broken = dataclasses.replace(model, params=poisoned)
+    got = Judge(broken, verdict=False, **settings).judge(PAIRS, tokenized)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a.chosen, b.chosen, atol=1e-6)
+        np.testing.assert_allclose(a.rejected, b.rejected, atol=1e-6)
+        assert np.isnan(a.verdict).all() and a.answer_ids.tolist() == [-1, -1]
+    assert np.isnan(Judge(broken, **settings).judge(PAIRS, tokenized)[0].verdict).all()
+
+
 def test_judging_a_handful_of_pairs(model, template):
     found = judge_pairs(model, PAIRS[:2], template=template, source_layers=(2,), **LENGTHS)
     assert [(t.id, j.id) for t, j in found] == [("short", "short"), ("spaces", "spaces")]

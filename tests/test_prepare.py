@@ -30,6 +30,7 @@ from attnpo_jax import config as config_lib
 from attnpo_jax import prepare as prepare_module
 from attnpo_jax.config_rules import ConfigError
 from attnpo_jax.data import atomic
+from attnpo_jax.data.batching import EvalBatches
 from attnpo_jax.data.prepared import DamagedShard, Prepared, PreparedMismatch, PreparedWriter
 from attnpo_jax.data.sources import BadRow, load_pairs
 from attnpo_jax.judge import Judge, judge_pairs
@@ -419,6 +420,20 @@ def test_an_unfinished_dataset_of_other_settings_is_refused(inputs, finished, no
         (finished / "prepared" / split / "prepared.json").unlink()
     with pytest.raises(PreparedMismatch, match="judge.max_length: on disk 200, config 150"):
         run(make_config(inputs, judge__max_length=150), finished)
+
+
+def test_without_the_verdict_the_rest_is_the_same(inputs, undisturbed, tmp_path):
+    config = make_config(inputs, judge__verdict=False)
+    assert "verdict" not in run(config, tmp_path)
+    want = Prepared.open(undisturbed[0] / "prepared" / "train")
+    got = open_prepared(config, tmp_path, "train")
+    for a, b in zip(got, want, strict=True):
+        assert a.keys() == b.keys() - {"judge_verdict"}
+        np.testing.assert_allclose(a["judge_chosen"], b["judge_chosen"], atol=1e-6)
+    batch = EvalBatches(got, batch_size=2)[0]
+    assert np.isnan(batch.verdict_BG2[batch.valid_BG]).all()
+    with pytest.raises(PreparedMismatch, match="judge.verdict: on disk false, config true"):
+        run(make_config(inputs), tmp_path)
 
 
 def test_a_full_disk_leaves_what_was_finished(inputs, undisturbed, tmp_path, monkeypatch, judged):

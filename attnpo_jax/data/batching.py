@@ -38,7 +38,8 @@ class PairBatch:
       text_mask_BG2T: bool, those that carry the response's text.
       reference_logps_BG2T: float32 reference log-probs.
       judge_BG22ST: float32 raw judge attention by response, order, source layer, token.
-      verdict_BG2: float32 log-odds, by order, that the judge prefers the chosen response.
+      verdict_BG2: float32 log-odds, by order, that the judge prefers the chosen response; NaN
+        where that was not asked for.
       ready_BG2KT: float32 ready-made weights by response, column, token; None without any.
       valid_BG: bool, slots that hold a pair.
       pair_BG: int32 row of the prepared dataset, -1 for empty slots.
@@ -114,7 +115,7 @@ class Example:
             response_ids=(row["chosen_ids"], row["rejected_ids"]),
             text_lengths=(row["chosen_text_length"], row["rejected_text_length"]),
             judge=(row["judge_chosen"], row["judge_rejected"]) if judged else None,
-            verdict=row["judge_verdict"] if judged else None,
+            verdict=row.get("judge_verdict") if judged else None,
             reference_logps=(row["ref_chosen_logps"], row["ref_rejected_logps"]),
             ready=(row["ready_chosen"], row["ready_rejected"]) if ready else None,
         )
@@ -184,8 +185,8 @@ def _fill_pair(batch: PairBatch, b: int, g: int, start: int, read_start: int, e:
     batch.branch_BL[b, start : start + prompt] = 1
     batch.valid_BG[b, g] = True
     batch.pair_BG[b, g] = e.index
-    if e.verdict is not None:
-        batch.verdict_BG2[b, g] = e.verdict
+    if e.judge is not None:
+        batch.verdict_BG2[b, g] = np.nan if e.verdict is None else e.verdict
     place, read = start + prompt, read_start
     for r, ids in enumerate(e.response_ids):
         n = len(ids)

@@ -1,6 +1,6 @@
 """Which items go into which row, and which rows into which batch, so that little is padded."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
@@ -10,6 +10,9 @@ ROUND_TO = 32
 
 # What a batch costs beside its tokens, in tokens: small matrix products are slower.
 _BATCH_COST = 256
+# What compiling one more shape costs, in tokens: some of it, since later batches use it too. Over
+# thirty shards of log-normal lengths, eight buckets came to 17 shapes, 29 if this were 0.
+_COMPILE_COST = 512
 
 
 def round_up(value: int, multiple: int = ROUND_TO) -> int:
@@ -53,11 +56,13 @@ def plan_batches(
     batch_size: int,
     token_budget: int,
     row_multiple: int = 1,
+    compiled: Collection[tuple[int, int]] = (),
 ) -> Iterator[tuple[np.ndarray, int, int]]:
     """Cuts rows into batches of like length, longest first, so that least is padded.
 
     A batch is full, or three, two or one quarter of that, so that there are at most four shapes to
-    a length; which of them follow one another is a dynamic program.
+    a length. One that is not full has to save as much as it takes to compile, unless it was. Which
+    batches follow one another is a dynamic program.
 
     Args:
       lengths: int (n,), what each row needs.
@@ -65,6 +70,7 @@ def plan_batches(
       batch_size: rows a batch, at most.
       token_budget: tokens a batch, at most, but for the fewest rows there can be.
       row_multiple: batches have a multiple of this many rows, the limits rounded up to it.
+      compiled: (row length, rows) of batches that were run before.
 
     Yields:
       (which rows, the batch's row length, the number of rows it is padded to).
@@ -83,6 +89,8 @@ def plan_batches(
         for size in {round_up(-(-full * quarters // 4), row_multiple) for quarters in (4, 3, 2, 1)}:
             stop = min(start + size, n)
             cost = least[start] + size * length + _BATCH_COST
+            if size < round_up(full, row_multiple) and (length, size) not in compiled:
+                cost += _COMPILE_COST
             if cost < least[stop]:
                 least[stop], last[stop] = cost, (start, length, size)
     cuts = []

@@ -197,7 +197,7 @@ class PreparedWriter:
         # What a killed process left of the shards that are this one's.
         for shard in self._own_shards():
             for leftover in self.path.glob(atomic.temporary_pattern(self.shard_name(shard))):
-                leftover.unlink()
+                leftover.unlink(missing_ok=True)
 
     def shard_name(self, shard: int) -> str:
         """The shard's file name."""
@@ -223,7 +223,7 @@ class PreparedWriter:
         for shard in self._own_shards():
             fault = self._fault(shard, recorded)
             if fault is not None:
-                pending.append((shard, *self._row_range(shard)))
+                pending.append((shard, *self.row_range(shard)))
                 if fault != "missing":
                     warnings.warn(
                         f"{self.path / self.shard_name(shard)}: {fault}; will be computed again",
@@ -254,7 +254,7 @@ class PreparedWriter:
             raise ValueError(
                 f"shard {shard} of {self.num_shards} is not one of process {self._process_index}"
             )
-        start, stop = self._row_range(shard)
+        start, stop = self.row_range(shard)
         name = self.shard_name(shard)
         if len(rows) + len(bad_rows) != stop - start:
             raise ValueError(
@@ -304,7 +304,7 @@ class PreparedWriter:
 
         written = []
         for shard in range(self.num_shards):
-            start, stop = self._row_range(shard)
+            start, stop = self.row_range(shard)
             file = self.path / self.shard_name(shard)
             written.append(
                 {
@@ -345,13 +345,14 @@ class PreparedWriter:
     def _own_shards(self) -> range:
         return range(self._process_index, self.num_shards, self._process_count)
 
-    def _row_range(self, shard: int) -> tuple[int, int]:
+    def row_range(self, shard: int) -> tuple[int, int]:
+        """A shard's first row, and the one after its last."""
         start = shard * self.rows_per_shard
         return start, min(start + self.rows_per_shard, self._num_rows)
 
     def _good_ids(self, shard: int, bad_rows: Sequence[Mapping[str, Any]]) -> list[str]:
         """The ids of the shard's rows; needs `ids`."""
-        start, stop = self._row_range(shard)
+        start, stop = self.row_range(shard)
         bad = {bad_row["id"] for bad_row in bad_rows}
         return [id for id in self._ids[start:stop] if id not in bad]
 
@@ -367,7 +368,7 @@ class PreparedWriter:
             return "missing"
         if file.name in recorded and _file_digest(file) != recorded[file.name]:
             return "not the bytes that were written"
-        start, stop = self._row_range(shard)
+        start, stop = self.row_range(shard)
         try:
             bad_rows = self.bad_rows(shard)
             table = shards.read_table(file)
@@ -475,7 +476,9 @@ class Prepared:
 
 def _features(components: Mapping[str, Any]) -> datasets.Features:
     return shards.features(
-        len(components["source_layers"]), len(components.get("weight_columns", ()))
+        len(components["source_layers"]),
+        len(components.get("weight_columns", ())),
+        verdict=(components.get("judge") or {}).get("verdict", True),
     )
 
 

@@ -8,8 +8,8 @@ One row a pair:
   text; the rest are template tokens;
 - `judge_chosen`, `judge_rejected`: float32 (2, S, T), raw attention by order, source layer and text
   token;
-- `judge_verdict`: float32 (2,), by order, log p(letter of the chosen response) minus log p(the
-  other letter);
+- `judge_verdict`, where it was asked for: float32 (2,), by order, log p(letter of the chosen
+  response) minus log p(the other letter);
 - `ref_chosen_logps`, `ref_rejected_logps`: float32, reference log-probs of every response token.
 
 Without source layers (S = 0) there are no judge columns. Where weights came with the data, there
@@ -37,9 +37,9 @@ _READY = ("ready_chosen", "ready_rejected")
 _TEXT_LENGTHS = ("chosen_text_length", "rejected_text_length")
 
 
-def features(num_sources: int, num_columns: int = 0) -> datasets.Features:
+def features(num_sources: int, num_columns: int = 0, verdict: bool = True) -> datasets.Features:
     """The columns of a prepared dataset with `num_sources` (S) source layers and `num_columns` (K)
-    columns of ready-made weights.
+    columns of ready-made weights; of the judge's, `verdict` or none.
     """
     int_list = datasets.List(datasets.Value("int32"))
     float_list = datasets.List(datasets.Value("float32"))
@@ -49,7 +49,8 @@ def features(num_sources: int, num_columns: int = 0) -> datasets.Features:
     if num_sources:
         by_source = datasets.List(float_list, length=num_sources)
         columns |= dict.fromkeys(_JUDGE, datasets.List(by_source, length=2))
-        columns["judge_verdict"] = datasets.List(datasets.Value("float32"), length=2)
+        if verdict:
+            columns["judge_verdict"] = datasets.List(datasets.Value("float32"), length=2)
     columns |= dict.fromkeys(_FLOAT_LISTS, float_list)
     if num_columns:
         columns |= dict.fromkeys(_READY, datasets.List(float_list, length=num_columns))

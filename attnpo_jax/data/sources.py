@@ -223,7 +223,7 @@ class HubSplit(NamedTuple):
         name: `owner/name`.
         config: the part's name; None for the only part, or the default one.
         folder: the part's folder in the repository, where parts are told by folders.
-        split: the split's name, as datasets takes it.
+        split: the split's name, as datasets takes it; None where the source names none.
     """
 
     name: str

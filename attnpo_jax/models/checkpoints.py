@@ -327,10 +327,14 @@ def stored_dtype(folder: str | os.PathLike) -> np.dtype:
     """The narrowest dtype, of at most 32 bits, that holds all of a folder's weights unchanged.
 
     Raises:
-      CheckpointError: no safetensors, or a damaged file.
+      CheckpointError: no safetensors, a damaged file, or no weights of a floating dtype.
     """
     stored = _stored_tensors(_weight_files(Path(folder))[0]).values()
     found = {_FLOAT_TYPES[tensor.dtype] for tensor in stored if tensor.dtype in _FLOAT_TYPES}
+    if not found:
+        raise CheckpointError(
+            f"{folder}: no weights of a floating dtype; accepted: a model's folder"
+        )
     widest = functools.reduce(jnp.promote_types, found)
     return np.dtype(np.float32) if widest.itemsize > 4 else widest
 
@@ -533,7 +537,7 @@ def copy_companions(source_folder: Path, folder: Path, chat_template: str | None
       chat_template: Jinja text that takes the place of the tokenizer's own default template.
     """
     for pattern in (*_COMPANIONS, f"{_TEMPLATES}/*.jinja"):
-        for companion in source_folder.glob(pattern):
+        for companion in filter(Path.is_file, source_folder.glob(pattern)):
             target = folder / companion.relative_to(source_folder)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(companion, target)

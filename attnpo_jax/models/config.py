@@ -293,6 +293,7 @@ _MAY_BE_NULL = (
     "num_key_value_heads",
     "head_dim",
     "rope_theta",
+    "rope_local_base_freq",
     "attn_logit_softcapping",
     "final_logit_softcapping",
 )

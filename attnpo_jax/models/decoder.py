@@ -407,12 +407,18 @@ def _linear_backward(spec, residuals, d_out):
     factors, out = spec.split("->")
     of_x, of_weight = factors.split(",")
     d_x = jnp.einsum(f"{out},{of_weight}->{of_x}", d_out, weight)
-    if x.size <= d_out.size:
-        return d_x, jnp.einsum(f"{of_x},{out}->{of_weight}", x, d_out)
-    turned = "".join(sorted(of_weight, key=lambda axis: axis in of_x))
-    d_turned = jnp.einsum(f"{out},{of_x}->{turned}", d_out, x)
-    # Without the barrier, compilers exchange the factors to save turning the product.
-    return d_x, jnp.einsum(f"{turned}->{of_weight}", jax.lax.optimization_barrier(d_turned))
+
+    def as_it_lies(x, d_out):
+        return jnp.einsum(f"{of_x},{out}->{of_weight}", x, d_out)
+
+    def turned(x, d_out):
+        axes = "".join(sorted(of_weight, key=lambda axis: axis in of_x))
+        product = jnp.einsum(f"{out},{of_x}->{axes}", d_out, x)
+        # Without the barrier, XLA exchanges the factors to save turning the product.
+        return jnp.einsum(f"{axes}->{of_weight}", jax.lax.optimization_barrier(product))
+
+    on_cpu = turned if x.size > d_out.size else as_it_lies
+    return d_x, jax.lax.platform_dependent(x, d_out, cpu=on_cpu, default=as_it_lies)
 
 
 linear.defvjp(_linear_forward, _linear_backward)

@@ -74,6 +74,8 @@ def fail(program: str, error: BaseException, *, expected: bool, code: int = 1) -
     deadline = time.monotonic() + LOOK_SECONDS
     while not (reasons := _reasons()) and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS / 4)
+    if not reasons:
+        traceback.print_exception(error)  # all there is to go by
     lost = f"another process of this run is gone without a word ({_first_line(error)})"
     tell = None if reasons else f"{_who()} found that {lost}"
     _end(_ends_too(program, "; ".join(reasons) or lost), code, tell)
@@ -104,7 +106,7 @@ def _end(message: str, code: int, tell: str | None = None) -> None:
 
 
 def _ends_too(program: str, reason: str) -> str:
-    return f"{program}: error: {reason}; {_who()} ends too, and the same command continues the run"
+    return f"{program}: error: {reason}; {_who()} ends too"
 
 
 def _who() -> str:

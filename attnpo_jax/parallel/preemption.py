@@ -14,7 +14,7 @@ import dataclasses
 import itertools
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -114,6 +114,17 @@ def agreed(stops: bool) -> bool:
     if jax.process_count() == 1:
         return stops
     return bool(np.any(multihost_utils.process_allgather(np.array(stops))))
+
+
+def agreed_each(flags: Sequence[bool]) -> list[bool]:
+    """For each flag, whether any process has it set; all of them must ask together.
+
+    Args:
+      flags: as many in every process.
+    """
+    if jax.process_count() == 1:
+        return list(flags)
+    return np.any(multihost_utils.process_allgather(np.array(flags, bool)), axis=0).tolist()
 
 
 def _service_has_notice() -> bool:

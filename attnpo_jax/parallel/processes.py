@@ -59,8 +59,8 @@ def initialize(
       Whether there was anything to join.
 
     Raises:
-      ProcessesError: the options or variables are incomplete or wrong.
-      RuntimeError: the others did not answer.
+      ProcessesError: the options or variables are incomplete or wrong, or the others or the cluster
+        did not answer.
     """
     if jax.distributed.is_initialized():
         return True
@@ -73,7 +73,7 @@ def initialize(
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         raise ProcessesError(
             f"the environment announces several processes, but JAX can't find them: {error}; "
             f"accepted: the options {', '.join('--' + name for name in _OPTIONS)}, the variables "
@@ -120,9 +120,10 @@ def find(
         _above_one(environ, "OMPI_COMM_WORLD_SIZE"),
         "," in environ.get("TPU_PROCESS_ADDRESSES", environ.get("TPU_WORKER_HOSTNAMES", "")),
         bool(environ.get("MEGASCALE_COORDINATOR_ADDRESS")),
-        _is_indexed_job(environ),
     )
-    return {} if switch == "1" or any(several) or _is_tpu_slice(environ) else None
+    # What has to be looked up, or may be refused, comes after what the environment says.
+    announced = switch == "1" or any(several)
+    return {} if announced or _is_indexed_job(environ) or _is_tpu_slice(environ) else None
 
 
 def are_several() -> bool:

@@ -185,13 +185,20 @@ class Setting:
         call = judge.compile_pass(
             backend,
             self.sources,
+            verdict=self.config.judge.verdict,
             config=self._of_passes,
             dtype=jnp.dtype(self.config.model.dtype),
             attention=self._attention(backend),
         )
         rows = lengths.judge_rows(at, batching.rows)
         letters = jax.ShapeDtypeStruct((2,), jnp.int32)
-        needed = model_flops.judge_row(self.model, 0, at.judge_prefix, (at.judge_order,) * 2)
+        needed = model_flops.judge_row(
+            self.model,
+            0,
+            at.judge_prefix,
+            (at.judge_order,) * 2,
+            last_layer=None if self.config.judge.verdict else max(self.sources),
+        )
         return self._compile(
             "judge",
             self.prepares_on,

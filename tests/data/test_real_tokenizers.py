@@ -86,7 +86,12 @@ def nasty_pairs():
 @pytest.fixture(scope="module")
 def pairs():
     given = os.environ.get("ATTNPO_PAIRS")
-    return nasty_pairs() + (load_pairs(given, on_bad_row="skip").pairs if given else [])
+    if not given:
+        return nasty_pairs()
+    loaded = load_pairs(given, on_bad_row="skip")
+    # Nothing but what is no preference is left out.
+    assert {row["reason"] for row in loaded.bad_rows} <= {"`chosen` equals `rejected`"}
+    return nasty_pairs() + loaded.pairs
 
 
 @pytest.fixture(scope="module", params=["llama3", "llama2", "qwen3", "gemma3", "smollm2"])

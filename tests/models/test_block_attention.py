@@ -101,6 +101,29 @@ def test_outputs_and_gradients_equal_those_of_the_whole_row(packed, softcap, win
     chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+def test_half_precision_stays_near(masks_of):
+    layout, visible, _, real = make_rows(packed=True)
+    rule = ScoreRule()
+    shapes = ((2, LENGTH, heads, H) for heads in (6, 2, 2))
+    q, k, v = (random(i, *shape).astype(jnp.bfloat16) for i, shape in enumerate(shapes))
+    weight = random(3, 2, LENGTH, 6, H) * real[..., None, None]
+
+    def total(q, k, v):
+        masks = masks_of(layout, rule)
+        out = attention_backends.attend(q, k, v, layout, rule=rule, backend=BLOCKS, masks=masks)
+        assert out.dtype == jnp.bfloat16
+        return jnp.sum(weight * out.astype(jnp.float32))
+
+    def exact(q, k, v):
+        return jnp.sum(weight * whole_row(q, k, v, jnp.asarray(visible)))
+
+    got = jax.grad(total, argnums=(0, 1, 2))(q, k, v)
+    want = jax.grad(exact, argnums=(0, 1, 2))(*(x.astype(jnp.float32) for x in (q, k, v)))
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.02 * float(jnp.abs(b).max()))
+
+
 @pytest.mark.parametrize("window", [None, 50])
 def test_a_shared_past_is_seen_by_every_row(window, masks_of):
     layout, visible, positions, real = make_rows(packed=False)

@@ -100,8 +100,11 @@ def test_a_plan_takes_no_process_options(capsys):
     assert "unknown option --process-id" in capsys.readouterr().err
 
 
+_POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}
+
+
 def test_indexed_job_needs_the_client_that_jax_asks_with(monkeypatch):
-    pod = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}
+    pod = _POD
     monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(processes.ProcessesError, match="pip install kubernetes"):
         processes.find(pod)
@@ -125,6 +128,8 @@ def test_indexed_job_needs_the_client_that_jax_asks_with(monkeypatch):
         ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, False),
         ({"SLURM_NTASKS": "8"}, False),  # a shell in an allocation
         ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        # In a pod of an indexed Job, which would have to be asked about itself.
+        ({"OMPI_COMM_WORLD_SIZE": "2", **_POD}, True),
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
     ],
@@ -395,10 +400,7 @@ def test_when_one_fails_the_others_say_why_and_end(setting, tmp_path, victim, ot
     lines = output.splitlines()
     assert f"[{victim}] attnpo: error: the disk is full" in lines
     why = f"process {victim} of 2 failed: OSError: the disk is full"
-    assert (
-        f"[{other}] attnpo: error: {why}; process {other} of 2 ends too, and the same command "
-        "continues the run"
-    ) in lines
+    assert (f"[{other}] attnpo: error: {why}; process {other} of 2 ends too") in lines
     for index in range(2):
         assert f"[{index}] process {index} of 2 ended: exit code 1" in lines
     assert "Traceback" not in output

@@ -9,7 +9,7 @@ import logging
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -207,6 +207,7 @@ def _fill(
                 f"prepare {split.name}", total, bar=config.log.progress and processes.is_first()
             ) as progress,
             ThreadPoolExecutor(max_workers=1) as ahead,
+            ThreadPoolExecutor(max_workers=1) as behind,
             preemption.watch() as noticed,
         ):
 
@@ -214,7 +215,8 @@ def _fill(
                 # Those that compute together must leave off together.
                 return preemption.agreed(noticed()) if together else noticed()
 
-            # The next shard is tokenized while this one is on the device.
+            # The next shard is tokenized, and the last one written, while this one is computed.
+            written: Future | None = None
             following = ahead.submit(tokenize, pairs[pending[0][1] : pending[0][2]])
             for k, (shard, _, _) in enumerate(pending):
                 forms, bad_rows = following.result()
@@ -225,9 +227,14 @@ def _fill(
                     stops = True
                     following.cancel()
                     break
+                if written is not None:
+                    written.result()  # a full disk ends the run here
                 if not together or processes.is_first():
-                    writer.write(shard, rows, [bad_row.as_record() for bad_row in bad_rows])
+                    records = [bad_row.as_record() for bad_row in bad_rows]
+                    written = behind.submit(writer.write, shard, rows, records)
                 progress.add(len(bad_rows))
+            if written is not None:
+                written.result()
             # Notice may have come while the last shard was written.
             stops = stops or preempted()
     # Who has been told to stop comes here too: the others learn of it and do not wait in vain.

@@ -207,7 +207,9 @@ def test_sigterm_while_preparing(setting, undisturbed, use_devices, monkeypatch,
     monkeypatch.setattr(PreparedWriter, "write", write_and_signal)
     with pytest.raises(preemption.Preempted, match="prepared/train that were finished stay"):
         prepare.prepare(setting[1], workdir)
-    assert len(list((workdir / "prepared" / "train").glob("*.arrow"))) == last + 1
+    # The shard that was computed while that one was written may be there too.
+    there = len(list((workdir / "prepared" / "train").glob("*.arrow")))
+    assert last + 1 <= there <= min(last + 2, 5)
     monkeypatch.setattr(PreparedWriter, "write", write)
     run(setting[1], workdir)
     assert_same(workdir, undisturbed)

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import datasets
 import jax
@@ -420,6 +421,26 @@ def test_an_unfinished_dataset_of_other_settings_is_refused(inputs, finished, no
         (finished / "prepared" / split / "prepared.json").unlink()
     with pytest.raises(PreparedMismatch, match="judge.max_length: on disk 200, config 150"):
         run(make_config(inputs, judge__max_length=150), finished)
+
+
+def test_a_shard_is_written_while_the_next_one_is_judged(inputs, tmp_path, monkeypatch):
+    next_one, met = threading.Event(), []
+    judge, write = Judge.run, PreparedWriter.write
+
+    def run_judge(self, prompts, tokenized):
+        if tokenized[0].id == "row-2":
+            next_one.set()
+        return judge(self, prompts, tokenized)
+
+    def wait_and_write(self, shard, *arguments):
+        if "train" in self.path.parts and shard == 0:
+            met.append(next_one.wait(60))
+        write(self, shard, *arguments)
+
+    monkeypatch.setattr(Judge, "run", run_judge)
+    monkeypatch.setattr(PreparedWriter, "write", wait_and_write)
+    run(make_config(inputs), tmp_path)
+    assert met == [True]
 
 
 def test_without_the_verdict_the_rest_is_the_same(inputs, undisturbed, tmp_path):

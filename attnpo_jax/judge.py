@@ -344,7 +344,7 @@ def _judge_rows(
     *,
     config: ModelConfig,
     sources: tuple[int, ...],
-    verdict: bool,
+    verdict: bool = True,
     dtype,
     attention: str,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:

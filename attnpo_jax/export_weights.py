@@ -8,7 +8,6 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 from ml_collections import config_dict
 from rich.console import Console
 
@@ -19,6 +18,7 @@ from attnpo_jax.data.prepared import Prepared
 from attnpo_jax.data.ready_weights import SIDES
 from attnpo_jax.data.rows import Pair
 from attnpo_jax.data.sources import load_pairs, pairs_digest
+from attnpo_jax.judge_figures import shares
 from attnpo_jax.parallel import processes
 
 # What the splits are called in the published datasets.
@@ -101,14 +101,3 @@ def published_rows(dataset: Prepared, pairs: list[Pair]) -> Iterator[dict[str, A
             for side in SIDES:
                 line[f"{side}_weights_{name}"] = weights[side][k].tolist()
         yield line
-
-
-def shares(attention_2ST: np.ndarray) -> np.ndarray:
-    """Each token's share of a response's raw attention (2, S, T), by source layer: float64 (S, T).
-
-    Each judge order's, uniform where there is no attention, then the mean of both.
-    """
-    attention = attention_2ST.astype(np.float64)
-    total = attention.sum(axis=-1, keepdims=True)
-    uniform = 1 / attention.shape[-1]
-    return np.where(total > 0, attention / np.where(total > 0, total, 1), uniform).mean(axis=0)

@@ -4,11 +4,10 @@ Rows are written shard by shard. An interruption at any moment loses the shard u
 """
 
 import dataclasses
-import functools
 import logging
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -20,13 +19,12 @@ from rich.console import Console
 from rich.table import Table
 
 from attnpo_jax import config as config_lib
-from attnpo_jax import provenance, scoring
+from attnpo_jax import provenance
 from attnpo_jax.data import atomic, prepared
-from attnpo_jax.data.batching import Example, RowShape, fill_rows
-from attnpo_jax.data.packing import choose_buckets, plan_batches, round_up
 from attnpo_jax.data.sources import LoadedPairs, Pair, load_pairs
-from attnpo_jax.data.tokenize import ChatTokenizer, TokenizedPair
+from attnpo_jax.data.tokenize import ChatTokenizer
 from attnpo_jax.judge import SAMPLE, Judge, Judgement
+from attnpo_jax.judge_figures import judge_figures
 from attnpo_jax.judge_prompt import JudgeTemplate
 from attnpo_jax.language_model import LanguageModel
 from attnpo_jax.models import attention_backends, checkpoints, int8
@@ -35,6 +33,7 @@ from attnpo_jax.pair_forms import PairForms, PairTokenizer
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.parallel import preemption, processes
 from attnpo_jax.progress import PairProgress
+from attnpo_jax.reference import Reference
 
 _LOG = logging.getLogger(__name__)
 
@@ -200,7 +199,7 @@ def _fill(
         source_layers = split.components["source_layers"]
         judge = _judge(config, model, backend, attention, source_layers, sample)
         tokenized = [forms.tokenized for forms in sample]
-        reference = _Reference(config, model, backend, attention, tokenized)
+        reference = Reference(config, model, backend, attention, tokenized)
         total = sum(stop - start for _, start, stop in pending)
         with (
             PairProgress(
@@ -295,7 +294,7 @@ def _sample(tokenize: PairTokenizer, pairs: Sequence[Pair]) -> list[PairForms]:
 
 def _shard_rows(
     judge: Judge | None,
-    reference: "_Reference",
+    reference: Reference,
     forms: Sequence[PairForms],
     progress: PairProgress,
     preempted: Callable[[], bool],
@@ -338,150 +337,6 @@ def _shard_rows(
             row["ready_chosen"], row["ready_rejected"] = forms[i].ready
         rows.append(row)
     return rows
-
-
-def reference_pass(
-    config: config_dict.ConfigDict, model: ModelConfig, backend: backends.Backend, attention: str
-) -> Callable:
-    """The reference's pass over a batch, as `Backend.row_pass` returns it.
-
-    It takes parameters and a `PairBatch` without a microbatch axis, and returns (log-probs,).
-    """
-    score = functools.partial(
-        scoring.response_logps,
-        model,
-        dtype=jnp.dtype(config.model.dtype),
-        attention=attention,
-        chunk=config.model.logps_chunk,
-    )
-    return backend.row_pass(lambda params, batch: (score(params, batch),), out_axes=(0,))
-
-
-class _Reference:
-    """The reference's log-probs, in batches of few shapes chosen from a sample."""
-
-    def __init__(
-        self,
-        config,
-        model: LanguageModel,
-        backend: backends.Backend,
-        attention: str,
-        sample: Sequence[TokenizedPair],
-    ):
-        self._model = model
-        self._row_shards = backend.row_shards
-        self._batch_size = config.judge.batch_size
-        self._token_budget = config.judge.token_budget
-        examples = [_example(i, pair) for i, pair in enumerate(sample)]
-        lengths = np.array([e.row_length for e in examples])
-        self._shapes = {
-            length: RowShape(
-                length,
-                round_up(max(e.scored_length for e in examples if e.row_length <= length)),
-                round_up(max(_longest(e) for e in examples if e.row_length <= length)),
-            )
-            for length in choose_buckets(lengths, config.judge.num_buckets)
-        }
-        self._compiled: set[tuple[int, int]] = set()
-        self._logps = reference_pass(config, model.config, backend, attention)
-
-    def run(
-        self, tokenized: Sequence[TokenizedPair]
-    ) -> Iterator[list[tuple[int, tuple[np.ndarray, np.ndarray]]]]:
-        """Yields, batch by batch, (place, (chosen's log-probs, rejected's)) lists."""
-        examples = [_example(i, pair) for i, pair in enumerate(tokenized)]
-        lengths = np.array([e.row_length for e in examples])
-        waiting = None
-        for items, length, size in plan_batches(
-            lengths,
-            tuple(self._shapes),
-            self._batch_size,
-            self._token_budget,
-            row_multiple=self._row_shards,
-            compiled=frozenset(self._compiled),
-        ):
-            self._compiled.add((length, size))
-            batch = [examples[i] for i in items]
-            shape = self._shapes.get(length)
-            if shape is None or any(
-                e.scored_length > shape.scored or _longest(e) > shape.response for e in batch
-            ):
-                # Not like anything in the sample: the roomiest shape of this length.
-                shape = RowShape(length, length, length)
-            rows = [[e] for e in batch] + [[]] * (size - len(batch))
-            (output,) = self._logps(self._model.params, fill_rows(rows, shape, num_sources=0))
-            if waiting is not None:
-                yield _read_logps(*waiting)
-            waiting = batch, output
-        if waiting is not None:
-            yield _read_logps(*waiting)
-
-
-def _example(index: int, pair: TokenizedPair) -> Example:
-    return Example(
-        index,
-        pair.prompt_ids,
-        (pair.chosen_ids, pair.rejected_ids),
-        (pair.chosen_text_length, pair.rejected_text_length),
-    )
-
-
-def _longest(example: Example) -> int:
-    return max(len(ids) for ids in example.response_ids)
-
-
-def _read_logps(batch: Sequence[Example], output: jax.Array):
-    logps_BG2T = jax.device_get(output)
-    return [
-        (e.index, tuple(logps_BG2T[b, 0, r, : len(ids)] for r, ids in enumerate(e.response_ids)))
-        for b, e in enumerate(batch)
-    ]
-
-
-@dataclasses.dataclass(frozen=True)
-class JudgeFigures:
-    """What the judge did on a dataset.
-
-    Attributes:
-      agreement: share of pairs whose verdict prefers the chosen response in (both orders, one
-        order, none); None if verdicts were not asked for.
-      position_bias: mean log-odds for the letter A over both orders; 0 for a judge that does not
-        care where an answer stands; None likewise.
-      entropy: per source layer, mean entropy of a response's weights before the sink fix, as a
-        share of the uniform weights' entropy (responses of one token left out).
-      first_token: per source layer, mean share of the weight that the first token has.
-    """
-
-    agreement: tuple[float, float, float] | None
-    position_bias: float | None
-    entropy: tuple[float, ...]
-    first_token: tuple[float, ...]
-
-
-def judge_figures(dataset: prepared.Prepared) -> JudgeFigures:
-    """Sums up a prepared dataset's judgements."""
-    verdicts = np.zeros((len(dataset), 2))
-    entropies, firsts = [], []
-    for i, row in enumerate(dataset):
-        verdicts[i] = row.get("judge_verdict", np.nan)
-        for side in ("judge_chosen", "judge_rejected"):
-            raw = row[side].astype(np.float64)
-            n = raw.shape[-1]
-            total = raw.sum(axis=-1, keepdims=True)
-            share = np.where(total > 0, raw / np.where(total > 0, total, 1), 1 / n).mean(axis=0)
-            firsts.append(share[:, 0])
-            if n > 1:
-                logs = np.log(share, where=share > 0, out=np.zeros_like(share))
-                entropies.append(-(share * logs).sum(axis=-1) / np.log(n))
-    right = (verdicts > 0).sum(axis=1)
-    asked = not np.isnan(verdicts).all()
-    return JudgeFigures(
-        agreement=tuple(float(np.mean(right == k)) for k in (2, 1, 0)) if asked else None,
-        # Order 0 has the chosen answer at A, order 1 at B.
-        position_bias=float(np.mean(verdicts * [1, -1])) if asked else None,
-        entropy=tuple(np.mean(entropies, axis=0).tolist()) if entropies else (),
-        first_token=tuple(np.mean(firsts, axis=0).tolist()),
-    )
 
 
 def summary(split: str, dataset: prepared.Prepared) -> Table:

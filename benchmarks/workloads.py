@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnpo_jax import config as config_lib
-from attnpo_jax import flops, prepare
+from attnpo_jax import flops, prepare, reference
 from attnpo_jax.data.batching import (
     Example,
     PairBatch,
@@ -213,7 +213,7 @@ class Reference:
         self._tokenized = [_tokenize(config, model.tokenizer, pair) for pair in pairs]
         backend = backends.for_preparing(model.config, config.parallel)
         attention = _attention(config, model.config, backend)
-        self._reference = prepare._Reference(config, model, backend, attention, self._tokenized)
+        self._reference = reference.Reference(config, model, backend, attention, self._tokenized)
         self.repeat()
         lengths = [
             (len(t.prompt_ids), (len(t.chosen_ids), len(t.rejected_ids))) for t in self._tokenized

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from attnpo_jax import config as config_lib
-from attnpo_jax import judge, prepare
+from attnpo_jax import judge, prepare, reference
 from attnpo_jax.data.batching import Example, RowShape, fill_rows
 from attnpo_jax.models import decoder, embedded, known
 from attnpo_jax.models.known import KNOWN, shape_of
@@ -111,7 +111,7 @@ def test_programs_of_a_ready_config_compile_for_eight_devices(file):
     batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), abstract_batch(B, num_sources=0)
     )
-    lowered = prepare.reference_pass(config, passes, backend, "xla").lower(params, batch)
+    lowered = reference.compile_pass(config, passes, backend, "xla").lower(params, batch)
     (logps,) = lowered.out_info
     assert logps.shape == batch.mask_BG2T.shape == (B, 1, 2, 8)
     assert copy <= argument_bytes(lowered) < 1.01 * copy

@@ -35,9 +35,10 @@ from attnpo_jax.data.batching import EvalBatches
 from attnpo_jax.data.prepared import DamagedShard, Prepared, PreparedMismatch, PreparedWriter
 from attnpo_jax.data.sources import BadRow, load_pairs
 from attnpo_jax.judge import Judge, judge_pairs
+from attnpo_jax.judge_figures import JudgeFigures, judge_figures
 from attnpo_jax.language_model import load_model
 from attnpo_jax.models import checkpoints, decoder
-from attnpo_jax.prepare import JudgeFigures, judge_figures, prepare
+from attnpo_jax.prepare import prepare
 from attnpo_jax.provenance import open_prepared
 
 CHATML = (

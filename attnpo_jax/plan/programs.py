@@ -16,7 +16,7 @@ import numpy as np
 
 from attnpo_jax import config as config_lib
 from attnpo_jax import flops as model_flops
-from attnpo_jax import judge, prepare
+from attnpo_jax import judge, prepare, reference
 from attnpo_jax.models import attention_backends, lora
 from attnpo_jax.models.decoder import ModelConfig, abstract_params
 from attnpo_jax.parallel import mesh as meshes
@@ -163,7 +163,7 @@ class Setting:
         at, backend = self.lengths, self._preparing_backend()
         batching = Batching.preparing(self.config, at.row, backend.row_shards)
         attention = self._attention(backend)
-        call = prepare.reference_pass(self.config, self._of_passes, backend, attention)
+        call = reference.compile_pass(self.config, self._of_passes, backend, attention)
         batch = lengths.reference_batch(at, batching.rows)
         needed = model_flops.response_logps(self.model, at.prompt, (at.response,) * 2)
         return self._compile(

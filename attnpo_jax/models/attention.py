@@ -108,6 +108,15 @@ class Past:
     values: jax.Array
 
 
+def after(past: Past, k_BLKH: jax.Array, v_BLKH: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys and values (B, P + L, K, H) of one layer's rows behind those of a shared past."""
+    keys, values = (
+        jnp.concatenate([jnp.broadcast_to(p, (x.shape[0], *p.shape)).astype(x.dtype), x], axis=1)
+        for p, x in ((past.keys, k_BLKH), (past.values, v_BLKH))
+    )
+    return keys, values
+
+
 def attend(
     q_BLNH: jax.Array,
     k_BLKH: jax.Array,

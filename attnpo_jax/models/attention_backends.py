@@ -139,18 +139,14 @@ def attend(
         return block_attention.attend(q_BLNH, k_BLKH, v_BLKH, masks, rule=rule, past=past)
     if backend == BLOCKS:
         if masks is None:
-            masks = _strip_masks(layout, rule, 0 if past is None else past.keys.shape[0])
+            masks = row_masks(layout, rule.window, 0 if past is None else past.keys.shape[0])
         return strip_attention.attend(q_BLNH, k_BLKH, v_BLKH, masks, rule=rule, past=past)
     if past is None:
         past = Past(k_BLKH[0, :0], v_BLKH[0, :0])
     run = functools.partial(_KERNELS[backend], rule=dataclasses.replace(rule, window=None))
 
     def on_device(q, k, v, past, masks):
-        keys, values = (
-            jnp.concatenate([jnp.broadcast_to(p, (k.shape[0], *p.shape)), x], axis=1)
-            for p, x in ((past.keys, k), (past.values, v))
-        )
-        return run(q, keys, values, masks)
+        return run(q, *attention.after(past, k, v), masks)
 
     # Kernels are no business of the partitioner's: every device runs them on what it has.
     headed, whole = rules.BY_ROWS_AND_HEADS, rules.BY_HEADS
@@ -187,7 +183,7 @@ def make_masks(backend: str, layout: RowLayout, rule: ScoreRule, past_length: in
     if backend == "xla" or isinstance(rule.window, jax.Array):
         return None
     if backend == BLOCKS:
-        return _strip_masks(layout, rule, past_length)
+        return row_masks(layout, rule.window, past_length)
     return _masks(backend, layout, rule, past_length)
 
 
@@ -198,12 +194,8 @@ def _masks(backend: str, layout: RowLayout, rule: ScoreRule, past_length: int) -
     return rules.per_device(make, specs, rules.BY_ROWS, rows=rows)(layout, rule.window)
 
 
-def _strip_masks(layout: RowLayout, rule: ScoreRule, past_length: int) -> jax.Array:
-    return row_masks(layout, rule.window, past_length, multiple=1)
-
-
 def row_masks(
-    layout: RowLayout, window: int | jax.Array | None, past_length: int, multiple: int
+    layout: RowLayout, window: int | jax.Array | None, past_length: int, multiple: int = 1
 ) -> jax.Array:
     """Who sees whom, as bool (B, M, S): M queries and S keys, rounded up to a multiple.
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from attnpo_jax.models.attention import MASKED, Past, RowLayout, ScoreRule, soft_cap
+from attnpo_jax.models.attention import MASKED, Past, RowLayout, ScoreRule, after, soft_cap
 
 # What the backward pass needs of the forward pass. A rematerialisation policy that keeps these
 # names saves running it twice.
@@ -139,13 +139,10 @@ def attend(
       rule: how scores become probabilities.
       past: keys and values of tokens that stand before every row, or None.
     """
-    B, _, _, H = q_BLNH.shape
     if past is not None:
-        k_BLKH, v_BLKH = (
-            jnp.concatenate([jnp.broadcast_to(x, (B, *x.shape)).astype(row.dtype), row], axis=1)
-            for x, row in ((past.keys, k_BLKH), (past.values, v_BLKH))
-        )
+        k_BLKH, v_BLKH = after(past, k_BLKH, v_BLKH)
     window = None if rule.window is None else jnp.asarray(rule.window, jnp.int32)
+    H = q_BLNH.shape[-1]
     scale = H**-0.5 if rule.scale is None else rule.scale
     return _attention(q_BLNH * scale, k_BLKH, v_BLKH, blocks, window, rule.softcap)
 

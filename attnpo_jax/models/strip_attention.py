@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from attnpo_jax.models.attention import MASKED, Past, ScoreRule, soft_cap
+from attnpo_jax.models.attention import MASKED, Past, ScoreRule, after, soft_cap
 from attnpo_jax.models.block_attention import RESIDUALS
 
 # Rows with more keys leave the cache, and their strips are so many that compiling them takes long.
@@ -46,12 +46,9 @@ def attend(
       rule: how scores become probabilities; its window is the mask's business.
       past: keys and values of tokens that stand before every row, or None.
     """
-    B, _, _, H = q_BLNH.shape
     if past is not None:
-        k_BLKH, v_BLKH = (
-            jnp.concatenate([jnp.broadcast_to(x, (B, *x.shape)).astype(row.dtype), row], axis=1)
-            for x, row in ((past.keys, k_BLKH), (past.values, v_BLKH))
-        )
+        k_BLKH, v_BLKH = after(past, k_BLKH, v_BLKH)
+    H = q_BLNH.shape[-1]
     scale = H**-0.5 if rule.scale is None else rule.scale
     return _attention(q_BLNH * scale, k_BLKH, v_BLKH, mask_BLS, rule.softcap)
 

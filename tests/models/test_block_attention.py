@@ -159,14 +159,6 @@ def test_layers_that_differ_in_their_window_make_masks_of_their_own():
     np.testing.assert_allclose(got[real], whole_row(q, k, v, jnp.asarray(mask))[real], atol=1e-5)
 
 
-@pytest.mark.parametrize("length", [1, 15, 96, 200, 384, 1000, 1407])
-def test_strips_cover_every_query_once(length):
-    strips = strip_attention.strips(length, length + 129)
-    places = [place for first, stop, _ in strips for place in range(first, stop)]
-    assert places == list(range(length))
-    assert [keys - stop for _, stop, keys in strips] == [129] * len(strips)
-
-
 def test_blocks_that_nobody_sees_are_skipped():
     branch = np.repeat(np.array([1, 2, 3], np.int32), 256)[None]
     blocks = block_attention.Blocks.of(RowLayout(jnp.asarray(branch)))

@@ -204,9 +204,8 @@ class Judge:
                 self._batch_size,
                 self._token_budget,
                 row_multiple=self._backend.row_shards,
-                compiled=frozenset(self._compiled),
+                compiled=self._compiled,
             ):
-                self._compiled.add((length, size))
                 batch = [items[j] for j in chosen]
                 arrays = _stack([rows[i] for i in batch], size, length)
                 yield batch, self._pass((self._model.params, past, self._letters), arrays)

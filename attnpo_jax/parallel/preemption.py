@@ -111,9 +111,7 @@ def agreed(stops: bool) -> bool:
     Args:
       stops: what this process says.
     """
-    if jax.process_count() == 1:
-        return stops
-    return bool(np.any(multihost_utils.process_allgather(np.array(stops))))
+    return agreed_each([stops])[0]
 
 
 def agreed_each(flags: Sequence[bool]) -> list[bool]:

@@ -5,7 +5,7 @@ Their PyTorch code trains on such files, and so does this package (`data.weight_
 
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ml_collections import config_dict
@@ -17,7 +17,7 @@ from attnpo_jax.data import atomic
 from attnpo_jax.data.prepared import Prepared
 from attnpo_jax.data.ready_weights import SIDES
 from attnpo_jax.data.rows import Pair
-from attnpo_jax.data.sources import load_pairs, pairs_digest
+from attnpo_jax.data.sources import load_pairs
 from attnpo_jax.judge_figures import shares
 from attnpo_jax.parallel import processes
 
@@ -63,7 +63,7 @@ def export_weights(
             on_bad_row=config.data.on_bad_row,
             weight_columns=config_lib.weight_columns(config),
         ).pairs
-        if pairs_digest(pairs) != dataset.meta["components"]["data"]["digest"]:
+        if pairs.digest != dataset.meta["components"]["data"]["digest"]:
             raise ValueError(
                 f"config.data.{split} = {config.data[split]!r} holds other pairs than those that "
                 f"{dataset.path} was prepared from; accepted: the same pairs"
@@ -73,7 +73,7 @@ def export_weights(
         console.print(f"{len(dataset)} pairs: {path}", highlight=False, soft_wrap=True)
 
 
-def published_rows(dataset: Prepared, pairs: list[Pair]) -> Iterator[dict[str, Any]]:
+def published_rows(dataset: Prepared, pairs: Iterable[Pair]) -> Iterator[dict[str, Any]]:
     """The lines that `export_weights` writes; `pairs` are those the dataset was prepared from."""
     by_id = {pair.id: pair for pair in pairs}
     for row in dataset:

@@ -21,7 +21,8 @@ from rich.table import Table
 from attnpo_jax import config as config_lib
 from attnpo_jax import provenance
 from attnpo_jax.data import atomic, prepared
-from attnpo_jax.data.sources import LoadedPairs, Pair, load_pairs
+from attnpo_jax.data.readers import ALONE, Team
+from attnpo_jax.data.sources import BadRow, LoadedPairs, Pairs, load_pairs
 from attnpo_jax.data.tokenize import ChatTokenizer
 from attnpo_jax.judge import SAMPLE, Judge, Judgement
 from attnpo_jax.judge_figures import judge_figures
@@ -121,6 +122,7 @@ def _load_pairs(config, split: str, workdir: pathlib.Path) -> LoadedPairs:
         on_bad_row=config.data.on_bad_row,
         bad_rows_path=_bad_rows_path(path) if write else None,
         weight_columns=config_lib.weight_columns(config),
+        team=processes.team(),
     )
 
 
@@ -134,7 +136,7 @@ class _Split:
 
     name: str
     path: pathlib.Path
-    pairs: list[Pair]
+    pairs: Pairs
     bad_rows: list[dict[str, Any]]
     components: dict[str, Any]
     status: str
@@ -146,7 +148,7 @@ class _Split:
         path = provenance.split_path(workdir, name)
         config_lib.check_columns(config, loaded.weight_columns)
         components = provenance.components(
-            config, name, folder, tokenizer, loaded.pairs, loaded.weight_columns
+            config, name, folder, tokenizer, loaded.pairs.digest, loaded.weight_columns
         )
         with provenance.naming_fields(name):
             status = prepared.status(path, components)
@@ -178,12 +180,14 @@ def _fill(
 ) -> None:
     """Computes and writes this process's shards that are not there yet, then the metadata."""
     pairs, together = split.pairs, _together(config)
+    everyone = processes.team()
+    team = everyone if together else ALONE  # those that compute the same shards
     writer = prepared.PreparedWriter(
         split.path,
         split.components,
         len(pairs),
         config.prepare.rows_per_shard,
-        ids=[pair.id for pair in pairs],
+        ids=pairs.ids,
         process_index=0 if together else jax.process_index(),
         process_count=1 if together else jax.process_count(),
     )
@@ -193,9 +197,10 @@ def _fill(
         mine = {shard for shard, _, _ in pending}
         either = preemption.agreed_each([shard in mine for shard in range(writer.num_shards)])
         pending = [(k, *writer.row_range(k)) for k, missing in enumerate(either) if missing]
-    if pending:
+    if preemption.agreed(bool(pending)):
         tokenize = PairTokenizer.from_config(config, model.tokenizer)
-        sample = _sample(tokenize, pairs)
+        sample = _sample(tokenize, pairs, everyone)
+    if pending:
         source_layers = split.components["source_layers"]
         judge = _judge(config, model, backend, attention, source_layers, sample)
         tokenized = [forms.tokenized for forms in sample]
@@ -210,17 +215,22 @@ def _fill(
             preemption.watch() as noticed,
         ):
 
+            def read(shard: int, start: int, stop: int) -> Future:
+                part = team.part(stop - start)
+                mine = slice(start + part.start, start + part.stop)
+                return ahead.submit(lambda: tokenize(pairs[mine]))
+
             def preempted() -> bool:
                 # Those that compute together must leave off together.
                 return preemption.agreed(noticed()) if together else noticed()
 
             # The next shard is tokenized, and the last one written, while this one is computed.
             written: Future | None = None
-            following = ahead.submit(tokenize, pairs[pending[0][1] : pending[0][2]])
+            following = read(*pending[0])
             for k, (shard, _, _) in enumerate(pending):
-                forms, bad_rows = following.result()
+                forms, bad_rows = _of_all(team, *following.result())
                 if k + 1 < len(pending):
-                    following = ahead.submit(tokenize, pairs[pending[k + 1][1] : pending[k + 1][2]])
+                    following = read(*pending[k + 1])
                 rows = _shard_rows(judge, reference, forms, progress, preempted)
                 if rows is None:
                     stops = True
@@ -281,15 +291,30 @@ def _judge(
     return judge
 
 
-def _sample(tokenize: PairTokenizer, pairs: Sequence[Pair]) -> list[PairForms]:
-    """Pairs from all over the data; ValueError if every one of them is bad."""
-    places = np.linspace(0, len(pairs) - 1, min(SAMPLE, len(pairs)), dtype=int)
-    forms, _ = tokenize([pairs[i] for i in places])
-    if not forms:
-        forms, bad_rows = tokenize(pairs)
-        if not forms:
-            raise ValueError(f"no pair can be prepared: all are bad rows, the first: {bad_rows[0]}")
-    return forms
+def _sample(tokenize: PairTokenizer, pairs: Pairs, team: Team) -> list[PairForms]:
+    """Pairs from all over the data, the same for all of a team, of which each tokenizes a part.
+
+    Raises:
+      ValueError: every one of the data's pairs is bad.
+    """
+    few = np.linspace(0, len(pairs) - 1, min(SAMPLE, len(pairs)), dtype=int)
+    for places in (few, np.arange(len(pairs))):
+        mine = [pairs[places[i]] for i in team.part(len(places))]
+        forms, bad_rows = _of_all(team, *tokenize(mine))
+        if forms:
+            return forms
+    raise ValueError(f"no pair can be prepared: all are bad rows, the first: {bad_rows[0]}")
+
+
+def _of_all(
+    team: Team, forms: list[PairForms], bad_rows: list[BadRow]
+) -> tuple[list[PairForms], list[BadRow]]:
+    """What all of a team have tokenized, in the order of their parts."""
+    parts = team.exchange((forms, [vars(bad_row) for bad_row in bad_rows]))
+    return (
+        [form for of_one, _ in parts for form in of_one],
+        [BadRow(**bad_row) for _, of_one in parts for bad_row in of_one],
+    )
 
 
 def _shard_rows(

@@ -11,7 +11,6 @@ from attnpo_jax import config as config_lib
 from attnpo_jax.config import judge_layers
 from attnpo_jax.data import mixture
 from attnpo_jax.data.prepared import Prepared, PreparedMismatch, differences
-from attnpo_jax.data.sources import Pair, pairs_digest
 from attnpo_jax.data.tokenize import ChatTokenizer
 from attnpo_jax.judge_prompt import JudgeTemplate
 from attnpo_jax.models import checkpoints
@@ -34,7 +33,7 @@ def components(
     split: str,
     folder: pathlib.Path,
     tokenizer: ChatTokenizer,
-    pairs: Sequence[Pair] | None,
+    pairs_digest: str | None,
     weight_columns: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Everything that the rows of a prepared dataset depend on, as JSON.
@@ -44,13 +43,13 @@ def components(
       split: `train` or `eval`.
       folder: the model's folder.
       tokenizer: the tokenizer in use.
-      pairs: the split's pairs; None leaves their digest out.
+      pairs_digest: that of the split's pairs; None leaves it out.
       weight_columns: the names of the ready-made weights that they have.
     """
     model = checkpoints.load_config(folder)
     data: dict[str, Any] = {"sources": mixture.names(config.data[split])}
-    if pairs is not None:
-        data["digest"] = pairs_digest(pairs)
+    if pairs_digest is not None:
+        data["digest"] = pairs_digest
     ready = {}
     if weight_columns:
         ready["weight_columns"] = list(weight_columns)

@@ -32,33 +32,15 @@ import hashlib
 import itertools
 import json
 import os
-import pathlib
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from attnpo_jax.data import atomic, mixture, ready_weights
+from attnpo_jax.data.readers import ACCEPTED_SOURCES, ALONE, Rows, Team, open_source
 from attnpo_jax.data.rows import Pair, Unfit, own_id, pair_of_row
 
-ACCEPTED_SOURCES = (
-    "builtin:train, builtin:eval, a .json, .jsonl, .parquet or .arrow file, a folder saved by "
-    "datasets (FOLDER or FOLDER@split) or copied from the hub (FOLDER@split), or a hub id "
-    "owner/name@split, owner/name:config@split or owner/name/folder@split"
-)
-
-_BUILTIN = pathlib.Path(__file__).parent / "builtin"
-_FILE_ENDINGS = (".json", ".jsonl", ".parquet", ".arrow")
 _FIELDS = ("id", "prompt_id", "prompt", "chosen", "rejected")
-_HUB_ID = re.compile(
-    r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?:/(?P<folder>\w[\w./-]*)|:(?P<config>[^@:]+))?"
-    r"(?:@(?P<split>[^@]+))?"
-)
-_Fields = Callable[[str], bool]  # whether a column of a table is wanted
-_READ_ROWS = 1024  # rows turned into Python objects at once, so that a big file is never held twice
+_AT_ONCE = 1024  # rows turned into Python objects at once, so that a big file is never held twice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,14 +48,57 @@ class LoadedPairs:
     """What was loaded.
 
     Attributes:
-        pairs: in source order.
+        pairs: in source order; read from there when they are asked for, so `list(pairs)` is the way
+            to hold them all.
         bad_rows: the skipped rows: `{"file", "row", "reason"}`, `"id"` if any.
         weight_columns: names of the ready-made weights that every pair has.
     """
 
-    pairs: list[Pair]
+    pairs: "Pairs"
     bad_rows: list[dict[str, Any]]
     weight_columns: tuple[str, ...] = ()
+
+
+class Pairs(Sequence[Pair]):
+    """Valid pairs that stay in their sources: each is read when it is asked for.
+
+    A slice is a list of pairs.
+
+    Attributes:
+        ids: of all pairs, in order.
+        digest: what `pairs_digest` says of all pairs.
+    """
+
+    def __init__(self, sources: Sequence["_Source"], places: Sequence["_Place"]):
+        self._sources, self._places = sources, places
+        self.ids = [place.id for place in places]
+        self.digest = _digest((place.id, place.digest) for place in places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return list(self._read(self._places[index]))
+        (pair,) = self._read([self._places[index]])
+        return pair
+
+    def __iter__(self) -> Iterator[Pair]:
+        return self._read(self._places)
+
+    def _read(self, places: Sequence["_Place"]) -> Iterator[Pair]:
+        """The pairs at these places; ValueError if one has changed since it was loaded."""
+        for run in _runs(places):
+            source = self._sources[run[0].source]
+            found = dict(source.read([place.place for place in run]))
+            for place in run:
+                pair = found.get(place.place)
+                if not isinstance(pair, Pair) or _pair_digest(pair) != place.digest:
+                    raise ValueError(
+                        f"{source.name}, row {place.place + 1}: another one than when the pairs "
+                        "were loaded; accepted: sources that stay as they are during a run"
+                    )
+                yield pair if pair.id == place.id else dataclasses.replace(pair, id=place.id)
 
 
 class BadRow(ValueError):
@@ -111,6 +136,7 @@ def load_pairs(
     on_bad_row: str = "error",
     bad_rows_path: str | os.PathLike | None = None,
     weight_columns: str | Sequence[str] = (),
+    team: Team = ALONE,
 ) -> LoadedPairs:
     """Read and validate the preference pairs of one or several sources, in order.
 
@@ -129,6 +155,8 @@ def load_pairs(
             replaced, or removed when no row is bad.
         weight_columns: names of ready-made token weights to read (see `ready_weights`); `all` for
             those of the first row that has any. A row without them is a bad one.
+        team: the processes that load the same sources together. Each reads a part of the rows, and
+            learns of the others' what their pairs are, but not their texts.
 
     Raises:
         BadRow: a row is no preference pair and `on_bad_row` is `error`.
@@ -139,8 +167,8 @@ def load_pairs(
     if on_bad_row not in ("error", "skip"):
         raise ValueError(f"on_bad_row is {on_bad_row!r}; accepted: 'error', 'skip'")
     parsed = mixture.parse(sources)
-    sources = [source for source, _ in parsed]
-    if not sources:
+    names = [source for source, _ in parsed]
+    if not names:
         raise ValueError(f"no data source given; accepted: {ACCEPTED_SOURCES}")
 
     every_column = weight_columns == "all"
@@ -150,242 +178,160 @@ def load_pairs(
     def fields(name: str) -> bool:
         return name in wanted_fields or (every_column and ready_weights.is_field(name))
 
-    by_source: list[list[Pair]] = []
+    opened: list[_Source] = []
+    by_source: list[list[_Place]] = []
     bad_rows: list[dict[str, Any]] = []
-    taken_ids: set[str] = set()
-    last_numbers: dict[str, int] = collections.defaultdict(lambda: 1)
-    for source in sources:
-        pairs: list[Pair] = []
-        by_source.append(pairs)
-        short_name, rows = _open(source, fields)
-        for number, row in rows:
-            try:
-                pair = pair_of_row(row, f"{short_name}:{number}", origin=(source, number))
-                if every_column and not columns:
-                    columns = ready_weights.names(row)
-                if columns or every_column:
-                    pair = dataclasses.replace(pair, ready=ready_weights.read(row, columns))
-            except Unfit as unfit:
-                bad_row = BadRow(source, number, str(unfit), own_id(row))
-                if on_bad_row == "error":
-                    raise bad_row from None
-                bad_rows.append(bad_row.as_record())
-                continue
-            pairs.append(_with_unique_id(pair, taken_ids, last_numbers))
+    unique = _UniqueIds()
+    for index, name in enumerate(names):
+        short_name, rows = open_source(name, fields, team)
+        if every_column and not columns:
+            columns = _first_columns(rows, team)
+        read = columns if columns or every_column else None
+        source = _Source(name, short_name, rows, read)
+        opened.append(source)
+        by_source.append([])
+        for good, bad in team.exchange(source.look(team, stop_at_bad=on_bad_row == "error")):
+            by_source[-1] += [_Place(index, row, unique(id), digest) for row, id, digest in good]
+            if bad and on_bad_row == "error":
+                raise BadRow(**bad[0])
+            bad_rows += [BadRow(**row).as_record() for row in bad]
 
     shares = [share for _, share in parsed if share is not None]
     if shares:
-        available = [len(pairs) for pairs in by_source]
+        available = [len(places) for places in by_source]
         counts = mixture.take(available, shares)
         if 0 in counts:
             found = ", ".join(
                 f"{name} has {n} pairs and gives {count}"
-                for name, n, count in zip(sources, available, counts, strict=True)
+                for name, n, count in zip(names, available, counts, strict=True)
             )
             raise ValueError(
                 f"no mixture has these shares and something of every source: {found}; accepted: "
                 "shares that the smallest source allows, or another source"
             )
         by_source = [
-            [pairs[i] for i in mixture.spread(len(pairs), count)]
-            for pairs, count in zip(by_source, counts, strict=True)
+            [places[i] for i in mixture.spread(len(places), count)]
+            for places, count in zip(by_source, counts, strict=True)
         ]
-    pairs = list(itertools.chain.from_iterable(by_source))
+    places = list(itertools.chain.from_iterable(by_source))
 
     if bad_rows_path is not None and on_bad_row == "skip":
         atomic.write_json_lines(bad_rows_path, bad_rows)
-    if not pairs:
+    if not places:
         found = f"all {len(bad_rows)} rows are bad" if bad_rows else "no rows"
         first = f", the first one: {bad_rows[0]['reason']}" if bad_rows else ""
-        raise ValueError(f"{', '.join(sources)}: no preference pair found ({found}{first})")
-    return LoadedPairs(pairs, bad_rows, columns)
+        raise ValueError(f"{', '.join(names)}: no preference pair found ({found}{first})")
+    return LoadedPairs(Pairs(opened, places), bad_rows, columns)
 
 
 def pairs_digest(pairs: Iterable[Pair]) -> str:
     """sha256 (hex) of the pairs' ids and texts, in order; it changes when any of them does."""
-    digest = hashlib.sha256()
-    for pair in pairs:
-        turns = [[message["role"], message["content"]] for message in pair.prompt]
-        line = json.dumps([pair.id, turns, pair.chosen, pair.rejected])
-        digest.update(line.encode() + b"\n")
-        if pair.ready is not None:
-            digest.update(pair.ready.digest())
+    return _digest((pair.id, _pair_digest(pair)) for pair in pairs)
+
+
+class _Place(NamedTuple):
+    """Where a pair is, by its source's index and its row's place there, and which it is."""
+
+    source: int
+    place: int
+    id: str
+    digest: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """An open source; `columns` names the ready-made weights to read, None for none."""
+
+    name: str
+    short_name: str
+    rows: Rows
+    columns: tuple[str, ...] | None
+
+    def read(self, places: Sequence[int]) -> Iterator[tuple[int, Pair | BadRow]]:
+        """What is in the rows at these places, each with its place."""
+        for number, row in self.rows.read(places):
+            try:
+                pair = pair_of_row(row, f"{self.short_name}:{number}", origin=(self.name, number))
+                if self.columns is not None:
+                    pair = dataclasses.replace(pair, ready=ready_weights.read(row, self.columns))
+            except Unfit as unfit:
+                yield number - 1, BadRow(self.name, number, str(unfit), own_id(row))
+            else:
+                yield number - 1, pair
+
+    def look(self, team: Team, *, stop_at_bad: bool) -> tuple[list[Any], list[Any]]:
+        """Looks at this process's part of the rows.
+
+        Returns:
+            Place, id and digest of the pairs, and the arguments that make a BadRow of the bad rows;
+            where `stop_at_bad`, up to the first bad row only.
+        """
+        good, bad = [], []
+        for places in _chunks(team.part(len(self.rows))):
+            for place, found in self.read(places):
+                if isinstance(found, Pair):
+                    good.append((place, found.id, _pair_digest(found)))
+                    continue
+                bad.append(vars(found))
+                if stop_at_bad:
+                    return good, bad
+        return good, bad
+
+
+def _first_columns(rows: Rows, team: Team) -> tuple[str, ...]:
+    """The names of the ready-made weights that the first row with any has; () if none has."""
+    found: tuple[str, ...] = ()
+    for places in _chunks(team.part(len(rows))):
+        named = (ready_weights.names(row) for _, row in rows.read(places) if isinstance(row, dict))
+        if found := next(filter(None, named), ()):
+            break
+    return tuple(next(filter(None, team.exchange(found)), ()))
+
+
+def _chunks(places: range) -> Iterator[range]:
+    return (places[i : i + _AT_ONCE] for i in range(0, len(places), _AT_ONCE))
+
+
+def _runs(places: Iterable[_Place]) -> Iterator[list[_Place]]:
+    """Places that can be read at once: of one source, ascending, not too many."""
+    run: list[_Place] = []
+    for place in places:
+        follows = run and run[-1].source == place.source and run[-1].place < place.place
+        if run and (not follows or len(run) == _AT_ONCE):
+            yield run
+            run = []
+        run.append(place)
+    if run:
+        yield run
+
+
+def _pair_digest(pair: Pair) -> str:
+    """sha256 (hex) of what a pair holds beside its id."""
+    turns = [[message["role"], message["content"]] for message in pair.prompt]
+    digest = hashlib.sha256(json.dumps([turns, pair.chosen, pair.rejected]).encode())
+    if pair.ready is not None:
+        digest.update(pair.ready.digest())
     return digest.hexdigest()
 
 
-# Opening sources: each reader yields (1-based row number, row), a row being whatever was found.
+def _digest(pairs: Iterable[tuple[str, str]]) -> str:
+    digest = hashlib.sha256()
+    for id, of_pair in pairs:
+        digest.update(json.dumps([id, of_pair]).encode() + b"\n")
+    return digest.hexdigest()
 
 
-class HubSplit(NamedTuple):
-    """A split of a dataset on the hub: its owner and name, and which part of it, if it has several.
+class _UniqueIds:
+    """Gives ids that were given before a number behind them."""
 
-    Attributes:
-        name: `owner/name`.
-        config: the part's name; None for the only part, or the default one.
-        folder: the part's folder in the repository, where parts are told by folders.
-        split: the split's name, as datasets takes it; None where the source names none.
-    """
+    def __init__(self):
+        self._taken: set[str] = set()
+        self._last_numbers: dict[str, int] = collections.defaultdict(lambda: 1)
 
-    name: str
-    config: str | None
-    folder: str | None
-    split: str | None
-
-
-def hub_split(source: str) -> HubSplit | None:
-    """What a source on the hub is made of; None for any other source."""
-    path, folder = pathlib.Path(source).expanduser(), source.rpartition("@")[0]
-    if source.startswith("builtin:") or path.exists():
-        return None
-    if folder and pathlib.Path(folder).expanduser().exists():
-        return None
-    hub = _hub_id(source)
-    return None if hub is None or hub.split is None else hub
-
-
-def _hub_id(source: str) -> HubSplit | None:
-    hub = _HUB_ID.fullmatch(source)
-    if hub is None or (hub["folder"] or hub["name"]).endswith(_FILE_ENDINGS):
-        return None
-    return HubSplit(**{field: hub[field] for field in HubSplit._fields})
-
-
-def _open(source: str, fields: _Fields) -> tuple[str, Iterator[tuple[int, Any]]]:
-    """A source's short name (for fallback ids) and its rows."""
-    if source.startswith("builtin:"):
-        split = source.removeprefix("builtin:")
-        if split not in ("train", "eval"):
-            raise ValueError(f"no builtin data {source!r}; accepted: builtin:train, builtin:eval")
-        return f"builtin-{split}", _jsonl_rows(_BUILTIN / f"{split}.jsonl", source)
-
-    path = pathlib.Path(source).expanduser()
-    if path.is_file():
-        return path.stem, _file_rows(fields, path, source)
-    if path.is_dir():
-        return path.name, _folder_rows(fields, path, None, source)
-    folder, at, split = source.rpartition("@")
-    folder = pathlib.Path(folder).expanduser()
-    if at and folder.is_dir():
-        return f"{folder.name}@{split}", _folder_rows(fields, folder, split, source)
-    if at and folder.is_file():
-        raise ValueError(f"{source}: a single file has no splits; write {str(folder)!r}")
-
-    hub = _hub_id(source)
-    if hub is None:
-        raise FileNotFoundError(f"no data at {source!r}; accepted: {ACCEPTED_SOURCES}")
-    if hub.split is None:
-        raise FileNotFoundError(
-            f"no data at {source!r}; if it is a hub id, name the split: {source}@train"
-        )
-    dataset = datasets.load_dataset(hub.name, hub.config, data_dir=hub.folder, split=hub.split)
-    return source, _dataset_rows(fields, dataset, source)
-
-
-def _file_rows(fields: _Fields, path: pathlib.Path, source: str) -> Iterator[tuple[int, Any]]:
-    match path.suffix:
-        case ".jsonl":
-            return _jsonl_rows(path, source)
-        case ".json":
-            return _json_rows(path, source)
-        case ".parquet":
-            return _parquet_rows(fields, path, source)
-        case ".arrow":
-            return _arrow_rows(fields, path, source)
-    raise ValueError(
-        f"{source}: a file ending in {path.suffix!r}; accepted: {', '.join(_FILE_ENDINGS)}"
-    )
-
-
-def _jsonl_rows(path: pathlib.Path, source: str) -> Iterator[tuple[int, Any]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                # utf-8-sig: some editors put a byte order mark before the first line.
-                yield number, json.loads(line.decode("utf-8-sig"))
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                yield number, Unfit(f"not a line of JSON ({error})")
-
-
-def _json_rows(path: pathlib.Path, source: str) -> Iterator[tuple[int, Any]]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{source}: not a JSON file ({error}); a file with one object a line ends in .jsonl"
-        ) from error
-    rows = content.get("data") if isinstance(content, dict) else content
-    if not isinstance(rows, list):
-        raise ValueError(f'{source}: accepted is a list of rows or {{"data": [rows]}}')
-    return enumerate(rows, 1)
-
-
-def _parquet_rows(fields: _Fields, path: pathlib.Path, source: str) -> Iterator[tuple[int, Any]]:
-    try:
-        file = pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{source}: not a Parquet file ({error})") from error
-    columns = _needed_columns(fields, file.schema_arrow.names, source)
-    batches = file.iter_batches(batch_size=_READ_ROWS, columns=columns)
-    return enumerate(itertools.chain.from_iterable(batch.to_pylist() for batch in batches), 1)
-
-
-def _arrow_rows(fields: _Fields, path: pathlib.Path, source: str) -> Iterator[tuple[int, Any]]:
-    try:
-        dataset = datasets.Dataset.from_file(str(path))
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{source}: not an Arrow stream file ({error})") from error
-    return _dataset_rows(fields, dataset, source)
-
-
-def _folder_rows(
-    fields: _Fields, folder: pathlib.Path, split: str | None, source: str
-) -> Iterator[tuple[int, Any]]:
-    known = ("dataset_dict.json", "dataset_info.json")
-    if not any((folder / name).is_file() for name in known):
-        if split is None:
-            raise ValueError(
-                f"{source}: a folder without {' or '.join(known)}; accepted: a folder written by "
-                f"datasets' save_to_disk, or a copy of a hub dataset with its split, {folder}@train"
-            )
-        try:
-            dataset = datasets.load_dataset(str(folder), split=split)
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
-        return _dataset_rows(fields, dataset, source)
-    dataset = datasets.load_from_disk(str(folder))
-    if isinstance(dataset, datasets.DatasetDict):
-        if split not in dataset:
-            found = "no split named" if split is None else f"no split {split!r}"
-            choices = ", ".join(f"{folder}@{name}" for name in dataset)
-            raise ValueError(f"{source}: {found}; accepted: {choices}")
-        dataset = dataset[split]
-    elif split is not None:
-        raise ValueError(f"{source}: this folder has no splits; write {str(folder)!r}")
-    return _dataset_rows(fields, dataset, source)
-
-
-def _dataset_rows(
-    fields: _Fields, dataset: datasets.Dataset, source: str
-) -> Iterator[tuple[int, Any]]:
-    dataset = dataset.select_columns(_needed_columns(fields, dataset.column_names, source))
-    tables = dataset.with_format("arrow").iter(batch_size=_READ_ROWS)
-    return enumerate(itertools.chain.from_iterable(table.to_pylist() for table in tables), 1)
-
-
-def _needed_columns(fields: _Fields, columns: Sequence[str], source: str) -> list[str]:
-    for needed in ("chosen", "rejected"):
-        if needed not in columns:
-            raise ValueError(f"{source}: no column `{needed}`; columns found: {', '.join(columns)}")
-    return [name for name in columns if fields(name)]
-
-
-def _with_unique_id(pair: Pair, taken: set[str], last_numbers: dict[str, int]) -> Pair:
-    """The pair with an id that is not in `taken`; notes it there."""
-    unique = pair.id
-    while unique in taken:
-        last_numbers[pair.id] += 1
-        unique = f"{pair.id}#{last_numbers[pair.id]}"
-    taken.add(unique)
-    return pair if unique == pair.id else dataclasses.replace(pair, id=unique)
+    def __call__(self, id: str) -> str:
+        unique = id
+        while unique in self._taken:
+            self._last_numbers[id] += 1
+            unique = f"{id}#{self._last_numbers[id]}"
+        self._taken.add(unique)
+        return unique

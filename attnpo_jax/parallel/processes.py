@@ -15,12 +15,18 @@ import importlib.util
 import itertools
 import logging
 import os
+import pickle
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from attnpo_jax.data.readers import Team
 
 _LOG = logging.getLogger(__name__)
 
@@ -153,6 +159,28 @@ def barrier(name: str) -> None:
             timeout=BARRIER_SECONDS,
             processes=set(range(jax.process_count())),
         )
+
+
+def team() -> Team:
+    """The processes of this run as those that read the data together."""
+    return Team(jax.process_index(), jax.process_count(), exchange)
+
+
+def exchange(value: Any) -> list[Any]:
+    """What every process has said, in their order; all of them must come to the same exchange.
+
+    Args:
+      value: anything that can be pickled.
+    """
+    if jax.process_count() == 1:
+        return [value]
+    said = np.frombuffer(pickle.dumps(value), np.uint8)
+    lengths = multihost_utils.process_allgather(np.array(len(said), np.int32)).ravel()
+    # Few lengths are few programs to compile.
+    padded = np.zeros(1 << int(lengths.max()).bit_length(), np.uint8)
+    padded[: len(said)] = said
+    rows = multihost_utils.process_allgather(padded)
+    return [pickle.loads(row[:n].tobytes()) for row, n in zip(rows, lengths, strict=True)]
 
 
 def _is_tpu_slice(environ: Mapping[str, str]) -> bool:

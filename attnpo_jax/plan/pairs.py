@@ -3,7 +3,7 @@
 import datasets
 from ml_collections import config_dict
 
-from attnpo_jax.data import mixture, sources
+from attnpo_jax.data import mixture, readers, sources
 
 # Rows of the splits that configs/ trains on, from the datasets' cards on the hub.
 KNOWN = {
@@ -32,13 +32,13 @@ def count(config: config_dict.ConfigDict) -> int | None:
 
 
 def _of_source(source: str) -> int | None:
-    hub = sources.hub_split(source)
+    hub = readers.hub_split(source)
     if hub is None:
         return len(sources.load_pairs(source, on_bad_row="skip").pairs)
     return KNOWN[source] if source in KNOWN else _of_hub(hub)
 
 
-def _of_hub(hub: sources.HubSplit) -> int | None:
+def _of_hub(hub: readers.HubSplit) -> int | None:
     try:
         builder = datasets.load_dataset_builder(hub.name, hub.config, data_dir=hub.folder)
     except (ConnectionError, FileNotFoundError):

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from attnpo_jax.data import mixture, sources
+from attnpo_jax.data import mixture, readers, sources
 from attnpo_jax.data.sources import BadRow, load_pairs, pairs_digest
 
 
@@ -179,7 +179,7 @@ def test_hub_id_is_passed_to_datasets(monkeypatch, source, expected):
 
 def test_builtin(monkeypatch, tmp_path):
     write_jsonl(tmp_path / "eval.jsonl", ROWS)
-    monkeypatch.setattr(sources, "_BUILTIN", tmp_path)
+    monkeypatch.setattr(readers, "_BUILTIN", tmp_path)
     check_rows(load_pairs("builtin:eval").pairs)
     with pytest.raises(ValueError, match="builtin:train, builtin:eval"):
         load_pairs("builtin:test")
@@ -206,14 +206,14 @@ def test_ids_fall_back_to_prompt_id_then_to_file_and_row_and_become_unique(tmp_p
 
 
 def test_digest_depends_on_every_field_and_on_the_order_alone(tmp_path):
-    pairs = load_pairs(write_jsonl(tmp_path / "rows.jsonl", ROWS)).pairs
+    pairs = list(load_pairs(write_jsonl(tmp_path / "rows.jsonl", ROWS)).pairs)
     path = tmp_path / "other.json"
     path.write_text(json.dumps(ROWS, indent=2))
     assert pairs_digest(load_pairs(str(path)).pairs) == pairs_digest(pairs)
     changed = [pairs[::-1], pairs[:1]]
     for field in ("id", "prompt", "chosen", "rejected"):
         other = [GOOD | {field: GOOD[field] + "!"}, SECOND]
-        changed.append(load_pairs(write_jsonl(tmp_path / "rows.jsonl", other)).pairs)
+        changed.append(list(load_pairs(write_jsonl(tmp_path / "rows.jsonl", other)).pairs))
     assert len({pairs_digest(pairs)} | {pairs_digest(other) for other in changed}) == 7
 
 

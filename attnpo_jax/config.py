@@ -139,8 +139,9 @@ def default_config() -> config_dict.ConfigDict:
     # Pairs in one file of the prepared dataset; an interruption loses less than one file.
     prepare.rows_per_shard = 256
     # Of several processes: "process", each prepares shards of its own on its own devices, which the
-    # model must fit; "all", all prepare the same shards together, on the mesh that training has.
-    prepare.devices = "process"
+    # model must fit; "all", all prepare the same shards together, on the mesh that training has;
+    # "auto", the first while the model takes no more than half of those devices' memory.
+    prepare.devices = "auto"
 
     # The name of a token weighting and its hyperparameters (see attnpo_jax.weighting).
     config.weighting = section_for(weighting, "attention")

@@ -176,7 +176,7 @@ RULES: dict[str, Rule] = {
     "judge.token_budget": _integer(1),
     "judge.num_buckets": _integer(1),
     "prepare.rows_per_shard": _integer(1),
-    "prepare.devices": _one_of("process", "all"),
+    "prepare.devices": _one_of("auto", "process", "all"),
     "optim.learning_rate": _positive(),
     "optim.schedule": _one_of("cosine", "linear", "constant"),
     "optim.warmup_ratio": _share(1.0, inclusive=True),

@@ -90,8 +90,7 @@ def prepare(
         else:
             if model is None:
                 shape = shape_of_passes(config, shape)
-                choose = backends.for_training if _together(config) else backends.for_preparing
-                backend = choose(shape, config.parallel)
+                backend = backends.for_preparing(shape, config)
                 _LOG.info("preparing on %s", backend.description)
                 attention = attention_backends.choose(
                     config.model.attention, shape, config.model.dtype, backend.devices
@@ -101,11 +100,6 @@ def prepare(
             _fill(config, model, backend, attention.backend, split)
         if first:
             console.print(summary(split.name, prepared.Prepared.open(split.path)))
-
-
-def _together(config: config_dict.ConfigDict) -> bool:
-    """Whether several processes prepare the same shards."""
-    return config.prepare.devices == "all" and jax.process_count() > 1
 
 
 def shape_of_passes(config: config_dict.ConfigDict, model: ModelConfig) -> ModelConfig:
@@ -179,8 +173,8 @@ def _fill(
     split: _Split,
 ) -> None:
     """Computes and writes this process's shards that are not there yet, then the metadata."""
-    pairs, together = split.pairs, _together(config)
-    everyone = processes.team()
+    pairs, everyone = split.pairs, processes.team()
+    together = any(device.process_index != everyone.index for device in backend.devices)
     team = everyone if together else ALONE  # those that compute the same shards
     writer = prepared.PreparedWriter(
         split.path,

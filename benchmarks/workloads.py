@@ -211,7 +211,7 @@ class Reference:
         config, pairs = _config(spec), _pairs(spec)
         model = _model(config)
         self._tokenized = [_tokenize(config, model.tokenizer, pair) for pair in pairs]
-        backend = backends.for_preparing(model.config, config.parallel)
+        backend = backends.for_preparing(model.config, config)
         attention = _attention(config, model.config, backend)
         self._reference = reference.Reference(config, model, backend, attention, self._tokenized)
         self.repeat()
@@ -365,7 +365,7 @@ class Compile:
     def _compile_judge(self, layers: int) -> float:
         config = self._config
         model = dataclasses.replace(self._model, num_layers=layers)
-        backend = backends.for_preparing(model, config.parallel)
+        backend = backends.for_preparing(model, config)
         compiled = compile_pass(
             backend,
             (0, layers - 1),
@@ -460,7 +460,7 @@ def _judge(config, model: LanguageModel) -> Judge:
         batch_size=config.judge.batch_size,
         token_budget=config.judge.token_budget,
         num_buckets=config.judge.num_buckets,
-        backend=backends.for_preparing(model.config, config.parallel),
+        backend=backends.for_preparing(model.config, config),
         attention=config.model.attention,
     )
 

@@ -94,7 +94,7 @@ def test_programs_of_a_ready_config_compile_for_eight_devices(file):
 
     # The passes of `prepare` have the parameters alone.
     passes = prepare.shape_of_passes(config, model)
-    backend = backends.for_preparing(passes, config.parallel)
+    backend = backends.for_preparing(passes, config)
     B, L = backend.row_shards, 32
     params = backend.abstract_state(decoder.abstract_params(passes))
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)

@@ -11,12 +11,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from attnpo_jax.models.decoder import ModelConfig, Params, abstract_params
 from attnpo_jax.parallel import mesh as meshes
-from attnpo_jax.parallel import rules, sharding
+from attnpo_jax.parallel import processes, rules, sharding
+
+# Of a device's memory, what parameters may take where each process prepares by itself.
+_FULL = 0.5
 
 
 class Backend(Protocol):
@@ -94,19 +98,55 @@ def for_training(model: ModelConfig, parallel: Any) -> Backend:
     return _make(model, parallel.backend, sizes, jax.devices())
 
 
-def for_preparing(model: ModelConfig, parallel: Any) -> Backend:
-    """What judges and scores: this process's devices alone, so that processes never wait.
+def for_preparing(model: ModelConfig, config: Any) -> Backend:
+    """What judges and scores: this process's devices alone, or all; see `prepares_together`.
 
     Args:
       model: the model's shape.
-      parallel: the `parallel` section of the config; see `mesh.local_sizes` for its mesh.
+      config: the run's config; see `mesh.local_sizes` for the mesh of a process's own devices.
 
     Raises:
       MeshError: the devices or the model do not fit the mesh.
     """
-    sizes = meshes.axis_sizes(parallel.mesh, jax.device_count())
+    sizes = meshes.axis_sizes(config.parallel.mesh, jax.device_count())
     local = jax.local_devices()
-    return _make(model, parallel.backend, meshes.local_sizes(sizes, len(local)), local)
+    if jax.process_count() > 1:
+        # None of them may decide by a memory that others have not.
+        known = processes.exchange(_memory(local))
+        memory = None if None in known else min(known)
+        if prepares_together(model, config, sizes, len(local), memory):
+            return for_training(model, config.parallel)
+    return _make(model, config.parallel.backend, meshes.local_sizes(sizes, len(local)), local)
+
+
+def prepares_together(
+    model: ModelConfig, config: Any, sizes: Mapping[str, int], num_own: int, memory: int | None
+) -> bool:
+    """Whether all processes prepare the same shards, on the mesh of all devices.
+
+    With `prepare.devices` "auto", they do where a process's own devices would be more than half
+    full of parameters, and all devices together would not hold as much each.
+
+    Args:
+      model: the model's shape, as the passes have it.
+      config: the run's config.
+      sizes: of the axes of the mesh of all devices.
+      num_own: how many devices a process has.
+      memory: bytes of a device; None where it does not say.
+    """
+    if config.prepare.devices != "auto":
+        return config.prepare.devices == "all"
+    own = meshes.local_sizes(sizes, num_own)
+    split, own_split = (at["fsdp"] * at["tensor"] for at in (sizes, own))
+    params = jax.tree.leaves(abstract_params(model, jnp.dtype(config.model.param_dtype)))
+    taken = sum(x.size * x.dtype.itemsize for x in params) / own_split
+    return memory is not None and taken > _FULL * memory and split > own_split
+
+
+def _memory(devices: Sequence[jax.Device]) -> int | None:
+    """Bytes of the smallest of these devices; None where they do not say."""
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
+    return None if None in limits else min(limits)
 
 
 def one_device(model: ModelConfig) -> Backend:

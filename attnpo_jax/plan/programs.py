@@ -20,7 +20,7 @@ from attnpo_jax import judge, prepare, reference
 from attnpo_jax.models import attention_backends, lora
 from attnpo_jax.models.decoder import ModelConfig, abstract_params
 from attnpo_jax.parallel import mesh as meshes
-from attnpo_jax.parallel.backend import Sharded
+from attnpo_jax.parallel.backend import Sharded, prepares_together
 from attnpo_jax.plan import hlo, lengths, work
 from attnpo_jax.plan.collectives import Collective, collectives
 from attnpo_jax.plan.lengths import Batching, Lengths
@@ -215,8 +215,12 @@ class Setting:
     @property
     def prepares_on(self) -> Topology:
         """The chips that work on one shard of the prepared dataset together."""
-        together = self.config.prepare.devices == "all"
-        return self.topology if together else self.topology.host
+        chips, host = self.topology, self.topology.host
+        several = chips.size > host.size
+        together = several and prepares_together(
+            self._of_passes, self.config, self.training_mesh(), host.size, chips.chip.hbm
+        )
+        return chips if together else host
 
     def _preparing_backend(self) -> Sharded:
         chips = self.prepares_on

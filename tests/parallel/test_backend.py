@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from attnpo_jax import config as config_lib
 from attnpo_jax.data.sources import load_pairs
 from attnpo_jax.judge import judge_pairs
 from attnpo_jax.language_model import load_model
@@ -181,3 +182,54 @@ def test_fsdp_moves_weights_layer_by_layer_and_nothing_big(remat):
         assert c.vocab_size not in shape, shape
         assert not (len(shape) >= 3 and shape[0] == c.num_layers), shape
         assert size <= max(chunk * D, D * F), shape
+
+
+# Llama 3's two larger sizes, in float32: 32 and 282 GB.
+LLAMA_8B, LLAMA_70B = (
+    ModelConfig.from_hf(
+        tiny.HF_CONFIG
+        | {
+            "vocab_size": 128256,
+            "hidden_size": hidden,
+            "intermediate_size": inner,
+            "num_hidden_layers": layers,
+            "num_attention_heads": hidden // 128,
+            "num_key_value_heads": 8,
+        }
+    )
+    for hidden, inner, layers in ((4096, 14336, 32), (8192, 28672, 80))
+)
+
+
+@pytest.mark.parametrize(
+    "devices, model, sizes, memory, together",
+    [
+        ("auto", LLAMA_8B, (1, 64, 1), 16e9, False),  # 4 GB a device of the eight of a host
+        ("auto", LLAMA_8B, (1, 64, 1), 7e9, True),
+        ("auto", LLAMA_70B, (1, 64, 1), 16e9, True),  # 35 GB a device
+        ("auto", LLAMA_70B, (1, 64, 1), 80e9, False),
+        ("auto", LLAMA_70B, (8, 2, 4), 16e9, False),  # all devices would share it as eight do
+        ("auto", LLAMA_70B, (1, 64, 1), None, False),
+        ("all", LLAMA_8B, (1, 64, 1), 80e9, True),
+        ("process", LLAMA_70B, (1, 64, 1), 16e9, False),
+    ],
+)
+def test_who_prepares_by_the_memory_that_the_model_takes(devices, model, sizes, memory, together):
+    config = config_lib.default_config()
+    config.prepare.devices = devices
+    mesh = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
+    assert backends.prepares_together(model, config, mesh, 8, memory) is together
+
+
+def test_all_prepare_together_if_one_process_has_too_little_memory(monkeypatch):
+    config = config_lib.default_config()
+    config.parallel.mesh.data, config.parallel.mesh.fsdp = 1, -1
+    enough = sum(x.nbytes for x in jax.tree.leaves(tiny.params())) // 2  # of four devices each
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:4])
+    monkeypatch.setattr(backends.processes, "exchange", lambda own: [own, own])
+    assert len(backends.for_preparing(tiny.MODEL, config).devices) == 4  # CPUs do not say
+    monkeypatch.setattr(backends, "_memory", lambda devices: enough)
+    for others, chosen in ((enough, 4), (enough - 4, 8), (None, 4)):
+        monkeypatch.setattr(backends.processes, "exchange", lambda own, o=others: [own, o])
+        assert len(backends.for_preparing(tiny.MODEL, config).devices) == chosen

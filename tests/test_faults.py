@@ -5,11 +5,13 @@ step or row lost or doubled. As a script, this file is `attnpo` with a fault: SI
 that a test chooses. Faults of several processes are in tests/parallel/test_processes.py.
 """
 
+import errno
 import os
 import pathlib
 import signal
 import subprocess
 import sys
+import time
 import warnings
 
 import jax
@@ -24,7 +26,7 @@ from attnpo_jax.data.prepared import Prepared, PreparedWriter
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.parallel import preemption
 from attnpo_jax.run import run
-from attnpo_jax.train import loop, metrics
+from attnpo_jax.train import checkpoint, loop, metrics
 from tests.parallel import tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -194,6 +196,41 @@ def test_sigkill_while_saving(setting, undisturbed, use_devices):
     assert_same(workdir, undisturbed)
 
 
+def test_sigkill_while_saving_in_the_background(setting, undisturbed, use_devices, monkeypatch):
+    """As on accelerators: training goes on while a checkpoint is written."""
+    workdir = setting[0] / "killed-saving-in-the-background"
+    killed(setting, workdir, "saving-in-the-background")
+    # It goes on until the next save, which waits for this one.
+    assert train_lines(workdir) in ([1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6])
+    assert saved_steps(workdir) == [2] and len(list((workdir / "checkpoints").iterdir())) == 2
+    monkeypatch.setattr(checkpoint, "_in_background", lambda: True)
+    run(setting[1], workdir)
+    assert saved_steps(workdir) == [6, 8, 10]
+    assert_same(workdir, undisturbed)
+
+
+def test_a_write_in_the_background_that_fails_ends_the_run(
+    setting, undisturbed, use_devices, monkeypatch
+):
+    workdir = setting[0] / "full-disk"
+    rename = os.rename
+
+    def rename_or_fail(source, target, *arguments, **options):
+        if pathlib.Path(target).name == "6":
+            raise OSError(errno.ENOSPC, "No space left on device", os.fspath(target))
+        return rename(source, target, *arguments, **options)
+
+    monkeypatch.setattr(checkpoint, "_in_background", lambda: True)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", rename_or_fail)
+        with pytest.raises(checkpoint.CheckpointError, match="No space left on device"):
+            run(setting[1], workdir)
+    assert saved_steps(workdir) == [2, 4]
+    assert not (workdir / "export").exists()
+    run(setting[1], workdir)
+    assert_same(workdir, undisturbed)
+
+
 @pytest.mark.parametrize("last", [1, 4])
 def test_sigterm_while_preparing(setting, undisturbed, use_devices, monkeypatch, last):
     workdir = setting[0] / f"stopped-preparing-{last}"
@@ -290,8 +327,14 @@ def main(fault, config, workdir):
     def die():
         os.kill(os.getpid(), signal.SIGKILL)
 
+    def wait_for_step(step):
+        while train_lines(pathlib.Path(workdir))[-1] < step:
+            time.sleep(0.01)
+
     # One of as many devices as in the tests' own process: another number rounds otherwise.
     backends.for_training = backends.for_preparing = lambda model, _: backends.one_device(model)
+    if fault == "saving-in-the-background":
+        checkpoint._in_background = lambda: True
     if fault == "training":
         write = metrics.MetricsWriter.write
 
@@ -303,11 +346,13 @@ def main(fault, config, workdir):
         metrics.MetricsWriter.write = write_and_die
     else:
         # What has been written whole gets its final name: the last moment at which it has not.
-        names = {"preparing": "data-00002-of-00005.arrow", "saving": "4"}
+        name = "data-00002-of-00005.arrow" if fault == "preparing" else "4"
 
         def dying(rename):
             def rename_or_die(source, target, *arguments, **options):
-                if pathlib.Path(target).name == names[fault]:
+                if pathlib.Path(target).name == name:
+                    if fault == "saving-in-the-background":
+                        wait_for_step(5)
                     die()
                 return rename(source, target, *arguments, **options)
 

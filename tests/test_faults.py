@@ -5,10 +5,12 @@ step or row lost or doubled. As a script, this file is `attnpo` with a fault: SI
 that a test chooses. Faults of several processes are in tests/parallel/test_processes.py.
 """
 
+import copy
 import errno
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -306,6 +308,51 @@ def test_newest_checkpoint_truncated(setting, undisturbed, use_devices, monkeypa
     with pytest.warns(RuntimeWarning, match="checkpoints/7 is damaged and will be skipped"):
         run(setting[1], workdir)
     assert_same(workdir, undisturbed)
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """An empty bucket of a storage server of this process's own: its name, and a client of it."""
+    emulator = pytest.importorskip("gcp_storage_emulator.server")
+    gcsfs = pytest.importorskip("gcsfs")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
+    server.start()
+    address = f"http://127.0.0.1:{port}"
+    # Of gcsfs, and of TensorStore, which Orbax writes arrays with.
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)
+    monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", address)
+    monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
+    yield "gs://bucket", gcsfs.GCSFileSystem(token="anon", endpoint_url=address)
+    server.stop()
+
+
+def test_checkpoints_in_a_bucket(setting, undisturbed, use_devices, monkeypatch, bucket):
+    """Stopped, with the newest checkpoint truncated, then continued."""
+    address, files = bucket
+    workdir = setting[0] / "bucket"
+    config = copy.deepcopy(setting[1])
+    config.train.checkpoint_dir = f"{address}/run/checkpoints"
+
+    def names():
+        files.invalidate_cache()
+        return {pathlib.Path(name).name for name in files.ls(config.train.checkpoint_dir)}
+
+    sigterm_at(monkeypatch, 7)
+    with pytest.raises(preemption.Preempted, match="step 7 of 10 is saved"):
+        run(config, workdir)
+    assert names() == {"4", "6", "7"}
+    sizes = files.find(f"{config.train.checkpoint_dir}/7/params", detail=True)
+    largest = max(sizes, key=lambda name: sizes[name]["size"])
+    files.pipe_file(largest, files.cat_file(largest)[: sizes[largest]["size"] // 2])
+    sigterm_at(monkeypatch, 0)
+    with pytest.warns(RuntimeWarning, match="gs://bucket/run/checkpoints/7 is damaged and will be"):
+        run(config, workdir)
+    assert names() == {"6", "8", "10", "damaged-7"}
+    assert_same(workdir, undisturbed)
+    assert not (workdir / "checkpoints").exists() and not pathlib.Path("gs:").exists()
 
 
 def test_resumed_on_1_then_4_then_2_devices(setting, undisturbed, use_devices, monkeypatch):

@@ -76,7 +76,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | os.PathLike, identity: Mapping[str, Any], *, keep: int):
-        self.folder = epath.Path(folder).resolve()
+        self.folder = _absolute(folder)
         self._identity = identity
         self._manager = _open(
             self.folder,
@@ -189,6 +189,12 @@ class Checkpoints:
         return restored
 
 
+def _absolute(folder: str | os.PathLike) -> epath.Path:
+    path = epath.Path(folder)
+    # Resolved, a bucket's name would become a folder of this machine.
+    return path if "://" in os.fspath(path) else path.resolve()
+
+
 def _in_background() -> bool:
     """Whether a checkpoint is written while training goes on."""
     # On CPU the copy that is being written would lie in memory beside the next step (1.7 GiB more
@@ -236,7 +242,7 @@ def restore_params(
         identity.
       CheckpointError: all checkpoints are damaged.
     """
-    folder = epath.Path(folder).resolve()
+    folder = _absolute(folder)
     with _reader(folder) as manager:
         taken: list[int] = []
 
@@ -272,7 +278,7 @@ def _reader(folder: str | os.PathLike) -> Iterator[ocp.CheckpointManager]:
         primary_host=jax.process_index(), active_processes={jax.process_index()}
     )
     options = ocp.CheckpointManagerOptions(create=False, multiprocessing_options=alone)
-    manager = _open(epath.Path(folder).resolve(), options)
+    manager = _open(_absolute(folder), options)
     try:
         yield manager
     finally:

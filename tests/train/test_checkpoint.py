@@ -81,6 +81,7 @@ def test_checkpoints_are_where_the_config_says(tmp_path):
     assert os.fspath(checkpoint.folder_of(config, tmp_path)) == f"{tmp_path}/checkpoints"
     config.train.checkpoint_dir = "gs://bucket/run"
     assert os.fspath(checkpoint.folder_of(config, tmp_path)) == "gs://bucket/run"
+    assert os.fspath(checkpoint._absolute("gs://bucket/run")) == "gs://bucket/run"
 
 
 def test_accelerators_write_in_the_background_and_cpus_do_not(tmp_path, monkeypatch):

@@ -173,7 +173,9 @@ class _JsonLines:
 
     def __init__(self, path: pathlib.Path, team: Team):
         self._path = path
-        part = team.part(path.stat().st_size)
+        size = path.stat().st_size
+        check_alike(team, path, "bytes", size)
+        part = team.part(size)
         ends: list[int] = []
         if part:
             with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=_READ) as content:
@@ -264,6 +266,17 @@ class _Table:
     def read(self, places: Sequence[int]) -> Iterator[tuple[int, Any]]:
         rows = self._dataset[list(places)].to_pylist() if places else []
         return zip((place + 1 for place in places), rows, strict=True)
+
+
+def check_alike(team: Team, source: Any, unit: str, found: int) -> None:
+    """Checks that a source is as long for each of a team; ValueError if it is not."""
+    everyones = team.exchange(found)
+    if len(set(everyones)) > 1:
+        listed = ", ".join(map(str, everyones))
+        raise ValueError(
+            f"{source}: the processes find different numbers of {unit} ({listed}); accepted: the "
+            "same data for all of them"
+        )
 
 
 def _saved_dataset(folder: pathlib.Path, split: str | None, source: str) -> datasets.Dataset:

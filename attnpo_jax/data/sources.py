@@ -36,7 +36,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from attnpo_jax.data import atomic, mixture, ready_weights
-from attnpo_jax.data.readers import ACCEPTED_SOURCES, ALONE, Rows, Team, open_source
+from attnpo_jax.data.readers import ACCEPTED_SOURCES, ALONE, Rows, Team, check_alike, open_source
 from attnpo_jax.data.rows import Pair, Unfit, own_id, pair_of_row
 
 _FIELDS = ("id", "prompt_id", "prompt", "chosen", "rejected")
@@ -184,6 +184,7 @@ def load_pairs(
     unique = _UniqueIds()
     for index, name in enumerate(names):
         short_name, rows = open_source(name, fields, team)
+        check_alike(team, name, "rows", len(rows))
         if every_column and not columns:
             columns = _first_columns(rows, team)
         read = columns if columns or every_column else None

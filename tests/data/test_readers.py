@@ -22,9 +22,9 @@ def row(i):
     return {"id": f"id-{i % 15}", "prompt": f"Why {i}?", "chosen": f"A{i}", "rejected": f"B{i}"}
 
 
-def write(folder, kind, bad=()):
-    """A source of `NUM_ROWS` rows, those of `bad` without a `rejected`; its name."""
-    table = [row(i) | ({"rejected": None} if i in bad else {}) for i in range(NUM_ROWS)]
+def write(folder, kind, bad=(), number=NUM_ROWS):
+    """A source of `number` rows, those of `bad` without a `rejected`; its name."""
+    table = [row(i) | ({"rejected": None} if i in bad else {}) for i in range(number)]
     path = folder / f"rows.{kind}"
     match kind:
         case "jsonl":
@@ -171,6 +171,18 @@ def test_a_source_that_changes_during_a_run_is_refused(tmp_path, kind):
         (tmp_path / "rows.parquet").unlink()
         pq.write_table(pa.Table.from_pylist(lines), tmp_path / "rows.parquet")
         assert [pair.chosen for pair in pairs] == [f"A{i}" for i in range(NUM_ROWS)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_processes_that_see_other_data_are_told(tmp_path, kind):
+    files = []
+    for number in (40, 40, 37):
+        folder = tmp_path / str(len(files))
+        folder.mkdir()
+        files.append(write(folder, kind, number=number))
+    found = r"bytes \(\d+, \d+, \d+\)" if kind == "jsonl" else r"rows \(40, 40, 37\)"
+    with pytest.raises(ValueError, match=f"different numbers of {found}; accepted: the same data"):
+        of_team(3, lambda team: load_pairs(files[team.index], team=team))
 
 
 def test_an_empty_file_has_no_rows(tmp_path):

@@ -7,6 +7,8 @@ that a test chooses. Faults of several processes are in tests/parallel/test_proc
 
 import copy
 import errno
+import http.server
+import json
 import os
 import pathlib
 import signal
@@ -14,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 import warnings
 
 import jax
@@ -312,9 +315,21 @@ def test_newest_checkpoint_truncated(setting, undisturbed, use_devices, monkeypa
 
 @pytest.fixture
 def bucket(monkeypatch):
-    """An empty bucket of a storage server of this process's own: its name, and a client of it."""
+    """An empty bucket of a storage server of this process's own: its name, and the server's."""
     emulator = pytest.importorskip("gcp_storage_emulator.server")
-    gcsfs = pytest.importorskip("gcsfs")
+    objects = pytest.importorskip("gcp_storage_emulator.handlers.objects")
+    download = objects.download
+
+    def with_generation(request, response, storage, **kwargs):
+        # Cloud Storage says it with every answer; the emulator, with those in JSON only.
+        download(request, response, storage, **kwargs)
+        if response.status != http.HTTPStatus.NOT_FOUND:
+            names = request.params["bucket_name"], request.params["object_id"]
+            response["x-goog-generation"] = storage.get_file_obj(*names)["generation"]
+
+    monkeypatch.setattr(objects, "download", with_generation)
+    monkeypatch.setattr(http.server.HTTPServer, "request_queue_size", 128)
+    pytest.importorskip("gcsfs")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -325,32 +340,42 @@ def bucket(monkeypatch):
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)
     monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", address)
     monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
-    yield "gs://bucket", gcsfs.GCSFileSystem(token="anon", endpoint_url=address)
+    monkeypatch.setenv("NO_GCE_CHECK", "true")  # no looking for credentials
+    yield "bucket", address
     server.stop()
 
 
 def test_checkpoints_in_a_bucket(setting, undisturbed, use_devices, monkeypatch, bucket):
     """Stopped, with the newest checkpoint truncated, then continued."""
-    address, files = bucket
+    name, server = bucket
     workdir = setting[0] / "bucket"
     config = copy.deepcopy(setting[1])
-    config.train.checkpoint_dir = f"{address}/run/checkpoints"
+    config.train.checkpoint_dir = f"gs://{name}/run/checkpoints"
 
-    def names():
-        files.invalidate_cache()
-        return {pathlib.Path(name).name for name in files.ls(config.train.checkpoint_dir)}
+    def objects(folder):
+        """Sizes of the objects in a folder of the bucket, by name."""
+        listing = f"{server}/storage/v1/b/{name}/o?prefix={folder}/"
+        with urllib.request.urlopen(listing) as answer:
+            return {x["name"]: int(x["size"]) for x in json.load(answer)["items"]}
+
+    def steps():
+        return {name.split("/")[2] for name in objects("run/checkpoints")}
 
     sigterm_at(monkeypatch, 7)
     with pytest.raises(preemption.Preempted, match="step 7 of 10 is saved"):
         run(config, workdir)
-    assert names() == {"4", "6", "7"}
-    sizes = files.find(f"{config.train.checkpoint_dir}/7/params", detail=True)
-    largest = max(sizes, key=lambda name: sizes[name]["size"])
-    files.pipe_file(largest, files.cat_file(largest)[: sizes[largest]["size"] // 2])
+    assert steps() == {"4", "6", "7"}
+    sizes = objects("run/checkpoints/7/params")
+    largest = max(sizes, key=sizes.get)
+    address = f"{server}/{name}/{largest}"
+    with urllib.request.urlopen(address) as answer:
+        half = answer.read()[: sizes[largest] // 2]
+    urllib.request.urlopen(urllib.request.Request(address, half, method="PUT")).close()
+    assert objects("run/checkpoints/7/params")[largest] == len(half) > 0
     sigterm_at(monkeypatch, 0)
     with pytest.warns(RuntimeWarning, match="gs://bucket/run/checkpoints/7 is damaged and will be"):
         run(config, workdir)
-    assert names() == {"6", "8", "10", "damaged-7"}
+    assert steps() == {"6", "8", "10", "damaged-7"}
     assert_same(workdir, undisturbed)
     assert not (workdir / "checkpoints").exists() and not pathlib.Path("gs:").exists()
 

@@ -13,12 +13,14 @@ On CPU, each process has one device unless `--devices` says otherwise.
 import argparse
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from typing import NoReturn
 
 # What the processes' own fault detection may take; see attnpo_jax.parallel.processes.
 GRACE_SECONDS = 60
@@ -48,11 +50,24 @@ def environment(index: int, count: int, port: int, devices: int | None) -> dict[
     return environ
 
 
+class Parser(argparse.ArgumentParser):
+    """Of a command line that it can't use it says what a right one looks like."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(2, f"{self.prog}: error: {message}\n{EXAMPLE}\n")
+
+
+def say(line: str) -> None:
+    """Prints a line in one piece: several threads do."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
 def relay(index: int, process: subprocess.Popen) -> None:
     """Copies a process's output, a line at a time so that lines do not mix."""
     for line in process.stdout:
-        sys.stdout.write(f"[{index}] {line}")
-        sys.stdout.flush()
+        say(f"[{index}] {line}".removesuffix("\n"))
 
 
 def report(codes: list[int | None], told: set[int]) -> None:
@@ -61,19 +76,26 @@ def report(codes: list[int | None], told: set[int]) -> None:
         if code and index not in told:
             told.add(index)
             how = f"exit code {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
-            print(f"[{index}] process {index} of {len(codes)} ended: {how}", flush=True)
+            say(f"[{index}] process {index} of {len(codes)} ended: {how}")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description="Run a command as several local processes.", epilog=EXAMPLE
+    parser = Parser(
+        description="Run a command as several local processes.",
+        epilog=EXAMPLE,
+        # Which would break the example's line elsewhere.
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--processes", type=int, required=True, help="how many")
     parser.add_argument("--devices", type=int, help="virtual CPU devices of each process")
     parser.add_argument("command", nargs="+", help="after --, what each process runs")
     options = parser.parse_args()
-    if options.processes < 1:
-        parser.error(f"--processes={options.processes}; accepted: 1 or more")
+    for name in ("processes", "devices"):
+        number = getattr(options, name)
+        if number is not None and number < 1:
+            parser.error(f"--{name}={number}; accepted: 1 or more")
+    if shutil.which(options.command[0]) is None:
+        parser.error(f"there is no command {options.command[0]!r}")
 
     port = free_port()
     running = [
@@ -119,7 +141,7 @@ def main() -> int:
         if deadline is not None and time.monotonic() > deadline:
             for index, process in enumerate(running):
                 if process.poll() is None:
-                    print(f"[{index}] killed: it did not end by itself", flush=True)
+                    say(f"[{index}] killed: it did not end by itself")
                     process.kill()
                     process.wait()
         time.sleep(0.1)

@@ -2,7 +2,8 @@
 
 Whatever happened, the restarted run ends with the same metrics, prepared rows and model, with no
 step or row lost or doubled. As a script, this file is `attnpo` with a fault: SIGKILL at a moment
-that a test chooses. Faults of several processes are in tests/parallel/test_processes.py.
+that a test chooses. Faults of several processes are in
+tests/parallel/test_processes.py and test_process_faults.py.
 """
 
 import copy

@@ -3,12 +3,22 @@
 A process that fails leaves its reason in the coordination service's key-value store, where the
 others look once a second: they repeat it and end. One that dies without a word (SIGKILL, a machine
 that is gone) is missed by whoever computes with it, or by the service after
-`processes.HEARTBEAT_SECONDS`, which then ends all others with a message of its own.
+`processes.HEARTBEAT_SECONDS`; the service itself, which process 0 hosts, is missed at once.
+
+For what the service misses, or when it is gone, JAX's client prints a long line and aborts its
+process; it can be given no callback in Python (jaxlib does not convert the status that it would be
+called with). So abort() is held up for a few seconds, and a thread that sees it under way adds a
+line that can be read and ends the process with code 1. Seeing it takes Linux's /proc; elsewhere
+JAX's line and SIGABRT are the end, those seconds later.
 """
 
 import atexit
+import ctypes
 import os
+import pathlib
 import re
+import signal
+import socket
 import sys
 import threading
 import time
@@ -23,6 +33,10 @@ POLL_SECONDS = 1
 STAY_SECONDS = 3
 # How long one that misses another looks for that one's reason.
 LOOK_SECONDS = 3
+# An abort waits for as many seconds as SIGABRT has for a number, 6: `sleep` is its handler. To see
+# it, to ask whether process 0 is there, and to stay for the others takes less.
+ABORT_POLL_SECONDS = 0.5
+PROBE_SECONDS = 2
 # What JAX, Gloo, NCCL and the coordination service say of a partner that is gone.
 _LOST = re.compile(
     r"Connection (closed|reset|refused)|Broken pipe|[Hh]eartbeat|Socket closed|Barrier failed|"
@@ -35,9 +49,12 @@ _ending = threading.Lock()
 def watch(program: str = "attnpo") -> None:
     """Starts to look for failures of the others, and ends this process with code 1 for one.
 
+    Process 0 of several may end before the others if all goes well: JAX's farewell waits for all.
+
     Args:
       program: the name in front of the message.
     """
+    _watch_abort(program)
     stop = threading.Event()
 
     def look() -> None:
@@ -74,16 +91,78 @@ def fail(program: str, error: BaseException, *, expected: bool, code: int = 1) -
     deadline = time.monotonic() + LOOK_SECONDS
     while not (reasons := _reasons()) and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS / 4)
-    if not reasons:
-        traceback.print_exception(error)  # all there is to go by
+    if not reasons and not _first_is_there():
+        _end(_ends_too(program, _first_is_gone()), code)
     lost = f"another process of this run is gone without a word ({_first_line(error)})"
     tell = None if reasons else f"{_who()} found that {lost}"
+    if not reasons:
+        traceback.print_exception(error)  # all there is to go by
     _end(_ends_too(program, "; ".join(reasons) or lost), code, tell)
 
 
 def is_loss(error: BaseException) -> bool:
     """Whether an error says that another process is gone."""
-    return isinstance(error, jax.errors.JaxRuntimeError) and bool(_LOST.search(str(error)))
+    # Some of Gloo's are raised as ValueErrors, when a computation of all is started.
+    kinds = jax.errors.JaxRuntimeError if "Gloo" not in str(error) else (ValueError, RuntimeError)
+    return isinstance(error, kinds) and bool(_LOST.search(str(error)))
+
+
+def _watch_abort(program: str) -> None:
+    """Holds up aborts of this process, and starts to look for one; see the module's docstring."""
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes = ctypes.c_int, ctypes.c_void_p
+    # Not a function of ours: what the aborting thread holds, Python might wait for without end.
+    libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
+
+    def look() -> None:
+        while not _is_aborting():
+            time.sleep(ABORT_POLL_SECONDS)
+        # The service's client waits for the aborting thread: nothing here may ask it.
+        if jax.process_index() > 0 and not _first_is_there():
+            message = _ends_too(program, _first_is_gone())
+        else:
+            message = f"{program}: error: {_who()} is aborted, for the reason said above"
+        # Whoever ends this process already has said why.
+        if _ending.acquire(timeout=ABORT_POLL_SECONDS):
+            print(message, file=sys.stderr, flush=True)
+        if jax.process_index() == 0:
+            time.sleep(PROBE_SECONDS)  # others ask whether it is there
+        os._exit(1)
+
+    # To the very end: JAX's farewell may miss another process too.
+    threading.Thread(target=look, name="abort of this process", daemon=True).start()
+
+
+def _is_aborting() -> bool:
+    """Whether one of this process's threads is in the handler of SIGABRT.
+
+    It blocks that signal there; threads that take no signals at all block SIGTERM too.
+    """
+    abort, term = (1 << (number - 1) for number in (signal.SIGABRT, signal.SIGTERM))
+    for status in pathlib.Path("/proc/self/task").glob("*/status"):
+        try:
+            blocked = re.search(r"^SigBlk:\s*(\w+)", status.read_text(), re.MULTILINE)
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # a thread that has ended
+        if blocked and int(blocked[1], 16) & (abort | term) == abort:
+            return True
+    return False
+
+
+def _first_is_there() -> bool:
+    """Whether the coordination service, which process 0 hosts, answers a connection."""
+    host, _, port = distributed.global_state.coordinator_address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), PROBE_SECONDS) as connection:
+            # A gRPC server speaks first. A connection alone may be to one that is being torn down.
+            connection.settimeout(PROBE_SECONDS)
+            return bool(connection.recv(1))
+    except OSError:
+        return False
+
+
+def _first_is_gone() -> str:
+    return f"process 0 of {jax.process_count()}, which the others meet at, is gone without a word"
 
 
 def _end(message: str, code: int, tell: str | None = None) -> None:

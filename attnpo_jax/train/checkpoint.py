@@ -29,6 +29,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from attnpo_jax.parallel import failures
 from attnpo_jax.train.state import TrainState
 
 _ITEMS = ("params", "optimizer", "metadata")
@@ -486,7 +487,8 @@ class _naming_failures:
         pass
 
     def __exit__(self, error_type, error, traceback) -> None:
-        if isinstance(error, Exception):
+        # Who misses another process has not failed to write.
+        if isinstance(error, Exception) and not failures.is_loss(error):
             raise CheckpointError(
                 f"a checkpoint could not be written to {self._folder}: {error}; those written "
                 "before stay usable"

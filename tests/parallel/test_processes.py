@@ -1,8 +1,6 @@
-"""Runs of several processes against runs of one. As a script: a run that does as it is told."""
+"""Runs of several processes against runs of one."""
 
 import http.server
-import os
-import pathlib
 import re
 import shutil
 import signal
@@ -12,25 +10,23 @@ import sys
 import threading
 import time
 
-import numpy as np
 import pytest
-import safetensors.numpy
 
 from attnpo_jax import cli
-from attnpo_jax import config as config_lib
-from attnpo_jax.data.prepared import Prepared
 from attnpo_jax.parallel import processes
 from attnpo_jax.train import metrics
-from tests.parallel import tiny
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-CONFIG = """
-import pathlib
-from attnpo_jax import config
-
-def get_config():
-    return config.from_json(pathlib.Path({path!r}).read_text())
-"""
+from tests.parallel.runs import (
+    CONFIG,
+    ROOT,
+    assert_ended_by_itself,
+    assert_same_exports,
+    assert_same_metrics,
+    assert_same_rows,
+    environment,
+    finish,
+    run,
+    start,
+)
 
 
 def test_explicit_variables():
@@ -171,111 +167,6 @@ def test_hosts_of_a_cloud_tpu_slice_find_each_other(monkeypatch, endpoints, chan
         server.shutdown()
 
 
-@pytest.fixture(scope="module")
-def setting(tmp_path_factory):
-    """A config of ten steps, and a compilation cache that all runs share."""
-    folder = tmp_path_factory.mktemp("processes")
-    config = config_lib.default_config()
-    config.model.source = str(tiny.write_folder(folder))
-    config.data.train = str(tiny.write_pairs(folder / "train.jsonl", 20))
-    config.data.eval = str(tiny.write_pairs(folder / "eval.jsonl", 5))
-    config.data.num_buckets = config.judge.num_buckets = 1
-    config.judge.template = str(folder / "template.txt")
-    (folder / "template.txt").write_text("{question} A {answer_a} B {answer_b} Which?")
-    config.judge.layers = (0, 2)
-    config.prepare.rows_per_shard = 3
-    config.optim.learning_rate = 1e-3
-    config.train.batch_size = 4
-    config.train.eval_batch_size = 2
-    config.train.epochs = 2
-    config.train.keep_checkpoints = 5
-    config.parallel.mesh.data = 1
-    config.parallel.mesh.fsdp = -1
-    (folder / "config.json").write_text(config_lib.to_json(config))
-    return folder
-
-
-def environment(setting):
-    return {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
-        "JAX_COMPILATION_CACHE_DIR": str(setting / "xla"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-
-
-def start(setting, workdir, count, *arguments):
-    """The local launcher with `count` processes, at least two virtual devices in all."""
-    devices = max(1, 2 // count)
-    command = [sys.executable, "launch/local.py", f"--processes={count}", f"--devices={devices}"]
-    command += ["--", sys.executable, "-m", "tests.parallel.test_processes"]
-    return subprocess.Popen(
-        [*command, str(setting / "config.json"), str(workdir), *arguments],
-        cwd=ROOT,
-        env=environment(setting),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finish(process, code=0):
-    try:
-        output, _ = process.communicate(timeout=600)
-    finally:
-        if process.poll() is None:
-            process.terminate()  # the launcher passes it on
-    assert process.returncode == code, output
-    return output
-
-
-def run(setting, workdir, count, *arguments, code=0):
-    return finish(start(setting, workdir, count, *arguments), code)
-
-
-@pytest.fixture(scope="module")
-def single(setting):
-    workdir = setting / "single"
-    run(setting, workdir, 1, "--save-every=4")
-    return workdir
-
-
-def assert_same_metrics(found, expected):
-    lines, wanted = metrics.read(found), metrics.read(expected)
-    assert [line["step"] for line in lines] == [0, *range(1, 11), 10]
-    assert len(wanted) == len(lines)
-    for line, other in zip(lines, wanted, strict=True):
-        assert line.keys() == other.keys()
-        for name, value in line.items():
-            # Until the first update with a rate above 0, margins are 0 but for rounding.
-            chance = "accuracies" in name and line["step"] <= 2
-            if not name.endswith("_per_second") and not chance:
-                assert value == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
-
-
-def assert_same_rows(found, expected, splits=("train", "eval")):
-    for split in splits:
-        ours, theirs = (Prepared.open(w / "prepared" / split) for w in (found, expected))
-        assert len(ours) == len(theirs) == {"train": 20, "eval": 5}[split]
-        for row, other in zip(ours, theirs, strict=True):
-            assert row.keys() == other.keys()
-            for name, value in row.items():
-                if isinstance(value, np.ndarray) and value.dtype == np.float32:
-                    np.testing.assert_allclose(value, other[name], atol=1e-5, rtol=0)
-                else:
-                    assert np.array_equal(value, other[name]), name
-
-
-def assert_same_exports(found, expected):
-    ours, theirs = (
-        safetensors.numpy.load_file(w / "export" / "model.safetensors") for w in (found, expected)
-    )
-    assert ours.keys() == theirs.keys()
-    for name, array in ours.items():
-        np.testing.assert_allclose(array, theirs[name], rtol=0, atol=1e-4, err_msg=name)
-
-
 @pytest.mark.parametrize("count", [2, 4])
 def test_several_processes_end_as_one_does(setting, single, count):
     """All that `attnpo run` does: preparing, training, evaluating, exporting."""
@@ -299,7 +190,9 @@ def test_two_commands_that_say_by_options_who_they_are(setting, single, tmp_path
     command = [sys.executable, "-m", "attnpo_jax.cli", "prepare", "--config.data.eval="]
     command += [f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path}"]
     command += [f"--coordinator-address={address}", "--num-processes=2"]
-    environ = environment(setting) | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    environ = environment(setting)
+    # The last one counts.
+    environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=1"
     commands = [
         subprocess.Popen(
             [*command, f"--process-id={index}"],
@@ -372,22 +265,14 @@ def test_checkpoint_that_one_process_cannot_read_is_skipped_by_all(setting, sing
     assert_same_metrics(workdir, single)
 
 
-@pytest.mark.parametrize("victim, survivor", [(1, 0), (0, 1)])
-def test_when_one_dies_the_others_end_too_and_a_restart_continues(
-    setting, single, victim, survivor
-):
+@pytest.mark.parametrize("victim", [1, 0])
+def test_when_one_dies_the_others_end_too_and_a_restart_continues(setting, single, victim):
     workdir = setting / f"killed-{victim}"
-    process = start(setting, workdir, 2, f"--victim={victim}", "--kill-at=5", "--save-every=2")
-    output = finish(process, code=128 + signal.SIGKILL)
-    ended = time.time()
-    assert "did not end by itself" not in output
-    assert ended - float((workdir / "killed-at").read_text()) < 60, output
-    # Said by itself, or by JAX where its watch came first.
-    reason = r"another process of this run is gone without a word|fatal errors.*another task died"
-    assert re.search(rf"^\[{survivor}\] .*({reason})", output, re.MULTILINE), output
-    assert f"process {victim} of 2 ended: killed by SIGKILL" in output
+    options = [f"--victim={victim}", "--kill-at=5", "--config.train.save_every=2"]
+    output = run(setting, workdir, 2, *options, code=128 + signal.SIGKILL)
+    assert_ended_by_itself(output, workdir, victim)
     assert (workdir / "checkpoints" / "4").is_dir()
-    run(setting, workdir, 2, "--save-every=2")
+    run(setting, workdir, 2, "--config.train.save_every=2")
     assert_same_metrics(workdir, single)
 
 
@@ -404,79 +289,3 @@ def test_when_one_fails_the_others_say_why_and_end(setting, tmp_path, victim, ot
     for index in range(2):
         assert f"[{index}] process {index} of 2 ended: exit code 1" in lines
     assert "Traceback" not in output
-
-
-def main(config_file, workdir, *arguments):
-    cli._join_processes({})
-    import jax
-
-    from attnpo_jax.data.prepared import PreparedWriter
-    from attnpo_jax.parallel import preemption
-    from attnpo_jax.run import run as run_all
-    from attnpo_jax.train import checkpoint, loop
-
-    config = config_lib.from_json(pathlib.Path(config_file).read_text())
-    options = dict(argument.lstrip("-").split("=") for argument in arguments)
-    config.train.save_every = int(options.get("save-every", 100))
-    put_batch = loop.read_ahead
-
-    def read_and_signal(batches, start=0):
-        for number, batch in enumerate(put_batch(batches, start), start + 1):
-            last = jax.process_index() == jax.process_count() - 1
-            if type(batches).__name__ == "TrainBatches":
-                if last and number == int(options.get("sigterm-at", -1)):
-                    os.kill(os.getpid(), signal.SIGTERM)
-                if jax.process_index() == int(options.get("victim", -1)):
-                    befall(number)
-            elif "sigterm-in-last-evaluation" in options and number == 2:
-                if last and (pathlib.Path(workdir) / "metrics.jsonl").read_text().count("\n") > 10:
-                    os.kill(os.getpid(), signal.SIGTERM)
-                    wait_for_notice()
-            yield batch
-
-    def befall(number):
-        faults = [fault for fault in ("kill", "fail") if options.get(f"{fault}-at") == str(number)]
-        if faults:
-            (pathlib.Path(workdir) / "killed-at").write_text(str(time.time()))
-        if "kill" in faults:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if "fail" in faults:
-            raise OSError("the disk is full")
-
-    write = PreparedWriter.write
-
-    def write_and_signal(self, shard, *rows):
-        write(self, shard, *rows)
-        print(f"shard {shard} is written", flush=True)
-        if shard == int(options.get("sigterm-after-shard", -1)):
-            os.kill(os.getpid(), signal.SIGTERM)
-            wait_for_notice()
-
-    def wait_for_notice():
-        # JAX looks at the signal once a second.
-        with preemption.watch() as noticed:
-            while not noticed():
-                time.sleep(0.1)
-
-    read_metadata = checkpoint._read_metadata
-
-    def read_or_fail(manager, step):
-        unreadable = step == int(options.get("process-1-cannot-read", -1))
-        if unreadable and jax.process_index() == 1 and not damaged:
-            damaged.append(step)
-            raise ValueError("not what was written")
-        return read_metadata(manager, step)
-
-    damaged = []
-    checkpoint._read_metadata = read_or_fail
-    loop.read_ahead = read_and_signal
-    PreparedWriter.write = write_and_signal
-    if options.get("sigterm-at") == "0" and jax.process_index() == 1:
-        os.kill(os.getpid(), signal.SIGTERM)
-        wait_for_notice()
-    run_all(config, workdir)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(cli.exit_code("attnpo", lambda: main(*sys.argv[1:])))

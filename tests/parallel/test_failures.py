@@ -1,0 +1,122 @@
+"""What is left to read of a run when one of its processes dies. As a script: such a process."""
+
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+
+from attnpo_jax import cli
+from attnpo_jax.parallel import failures
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def run(count, code, *arguments):
+    """Output of `count` processes of this script, by the local launcher."""
+    command = [sys.executable, "launch/local.py", f"--processes={count}", "--devices=1", "--"]
+    process = subprocess.run(
+        [*command, sys.executable, "-m", "tests.parallel.test_failures", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+    )
+    assert process.returncode == code, process.stdout
+    return process.stdout
+
+
+def assert_ended_soon(output, folder):
+    assert "did not end by itself" not in output
+    assert time.time() - float((folder / "killed-at").read_text()) < 60, output
+
+
+@pytest.mark.parametrize(
+    "count, doing", [(2, "host"), (3, "host"), (2, "collective"), (3, "collective"), (3, "barrier")]
+)
+def test_when_the_first_is_killed_the_others_say_so_and_end(tmp_path, count, doing):
+    output = run(count, 128 + signal.SIGKILL, doing, 0, tmp_path)
+    assert_ended_soon(output, tmp_path)
+    lines = output.splitlines()
+    assert f"[0] process 0 of {count} ended: killed by SIGKILL" in lines
+    for k in range(1, count):
+        why = f"process 0 of {count}, which the others meet at, is gone without a word"
+        assert f"[{k}] attnpo: error: {why}; process {k} of {count} ends too" in lines, output
+        assert f"[{k}] process {k} of {count} ended: exit code 1" in lines, output
+
+
+def test_when_another_is_killed_that_nobody_waits_for_the_others_end_with_code_1(tmp_path):
+    """The coordination service misses its heartbeats; JAX's line names it."""
+    output = run(3, 128 + signal.SIGKILL, "host", 1, tmp_path)
+    assert_ended_soon(output, tmp_path)
+    lines = output.splitlines()
+    for k in (0, 2):
+        assert re.search(rf"^\[{k}\] .*fatal errors.* unhealthy", output, re.MULTILINE), output
+        words = f"process {k} of 3 is aborted, for the reason said above"
+        assert f"[{k}] attnpo: error: {words}" in lines, output
+        assert f"[{k}] process {k} of 3 ended: exit code 1" in lines, output
+
+
+@pytest.mark.parametrize("doing", ["first-ends-first", "first-ends-last"])
+def test_whoever_is_done_first_is_not_taken_for_dead(tmp_path, doing):
+    output = run(3, 0, doing, -1, tmp_path)
+    assert "error" not in output and "abort" not in output, output
+    assert sorted(re.findall(r"^\[(\d)\] done", output, re.MULTILINE)) == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    "error, loss",
+    [
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: recvmsg:Connection reset by peer"), True),
+        (jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllReduce failed: Connection closed"), True),
+        (ValueError("UNKNOWN: Gloo AllGather failed: [pair.cc:547] Connection closed"), True),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), False),
+        (ValueError("no such dataset: Connection refused"), False),
+        (ConnectionRefusedError("Connection refused"), False),
+    ],
+)
+def test_what_counts_as_the_loss_of_another_process(error, loss):
+    assert failures.is_loss(error) is loss
+
+
+def test_a_process_that_runs_is_not_aborting():
+    assert not failures._is_aborting()
+
+
+def main(doing, victim, folder):
+    from attnpo_jax.parallel import processes
+
+    processes.HEARTBEAT_SECONDS = 5  # or a test would take half a minute more
+    cli._join_processes({})
+    from jax.experimental import multihost_utils
+
+    mine = jax.process_index()
+    multihost_utils.sync_global_devices("all are there")
+    if mine == int(victim):
+        time.sleep(1)
+        (pathlib.Path(folder) / "killed-at").write_text(str(time.time()))
+        os.kill(os.getpid(), signal.SIGKILL)
+    if doing == "host":
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            sum(range(10_000))
+    elif doing == "collective":
+        multihost_utils.sync_global_devices("without the victim")
+    elif doing == "barrier":
+        processes.barrier("without the victim")
+    else:
+        first = (mine == 0) == (doing == "first-ends-first")
+        time.sleep(0 if first else 4)
+    print("done", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.exit_code("attnpo", lambda: main(*sys.argv[1:])))

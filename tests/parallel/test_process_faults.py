@@ -1,0 +1,175 @@
+"""Runs of several processes that something befalls, restarted, against the undisturbed run."""
+
+import functools
+import itertools
+import json
+import re
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import transformers
+
+from attnpo_jax.train import metrics
+from tests.parallel.runs import (
+    assert_ended_by_itself,
+    assert_same_exports,
+    assert_same_metrics,
+    assert_same_rows,
+    run,
+)
+
+KILLED = 128 + signal.SIGKILL
+
+
+def train_shards(workdir):
+    """The finished shards of the training pairs: number -> what changes when it is written anew."""
+    return {
+        int(shard.name.split("-")[1]): (shard.stat().st_ino, shard.stat().st_mtime_ns)
+        for shard in (workdir / "prepared" / "train").glob("data-*.arrow")
+    }
+
+
+def torsos(workdir):
+    """Numbers of the training shards that were not written to their end."""
+    leftovers = (workdir / "prepared" / "train").glob(".data-*.tmp")
+    return {int(leftover.name.split("-")[1]) for leftover in leftovers}
+
+
+def test_sigkill_of_one_while_each_prepares_shards_of_its_own(setting, single):
+    workdir = setting / "killed-preparing"
+    output = run(
+        setting, workdir, 2, "--parts=prepare", "--victim=1", "--kill-at-shard=3", code=KILLED
+    )
+    assert_ended_by_itself(output, workdir, victim=1)
+    # Process 0 has the even ones of seven; the victim had finished its first.
+    finished = train_shards(workdir)
+    assert {1} <= finished.keys() <= {0, 1, 2, 4, 6} and 3 in torsos(workdir)
+    run(setting, workdir, 2, "--parts=prepare,train")
+    assert finished.items() <= train_shards(workdir).items()  # none was computed again
+    assert train_shards(workdir).keys() == set(range(7)) and not torsos(workdir)
+    assert_same_rows(workdir, single)
+    assert_same_metrics(workdir, single)
+
+
+def test_faults_while_all_prepare_the_same_shards(setting, single):
+    """The one that writes is killed, then the other one is told to stop, then nothing happens."""
+    workdir, together = setting / "together", "--config.prepare.devices=all"
+    run_on = functools.partial(run, setting, workdir, 2, together, "--parts=prepare")
+    output = run_on("--victim=0", "--kill-at-shard=2", code=KILLED)
+    assert_ended_by_itself(output, workdir, victim=0)
+    killed = train_shards(workdir)
+    assert killed.keys() == {0, 1} and torsos(workdir) == {2}
+    # It computes shards 2 and 3; notice comes as it begins with the next.
+    output = run_on("--sigterm-at-shard=3", code=75)
+    told = re.findall(r"^\[(\d)\] attnpo: told to stop: shards of", output, re.MULTILINE)
+    assert sorted(told) == ["0", "1"], output
+    stopped = train_shards(workdir)
+    assert killed.items() <= stopped.items() and stopped.keys() == {0, 1, 2, 3}
+    run_on()
+    assert stopped.items() <= train_shards(workdir).items() and not torsos(workdir)
+    assert_same_rows(workdir, single)
+
+
+def prepared_before(workdir, single):
+    """A run that finds the rows prepared."""
+    shutil.copytree(single / "prepared", workdir / "prepared")
+    return workdir
+
+
+@pytest.mark.parametrize("victim, background", [(1, 0), (0, 1)])
+def test_sigkill_of_one_while_saving(setting, single, victim, background):
+    """Of process 1 while it writes, of process 0 when all is written but has no name yet."""
+    workdir = prepared_before(setting / f"killed-saving-{victim}", single)
+    options = ["--parts=train", "--config.train.save_every=2", f"--in-background={background}"]
+    faults = [f"--victim={victim}", "--kill-saving=4"]
+    output = run(setting, workdir, 2, *options, *faults, code=KILLED)
+    assert_ended_by_itself(output, workdir, victim)
+    whole, torso = sorted((workdir / "checkpoints").iterdir())
+    assert whole.name == "2" and torso.name.startswith("4.") and list(torso.glob("params*"))
+    assert steps(workdir)[:4] == [1, 2, 3, 4] and 10 not in steps(workdir)
+    for record in workdir.glob("fed-*"):
+        record.unlink()
+    run(setting, workdir, 2, *options)
+    # From step 3 on, since it is step 2 that was whole.
+    assert [step for step, _ in fed(workdir, 2)] == list(range(3, 11))
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"2", "4", "6", "8", "10"}
+    assert_same_metrics(workdir, single)
+
+
+def steps(workdir):
+    return [line["step"] for line in metrics.read(workdir) if "loss" in line]
+
+
+def fed(workdir, count):
+    """(step, pairs) in the order in which `count` processes had them, the pairs of all together."""
+    files = [workdir / f"fed-{count}-{process}.jsonl" for process in range(count)]
+    records = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    found = []
+    for of_all in zip(*records, strict=True):
+        assert len({record["step"] for record in of_all}) == 1
+        pairs = sorted(tuple(pair) for record in of_all for pair in record["pairs"])
+        found.append((of_all[0]["step"], pairs))
+    return found
+
+
+def test_2_then_4_then_1_processes_have_the_batches_of_one(setting, single):
+    workdir = prepared_before(setting / "moved", single)
+    run(setting, workdir, 2, "--parts=train", "--sigterm-at=3", code=75)
+    first = steps(workdir)[-1]
+    run(setting, workdir, 4, "--parts=train", "--sigterm-at=6", code=75)
+    second = steps(workdir)[-1]
+    assert 3 <= first < 6 <= second < 10
+    run(setting, workdir, 1, "--parts=train")
+
+    wanted = dict(fed(single, 1))
+    # Both epochs have each of the 20 pairs once, each in an order of its own.
+    epochs = [[pair[-1] for s in range(e + 1, e + 6) for pair in wanted[s]] for e in (0, 5)]
+    assert all(sorted(epoch) == list(range(20)) for epoch in epochs) and epochs[0] != epochs[1]
+    parts = [fed(workdir, count) for count in (2, 4, 1)]
+    ends = [0, first, second, 10]
+    for part, begin, end in zip(parts, ends, ends[1:], strict=False):
+        assert [step for step, _ in part] == list(range(begin + 1, end + 1))
+    for step, pairs in itertools.chain(*parts):
+        if first < step <= second:
+            # With four devices a microbatch has more rows, and pairs may share them otherwise.
+            assert in_microbatches(pairs) == in_microbatches(wanted[step]), step
+        else:
+            assert pairs == wanted[step], step
+    assert_same_metrics(workdir, single)
+
+
+def in_microbatches(pairs):
+    return sorted((microbatch, pair) for microbatch, _, _, pair in pairs)
+
+
+def test_adapters_of_two_processes_are_those_of_one(setting, single):
+    options = ["--config.lora.rank=3", "--config.lora.export=both", "--config.train.epochs=1"]
+    workdirs = [prepared_before(setting / f"adapters-of-{count}", single) for count in (1, 2)]
+    for workdir, count in zip(workdirs, (1, 2), strict=True):
+        run(setting, workdir, count, *options, "--parts=train,export")
+    ours, theirs = (
+        safetensors.numpy.load_file(w / "export-adapter" / "adapter_model.safetensors")
+        for w in reversed(workdirs)
+    )
+    # Two factors of the seven projections of three layers.
+    assert ours.keys() == theirs.keys() and len(ours) == 2 * 7 * 3
+    for name, array in ours.items():
+        np.testing.assert_allclose(array, theirs[name], rtol=0, atol=1e-4, err_msg=name)
+        # The second factors start at 0: training has moved them by more than that.
+        assert "lora_B" not in name or np.abs(array).max() > 1e-3, name
+    assert_same_exports(*reversed(workdirs))
+
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    auto = transformers.AutoModelForCausalLM
+    tokens = torch.arange(3, 43)[None]
+    with torch.no_grad():
+        base = auto.from_pretrained(setting / "model").eval()
+        without = base(tokens).logits
+        adapted = peft.PeftModel.from_pretrained(base, workdirs[1] / "export-adapter").eval()
+        got = adapted(tokens).logits
+        merged = auto.from_pretrained(workdirs[1] / "export").eval()(tokens).logits
+    assert np.abs(got - without).max() > 1e-3
+    np.testing.assert_allclose(got, merged, rtol=0, atol=1e-4)

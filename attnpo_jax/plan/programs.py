@@ -294,6 +294,12 @@ class Setting:
                 changes.append(f"model.remat = {config.model.remat!r} to 'layer'")
             if batching.rows > sizes["data"] * sizes["fsdp"]:
                 changes.append(f"a smaller train.microbatch_size than {batching.rows}")
+            elif shared := self._with_shared_rows(sizes):
+                changes.append(
+                    f"parallel.mesh.tensor = {sizes['tensor']} to {shared['tensor']}, fsdp to "
+                    f"{shared['fsdp']} and train.microbatch_size to {shared['fsdp']}, so that "
+                    "chips share a row"
+                )
             if config.model.dtype != "bfloat16":
                 changes.append("model.dtype to 'bfloat16'")
             changes.append(f"a smaller model.logps_chunk than {config.model.logps_chunk}")
@@ -303,9 +309,23 @@ class Setting:
                 changes.append(f"a smaller judge.token_budget than {config.judge.token_budget}")
             if config.model.param_dtype != "bfloat16":
                 changes.append("model.param_dtype to 'bfloat16'")
+            if self.prepares_on != self.topology:
+                changes.append(f"prepare.devices = {config.prepare.devices!r} to 'all'")
             changes.append("chips with more memory")
         changes.append(f"a smaller data.max_length than {config.data.max_length}")
         return ", or ".join(changes)
+
+    def _with_shared_rows(self, sizes: Mapping[str, int]) -> dict[str, int] | None:
+        """A mesh with twice the chips to a row, the others on `fsdp`; None if there is none."""
+        tensor = 2 * sizes["tensor"]
+        shared = {"data": 1, "fsdp": self.topology.size // tensor, "tensor": tensor}
+        if self.topology.size % tensor or self.config.train.batch_size % shared["fsdp"]:
+            return None
+        try:
+            meshes.check_model(self.model, shared)
+        except meshes.MeshError:
+            return None
+        return shared
 
 
 def _coordinates(mesh: jax.sharding.Mesh) -> np.ndarray:

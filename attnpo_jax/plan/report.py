@@ -157,6 +157,8 @@ def _programs(plan: Plan) -> Table:
     row("at least", lambda _, line: f"{line.seconds:.3f} s, for {line.limit}")
     row("MFU at most", lambda _, line: f"{line.mfu:.0%}")
     row("compiled in", lambda p, _: f"{p.compile_seconds:.0f} s")
+    if any(p.unknown_loops for p in programs):
+        row("loops counted once", lambda p, _: str(len(p.unknown_loops)))
     return made
 
 

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import logging
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,10 +22,11 @@ from attnpo_jax.train.state import TrainState
 
 _LOG = logging.getLogger(__name__)
 
-# Each is a compilation of a minute or two for a model of 8B.
-TRIED = 12
-# Of the same mesh and microbatch, tried in this order: what seldom fits comes last.
-REMATS = ("dots", "layer", "none")
+# Compilations of a minute or two for a model of 8B: so many that fit, and so many in all. One that
+# does not fit says so in seconds.
+FITTING, TRIED = 12, 36
+# By the memory they take: where one does not fit, those after it do not.
+REMATS = ("layer", "dots", "none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,31 +62,82 @@ class Found:
 
 
 def ranking(setting: Setting) -> list[Found]:
-    """Training steps of the likeliest candidates, the fastest first, those that do not fit last.
+    """Training steps, the fastest first, those that do not fit last.
+
+    The config's own comes first; then those that send least. Of each mesh and microbatch, remat
+    policies are tried from the thriftiest on, until one does not fit, and of each mesh no
+    microbatch that is larger than one that does not fit with the thriftiest.
 
     Raises:
       PlanError: no mesh is worth a try.
     """
-    likely = sorted(candidates(setting), key=lambda c: _guess(setting, c))[:TRIED]
-    if not likely:
-        raise PlanError(
-            f"no mesh of {setting.topology.size} chips divides this model and leaves a chip "
-            f"memory for its parameters and their moments; accepted: more chips, or larger ones"
-        )
-    found = []
-    for k, candidate in enumerate(likely):
-        _LOG.info("%d of %d: %s", k + 1, len(likely), candidate)
+    own = _own(setting)
+    waiting = sorted(candidates(setting), key=lambda c: _guess(setting, c))
+    if own is not None:
+        waiting = [own] + [c for c in waiting if c != own]
+    found: list[Found] = []
+    too_large: list[Candidate] = []
+    fitting = 0
+    for candidate in waiting:
+        if fitting == FITTING or len(found) == TRIED:
+            break
+        if any(_takes_more(candidate, other) for other in too_large):
+            continue
+        _LOG.info("%d: %s", len(found) + 1, candidate)
         try:
-            found.append(Found(candidate, _with(setting, candidate).training()))
+            program, problem = _with(setting, candidate).training(), ""
         except DoesNotFit as error:
-            found.append(Found(candidate, None, str(error).split(", on ")[0]))
-    return sorted(found, key=_seconds)
+            program, problem = None, str(error).split(", on ")[0]
+            too_large.append(candidate)
+        except jax.errors.JaxRuntimeError as error:
+            # What is found so far has taken minutes.
+            program, problem = None, str(error).splitlines()[0]
+            _LOG.warning("%s: %s", candidate, problem)
+        found.append(Found(candidate, program, problem))
+        fitting += program is not None
+    return sorted(found, key=_place)
+
+
+def _own(setting: Setting) -> Candidate | None:
+    """The config's own way to train, if its mesh fits the slice and the model."""
+    train = setting.config.train
+    try:
+        mesh = setting.training_mesh()
+        meshes.check_model(setting.model, mesh)
+    except meshes.MeshError:
+        return None
+    return Candidate(mesh, train.microbatch_size, setting.config.model.remat)
+
+
+def _takes_more(candidate: Candidate, other: Candidate) -> bool:
+    """Whether it surely needs as much memory as another one, or more."""
+    return (
+        candidate.mesh == other.mesh
+        and candidate.microbatch >= other.microbatch
+        and REMATS.index(candidate.remat) >= REMATS.index(other.remat)
+    )
 
 
 def candidates(setting: Setting) -> Iterator[Candidate]:
-    """All that divide the model and the batch, and have room for parameters and moments."""
+    """All that divide the model and the batch, and have room for parameters and moments.
+
+    Raises:
+      PlanError: there is none; says why.
+    """
+    batch = setting.config.train.batch_size
+    for mesh in _meshes(setting):
+        rows = mesh["data"] * mesh["fsdp"]
+        # A microbatch divides the batch. Where none fills all parts, the whole batch is padded.
+        sizes = [size for size in _divisors(batch) if size % rows == 0] or [batch]
+        for size in sizes:
+            for remat in REMATS:
+                yield Candidate(mesh, size, remat)
+
+
+def _meshes(setting: Setting) -> list[dict[str, int]]:
     n, batch = setting.topology.size, setting.config.train.batch_size
-    state = _state_bytes(setting)
+    state, hbm = _state_bytes(setting), setting.topology.chip.hbm
+    divide = []
     for tensor in _divisors(n):
         for fsdp in _divisors(n // tensor):
             mesh = {"data": n // tensor // fsdp, "fsdp": fsdp, "tensor": tensor}
@@ -92,15 +145,27 @@ def candidates(setting: Setting) -> Iterator[Candidate]:
                 meshes.check_model(setting.model, mesh)
             except meshes.MeshError:
                 continue
-            rows = mesh["data"] * fsdp
-            # With more parts of a batch than pairs, chips would have none.
-            if rows > batch or state / (fsdp * tensor) > setting.topology.chip.hbm:
-                continue
-            # A microbatch divides the batch. Where none fills all parts, the whole batch is padded.
-            sizes = [size for size in _divisors(batch) if size % rows == 0] or [batch]
-            for size in sizes:
-                for remat in REMATS:
-                    yield Candidate(mesh, size, remat)
+            divide.append(mesh)
+    if not divide:
+        raise PlanError(f"no mesh of {n} chips divides this model; accepted: another number")
+    roomy = [mesh for mesh in divide if state / (mesh["fsdp"] * mesh["tensor"]) <= hbm]
+    if not roomy:
+        most = max(mesh["fsdp"] * mesh["tensor"] for mesh in divide)
+        raise PlanError(
+            f"parameters, moments and gradient take {state / most / GIB:.2f} GiB of a chip's "
+            f"{hbm / GIB:.2f} GiB, split as far as {n} chips and this model allow; accepted: more "
+            "chips, or larger ones"
+        )
+    # With more parts of a batch than pairs, chips would have none.
+    busy = [mesh for mesh in roomy if mesh["data"] * mesh["fsdp"] <= batch]
+    if not busy:
+        parts = min(mesh["data"] * mesh["fsdp"] for mesh in roomy)
+        raise PlanError(
+            f"on {n} chips a batch is in {parts} parts or more, since this model can't be split "
+            f"further by tensor, and train.batch_size is {batch}; accepted: a train.batch_size of "
+            f"{parts} or more, or fewer chips"
+        )
+    return busy
 
 
 def _divisors(number: int) -> list[int]:
@@ -148,22 +213,31 @@ def _with(setting: Setting, candidate: Candidate) -> Setting:
     return dataclasses.replace(setting, config=config)
 
 
-def _seconds(found: Found) -> float:
-    return math.inf if found.program is None else Roofline.of(found.program).seconds
+def _place(found: Found) -> tuple[float, float]:
+    if found.program is None:
+        return math.inf, math.inf
+    return Roofline.of(found.program).seconds, found.program.memory.peak
 
 
 def table(ranking: list[Found]) -> Table:
     """The ranking for people."""
-    made = Table("data", "fsdp", "tensor", "microbatch", "remat")
-    for name in ("peak", "at least", "MFU at most", "limit"):
-        made.add_column(name)
+    made = Table(title="training steps")
+    # Wide as they are, they fit a terminal of 80 columns.
+    for name in (
+        "data,\nfsdp,\ntensor", "microbatch", "remat", "peak,\nGiB", "at\nleast", "MFU at\nmost",
+        "limit",
+    ):  # fmt: skip
+        made.add_column(name, no_wrap=True)
     for found in ranking:
         c = found.candidate
-        cells = [*map(str, c.mesh.values()), str(c.microbatch), c.remat]
+        cells = [", ".join(map(str, c.mesh.values())), str(c.microbatch), c.remat]
         if found.program is None:
-            made.add_row(*cells, "does not fit", found.problem.partition("needs ")[2], "", "")
+            used = re.search(r"needs ([\d.]+) GiB", found.problem)
+            made.add_row(
+                *cells, used[1] if used else "?", "", "", "does not fit" if used else "failed"
+            )
             continue
         line = Roofline.of(found.program)
-        peak = f"{found.program.memory.peak / GIB:.2f} GiB"
+        peak = f"{found.program.memory.peak / GIB:.2f}"
         made.add_row(*cells, peak, f"{line.seconds:.3f} s", f"{line.mfu:.0%}", line.limit)
     return made

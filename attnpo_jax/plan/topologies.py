@@ -1,17 +1,19 @@
 """TPU chips with their published peaks, and slices of them.
 
 Source of the figures: the pages of Cloud TPU's documentation on the chips,
-https://docs.cloud.google.com/tpu/docs/v5e, .../v5p and .../v6e. They give a chip's interconnect
-as a whole, both directions counted: 400 GB/s for the 4 links of a v5e, 800 for the 4 of a v6e,
-1200 for the 6 of a v5p. The page on the v5p says that slices of 4x4x4 chips and larger are full
-tori; smaller ones, 2x2x4 among them, are taken to be open on all axes.
+https://docs.cloud.google.com/tpu/docs/v4, .../v5e, .../v5p and .../v6e. They give a chip's
+interconnect as a whole, both directions counted: 400 GB/s for the 4 links of a v5e, 800 for the 4
+of a v6e, 1200 for the 6 of a v5p. For the v4, the paper on it (Jouppi et al. 2023, "TPU v4: An
+Optically Reconfigurable Supercomputer for Machine Learning with Hardware Support for Embeddings",
+arXiv 2304.01433) gives 50 GB/s a link. The pages on the v4 and v5p say that slices of whole cubes
+of 4x4x4 chips are tori; smaller ones, 2x2x4 among them, are taken to be open on all axes.
 """
 
 import dataclasses
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -35,9 +37,11 @@ class Chip:
       hbm_bandwidth: bytes a second, of main memory.
       link_bandwidth: bytes a second over one link to a neighbour, one direction.
       host: chips of one host of a larger slice, by axis of the slice.
+      alone: slices of so many chips, or fewer, have one host.
       wraps: multiples of this many chips on an axis close to a ring.
       cubes: whether they do only where all axes are such multiples.
       largest: the most chips on an axis.
+      libtpu: what libtpu has to be told of it.
     """
 
     name: str
@@ -46,17 +50,40 @@ class Chip:
     hbm_bandwidth: float
     link_bandwidth: float
     host: tuple[int, ...]
+    alone: int
     wraps: int
     cubes: bool
     largest: int
+    libtpu: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def lengths(self) -> list[int]:
+        """How many chips an axis of a slice may have."""
+        if self.cubes:
+            return [1, 2, *range(self.wraps, self.largest + 1, self.wraps)]
+        return [2**k for k in range(self.largest.bit_length())]
 
 
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v5e", 197e12, 16 * GIB, 8.19e11, 400e9 / 8, (2, 2), 16, False, 16),
-        Chip("v5p", 459e12, 95 * GIB, 2.765e12, 1200e9 / 12, (2, 2, 1), 4, True, 24),
-        Chip("v6e", 918e12, 32 * GIB, 1.6e12, 800e9 / 8, (2, 2), 16, False, 16),
+        Chip(
+            "v4",
+            275e12,
+            32 * GIB,
+            1.2e12,
+            50e9,
+            (2, 2, 1),
+            4,
+            4,
+            True,
+            24,
+            # One device a chip, as on TPU VMs.
+            {"chip_config_name": "megacore"},
+        ),
+        Chip("v5e", 197e12, 16 * GIB, 8.19e11, 400e9 / 8, (2, 2), 8, 16, False, 16),
+        Chip("v5p", 459e12, 95 * GIB, 2.765e12, 1200e9 / 12, (2, 2, 1), 4, 4, True, 24),
+        Chip("v6e", 918e12, 32 * GIB, 1.6e12, 800e9 / 8, (2, 2), 8, 16, False, 16),
     )
 }
 
@@ -83,21 +110,29 @@ class Topology:
 
     @property
     def host(self) -> "Topology":
-        """The part that one process has: a host's chips, or all where they are fewer."""
+        """The part that one process has: a host's chips, or all where one host has them."""
+        if self.size <= self.chip.alone:
+            return self
         shape = tuple(min(*pair) for pair in zip(self.shape, self.chip.host, strict=True))
         return dataclasses.replace(self, shape=shape)
 
     def links(self, coordinates: Sequence[Sequence[int]]) -> int:
-        """Links by which a chip reaches a group of chips: one a varying axis, two where it closes.
+        """Links by which a chip reaches a group of chips: one a varying axis, two along a ring.
+
+        Of a part of a ring, the way round is the other parts' too.
 
         Args:
           coordinates: where the group's chips are in the slice.
         """
-        varies = [len(set(at)) > 1 for at in np.array(coordinates).T[: len(self.shape)]]
+        places = [len(set(at)) for at in np.array(coordinates).T[: len(self.shape)]]
         closes = [length % self.chip.wraps == 0 for length in self.shape]
         if self.chip.cubes and not all(closes):
             closes = [False] * len(closes)
-        return sum(1 + ring for along, ring in zip(varies, closes, strict=True) if along)
+        return sum(
+            2 if ring and here == length else 1
+            for here, length, ring in zip(places, self.shape, closes, strict=True)
+            if here > 1
+        )
 
     def devices(self) -> list[jax.Device]:
         """Devices to compile for; there is nothing to run on.
@@ -111,6 +146,7 @@ class Topology:
                 platform="tpu",
                 topology_name=self.name,
                 chips_per_host_bounds=(*self.host.shape, 1, 1)[:3],
+                **self.chip.libtpu,
             )
         except Exception as error:
             reason = str(error).splitlines()[0]
@@ -133,11 +169,10 @@ def parse(name: str) -> Topology:
             f"{examples}"
         )
     shape = tuple(map(int, grid.split("x")))
-    lengths = [2**k for k in range(6) if 2**k <= chip.largest]
-    if len(shape) != len(chip.host) or not set(shape) <= {*lengths, chip.largest}:
+    if len(shape) != len(chip.host) or not set(shape) <= {*chip.lengths}:
         raise PlanError(
             f"topology {name!r}: accepted for {kind}: {len(chip.host)} axes, each of "
-            f"{', '.join(map(str, sorted({*lengths, chip.largest})))} chips"
+            f"{', '.join(map(str, chip.lengths))} chips"
         )
     return Topology(chip, shape)
 

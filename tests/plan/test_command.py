@@ -132,7 +132,7 @@ def test_options_reach_the_plan(arguments, compiled, capsys):
 @pytest.mark.parametrize(
     "extra, code, words",
     [
-        (["--topology=v5x:2x2"], 1, "topology 'v5x:2x2': accepted: a chip (v5e, v5p, v6e)"),
+        (["--topology=v5x:2x2"], 1, "topology 'v5x:2x2': accepted: a chip (v4, v5e, v5p, v6e)"),
         (["--config.parallel.mesh.data=3"], 1, "product of the sizes is 3, which must divide"),
         (PMAP, 1, "'pmap' is not planned; accepted: 'jit'"),
         (["--row-length=9000"], 1, "--row-length=9000: accepted: 3 to 4095"),

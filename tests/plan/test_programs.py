@@ -209,6 +209,9 @@ def test_what_does_not_fit_says_by_how_much_and_what_to_change():
         r"the train program needs \d+.\d\d GiB of a chip's 15.75 GiB, \d+.\d\d GiB too", message
     )
     assert "model.remat = 'dots' to 'layer'" in message
+    # Each chip has one row already.
+    assert "tensor = 1 to 2, fsdp to 2 and train.microbatch_size to 2, so that" in message
+    assert "a smaller train.microbatch_size" not in message
     assert "\n" not in message
 
 

@@ -9,7 +9,11 @@ from attnpo_jax.plan import topologies
         ("v5e:8x8", 64, "v5e:2x2"),
         ("v5p:2x2x4", 16, "v5p:2x2x1"),
         ("v6e:1x1", 1, "v6e:1x1"),
-        ("v5e:1x4", 4, "v5e:1x2"),
+        ("v5e:1x4", 4, "v5e:1x4"),
+        ("v5e:2x4", 8, "v5e:2x4"),  # the largest slice of one host
+        ("v5e:4x4", 16, "v5e:2x2"),
+        ("v4:2x2x2", 8, "v4:2x2x1"),
+        ("v5p:4x4x12", 192, "v5p:2x2x1"),
     ],
 )
 def test_slices_and_their_hosts(name, size, host):
@@ -20,11 +24,14 @@ def test_slices_and_their_hosts(name, size, host):
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("v9:2x2", r"'v9:2x2': accepted: a chip \(v5e, v5p, v6e\) and its grid, e.g. v5e:4x4"),
+        (
+            "v9:2x2",
+            r"'v9:2x2': accepted: a chip \(v4, v5e, v5p, v6e\) and its grid, e.g. v4:4x4x4, ",
+        ),
         ("v5e", "accepted: a chip"),
         ("v5e-64", "accepted: a chip"),
         ("v5e:2x2x4", "accepted for v5e: 2 axes, each of 1, 2, 4, 8, 16"),
-        ("v5p:3x2x2", "accepted for v5p: 3 axes"),
+        ("v5p:3x2x2", "accepted for v5p: 3 axes, each of 1, 2, 4, 8, 12, 16, 20, 24 chips"),
         ("v5e:32x2", "each of 1, 2, 4, 8, 16 chips"),
     ],
 )
@@ -38,8 +45,10 @@ def test_other_names_are_refused_with_what_is_accepted(name, words):
     [
         ("v5e:8x8", [(0, 0, 0), (0, 1, 0)], 1),
         ("v5e:8x8", [(0, 0, 0), (0, 1, 0), (1, 0, 0)], 2),
-        ("v5e:16x16", [(0, 0, 0), (1, 0, 0)], 2),  # a row of 16 closes to a ring
-        ("v5p:4x4x8", [(0, 0, 0), (0, 0, 1)], 2),  # so does each axis of whole cubes
+        ("v5e:16x16", [(k, 0, 0) for k in range(16)], 2),  # a row of 16 closes to a ring
+        ("v5e:16x16", [(0, 0, 0), (1, 0, 0)], 1),  # two of it have the link between them
+        ("v5p:4x4x8", [(0, 0, k) for k in range(8)], 2),  # so does each axis of whole cubes
+        ("v5p:4x4x8", [(0, 0, 0), (0, 0, 1)], 1),
         ("v5p:2x2x4", [(0, 0, 0), (0, 0, 1)], 1),  # and none of a part of a cube
         ("v5p:2x2x4", [(0, 0, 0), (1, 1, 1)], 3),
     ],
@@ -62,3 +71,11 @@ def test_devices_of_a_slice_that_is_not_there():
         (x, y, z) for x in range(2) for y in range(2) for z in range(4)
     }
     assert len(topologies.parse("v5e:1x1").devices()) == 1
+    assert len({d.process_index for d in topologies.parse("v5e:2x4").devices()}) == 1
+
+
+@pytest.mark.parametrize("kind", topologies.CHIPS)
+def test_libtpu_knows_every_chip_with_one_device_each(kind):
+    pytest.importorskip("libtpu")
+    slice_ = topologies.parse(f"{kind}:{'x'.join(['4'] * len(topologies.CHIPS[kind].host))}")
+    assert len(slice_.devices()) == slice_.size

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attnpo_jax
+from attnpo_jax import exit_codes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,11 +128,6 @@ VALUE_OPTIONS = ("config", "workdir", "verbosity", "flagfile")
 # Those of commands that several processes may run; named as `jax.distributed.initialize` has them.
 PROCESS_OPTIONS = ("coordinator-address", "num-processes", "process-id")
 
-EXIT_FAILED = 1
-EXIT_USAGE = 2
-EXIT_PREEMPTED = 75
-EXIT_INTERRUPTED = 130
-
 
 class UsageError(ValueError):
     """A command line that cannot be understood."""
@@ -144,9 +140,10 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the arguments after the program's name; None: the process's own.
 
     Returns:
-      Exit code: 0, 1 for an error that the user can mend (told in one message on stderr), 2 for a
-      command line that cannot be understood, 75 when preparing or training was told to stop
-      (SIGTERM) and its work is saved, 130 when interrupted.
+      Exit code: 0, or one of `attnpo_jax.exit_codes`: 1 for an error that the user can mend (told
+      in one message on stderr), 2 for a command line that cannot be understood, 75 when preparing
+      or training was told to stop (SIGTERM) and its work is saved, 130 when interrupted. With 76,
+      since another process of the run is gone, it does not come back here.
 
     Raises:
       Exception: whatever is not expected, with its traceback.
@@ -171,23 +168,23 @@ def exit_code(program: str, body: Callable[[], int]) -> int:
         return body()
     except UsageError as error:
         print(f"{program}: error: {error}\n(see {program} --help)", file=sys.stderr)
-        return EXIT_USAGE
+        return exit_codes.USAGE
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return exit_codes.INTERRUPTED
     except Exception as error:
         if _is_preempted(error):
             print(f"{program}: {error}", file=sys.stderr)
-            return EXIT_PREEMPTED
+            return exit_codes.PREEMPTED
         processes = sys.modules.get("attnpo_jax.parallel.processes")
         if processes is not None and processes.are_several():
             from attnpo_jax.parallel import failures
 
-            failures.fail(program, error, expected=_is_expected(error), code=EXIT_FAILED)
+            failures.fail(program, error, expected=_is_expected(error))
         if not _is_expected(error):
             raise
         print(f"{program}: error: {error}", file=sys.stderr)
-        return EXIT_FAILED
+        return exit_codes.FAILED
 
 
 def _main(argv: list[str]) -> int:

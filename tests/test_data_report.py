@@ -9,7 +9,7 @@ import transformers
 from rich.console import Console
 from tokenizers import decoders, models, pre_tokenizers
 
-from attnpo_jax import cli, weighting
+from attnpo_jax import cli, exit_codes, weighting
 from attnpo_jax import config as config_lib
 from attnpo_jax.config import section_for
 from attnpo_jax.data_report import data_report
@@ -119,5 +119,5 @@ def test_the_command(config, tmp_path, capsys):
     )
     assert cli.main(["data", f"--config={file}", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["train"]["pairs"] == 4
-    assert cli.main(["train", f"--config={file}", "--workdir=x", "--json"]) == cli.EXIT_USAGE
+    assert cli.main(["train", f"--config={file}", "--workdir=x", "--json"]) == exit_codes.USAGE
     assert "unknown option --json" in capsys.readouterr().err

@@ -8,8 +8,11 @@ that is gone) is missed by whoever computes with it, or by the service after
 For what the service misses, or when it is gone, JAX's client prints a long line and aborts its
 process; it can be given no callback in Python (jaxlib does not convert the status that it would be
 called with). So abort() is held up for a few seconds, and a thread that sees it under way adds a
-line that can be read and ends the process with code 1. Seeing it takes Linux's /proc; elsewhere
+line that can be read and ends the process with code 76. Seeing it takes Linux's /proc; elsewhere
 JAX's line and SIGABRT are the end, those seconds later.
+
+The exit code is 1 where one process has failed and said why, on all of them: starting again fails
+again. It is 76 on all that are left where one is gone without a word: starting again is the cure.
 """
 
 import atexit
@@ -26,6 +29,8 @@ import traceback
 
 import jax
 from jax._src import distributed  # the coordination service's key-value store has no public name
+
+from attnpo_jax import exit_codes
 
 _FOLDER = "attnpo_jax/failed/"
 POLL_SECONDS = 1
@@ -47,7 +52,7 @@ _ending = threading.Lock()
 
 
 def watch(program: str = "attnpo") -> None:
-    """Starts to look for failures of the others, and ends this process with code 1 for one.
+    """Starts to look for failures of the others, and ends this process for one.
 
     Process 0 of several may end before the others if all goes well: JAX's farewell waits for all.
 
@@ -60,7 +65,7 @@ def watch(program: str = "attnpo") -> None:
     def look() -> None:
         while not stop.wait(POLL_SECONDS):
             if reasons := _reasons():
-                _end(_ends_too(program, "; ".join(reasons)), code=1)
+                _end_with_others(program, reasons)
 
     thread = threading.Thread(target=look, name="failures of others", daemon=True)
     thread.start()
@@ -73,7 +78,7 @@ def watch(program: str = "attnpo") -> None:
     atexit.register(no_more)
 
 
-def fail(program: str, error: BaseException, *, expected: bool, code: int = 1) -> None:
+def fail(program: str, error: BaseException, *, expected: bool) -> None:
     """Ends this process for an error, and with it the run; does not return.
 
     Waiting for the others at the end, as Python would, could take as long as they live.
@@ -82,22 +87,22 @@ def fail(program: str, error: BaseException, *, expected: bool, code: int = 1) -
       program: the name in front of the message.
       error: what happened.
       expected: whether its message alone says what to mend; otherwise its traceback is shown.
-      code: the exit code.
     """
     if not is_loss(error):
         if not expected:
             traceback.print_exception(error)
-        _end(f"{program}: error: {error}", code, tell=f"{_who()} failed: {_first_line(error)}")
+        tell = f"{_who()} failed: {_first_line(error)}"
+        _end(f"{program}: error: {error}", exit_codes.FAILED, tell)
     deadline = time.monotonic() + LOOK_SECONDS
     while not (reasons := _reasons()) and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS / 4)
-    if not reasons and not _first_is_there():
-        _end(_ends_too(program, _first_is_gone()), code)
+    if reasons:
+        _end_with_others(program, reasons)
+    if not _first_is_there():
+        _end(_ends_too(program, _first_is_gone()), exit_codes.LOST)
     lost = f"another process of this run is gone without a word ({_first_line(error)})"
-    tell = None if reasons else f"{_who()} found that {lost}"
-    if not reasons:
-        traceback.print_exception(error)  # all there is to go by
-    _end(_ends_too(program, "; ".join(reasons) or lost), code, tell)
+    traceback.print_exception(error)  # all there is to go by
+    _end(_ends_too(program, lost), exit_codes.LOST, f"{_who()} found that {lost}")
 
 
 def is_loss(error: BaseException) -> bool:
@@ -127,7 +132,7 @@ def _watch_abort(program: str) -> None:
             print(message, file=sys.stderr, flush=True)
         if jax.process_index() == 0:
             time.sleep(PROBE_SECONDS)  # others ask whether it is there
-        os._exit(1)
+        os._exit(exit_codes.LOST)
 
     # To the very end: JAX's farewell may miss another process too.
     threading.Thread(target=look, name="abort of this process", daemon=True).start()
@@ -172,7 +177,7 @@ def _end(message: str, code: int, tell: str | None = None) -> None:
         if tell is not None:
             try:
                 key = f"{_FOLDER}{jax.process_index()}"
-                distributed.global_state.client.key_value_set(key, tell)
+                distributed.global_state.client.key_value_set(key, f"{code} {tell}")
                 time.sleep(STAY_SECONDS)
             except jax.errors.JaxRuntimeError as error:
                 print(f"the others can't be told why: {_first_line(error)}", file=sys.stderr)
@@ -184,6 +189,13 @@ def _end(message: str, code: int, tell: str | None = None) -> None:
         os._exit(code)
 
 
+def _end_with_others(program: str, reasons: list[tuple[int, str]]) -> None:
+    """Ends at once, as others did who left these exit codes and reasons; does not return."""
+    failed = any(code == exit_codes.FAILED for code, _ in reasons)
+    message = _ends_too(program, "; ".join(reason for _, reason in reasons))
+    _end(message, exit_codes.FAILED if failed else exit_codes.LOST)
+
+
 def _ends_too(program: str, reason: str) -> str:
     return f"{program}: error: {reason}; {_who()} ends too"
 
@@ -192,14 +204,21 @@ def _who() -> str:
     return f"process {jax.process_index()} of {jax.process_count()}"
 
 
-def _reasons() -> list[str]:
-    """What other processes have left, in their order; nothing where the service is gone."""
+def _reasons() -> list[tuple[int, str]]:
+    """Exit codes and reasons that other processes have left, in the order of the processes.
+
+    None where the service is gone: then JAX's own watch ends this process.
+    """
     try:
         found = distributed.global_state.client.key_value_dir_get(_FOLDER)
     except jax.errors.JaxRuntimeError:
-        return []  # JAX's own watch ends this process
-    mine = str(jax.process_index())
-    return [reason for key, reason in sorted(found) if key.rpartition("/")[2] != mine]
+        return []
+    left = {int(key.rpartition("/")[2]): text.partition(" ") for key, text in found}
+    return [
+        (int(code), reason)
+        for process, (code, _, reason) in sorted(left.items())
+        if process != jax.process_index()
+    ]
 
 
 def _first_line(error: BaseException) -> str:

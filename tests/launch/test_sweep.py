@@ -13,7 +13,7 @@ import transformers
 from rich.console import Console
 from tokenizers import pre_tokenizers
 
-from attnpo_jax import cli, config_rules
+from attnpo_jax import cli, config_rules, exit_codes
 from attnpo_jax.models import checkpoints, decoder
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -156,14 +156,14 @@ def test_what_stops_a_sweep_is_told_as_attnpo_tells_it(
     sweep, config_file, tmp_path, capsys, monkeypatch
 ):
     arguments = [f"--config={config_file}", "--set", "seed=1,2"]
-    assert sweep.main([*arguments, "--workdir=gs://bucket/x"]) == cli.EXIT_USAGE
+    assert sweep.main([*arguments, "--workdir=gs://bucket/x"]) == exit_codes.USAGE
     assert "sweep: error: --workdir=gs://bucket/x" in capsys.readouterr().err
     # An error of the package that is no OSError and has no class of its own in the sweep.
     mesh = "--config.parallel.mesh.fsdp=3"
-    assert sweep.main([*arguments, f"--workdir={tmp_path}", mesh]) == cli.EXIT_FAILED
+    assert sweep.main([*arguments, f"--workdir={tmp_path}", mesh]) == exit_codes.FAILED
     assert "sweep: error: parallel.mesh.data = -1" in capsys.readouterr().err
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
-    assert sweep.main([*arguments, f"--workdir={tmp_path}"]) == cli.EXIT_USAGE
+    assert sweep.main([*arguments, f"--workdir={tmp_path}"]) == exit_codes.USAGE
     assert "a sweep runs in one" in capsys.readouterr().err
 
 

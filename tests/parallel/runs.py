@@ -113,3 +113,4 @@ def assert_ended_by_itself(output, workdir, victim):
     reason = r"is gone without a word|fatal errors.*another task died"
     assert re.search(rf"^\[{1 - victim}\] .*({reason})", output, re.MULTILINE), output
     assert f"process {victim} of 2 ended: killed by SIGKILL" in output
+    assert f"process {1 - victim} of 2 ended: exit code 76" in output

@@ -49,10 +49,10 @@ def test_when_the_first_is_killed_the_others_say_so_and_end(tmp_path, count, doi
     for k in range(1, count):
         why = f"process 0 of {count}, which the others meet at, is gone without a word"
         assert f"[{k}] attnpo: error: {why}; process {k} of {count} ends too" in lines, output
-        assert f"[{k}] process {k} of {count} ended: exit code 1" in lines, output
+        assert f"[{k}] process {k} of {count} ended: exit code 76" in lines, output
 
 
-def test_when_another_is_killed_that_nobody_waits_for_the_others_end_with_code_1(tmp_path):
+def test_when_another_is_killed_that_nobody_waits_for_the_others_end_with_code_76(tmp_path):
     """The coordination service misses its heartbeats; JAX's line names it."""
     output = run(3, 128 + signal.SIGKILL, "host", 1, tmp_path)
     assert_ended_soon(output, tmp_path)
@@ -61,7 +61,7 @@ def test_when_another_is_killed_that_nobody_waits_for_the_others_end_with_code_1
         assert re.search(rf"^\[{k}\] .*fatal errors.* unhealthy", output, re.MULTILINE), output
         words = f"process {k} of 3 is aborted, for the reason said above"
         assert f"[{k}] attnpo: error: {words}" in lines, output
-        assert f"[{k}] process {k} of 3 ended: exit code 1" in lines, output
+        assert f"[{k}] process {k} of 3 ended: exit code 76" in lines, output
 
 
 @pytest.mark.parametrize("doing", ["first-ends-first", "first-ends-last"])

@@ -19,22 +19,26 @@ MOUNT=${MOUNT:-/mnt/attnpo}                  # where that storage is mounted
 IMAGE=${IMAGE:-python:3.11}                  # the repository is put on top of it
 CONFIG=${CONFIG:-configs/quickstart.py}
 OPTIONS=${OPTIONS:---config.parallel.mesh.data=1 --config.parallel.mesh.fsdp=-1}
+ENV_FILE=${ENV_FILE:-}                       # lines NAME=VALUE for the pods, such as HF_TOKEN=...
 
 # `exec`: attnpo itself is then what Kubernetes tells to stop.
-command="pip install -q '.[tpu]' && \
+command="pip install -q '.[tpu,tokamax]' && \
 export HF_HOME=$MOUNT/huggingface ATTNPO_CACHE=$MOUNT/cache && \
 exec attnpo run --config=$CONFIG --workdir=$MOUNT/runs/$RUN $OPTIONS"
 
-# 75 is attnpo's exit code after it was told to stop and has saved.
+# Codes of attnpo's that a restart helps with, beside those of signals, which xpk has by itself: 75,
+# told to stop, and has saved; 76, another process is gone. With any other one the workload fails.
+# The grace period is for a pod that is deleted; of a spot node that is taken away, GKE decides.
 submit=(
   xpk workload create
   --project="$PROJECT" --zone="$ZONE" --cluster="$CLUSTER" --workload="$NAME"
   --tpu-type="$TPU_TYPE" --num-slices=1
   --base-docker-image="$IMAGE" --script-dir="$(cd "$(dirname "$0")/.." && pwd)"
   --storage="$STORAGE"
-  --max-restarts=100 --restart-on-exit-codes=75 --termination-grace-period-seconds=120
+  --max-restarts=100 "--restart-on-exit-codes=75,76" --termination-grace-period-seconds=120
   --command="$command"
 )
+if [ -n "$ENV_FILE" ]; then submit+=(--env-file="$ENV_FILE"); fi
 
 case "${1:-}" in
 "") "${submit[@]}" ;;

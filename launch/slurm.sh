@@ -34,7 +34,9 @@ PORT=${PORT:-29400}                          # free on the first node
 node='export ATTNPO_PROCESS_ID=$SLURM_PROCID ATTNPO_NUM_PROCESSES=$SLURM_NTASKS; exec "$@"'
 # shellcheck disable=SC2206  # OPTIONS holds several words
 run=(
-  srun --kill-on-bad-exit=0 --label bash -c "$node" attnpo
+  # Slurm does not hand a job's CPUs on to its steps by itself.
+  srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-32}" --kill-on-bad-exit=0 --label
+  bash -c "$node" attnpo
   "$VENV/bin/attnpo" run --config="$CONFIG" --workdir="$WORKDIR" $OPTIONS
 )
 

@@ -59,14 +59,16 @@ install)
     --zone="$ZONE" --worker=all
   # The image's own Python is older than 3.11; uv brings one.
   on_workers all "set -e
-    sudo apt-get install -y -q nfs-common
+    apt='sudo apt-get -q -o DPkg::Lock::Timeout=300'  # a new VM is busy updating itself
+    \$apt update
+    \$apt install -y nfs-common
     sudo mkdir -p $MOUNT
     mountpoint -q $MOUNT || sudo mount -t nfs $SHARE $MOUNT
     sudo chmod 777 $MOUNT
     mkdir -p attnpo_jax && tar -xzf attnpo.tar.gz -C attnpo_jax
     curl -LsSf https://astral.sh/uv/install.sh | sh
     ~/.local/bin/uv venv --clear --python 3.11 ~/attnpo_venv
-    ~/.local/bin/uv pip install --python ~/attnpo_venv/bin/python './attnpo_jax[tpu]'"
+    ~/.local/bin/uv pip install --python ~/attnpo_venv/bin/python './attnpo_jax[tpu,tokamax]'"
   ;;
 run)
   # Apart from the ssh session, so that it outlives it. HF_HOME: the hosts share one download.

@@ -10,7 +10,7 @@ import subprocess
 import pytest
 import yaml
 
-from attnpo_jax import cli
+from attnpo_jax import cli, exit_codes
 
 LAUNCH = pathlib.Path(__file__).parents[2] / "launch"
 SCRIPTS = sorted(path.name for path in LAUNCH.glob("*.sh"))
@@ -96,7 +96,7 @@ def test_tpu_pod():
     assert options(copy)["worker"] == options(install)["worker"] == "all"
     remote = options(install)["command"]
     shell("-n", "-c", remote)
-    assert "mount -t nfs 1.2.3.4:/vol /mnt/attnpo" in remote and "[tpu]" in remote
+    assert "mount -t nfs 1.2.3.4:/vol /mnt/attnpo" in remote and "[tpu,tokamax]" in remote
 
     (run,) = dry_run("tpu_pod.sh", "run", **where)
     assert run[:6] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "n"]
@@ -155,7 +155,12 @@ def test_gke():
     assert {"tpu-type", "storage", "base-docker-image"} <= given.keys()
     assert (pathlib.Path(given["script-dir"]) / "setup.cfg").is_file()
     assert int(given["max-restarts"]) > 0
-    assert given["restart-on-exit-codes"] == str(cli.EXIT_PREEMPTED)
+    # xpk fails a workload for good, whatever its restarts, when a pod ends with any other code but
+    # 42 and those of signals: the survivors of a pod that was killed must not.
+    assert given["restart-on-exit-codes"] == f"{exit_codes.PREEMPTED},{exit_codes.LOST}"
+    assert "env-file" not in given
+    (submit,) = dry_run("gke.sh", ENV_FILE="/me/secrets")
+    assert options(submit)["env-file"] == "/me/secrets"
     shell("-n", "-c", given["command"])
     values, config = attnpo_arguments(given["command"])
     assert values["workdir"] == "/mnt/attnpo/runs/r" and config.parallel.mesh.fsdp == -1
@@ -179,7 +184,10 @@ def test_slurm_asks_for_one_process_a_node_and_for_notice():
     assert asked["ntasks-per-node"] == "1" and int(asked["gpus-per-node"]) > 1
     assert asked["signal"].startswith("TERM@") and asked["requeue"] == ""
     (run,) = dry_run("slurm.sh", WORKDIR="/shared/run")
-    assert run[0] == "srun"
+    # Since Slurm 22.05, a step has one CPU a task unless it says otherwise.
+    assert run[0] == "srun" and options(run)["cpus-per-task"] == asked["cpus-per-task"]
+    (run,) = dry_run("slurm.sh", WORKDIR="/shared/run", SLURM_CPUS_PER_TASK="8")
+    assert options(run)["cpus-per-task"] == "8"
     values, config = attnpo_arguments(shlex.join(run[run.index("attnpo") + 1 :]))
     assert values["workdir"] == "/shared/run" and config.parallel.mesh.fsdp == -1
 
@@ -230,7 +238,7 @@ def test_skypilot(tmp_path):
     }  # fmt: skip
     assert all(re.fullmatch(r"[\w-]+:\d+", name) for name in task["resources"]["accelerators"])
     assert task["resources"]["use_spot"] is True
-    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [cli.EXIT_PREEMPTED]
+    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [exit_codes.PREEMPTED]
     ((mounted, bucket),) = task["file_mounts"].items()
     assert bucket == {"source": "${BUCKET}", "mode": "MOUNT_CACHED"}
     assert task["envs"]["BUCKET"] == ""  # SkyPilot refuses to start without one
@@ -243,16 +251,18 @@ def test_skypilot(tmp_path):
         'echo "$ATTNPO_COORDINATOR $ATTNPO_NUM_PROCESSES $ATTNPO_PROCESS_ID"; echo attnpo "$@"\n'
     )
     fake.chmod(0o755)
+    # What SkyPilot puts behind a task's script, to wait for the uploads, must be reached.
     printed = shell(
         "-c",
-        task["run"],
+        task["run"] + "\necho uploaded\n",
         HOME=str(tmp_path),
         SKYPILOT_NODE_IPS="10.0.0.1\n10.0.0.2",
         SKYPILOT_NUM_NODES="2",
         SKYPILOT_NODE_RANK="1",
         **task["envs"],
     )
-    processes, command = printed.splitlines()
+    processes, command, uploaded = printed.splitlines()
+    assert uploaded == "uploaded"
     assert processes == "10.0.0.1:29400 2 1"
     values, config = attnpo_arguments(command)
     assert values["workdir"] == f"{mounted}/runs/first" and config.parallel.mesh.fsdp == -1

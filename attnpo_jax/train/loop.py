@@ -118,6 +118,13 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
     policy = lora.adapted(model, config.lora)
     backend = backends.for_training(policy, config.parallel)
     _LOG.info("training on %s", backend.description)
+    if config.train.microbatch_size < backend.row_shards:
+        _LOG.warning(
+            "train.microbatch_size = %d pairs for %d groups of devices (data x fsdp): the others "
+            "compute on padding; a larger one, or a smaller mesh, would keep all busy",
+            config.train.microbatch_size,
+            backend.row_shards,
+        )
     attention = attention_backends.choose(
         config.model.attention, model, config.model.dtype, backend.devices
     )

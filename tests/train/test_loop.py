@@ -195,6 +195,20 @@ def test_no_evaluation_without_held_out_pairs(tmp_path, model):
     assert steps_of(lines, "eval") == [] and steps_of(lines, "train") == [1, 2]
 
 
+def test_microbatches_that_leave_devices_without_a_pair_are_warned_of(tmp_path, model, caplog):
+    words = f"train.microbatch_size = 2 pairs for {jax.device_count()} groups of devices"
+    config = make_config(model, data__eval="", train__steps=1)
+    run(tmp_path / "idle", config)
+    assert words in caplog.text
+    caplog.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "device_count", lambda: 2)
+        two = jax.devices()[:2]
+        patch.setattr(jax, "devices", lambda *_: two)
+        run(tmp_path / "busy", config)
+    assert "groups of devices" not in caplog.text
+
+
 def test_log_every_does_not_change_the_run(tmp_path, model):
     every = run(tmp_path / "a", make_config(model))
     some = run(tmp_path / "b", make_config(model, train__log_every=3))

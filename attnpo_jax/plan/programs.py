@@ -38,9 +38,10 @@ class Memory:
 
     Attributes:
       arguments: parameters, optimizer state and batch.
-      temporaries: what exists only while the program runs, at its peak.
+      temporaries: what exists only while the program runs.
       code: the program.
-      peak: all that is there at the peak.
+      peak: all that is there at the peak, as XLA has it. It may be less than the sum of the others:
+        temporaries take the place of arguments that are done with.
     """
 
     arguments: int
@@ -52,8 +53,7 @@ class Memory:
     def of(cls, analysis: Any) -> "Memory":
         arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
         code = analysis.generated_code_size_in_bytes
-        outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-        return cls(arguments, temporaries, code, arguments + outputs + temporaries + code)
+        return cls(arguments, temporaries, code, analysis.peak_memory_in_bytes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -164,7 +164,8 @@ def test_memory_is_the_state_and_the_batch_and_what_the_step_needs(trained):
     norms = (2 * LAYERS + 1) * 512
     state = 3 * 4 * (parameters // CHIPS + norms)
     assert state < trained.memory.arguments < 1.02 * state
-    assert trained.memory.peak < 2 * state
+    # In one place before and after the step, beside what the step needs.
+    assert state < trained.memory.peak < 2 * state
     assert not trained.unknown_loops
 
 

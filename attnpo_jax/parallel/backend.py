@@ -7,6 +7,7 @@ Shapes: n microbatches, B rows.
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -321,7 +322,9 @@ class Replicated:
         def call(shared, rows):
             outputs = compiled(shared, sharding.put(self._by_device(rows, axis=0), self._split))
             return tuple(
-                x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+                x.reshape(
+                    *x.shape[:axis], math.prod(x.shape[axis : axis + 2]), *x.shape[axis + 2 :]
+                )
                 for x, axis in zip(outputs, out_axes, strict=True)
             )
 
@@ -350,7 +353,8 @@ class Replicated:
         """Rows on `axis` as rows of each device, devices first."""
 
         def split(x: np.ndarray) -> np.ndarray:
-            shape = (*x.shape[:axis], self.row_shards, -1, *x.shape[axis + 1 :])
+            rows = x.shape[axis] // self.row_shards  # not -1: some arrays have nothing in them
+            shape = (*x.shape[:axis], self.row_shards, rows, *x.shape[axis + 1 :])
             return np.moveaxis(np.reshape(x, shape), axis, 0)
 
         return jax.tree.map(split, tree)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from attnpo_jax import config as config_lib
+from attnpo_jax import run
 from attnpo_jax.data.sources import load_pairs
 from attnpo_jax.judge import judge_pairs
 from attnpo_jax.language_model import load_model
@@ -17,6 +18,7 @@ from attnpo_jax.models.decoder import ModelConfig
 from attnpo_jax.models.head import token_logps
 from attnpo_jax.parallel import backend as backends
 from tests.parallel import tiny
+from tests.parallel.runs import assert_same_exports, assert_same_metrics, assert_same_rows
 
 MESHES = {
     "data=8": (8, 1, 1),
@@ -141,6 +143,18 @@ def test_pmap_and_data_hold_the_whole_state_on_each_device():
         state = tiny.training(make(name))[2]
         total = sum(x.nbytes for x in jax.tree.leaves(state))
         assert device_bytes(state, jax.devices()[3]) == total
+
+
+def test_pmap_prepares_trains_and_exports_as_two_devices_of_a_mesh_do(setting, single):
+    """`attnpo run`, whose batches for the reference hold no judge rows."""
+    config = config_lib.from_json((setting / "config.json").read_text())
+    config.parallel.backend = "pmap"
+    config.parallel.mesh.update({"data": -1, "fsdp": 1, "tensor": 1})
+    workdir = setting / "pmap"
+    run.run(config, workdir)
+    assert_same_rows(workdir, single)
+    assert_same_metrics(workdir, single)
+    assert_same_exports(workdir, single)
 
 
 def test_state_keeps_its_place_from_step_to_step():

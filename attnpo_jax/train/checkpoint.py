@@ -9,15 +9,16 @@ optimizer's state and the step), and `metadata`, a JSON object with
 
 The step says all of the position in the data and of its order. Checkpoints are written in the
 background where the devices have memory of their own. Orbax writes under a temporary name first, so
-that whatever has a final name was whole once.
+that whatever has a final name was whole once; in a bucket, it adds a file at the end instead.
 """
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import os
+import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -79,11 +80,15 @@ class Checkpoints:
     def __init__(self, folder: str | os.PathLike, identity: Mapping[str, Any], *, keep: int):
         self.folder = _absolute(folder)
         self._identity = identity
+        if jax.process_index() == 0:
+            _warn_of_unfinished(self.folder)
         self._manager = _open(
             self.folder,
             ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
                 enable_async_checkpointing=_in_background(),
+                async_options=ocp.AsyncOptions(barrier_sync_fn=_meet_unless_failing),
+                # By process 0, with a barrier: nobody lists what is being removed.
                 cleanup_tmp_directories=True,
             ),
         )
@@ -94,7 +99,10 @@ class Checkpoints:
     def __exit__(self, error_type, error, traceback) -> None:
         if error_type is None:
             self.wait()
-        self._manager.close()
+            self._manager.close()
+            return
+        with contextlib.suppress(Exception):  # what ends the run already is what it is told of
+            self._manager.close()
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, in order."""
@@ -128,6 +136,15 @@ class Checkpoints:
                 f"no checkpoint of step {step} was written to {self.folder}, which has one of step "
                 f"{self._manager.latest_step()}; accepted: steps in increasing order"
             )
+
+    def check(self) -> None:
+        """Returns at once; what is being written may have failed.
+
+        Raises:
+          CheckpointError: it did.
+        """
+        with _naming_failures(self.folder):
+            self._manager.check_for_errors()
 
     def wait(self) -> None:
         """Returns when what is being written is whole.
@@ -194,6 +211,32 @@ def _absolute(folder: str | os.PathLike) -> epath.Path:
     path = epath.Path(folder)
     # Resolved, a bucket's name would become a folder of this machine.
     return path if "://" in os.fspath(path) else path.resolve()
+
+
+def _warn_of_unfinished(folder: epath.Path) -> None:
+    """Tells of checkpoints that were never whole, which are not read and soon removed."""
+    if not folder.exists():
+        return
+    for path in sorted(folder.iterdir()):
+        step = path.name.partition(".")[0]
+        if step.isdigit() and not ocp.utils.is_checkpoint_finalized(path):
+            warnings.warn(
+                f"checkpoint {folder / step} was not written to its end and is left out; the run "
+                "goes on from the one before it, or from the start if there is none",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+
+def _meet_unless_failing(*, key: str, timeout_ms: int) -> None:
+    """Orbax's barrier of background writes, but for a process whose write has failed.
+
+    Orbax has it wait for the others, who wait for that write, until the barrier's time is up.
+    """
+    error = sys.exception()
+    if error is not None:
+        raise RuntimeError(str(error)) from error
+    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 def _in_background() -> bool:
@@ -364,11 +407,13 @@ def _newest_whole(
         loaded, error = _attempt(lambda step=step: load(step))
         error = _agree(folder / str(step), error, outcomes)
         if error is None:
-            arrays, sums = loaded
-            _, error = _attempt(lambda arrays=arrays, sums=sums: _verify(arrays, sums))
+            _, error = _attempt(lambda loaded=loaded: _verify(*loaded))
             error = _agree(folder / str(step), error, outcomes)
         if error is None:
-            return arrays, list(damaged)
+            return loaded[0], list(damaged)
+        # The next one may need the room: nothing may hold on to these arrays, as tracebacks do.
+        loaded = None
+        _forget_frames(error)
         damaged[step] = error
         reason = str(error).strip().split("\n")[0][:200]
         warnings.warn(
@@ -383,6 +428,12 @@ def _newest_whole(
             f"{', '.join(map(str, damaged))}); delete them to start from the beginning"
         ) from damaged[max(damaged)]
     return None
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def _attempt(call: Callable[[], Any]) -> tuple[Any, Exception | None]:
@@ -407,22 +458,28 @@ def _agree(
     return error
 
 
-# How JAX and TensorStore begin or name errors that say nothing about the files' content.
-_NOT_DAMAGE = (
-    "RESOURCE_EXHAUSTED",
-    "PERMISSION_DENIED",
-    "UNAUTHENTICATED",
-    "UNAVAILABLE",
-    "DEADLINE_EXCEEDED",
+# How TensorStore and gRPC begin errors that say nothing about the files' content.
+_NOT_DAMAGE = re.compile(
+    r"\b(RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|"
+    r"ABORTED|CANCELLED|INTERNAL|UNKNOWN)\b"
 )
+# Packages that speak to a bucket. That a file is not there, they say by FileNotFoundError.
+_NETWORK = ("aiobotocore", "aiohttp", "botocore", "google", "gcsfs", "requests", "s3fs", "urllib3")
 
 
 def _is_damage(error: BaseException) -> bool:
-    """Whether an error in reading may come from damaged files, and not from how they are read."""
-    kinds = (CheckpointMismatch, MemoryError, PermissionError, ConnectionError, TimeoutError)
-    if isinstance(error, kinds) or any(code in str(error) for code in _NOT_DAMAGE):
+    """Whether an error in reading may come from damaged files, and not from how they are read.
+
+    A whole checkpoint that is taken for damaged costs the steps since the one before; a damaged one
+    that is not ends the run, with a message that names it. So files that are not where they should
+    be are damage, but no other error of a file system or a network is.
+    """
+    if isinstance(error, OSError):
+        missing = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+        return isinstance(error, missing)
+    if isinstance(error, (CheckpointMismatch, MemoryError, jax.errors.JaxRuntimeError)):
         return False
-    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+    if type(error).__module__.partition(".")[0] in _NETWORK or _NOT_DAMAGE.search(str(error)):
         return False
     inner = [*getattr(error, "exceptions", ()), error.__cause__]
     return all(_is_damage(one) for one in inner if one is not None)

@@ -261,6 +261,7 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
                 if unreported is not None:
                     report(*unreported)
                 unreported = step, of_step
+                checkpoints.check()
 
                 evaluates = _is_due(step, config.train.eval_every, total_steps)
                 stops = notice.after_step()

@@ -10,6 +10,7 @@ Options: `--config.section.field=value`; `--parts=prepare,train,export`, or some
 - process `--victim` fails at training step `--fail-at`, or is killed: at training step `--kill-at`,
   where shard `--kill-at-shard` of the training pairs gets its final name, or while the checkpoint
   of step `--kill-saving` is written;
+- of process `--victim`, writing the checkpoint of step `--fail-writing` fails;
 - `--in-background=1`: checkpoints are written while training goes on, as on accelerators;
 - process 1 finds the checkpoint of step `--process-1-cannot-read` damaged.
 
@@ -17,6 +18,7 @@ Where SIGTERM comes, the process waits until the notice is known, so that when i
 of luck. What each process feeds to its devices is written to `fed-<processes>-<process>.jsonl`.
 """
 
+import errno
 import json
 import os
 import pathlib
@@ -73,14 +75,27 @@ class Told:
     def at(self, option, number):
         return self._options.get(option) == str(number)
 
+    def marks(self, option, number):
+        """Whether something befalls the victim now; if so, notes the time."""
+        if not (self._is_victim and self.at(option, number)):
+            return False
+        (self._workdir / "killed-at").write_text(str(time.time()))
+        return True
+
     def befall(self, option, number):
         """Lets happen to the victim what is due now."""
-        if not (self._is_victim and self.at(option, number)):
+        if not self.marks(option, number):
             return
-        (self._workdir / "killed-at").write_text(str(time.time()))
         if option == "fail-at":
             raise OSError("the disk is full")
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Failed:
+    """What is written in the background, to a disk that is full."""
+
+    def result(self, timeout=None):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def terminate():
@@ -162,7 +177,11 @@ def _while_saving(told, process):
         # Here, the parameters are on their way to the disk.
         if directory.name.startswith("optimizer") and process > 0:
             told.befall("kill-saving", directory.parent.name.partition(".")[0])
-        return await save(self, directory, *arguments, **options)
+        written = await save(self, directory, *arguments, **options)
+        step = directory.parent.name.partition(".")[0]
+        if directory.name.startswith("params") and told.marks("fail-writing", step):
+            written = [*written, Failed()]
+        return written
 
     ocp.StandardCheckpointHandler.async_save = save_or_die
     if told.at("in-background", 1):

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -96,6 +97,21 @@ def test_sigkill_of_one_while_saving(setting, single, victim, background):
     # From step 3 on, since it is step 2 that was whole.
     assert [step for step, _ in fed(workdir, 2)] == list(range(3, 11))
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"2", "4", "6", "8", "10"}
+    assert_same_metrics(workdir, single)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_cannot_write_its_part_in_the_background_all_say_so(setting, single, victim):
+    workdir = prepared_before(setting / f"full-disk-of-{victim}", single)
+    options = ["--parts=train", "--config.train.save_every=2", "--in-background=1"]
+    output = run(setting, workdir, 2, *options, f"--victim={victim}", "--fail-writing=4", code=1)
+    assert time.time() - float((workdir / "killed-at").read_text()) < 60, output
+    why = f"a checkpoint could not be written to {workdir}/checkpoints: "
+    assert re.search(rf"^\[{victim}\] attnpo: error: {why}.*No space left", output, re.MULTILINE)
+    told = rf"^\[{1 - victim}\] attnpo: error: process {victim} of 2 failed: CheckpointError: {why}"
+    assert re.search(told, output, re.MULTILINE), output
+    assert "did not end by itself" not in output
+    run(setting, workdir, 2, *options)
     assert_same_metrics(workdir, single)
 
 

@@ -1,3 +1,4 @@
+import errno
 import os
 import pathlib
 import signal
@@ -171,6 +172,24 @@ def test_damaged_newest_is_skipped_with_a_warning(tmp_path, kind):
         assert_same(checkpoints.restore(abstract(make_state())), states[3])
 
 
+def test_a_damaged_one_is_gone_from_memory_before_the_next_is_read(tmp_path, monkeypatch):
+    save_steps(tmp_path, number=3)
+    damage(tmp_path / "3", "one bit")
+    read, live = checkpoint._read_metadata, []
+
+    def read_and_look(manager, step):
+        live.append(sum(x.nbytes for x in jax.live_arrays()))
+        return read(manager, step)
+
+    monkeypatch.setattr(checkpoint, "_read_metadata", read_and_look)
+    with checkpoint.Checkpoints(tmp_path, IDENTITY, keep=2) as checkpoints:
+        with pytest.warns(RuntimeWarning, match="checksum"):
+            restored = checkpoints.restore(abstract(make_state()))
+    state = sum(x.nbytes for x in jax.tree.leaves(restored))
+    first, second = live
+    assert second - first < state / 2, (live, state)
+
+
 KILLED_WHILE_SAVING = """
 import os, pathlib, signal, sys, threading
 import jax.numpy as jnp
@@ -200,12 +219,15 @@ def test_killed_while_saving_leaves_the_one_before(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert len(os.listdir(tmp_path)) == 2  # the whole one and the torso
+    torso = f"checkpoint {tmp_path / '2'} was not written to its end and is left out"
     wanted = TrainState(
         jax.ShapeDtypeStruct((), jnp.int32),
         {"w": jax.ShapeDtypeStruct((30_000_000,), jnp.float32)},
         (),
     )
-    with checkpoint.Checkpoints(tmp_path, {}, keep=1) as checkpoints:
+    with pytest.warns(RuntimeWarning, match=torso):
+        checkpoints = checkpoint.Checkpoints(tmp_path, {}, keep=1)
+    with checkpoints:
         restored = checkpoints.restore(wanted)
     assert int(restored.step) == 1
     assert float(restored.params["w"].min()) == 1.0
@@ -217,11 +239,26 @@ def test_killed_while_saving_leaves_the_one_before(tmp_path):
     [
         PermissionError(13, "Permission denied"),
         ConnectionResetError("reset by peer"),
+        OSError(errno.ESTALE, "Stale file handle"),
+        OSError(errno.EIO, "Input/output error"),
+        OSError(errno.EHOSTUNREACH, "No route to host"),
         ValueError("RESOURCE_EXHAUSTED: out of memory while allocating"),
+        ValueError("INTERNAL: CURL error"),
+        jax.errors.JaxRuntimeError("INTERNAL: a device is lost"),
         ExceptionGroup("reading", [ValueError("DEADLINE_EXCEEDED: too slow")]),
     ],
 )
 def test_what_is_not_damage_is_not_skipped(tmp_path, monkeypatch, error):
+    refuse_to_skip(tmp_path, monkeypatch, error)
+
+
+def test_a_bucket_that_does_not_answer_is_no_damage(tmp_path, monkeypatch):
+    retry = pytest.importorskip("gcsfs.retry")
+    error = retry.HttpError({"code": 503, "message": "Service Unavailable"})
+    refuse_to_skip(tmp_path, monkeypatch, error)
+
+
+def refuse_to_skip(tmp_path, monkeypatch, error):
     def fail(manager, step):
         raise error
 
@@ -285,9 +322,11 @@ def test_full_disk_names_the_folder_and_keeps_what_was_there(tmp_path):
             with checkpoints:
                 pathlib.Path(disk / "filler").write_bytes(b"x" * 900_000)
                 checkpoints.save(advance(advance(make_state())))
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", RuntimeWarning)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", RuntimeWarning)
             with checkpoint.Checkpoints(disk / "checkpoints", IDENTITY, keep=2) as checkpoints:
                 assert_same(checkpoints.restore(abstract(make_state())), states[1])
+        (words,) = [str(w.message) for w in told if "checkpoint" in str(w.message)]
+        assert f"{disk}/checkpoints/2 was not written to its end" in words
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -507,6 +510,43 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
         checkpoints.save(target, config, params, source_folder=source)
     assert checkpoints.weights_digest(target) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["export", "m"]
+
+
+KILLED_WHILE_RENAMING = """
+import os, pathlib, signal, sys
+from attnpo_jax.models import checkpoints
+
+rename, target = os.rename, pathlib.Path(sys.argv[1])
+
+def rename_or_die(source, to):
+    if pathlib.Path(to) == target:
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(source, to)
+
+os.rename = rename_or_die
+with checkpoints.replacing(target, overwrite=True) as temporary:
+    (temporary / "new").touch()
+"""
+
+
+def test_what_killed_exports_left_is_cleared_up_but_not_the_export_before_them(tmp_path):
+    target, others = tmp_path / "export", tmp_path / f".export-adapter.{'0' * 32}.tmp"
+    others.mkdir()
+    with checkpoints.replacing(target, overwrite=False) as temporary:
+        (temporary / "first").touch()
+    # The worst moment: the export before has stepped aside, the new one is not in its place.
+    done = subprocess.run([sys.executable, "-c", KILLED_WHILE_RENAMING, str(target)])
+    assert done.returncode == -signal.SIGKILL and not target.exists()
+    assert len(list(tmp_path.iterdir())) == 3
+    with pytest.raises(OSError, match="disk"):
+        with checkpoints.replacing(target, overwrite=False):
+            raise OSError("the disk is full")
+    assert (target / "first").exists()
+    assert sorted(tmp_path.iterdir()) == [others, target]
+    with checkpoints.replacing(target, overwrite=False) as temporary:
+        (temporary / "second").touch()
+    assert (target / "second").exists() and not (target / "first").exists()
+    assert sorted(tmp_path.iterdir()) == [others, target]
 
 
 def test_save_refuses_parameters_of_another_shape(tmp_path):

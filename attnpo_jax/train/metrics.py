@@ -145,6 +145,9 @@ class _JsonLines:
 
     def flush(self) -> None:
         os.fsync(self._file.fileno())
+        # Buckets that are mounted as folders get a file when it is closed.
+        self._file.close()
+        self._file = self._path.open("ab", buffering=0)
 
     def close(self) -> None:
         self._file.close()

@@ -1,5 +1,6 @@
 import json
 import math
+import pathlib
 import sys
 import types
 
@@ -72,6 +73,25 @@ def test_foreign_lines_are_refused_and_left_alone(tmp_path):
 
 def test_nothing_to_read_without_a_file(tmp_path):
     assert metrics.read(tmp_path) == []
+
+
+def test_flush_closes_the_file_and_goes_on(tmp_path, monkeypatch):
+    """Mounted buckets take a file over when it is closed."""
+    opened, open_ = [], pathlib.Path.open
+
+    def open_and_note(self, mode="r", **options):
+        file = open_(self, mode, **options)
+        if mode == "ab":
+            opened.append(file)
+        return file
+
+    monkeypatch.setattr(pathlib.Path, "open", open_and_note)
+    with metrics.MetricsWriter(tmp_path, 0) as writer:
+        writer.write(1, {"loss": 0.5})
+        writer.flush()
+        assert [file.closed for file in opened] == [True, False]
+        writer.write(2, {"loss": 0.25})
+    assert [line["loss"] for line in metrics.read(tmp_path)] == [0.5, 0.25]
 
 
 def test_full_disk_names_the_file(tmp_path, monkeypatch):

@@ -26,6 +26,9 @@ from typing import NoReturn
 GRACE_SECONDS = 60
 # What saving on notice may take.
 STOP_SECONDS = 600
+# How long what a process has said may take to get here. Whoever it leaves behind, a loader of a
+# killed one for example, may hold its output open for longer.
+RELAY_SECONDS = 5
 EXAMPLE = (
     "example: python launch/local.py --processes=2 -- "
     "attnpo run --config=configs/quickstart.py --workdir=runs/two"
@@ -98,33 +101,39 @@ def main() -> int:
         parser.error(f"there is no command {options.command[0]!r}")
 
     port = free_port()
-    running = [
-        subprocess.Popen(
-            options.command,
-            env=environment(index, options.processes, port, options.devices),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            # Or Ctrl-C would reach them from the terminal, and once more from here.
-            start_new_session=True,
-        )
-        for index in range(options.processes)
-    ]
-
+    running: list[subprocess.Popen] = []
     first_failure, deadline, told = 0, None, set()
+    stopped = None
 
     def pass_on(number, frame):
-        nonlocal deadline
+        nonlocal deadline, stopped
+        stopped = number
         if deadline is None:
             deadline = time.monotonic() + STOP_SECONDS
         for process in running:
             if process.poll() is None:
                 process.send_signal(number)
 
+    # Before there is any process: none may be left behind.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, pass_on)
+    for index in range(options.processes):
+        running.append(
+            subprocess.Popen(
+                options.command,
+                env=environment(index, options.processes, port, options.devices),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                # Or Ctrl-C would reach them from the terminal, and once more from here.
+                start_new_session=True,
+            )
+        )
+    if stopped is not None:
+        pass_on(stopped, None)  # to those that were not started yet
+
     relays = [
         threading.Thread(target=relay, args=(index, process), daemon=True)
         for index, process in enumerate(running)
@@ -146,7 +155,7 @@ def main() -> int:
                     process.wait()
         time.sleep(0.1)
     for thread in relays:
-        thread.join()
+        thread.join(RELAY_SECONDS)
     report(codes, told)
     first_failure = first_failure or next((code for code in codes if code), 0)
     # As shells say it: 128 and the number of the signal.

@@ -1,9 +1,12 @@
 """The local launcher's own behaviour; tests/parallel has it run processes that work together."""
 
+import os
 import pathlib
 import shlex
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -58,6 +61,17 @@ def test_processes_know_their_number_and_the_first_failure_is_the_code():
         "[1] 1 of 2",
         "[1] process 1 of 2 ended: exit code 3",
     ]
+
+
+def test_it_ends_with_its_processes_though_one_has_left_another_behind(tmp_path):
+    script = f"sleep 120 & echo $! > {tmp_path}/left; echo said"
+    start = time.monotonic()
+    try:
+        done = local("--processes=1", "--", "sh", "-c", script)
+        assert done.returncode == 0 and done.stdout.splitlines() == ["[0] said"]
+        assert time.monotonic() - start < 60
+    finally:
+        os.kill(int((tmp_path / "left").read_text()), signal.SIGKILL)
 
 
 def test_lines_of_many_do_not_mix():

@@ -13,6 +13,7 @@ import os
 import pathlib
 import re
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -165,26 +166,46 @@ def exit_code(program: str, body: Callable[[], int]) -> int:
       Exception: whatever is not expected.
     """
     try:
-        return body()
+        try:
+            code = body()
+        except Exception as error:
+            if not _is_preempted(error):
+                raise
+            print(f"{program}: {error}", file=sys.stderr)
+            code = exit_codes.PREEMPTED
+        if processes := _several():
+            # JAX's own farewell gives up, and ends those that work, after half a minute.
+            processes.barrier("all are done")
+        return code
     except UsageError as error:
+        _fail_with_others(program, error, expected=True, code=exit_codes.USAGE)
         print(f"{program}: error: {error}\n(see {program} --help)", file=sys.stderr)
         return exit_codes.USAGE
     except KeyboardInterrupt:
+        error = KeyboardInterrupt("interrupted")
+        _fail_with_others(program, error, expected=True, code=exit_codes.INTERRUPTED)
         print(f"{program}: interrupted", file=sys.stderr)
         return exit_codes.INTERRUPTED
     except Exception as error:
-        if _is_preempted(error):
-            print(f"{program}: {error}", file=sys.stderr)
-            return exit_codes.PREEMPTED
-        processes = sys.modules.get("attnpo_jax.parallel.processes")
-        if processes is not None and processes.are_several():
-            from attnpo_jax.parallel import failures
-
-            failures.fail(program, error, expected=_is_expected(error))
+        _fail_with_others(program, error, expected=_is_expected(error), code=exit_codes.FAILED)
         if not _is_expected(error):
             raise
         print(f"{program}: error: {error}", file=sys.stderr)
         return exit_codes.FAILED
+
+
+def _several() -> Any:
+    """`attnpo_jax.parallel.processes` where this is one of several processes, else None."""
+    processes = sys.modules.get("attnpo_jax.parallel.processes")
+    return processes if processes is not None and processes.are_several() else None
+
+
+def _fail_with_others(program: str, error: BaseException, **how: Any) -> None:
+    """Of several processes, ends this one and tells the others why; else returns."""
+    if _several():
+        from attnpo_jax.parallel import failures
+
+        failures.fail(program, error, **how)
 
 
 def _main(argv: list[str]) -> int:
@@ -446,7 +467,10 @@ def _join_processes(options: Mapping[str, str]) -> None:
     if processes.are_several():
         failures.watch()
         if not processes.is_first():
-            logging.getLogger("attnpo_jax").setLevel(logging.WARNING)
+            # What all would say, the first one says; an error of this one's it says itself.
+            for name in (None, "attnpo_jax"):
+                logging.getLogger(name).setLevel(logging.ERROR)
+            warnings.simplefilter("ignore")
 
 
 def use_compilation_cache() -> None:

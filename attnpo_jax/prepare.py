@@ -62,6 +62,7 @@ def prepare(
       PreparedMismatch: the dataset on disk was prepared with other settings.
       OSError: a shard could not be written; those before it stay.
       MeshError: the devices or the model do not fit `parallel.mesh`.
+      ProcessesError: of several processes, some have another workdir than the rest.
       AttentionError: `model.attention` cannot serve the model on these devices.
       Preempted: SIGTERM came; the shard under way is lost, those before it stay.
     """
@@ -70,6 +71,7 @@ def prepare(
     # The data come first: a mistake in them shall not wait for a model to be downloaded.
     JudgeTemplate.load(config.judge.template)
     splits = ["train", "eval"] if config.data.eval else ["train"]
+    processes.check_shared(workdir, "workdir")
     loaded = {split: _load_pairs(config, split, workdir) for split in splits}
     folder = checkpoints.resolve(config.model.source)
     shape = checkpoints.load_config(folder)
@@ -79,8 +81,12 @@ def prepare(
     todo = [
         _Split.check(config, split, workdir, folder, tokenizer, loaded[split]) for split in splits
     ]
-    # Nobody may finish a dataset that another process still takes for unfinished, or the reverse.
-    processes.barrier("prepare: looked at what there is")
+    # Nobody may finish a dataset that another process still takes for unfinished, or the reverse:
+    # it is as the first one sees it, who finished it if it is complete.
+    seen = processes.exchange([split.status for split in todo])[0]
+    todo = [
+        dataclasses.replace(split, status=status) for split, status in zip(todo, seen, strict=True)
+    ]
     first = processes.is_first()
     model, backend, attention = None, None, None
     for split in todo:
@@ -98,6 +104,7 @@ def prepare(
                 _LOG.info("attention: %s", attention)
                 model = _load(config, folder, shape, tokenizer, backend)
             _fill(config, model, backend, attention.backend, split)
+        processes.wait_until_seen(split.path / prepared.METADATA)
         if first:
             console.print(summary(split.name, prepared.Prepared.open(split.path)))
 

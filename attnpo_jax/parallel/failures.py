@@ -11,7 +11,7 @@ called with). So abort() is held up for a few seconds, and a thread that sees it
 line that can be read and ends the process with code 76. Seeing it takes Linux's /proc; elsewhere
 JAX's line and SIGABRT are the end, those seconds later.
 
-The exit code is 1 where one process has failed and said why, on all of them: starting again fails
+The exit code of all is that of the one that has failed and said why, 1 mostly: starting again fails
 again. It is 76 on all that are left where one is gone without a word: starting again is the cure.
 """
 
@@ -78,7 +78,9 @@ def watch(program: str = "attnpo") -> None:
     atexit.register(no_more)
 
 
-def fail(program: str, error: BaseException, *, expected: bool) -> None:
+def fail(
+    program: str, error: BaseException, *, expected: bool, code: int = exit_codes.FAILED
+) -> None:
     """Ends this process for an error, and with it the run; does not return.
 
     Waiting for the others at the end, as Python would, could take as long as they live.
@@ -87,12 +89,13 @@ def fail(program: str, error: BaseException, *, expected: bool) -> None:
       program: the name in front of the message.
       error: what happened.
       expected: whether its message alone says what to mend; otherwise its traceback is shown.
+      code: the exit code, of the others too.
     """
     if not is_loss(error):
         if not expected:
             traceback.print_exception(error)
         tell = f"{_who()} failed: {_first_line(error)}"
-        _end(f"{program}: error: {error}", exit_codes.FAILED, tell)
+        _end(f"{program}: error: {error}", code, tell)
     deadline = time.monotonic() + LOOK_SECONDS
     while not (reasons := _reasons()) and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS / 4)
@@ -191,9 +194,9 @@ def _end(message: str, code: int, tell: str | None = None) -> None:
 
 def _end_with_others(program: str, reasons: list[tuple[int, str]]) -> None:
     """Ends at once, as others did who left these exit codes and reasons; does not return."""
-    failed = any(code == exit_codes.FAILED for code, _ in reasons)
+    codes = [code for code, _ in reasons if code != exit_codes.LOST]
     message = _ends_too(program, "; ".join(reason for _, reason in reasons))
-    _end(message, exit_codes.FAILED if failed else exit_codes.LOST)
+    _end(message, codes[0] if codes else exit_codes.LOST)
 
 
 def _ends_too(program: str, reason: str) -> str:

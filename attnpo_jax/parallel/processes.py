@@ -15,9 +15,12 @@ import importlib.util
 import itertools
 import logging
 import os
+import pathlib
 import pickle
+import time
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,6 +43,8 @@ HEARTBEAT_SECONDS = 30
 SHUTDOWN_SECONDS = 30
 # Nobody waits longer for a living process than this.
 BARRIER_SECONDS = 24 * 3600
+# For so long a network file system may hold that a file is not there (nfs(5): acdirmax).
+SEEN_SECONDS = 90
 # A Cloud TPU VM's metadata server is on the machine itself.
 METADATA_SECONDS = 5
 
@@ -161,6 +166,56 @@ def barrier(name: str) -> None:
         )
 
 
+def check_shared(folder: str | os.PathLike, field: str) -> None:
+    """Checks that a folder is the same one for all processes; makes it if need be.
+
+    All processes must ask together.
+
+    Args:
+      folder: on a disk of this machine, or one that it mounts.
+      field: what names the folder, for the message.
+
+    Raises:
+      ProcessesError: on all processes, if some do not see what the first one writes there.
+    """
+    if jax.process_count() == 1:
+        return
+    folder, mark = pathlib.Path(folder), None
+    if is_first():
+        folder.mkdir(parents=True, exist_ok=True)
+        # A name that nobody has asked for: network file systems remember what is not there.
+        mark = folder / f".shared-{uuid.uuid4().hex}"
+        mark.touch()
+    mark = exchange(mark)[0]
+    seen = exchange((folder / mark.name).exists())
+    if is_first():
+        mark.unlink()
+    if not all(seen):
+        blind = [str(k) for k, sees in enumerate(seen) if not sees]
+        raise ProcessesError(
+            f"{field} = {os.fspath(folder)!r} is another folder for process {', '.join(blind)} "
+            f"than for process 0; accepted: a folder on a disk that the hosts of all "
+            f"{len(seen)} processes mount"
+        )
+
+
+def wait_until_seen(path: pathlib.Path) -> None:
+    """Returns when this process sees a file that another one has written.
+
+    Raises:
+      FileNotFoundError: not within the time that file systems hold what they know.
+    """
+    deadline = time.monotonic() + SEEN_SECONDS
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise FileNotFoundError(
+                f"{path}: not seen by process {jax.process_index()} {SEEN_SECONDS} seconds after "
+                "process 0 has written it"
+            )
+        os.listdir(path.parent)  # which has the folder looked at anew
+        time.sleep(0.1)
+
+
 def team() -> Team:
     """The processes of this run as those that read the data together."""
     return Team(jax.process_index(), jax.process_count(), exchange)
@@ -174,6 +229,8 @@ def exchange(value: Any) -> list[Any]:
     """
     if jax.process_count() == 1:
         return [value]
+    # A collective of CPUs gives up on who is half a minute late, at a download for example.
+    barrier("exchange")
     said = np.frombuffer(pickle.dumps(value), np.uint8)
     lengths = multihost_utils.process_allgather(np.array(len(said), np.int32)).ravel()
     # Few lengths are few programs to compile.

@@ -106,12 +106,16 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
       CheckpointMismatch: the checkpoints of `workdir` belong to another run.
       NonFiniteError: a loss or gradient was not finite.
       MeshError: the devices or the model do not fit `parallel.mesh`.
+      ProcessesError: of several processes, some have other folders than the rest.
       AttentionError: `model.attention` cannot serve the model on these devices.
       Preempted: SIGTERM came; a checkpoint of the step under way is written, and evaluation at that
         step, if due or under way, is left to the run that resumes.
     """
     config_lib.validate(config)
-    workdir = pathlib.Path(workdir)
+    workdir, checkpoint_folder = pathlib.Path(workdir), folder_of(config, workdir)
+    processes.check_shared(workdir, "workdir")
+    if config.train.checkpoint_dir and "://" not in os.fspath(checkpoint_folder):
+        processes.check_shared(checkpoint_folder, "config.train.checkpoint_dir")
     model_folder = models.resolve(config.model.source)
     model = models.load_config(model_folder)
     config_lib.check_layers(config, model.num_layers, model.layer_windows)
@@ -175,7 +179,7 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
     eval_step = backend.eval_step(make_eval_step(settings, backend.axis_name))
 
     with Checkpoints(
-        folder_of(config, workdir),
+        checkpoint_folder,
         identity(config, model, data),
         keep=config.train.keep_checkpoints,
     ) as checkpoints:

@@ -94,6 +94,7 @@ def main(doing, victim, folder):
     from attnpo_jax.parallel import processes
 
     processes.HEARTBEAT_SECONDS = 5  # or a test would take half a minute more
+    processes.SHUTDOWN_SECONDS = 3
     cli._join_processes({})
     from jax.experimental import multihost_utils
 
@@ -113,7 +114,7 @@ def main(doing, victim, folder):
         processes.barrier("without the victim")
     else:
         first = (mine == 0) == (doing == "first-ends-first")
-        time.sleep(0 if first else 4)
+        time.sleep(0 if first else 2 * processes.SHUTDOWN_SECONDS)
     print("done", flush=True)
     return 0
 

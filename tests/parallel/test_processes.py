@@ -1,6 +1,7 @@
 """Runs of several processes against runs of one."""
 
 import http.server
+import os
 import re
 import shutil
 import signal
@@ -259,7 +260,9 @@ def test_checkpoint_that_one_process_cannot_read_is_skipped_by_all(setting, sing
     workdir = setting / "unreadable"
     shutil.copytree(single, workdir)
     output = run(setting, workdir, 2, "--process-1-cannot-read=10")
-    assert output.count("checkpoints/10 is damaged and will be skipped") == 2, output
+    said = re.findall(r"^\[(\d)\].*checkpoints/10 is damaged and will be skipped", output, re.M)
+    assert said == ["0"], output
+    assert "process 1 could not read its part" in output
     names = {p.name for p in (workdir / "checkpoints").iterdir()}
     assert names == {"4", "8", "10", "damaged-10"}
     assert_same_metrics(workdir, single)
@@ -274,6 +277,64 @@ def test_when_one_dies_the_others_end_too_and_a_restart_continues(setting, singl
     assert (workdir / "checkpoints" / "4").is_dir()
     run(setting, workdir, 2, "--config.train.save_every=2")
     assert_same_metrics(workdir, single)
+
+
+def test_a_workdir_that_is_not_shared_is_refused_at_once(setting, tmp_path):
+    by_process = f"{tmp_path}/of-$ATTNPO_PROCESS_ID"
+    module = f"{sys.executable} -m tests.parallel.scripted {setting / 'config.json'}"
+    command = [sys.executable, "launch/local.py", "--processes=2", "--devices=1", "--"]
+    for parts, other in (("prepare", f"{by_process}"), ("train", f"{by_process}/x")):
+        process = subprocess.Popen(
+            [*command, "sh", "-c", f"mkdir -p {other}; exec {module} {other} --parts={parts}"],
+            cwd=ROOT,
+            env=environment(setting),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        output = finish(process, code=1)
+        assert re.search(
+            r"attnpo: error: workdir = '.*of-0.*' is another folder for process 1 than for process "
+            "0; accepted: a folder on a disk that the hosts of all 2 processes mount",
+            output,
+        ), output
+        left = [path for path in tmp_path.rglob("*") if path.is_file() and "fed-" not in path.name]
+        assert left == []
+
+
+@pytest.mark.parametrize(
+    "how, code, why",
+    [
+        ("UsageError", 2, "UsageError: no such field"),
+        ("KeyboardInterrupt", 130, "KeyboardInterrupt: interrupted"),
+    ],
+)
+def test_a_usage_error_or_ctrl_c_of_one_ends_all(tmp_path, how, code, why):
+    script = tmp_path / "one.py"
+    script.write_text(
+        "import sys, time\n"
+        "from attnpo_jax import cli\n"
+        "def main():\n"
+        "    cli._join_processes({})\n"
+        "    import jax\n"
+        "    if jax.process_index() == 1:\n"
+        f"        raise {'cli.' if how == 'UsageError' else ''}{how}('no such field')\n"
+        "    time.sleep(600)\n"
+        "sys.exit(cli.exit_code('attnpo', main))\n"
+    )
+    command = [sys.executable, "launch/local.py", "--processes=2", "--", sys.executable, script]
+    begun = time.monotonic()
+    process = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == code and time.monotonic() - begun < 60, process.stdout
+    lines = process.stdout.splitlines()
+    assert f"[0] attnpo: error: process 1 of 2 failed: {why}; process 0 of 2 ends too" in lines
+    assert f"[0] process 0 of 2 ended: exit code {code}" in lines
 
 
 @pytest.mark.parametrize("victim, other", [(1, 0), (0, 1)])

@@ -1,6 +1,8 @@
 """Set the test platform before JAX starts: CPU, with eight virtual devices for sharding tests."""
 
+import http.server
 import os
+import socket
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -26,3 +28,35 @@ def smollm2_folder():
         if os.environ.get("CI"):
             raise
         pytest.skip(f"the embedded model can't be fetched here: {error}")
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """An empty bucket of a storage server of this process's own: its name, and the server's."""
+    emulator = pytest.importorskip("gcp_storage_emulator.server")
+    objects = pytest.importorskip("gcp_storage_emulator.handlers.objects")
+    download = objects.download
+
+    def with_generation(request, response, storage, **kwargs):
+        # Cloud Storage says it with every answer; the emulator, with those in JSON only.
+        download(request, response, storage, **kwargs)
+        if response.status != http.HTTPStatus.NOT_FOUND:
+            names = request.params["bucket_name"], request.params["object_id"]
+            response["x-goog-generation"] = storage.get_file_obj(*names)["generation"]
+
+    monkeypatch.setattr(objects, "download", with_generation)
+    monkeypatch.setattr(http.server.HTTPServer, "request_queue_size", 128)
+    pytest.importorskip("gcsfs")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
+    server.start()
+    address = f"http://127.0.0.1:{port}"
+    # Of gcsfs, and of TensorStore, which Orbax writes arrays with.
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)
+    monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", address)
+    monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
+    monkeypatch.setenv("NO_GCE_CHECK", "true")  # no looking for credentials
+    yield "bucket", address
+    server.stop()

@@ -8,12 +8,10 @@ tests/parallel/test_processes.py and test_process_faults.py.
 
 import copy
 import errno
-import http.server
 import json
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -314,38 +312,6 @@ def test_newest_checkpoint_truncated(setting, undisturbed, use_devices, monkeypa
     with pytest.warns(RuntimeWarning, match="checkpoints/7 is damaged and will be skipped"):
         run(setting[1], workdir)
     assert_same(workdir, undisturbed)
-
-
-@pytest.fixture
-def bucket(monkeypatch):
-    """An empty bucket of a storage server of this process's own: its name, and the server's."""
-    emulator = pytest.importorskip("gcp_storage_emulator.server")
-    objects = pytest.importorskip("gcp_storage_emulator.handlers.objects")
-    download = objects.download
-
-    def with_generation(request, response, storage, **kwargs):
-        # Cloud Storage says it with every answer; the emulator, with those in JSON only.
-        download(request, response, storage, **kwargs)
-        if response.status != http.HTTPStatus.NOT_FOUND:
-            names = request.params["bucket_name"], request.params["object_id"]
-            response["x-goog-generation"] = storage.get_file_obj(*names)["generation"]
-
-    monkeypatch.setattr(objects, "download", with_generation)
-    monkeypatch.setattr(http.server.HTTPServer, "request_queue_size", 128)
-    pytest.importorskip("gcsfs")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
-    server.start()
-    address = f"http://127.0.0.1:{port}"
-    # Of gcsfs, and of TensorStore, which Orbax writes arrays with.
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)
-    monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", address)
-    monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
-    monkeypatch.setenv("NO_GCE_CHECK", "true")  # no looking for credentials
-    yield "bucket", address
-    server.stop()
 
 
 def test_checkpoints_in_a_bucket(setting, undisturbed, use_devices, monkeypatch, bucket):

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import time
+import urllib.request
 
 import numpy as np
 import pytest
@@ -113,6 +114,31 @@ def test_when_one_cannot_write_its_part_in_the_background_all_say_so(setting, si
     assert "did not end by itself" not in output
     run(setting, workdir, 2, *options)
     assert_same_metrics(workdir, single)
+
+
+def test_two_processes_checkpoint_to_a_bucket(setting, single, bucket):
+    """One of them is killed, then one can't read the newest checkpoint, then all is well."""
+    name, server = bucket
+    workdir = prepared_before(setting / "bucket", single)
+    options = ["--parts=train,export", "--config.train.save_every=2", "--in-background=1"]
+    options += [f"--config.train.checkpoint_dir=gs://{name}/two"]
+    output = run(setting, workdir, 2, *options, "--victim=1", "--kill-at=7", code=KILLED)
+    assert_ended_by_itself(output, workdir, victim=1)
+
+    def whole_steps():
+        with urllib.request.urlopen(f"{server}/storage/v1/b/{name}/o?prefix=two/") as answer:
+            objects = [x["name"].split("/") for x in json.load(answer)["items"]]
+        return {parts[1] for parts in objects if parts[2] == "commit_success.txt"}
+
+    whole = whole_steps()
+    # That of step 6 may have been under way.
+    assert whole in ({"2", "4"}, {"2", "4", "6"})
+    newest = max(whole)
+    output = run(setting, workdir, 2, *options, f"--process-1-cannot-read={newest}")
+    assert f"gs://{name}/two/{newest} is damaged and will be skipped" in output
+    assert whole_steps() == {"2", "4", "6", "8", "10", f"damaged-{newest}"}
+    assert_same_metrics(workdir, single)
+    assert_same_exports(workdir, single)
 
 
 def steps(workdir):

@@ -64,23 +64,13 @@ class Chip:
         return [2**k for k in range(self.largest.bit_length())]
 
 
+# Both TensorCores of a chip as one device, as on TPU VMs.
+_MEGACORE = {"chip_config_name": "megacore"}
+
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip(
-            "v4",
-            275e12,
-            32 * GIB,
-            1.2e12,
-            50e9,
-            (2, 2, 1),
-            4,
-            4,
-            True,
-            24,
-            # One device a chip, as on TPU VMs.
-            {"chip_config_name": "megacore"},
-        ),
+        Chip("v4", 275e12, 32 * GIB, 1.2e12, 50e9, (2, 2, 1), 4, 4, True, 24, _MEGACORE),
         Chip("v5e", 197e12, 16 * GIB, 8.19e11, 400e9 / 8, (2, 2), 8, 16, False, 16),
         Chip("v5p", 459e12, 95 * GIB, 2.765e12, 1200e9 / 12, (2, 2, 1), 4, 4, True, 24),
         Chip("v6e", 918e12, 32 * GIB, 1.6e12, 800e9 / 8, (2, 2), 8, 16, False, 16),

@@ -101,6 +101,8 @@ class Checkpoints:
             self.wait()
             self._manager.close()
             return
+        if isinstance(error, Exception) and failures.is_loss(error):
+            return  # what is being written waits for who is gone; this process is to end at once
         with contextlib.suppress(Exception):  # what ends the run already is what it is told of
             self._manager.close()
 

@@ -1,5 +1,6 @@
 import json
 
+import huggingface_hub.constants
 import jax
 import numpy as np
 import pytest
@@ -146,7 +147,7 @@ def test_options_reach_the_plan(arguments, compiled, capsys):
 def test_mistakes_are_told_in_one_line(
     arguments, compiled, capsys, monkeypatch, extra, code, words
 ):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     found, _, err = run([*arguments, *extra], capsys)
     assert found == code and words in err, err
 

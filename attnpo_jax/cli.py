@@ -13,7 +13,6 @@ import os
 import pathlib
 import re
 import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -467,10 +466,8 @@ def _join_processes(options: Mapping[str, str]) -> None:
     if processes.are_several():
         failures.watch()
         if not processes.is_first():
-            # What all would say, the first one says; an error of this one's it says itself.
-            for name in (None, "attnpo_jax"):
-                logging.getLogger(name).setLevel(logging.ERROR)
-            warnings.simplefilter("ignore")
+            # What all would say, the first one says; what this one alone knows, it says itself.
+            logging.getLogger("attnpo_jax").setLevel(logging.WARNING)
 
 
 def use_compilation_cache() -> None:

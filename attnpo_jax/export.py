@@ -56,6 +56,8 @@ def export(
     workdir = pathlib.Path(workdir)
     out = workdir / "export" if out is None else pathlib.Path(out)
     folder = checkpoint.folder_of(config, workdir)
+    if processes.is_first():
+        models.clear_up(out)
     newest = _origin(config, folder) if processes.is_first() and not config.lora.rank else None
     written = newest is not None and models.read_origin(out) == newest
     if preemption.agreed(written):

@@ -103,11 +103,11 @@ def main() -> int:
     port = free_port()
     running: list[subprocess.Popen] = []
     first_failure, deadline, told = 0, None, set()
-    stopped = None
+    stopped, stopped_at = None, 0
 
     def pass_on(number, frame):
-        nonlocal deadline, stopped
-        stopped = number
+        nonlocal deadline, stopped, stopped_at
+        stopped, stopped_at = number, len(running)
         if deadline is None:
             deadline = time.monotonic() + STOP_SECONDS
         for process in running:
@@ -132,7 +132,8 @@ def main() -> int:
             )
         )
     if stopped is not None:
-        pass_on(stopped, None)  # to those that were not started yet
+        for process in running[stopped_at:]:  # not started yet when it came
+            process.send_signal(stopped)
 
     relays = [
         threading.Thread(target=relay, args=(index, process), daemon=True)

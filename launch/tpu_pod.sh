@@ -60,7 +60,7 @@ install)
   # The image's own Python is older than 3.11; uv brings one.
   on_workers all "set -e
     apt='sudo apt-get -q -o DPkg::Lock::Timeout=300'  # a new VM is busy updating itself
-    \$apt update
+    for _ in \$(seq 60); do \$apt update && break; sleep 5; done
     \$apt install -y nfs-common
     sudo mkdir -p $MOUNT
     mountpoint -q $MOUNT || sudo mount -t nfs $SHARE $MOUNT

@@ -567,7 +567,7 @@ def replacing(folder: str | os.PathLike, *, overwrite: bool, origin: Any = None)
     folder = Path(folder).absolute()
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; an export needs a folder")
-    _clear_up(folder)
+    clear_up(folder)
     occupied = folder.is_dir() and any(folder.iterdir())
     if occupied and not overwrite and not (folder / _MARKER).is_file():
         raise CheckpointError(
@@ -601,8 +601,12 @@ def replacing(folder: str | os.PathLike, *, overwrite: bool, origin: Any = None)
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _clear_up(folder: Path) -> None:
-    """Removes what killed exports to `folder` have left, but for the one that was in its place."""
+def clear_up(folder: str | os.PathLike) -> None:
+    """Removes what killed exports to `folder` have left, but for the one that was in its place.
+
+    There must be no other export to it at this time.
+    """
+    folder = Path(folder).absolute()
     for path in sorted(folder.parent.glob(".*")):
         left = re.fullmatch(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{32}}\.(tmp|old)", path.name)
         if left is None:

@@ -109,10 +109,12 @@ def fail(
 
 
 def is_loss(error: BaseException) -> bool:
-    """Whether an error says that another process is gone."""
+    """Whether an error, or what it comes from, says that another process is gone."""
     # Some of Gloo's are raised as ValueErrors, when a computation of all is started.
     kinds = jax.errors.JaxRuntimeError if "Gloo" not in str(error) else (ValueError, RuntimeError)
-    return isinstance(error, kinds) and bool(_LOST.search(str(error)))
+    if isinstance(error, kinds) and _LOST.search(str(error)):
+        return True
+    return error.__cause__ is not None and is_loss(error.__cause__)
 
 
 def _watch_abort(program: str) -> None:

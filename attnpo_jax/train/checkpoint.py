@@ -80,6 +80,7 @@ class Checkpoints:
     def __init__(self, folder: str | os.PathLike, identity: Mapping[str, Any], *, keep: int):
         self.folder = _absolute(folder)
         self._identity = identity
+        self._failure: BaseException | None = None  # of a write in the background
         if jax.process_index() == 0:
             _warn_of_unfinished(self.folder)
         self._manager = _open(
@@ -87,7 +88,7 @@ class Checkpoints:
             ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
                 enable_async_checkpointing=_in_background(),
-                async_options=ocp.AsyncOptions(barrier_sync_fn=_meet_unless_failing),
+                async_options=ocp.AsyncOptions(barrier_sync_fn=self._meet),
                 # By process 0, with a barrier: nobody lists what is being removed.
                 cleanup_tmp_directories=True,
             ),
@@ -145,8 +146,21 @@ class Checkpoints:
         Raises:
           CheckpointError: it did.
         """
-        with _naming_failures(self.folder):
-            self._manager.check_for_errors()
+        # Orbax keeps it to itself until the next write, which may be hours away.
+        if self._failure is not None:
+            with _naming_failures(self.folder):
+                raise self._failure
+
+    def _meet(self, *, key: str, timeout_ms: int) -> None:
+        """Orbax's barrier of background writes, but for a process whose write has failed.
+
+        Orbax has it wait for the others, who wait for that write, until the barrier's time is up.
+        """
+        error = sys.exception()
+        if error is not None:
+            self._failure = error
+            raise RuntimeError(str(error)) from error
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
     def wait(self) -> None:
         """Returns when what is being written is whole.
@@ -170,9 +184,8 @@ class Checkpoints:
 
         Raises:
           CheckpointMismatch: the newest one has another identity, or arrays of other shapes.
-          CheckpointError: there are checkpoints, but all are damaged; or another process could not
-            read one for a reason that is not damage.
-          Exception: reading failed for a reason that is not damage, such as missing permission.
+          CheckpointError: there are checkpoints, but all are damaged; or this or another process
+            could not read one for a reason that is not damage, such as missing permission.
         """
 
         abstract = _without_base(abstract)
@@ -219,26 +232,20 @@ def _warn_of_unfinished(folder: epath.Path) -> None:
     """Tells of checkpoints that were never whole, which are not read and soon removed."""
     if not folder.exists():
         return
-    for path in sorted(folder.iterdir()):
+    whole = {False: [0], True: [0]}
+    for path in folder.iterdir():
         step = path.name.partition(".")[0]
-        if step.isdigit() and not ocp.utils.is_checkpoint_finalized(path):
+        if step.isdigit() and path.is_dir():
+            whole[ocp.utils.is_checkpoint_finalized(path)].append(int(step))
+    for step in sorted(whole[False]):
+        # What is older than a whole one was on its way out.
+        if step > max(whole[True]):
             warnings.warn(
-                f"checkpoint {folder / step} was not written to its end and is left out; the run "
-                "goes on from the one before it, or from the start if there is none",
+                f"checkpoint {folder / str(step)} was not written to its end and is left out; the "
+                "run goes on from the one before it, or from the start if there is none",
                 RuntimeWarning,
                 stacklevel=3,
             )
-
-
-def _meet_unless_failing(*, key: str, timeout_ms: int) -> None:
-    """Orbax's barrier of background writes, but for a process whose write has failed.
-
-    Orbax has it wait for the others, who wait for that write, until the barrier's time is up.
-    """
-    error = sys.exception()
-    if error is not None:
-        raise RuntimeError(str(error)) from error
-    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 def _in_background() -> bool:
@@ -418,12 +425,15 @@ def _newest_whole(
         _forget_frames(error)
         damaged[step] = error
         reason = str(error).strip().split("\n")[0][:200]
-        warnings.warn(
-            f"checkpoint {folder / str(step)} is damaged and will be skipped "
-            f"({type(error).__name__}: {reason})",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+        # The first process says so, and whoever knows why.
+        if jax.process_index() == 0 or not isinstance(error, _Elsewhere):
+            kind = CheckpointError if isinstance(error, CheckpointError) else type(error)
+            warnings.warn(
+                f"checkpoint {folder / str(step)} is damaged and will be skipped "
+                f"({kind.__name__}: {reason})",
+                RuntimeWarning,
+                stacklevel=3,
+            )
     if damaged:
         raise CheckpointError(
             f"none of the checkpoints in {folder} can be read (steps "
@@ -451,19 +461,25 @@ def _agree(
     """What is damaged here or elsewhere; raises what is not damage, on all processes."""
     own = _READ if error is None else _DAMAGED if _is_damage(error) else _FAILED
     found = outcomes(own)
-    if own == _FAILED:
+    if own == _FAILED and isinstance(error, CheckpointMismatch):
         raise error
+    if own == _FAILED:
+        raise CheckpointError(f"{path} could not be read: {error}") from error
     if _FAILED in found:
         raise CheckpointError(f"process {found.index(_FAILED)} could not read {path}")
     if error is None and _DAMAGED in found:
-        return CheckpointError(f"process {found.index(_DAMAGED)} could not read its part")
+        return _Elsewhere(f"process {found.index(_DAMAGED)} could not read its part")
     return error
+
+
+class _Elsewhere(CheckpointError):
+    """Another process's part of a checkpoint is damaged."""
 
 
 # How TensorStore and gRPC begin errors that say nothing about the files' content.
 _NOT_DAMAGE = re.compile(
     r"\b(RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|"
-    r"ABORTED|CANCELLED|INTERNAL|UNKNOWN)\b"
+    r"ABORTED|CANCELLED|INTERNAL|UNKNOWN):"
 )
 # Packages that speak to a bucket. That a file is not there, they say by FileNotFoundError.
 _NETWORK = ("aiobotocore", "aiohttp", "botocore", "google", "gcsfs", "requests", "s3fs", "urllib3")
@@ -473,7 +489,7 @@ def _is_damage(error: BaseException) -> bool:
     """Whether an error in reading may come from damaged files, and not from how they are read.
 
     A whole checkpoint that is taken for damaged costs the steps since the one before; a damaged one
-    that is not ends the run, with a message that names it. So files that are not where they should
+    that is not ends the run, with an error that names it. So files that are not where they should
     be are damage, but no other error of a file system or a network is.
     """
     if isinstance(error, OSError):

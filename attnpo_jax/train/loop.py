@@ -122,7 +122,7 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
     policy = lora.adapted(model, config.lora)
     backend = backends.for_training(policy, config.parallel)
     _LOG.info("training on %s", backend.description)
-    if config.train.microbatch_size < backend.row_shards:
+    if config.train.microbatch_size < backend.row_shards and processes.is_first():
         _LOG.warning(
             "train.microbatch_size = %d pairs for %d groups of devices (data x fsdp): the others "
             "compute on padding; a larger one, or a smaller mesh, would keep all busy",

@@ -238,7 +238,10 @@ def test_skypilot(tmp_path):
     }  # fmt: skip
     assert all(re.fullmatch(r"[\w-]+:\d+", name) for name in task["resources"]["accelerators"])
     assert task["resources"]["use_spot"] is True
-    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [exit_codes.PREEMPTED]
+    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [
+        exit_codes.PREEMPTED,
+        exit_codes.LOST,
+    ]
     ((mounted, bucket),) = task["file_mounts"].items()
     assert bucket == {"source": "${BUCKET}", "mode": "MOUNT_CACHED"}
     assert task["envs"]["BUCKET"] == ""  # SkyPilot refuses to start without one

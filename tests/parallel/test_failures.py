@@ -71,6 +71,11 @@ def test_whoever_is_done_first_is_not_taken_for_dead(tmp_path, doing):
     assert sorted(re.findall(r"^\[(\d)\] done", output, re.MULTILINE)) == ["0", "1", "2"]
 
 
+def caused(error, by):
+    error.__cause__ = jax.errors.JaxRuntimeError(by)
+    return error
+
+
 @pytest.mark.parametrize(
     "error, loss",
     [
@@ -80,6 +85,8 @@ def test_whoever_is_done_first_is_not_taken_for_dead(tmp_path, doing):
         (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), False),
         (ValueError("no such dataset: Connection refused"), False),
         (ConnectionRefusedError("Connection refused"), False),
+        (caused(TimeoutError("at a barrier"), "INTERNAL: Barrier failed: unhealthy"), True),
+        (caused(TimeoutError("at a barrier"), "INTERNAL: out of memory"), False),
     ],
 )
 def test_what_counts_as_the_loss_of_another_process(error, loss):

@@ -4,16 +4,19 @@ import pathlib
 import signal
 import subprocess
 import sys
+import time
 import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from attnpo_jax import config as config_lib
 from attnpo_jax.train import checkpoint
+from attnpo_jax.train.checkpoint import CheckpointError
 from attnpo_jax.train.state import TrainState, create
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1))
@@ -190,6 +193,40 @@ def test_a_damaged_one_is_gone_from_memory_before_the_next_is_read(tmp_path, mon
     assert second - first < state / 2, (live, state)
 
 
+def test_a_write_in_the_background_that_fails_is_known_before_the_next_one(tmp_path, monkeypatch):
+    class Failed:
+        def result(self, timeout=None):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    save = ocp.StandardCheckpointHandler.async_save
+
+    async def save_and_fail(self, directory, *arguments, **options):
+        written = await save(self, directory, *arguments, **options)
+        return [*written, Failed()] if directory.name.startswith("params") else written
+
+    monkeypatch.setattr(ocp.StandardCheckpointHandler, "async_save", save_and_fail)
+    monkeypatch.setattr(checkpoint, "_in_background", lambda: True)
+    with pytest.raises(CheckpointError, match=f"written to {tmp_path}.*No space left on device"):
+        with checkpoint.Checkpoints(tmp_path, IDENTITY, keep=2) as checkpoints:
+            checkpoints.check()
+            checkpoints.save(make_state())
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline:
+                checkpoints.check()
+                time.sleep(0.01)
+            pytest.fail("nobody was told")
+
+
+def test_files_of_others_are_no_unfinished_checkpoints(tmp_path):
+    states = save_steps(tmp_path, number=3)
+    (tmp_path / "7").touch()
+    (tmp_path / "1.orbax-checkpoint-tmp").mkdir()  # older than one that is whole
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        with checkpoint.Checkpoints(tmp_path, IDENTITY, keep=2) as checkpoints:
+            assert_same(checkpoints.restore(abstract(make_state())), states[3])
+
+
 KILLED_WHILE_SAVING = """
 import os, pathlib, signal, sys, threading
 import jax.numpy as jnp
@@ -265,10 +302,11 @@ def refuse_to_skip(tmp_path, monkeypatch, error):
     save_steps(tmp_path, number=1)
     monkeypatch.setattr(checkpoint, "_read_metadata", fail)
     with checkpoint.Checkpoints(tmp_path, IDENTITY, keep=2) as checkpoints:
-        with warnings.catch_warnings(), pytest.raises(type(error)) as raised:
+        words = f"{tmp_path / '1'} could not be read: "
+        with warnings.catch_warnings(), pytest.raises(CheckpointError, match=words) as raised:
             warnings.simplefilter("error", RuntimeWarning)
             checkpoints.restore(abstract(make_state()))
-    assert raised.value is error
+    assert raised.value.__cause__ is error
     assert os.listdir(tmp_path) == ["1"]
 
 

@@ -61,13 +61,13 @@ if TYPE_CHECKING:
     from attnpo_jax.data.prepared import Prepared
     from attnpo_jax.data.sources import BadRow, Pair, load_pairs
     from attnpo_jax.data.tokenize import ChatTokenizer, TokenizedPair, tokenize_pair
-    from attnpo_jax.inspection import token_weights
-    from attnpo_jax.judge import Judge, Judgement, judge_pairs
-    from attnpo_jax.judge_prompt import JudgeTemplate
-    from attnpo_jax.language_model import LanguageModel, load_model
+    from attnpo_jax.judge.judge import Judge, Judgement, judge_pairs
+    from attnpo_jax.judge.language_model import LanguageModel, load_model
+    from attnpo_jax.judge.prompt import JudgeTemplate
+    from attnpo_jax.judge.token_weights import token_weights
     from attnpo_jax.losses import ResponseScores
     from attnpo_jax.models.config import ModelConfig
-    from attnpo_jax.scoring import response_logps
+    from attnpo_jax.models.scoring import response_logps
     from attnpo_jax.train.state import TrainState
     from attnpo_jax.train.step import StepSettings, make_eval_step, make_train_step
     from attnpo_jax.weighting import ResponseTokens
@@ -76,14 +76,14 @@ _MODULES = ("config", "export", "judge", "losses", "prepare", "run", "weighting"
 
 _HOMES = {
     # A model and its judgement of pairs.
-    "LanguageModel": "language_model",
-    "load_model": "language_model",
+    "LanguageModel": "judge.language_model",
+    "load_model": "judge.language_model",
     "ModelConfig": "models.config",
-    "Judge": "judge",
-    "Judgement": "judge",
-    "judge_pairs": "judge",
-    "JudgeTemplate": "judge_prompt",
-    "token_weights": "inspection",
+    "Judge": "judge.judge",
+    "Judgement": "judge.judge",
+    "judge_pairs": "judge.judge",
+    "JudgeTemplate": "judge.prompt",
+    "token_weights": "judge.token_weights",
     # Pairs, from files to batches.
     "BadRow": "data.sources",
     "Pair": "data.sources",
@@ -103,7 +103,7 @@ _HOMES = {
     # What a step is made of.
     "ResponseTokens": "weighting",
     "ResponseScores": "losses",
-    "response_logps": "scoring",
+    "response_logps": "models.scoring",
     "StepSettings": "train.step",
     "make_eval_step": "train.step",
     "make_train_step": "train.step",

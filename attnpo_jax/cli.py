@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attnpo_jax
-from attnpo_jax import exit_codes
+from attnpo_jax.runtime import exit_codes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +57,13 @@ class Command:
 
 COMMANDS = {
     "data": Command(
-        "attnpo_jax.data_report",
+        "attnpo_jax.prepare.data_report",
         "data_report",
         "Show what the config's data are: counts, lengths, truncations, bad rows, examples.",
         {"json": Option("as_json", bool, "Print JSON.")},
     ),
     "prepare": Command(
-        "attnpo_jax.prepare",
+        "attnpo_jax.prepare.stage",
         "prepare",
         "Judge every pair and take the reference's log-probabilities, once; resumes.",
     ),
@@ -78,17 +78,17 @@ COMMANDS = {
         "prepare, train, evaluate and export, skipping what is done.",
     ),
     "export-weights": Command(
-        "attnpo_jax.export_weights",
+        "attnpo_jax.export.weights",
         "export_weights",
         "Write pairs and judge's weights as the method's authors publish them, workdir/weights.",
     ),
     "export": Command(
-        "attnpo_jax.export",
+        "attnpo_jax.export.stage",
         "export",
         "Write the newest checkpoint as a Hugging Face folder, workdir/export.",
     ),
     "plan": Command(
-        "attnpo_jax.plan.command",
+        "attnpo_jax.plan.stage",
         "plan",
         "Compile the run for a TPU slice that need not be there: memory, traffic, time.",
         {
@@ -140,8 +140,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the arguments after the program's name; None: the process's own.
 
     Returns:
-      Exit code: 0, or one of `attnpo_jax.exit_codes`: 1 for an error that the user can mend (told
-      in one message on stderr), 2 for a command line that cannot be understood, 75 when preparing
+      Exit code: 0, or one of `runtime.exit_codes`: 1 for an error that the user can mend (told in
+      one message on stderr), 2 for a command line that cannot be understood, 75 when preparing
       or training was told to stop (SIGTERM) and its work is saved, 130 when interrupted. With 76,
       since another process of the run is gone, it does not come back here.
 
@@ -325,7 +325,7 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> Any:
 
 
 def _unknown_field(field: str, known: Sequence[str]) -> str:
-    from attnpo_jax.config_rules import suggest
+    from attnpo_jax.config.rules import suggest
 
     inside = [k for k in known if k.startswith(f"{field}.")]
     if inside:
@@ -474,7 +474,7 @@ def use_compilation_cache() -> None:
     """Keeps compiled programs between runs, where `$JAX_COMPILATION_CACHE_DIR` says or at home."""
     import jax
 
-    from attnpo_jax.models import embedded
+    from attnpo_jax.models.io import embedded
 
     if jax.config.jax_compilation_cache_dir is None:
         folder = embedded.default_cache_dir() / "xla"

@@ -7,11 +7,12 @@ from ml_collections import config_dict
 from rich.console import Console
 from rich.table import Table
 
-from attnpo_jax import prepare
-from attnpo_jax.export import export
+from attnpo_jax.export.stage import export
 from attnpo_jax.parallel import processes
-from attnpo_jax.train import loop, metrics
-from attnpo_jax.train.checkpoint import folder_of
+from attnpo_jax.parallel.checkpoint import folder_of
+from attnpo_jax.prepare import stage as prepare
+from attnpo_jax.runtime import metrics
+from attnpo_jax.train import loop
 
 # Rows of the table: what is shown, and the metric's name plain and weighted.
 _ROWS = (

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from attnpo_jax.judge_figures import shares
+from attnpo_jax.judge.figures import shares
 
 Row = Mapping[str, Any]
 

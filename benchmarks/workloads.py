@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnpo_jax import config as config_lib
-from attnpo_jax import flops, prepare, reference
 from attnpo_jax.data.batching import (
     Example,
     PairBatch,
@@ -29,13 +28,17 @@ from attnpo_jax.data.packing import round_up
 from attnpo_jax.data.prepared import Prepared
 from attnpo_jax.data.sources import Pair, load_pairs, pairs_digest
 from attnpo_jax.data.tokenize import ChatTokenizer, tokenize_pair
-from attnpo_jax.judge import Judge, compile_pass
-from attnpo_jax.judge_prompt import JudgePrompter, JudgeTemplate
-from attnpo_jax.language_model import LanguageModel, load_model
-from attnpo_jax.models import attention_backends, checkpoints, decoder
-from attnpo_jax.models.head import token_logps
+from attnpo_jax.judge.judge import Judge, compile_pass
+from attnpo_jax.judge.language_model import LanguageModel, load_model
+from attnpo_jax.judge.prompt import JudgePrompter, JudgeTemplate
+from attnpo_jax.models import decoder, flops
+from attnpo_jax.models.attention import implementations as attention_backends
+from attnpo_jax.models.io import hf_folder as checkpoints
+from attnpo_jax.models.lm_head import token_logps
 from attnpo_jax.parallel import backend as backends
-from attnpo_jax.provenance import open_prepared
+from attnpo_jax.prepare import reference
+from attnpo_jax.prepare import stage as prepare
+from attnpo_jax.prepare.provenance import open_prepared
 from attnpo_jax.train import loop
 from attnpo_jax.train.state import TrainState
 from benchmarks import protocol

@@ -25,14 +25,16 @@ from ml_collections import config_dict
 from rich.console import Console
 from rich.table import Table
 
-from attnpo_jax import cli, prepare
+from attnpo_jax import cli
 from attnpo_jax import config as config_lib
-from attnpo_jax.data import atomic
-from attnpo_jax.models import checkpoints
+from attnpo_jax.models.io import hf_folder as checkpoints
 from attnpo_jax.parallel import processes
-from attnpo_jax.train import loop, metrics
+from attnpo_jax.prepare import stage as prepare
 
 # What a prepared dataset does not depend on.
+from attnpo_jax.runtime import atomic, metrics
+from attnpo_jax.train import loop
+
 SWEPT = ("seed", "weighting", "objective", "optim", "train")
 RESULT = "result.json"
 

@@ -12,7 +12,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 import hypothesis  # noqa: E402  after the platform is set
 import pytest  # noqa: E402
 
-from attnpo_jax.models import embedded  # noqa: E402
+from attnpo_jax.models.io import embedded
 
 # How long an example takes says more about the machine than about the code.
 hypothesis.settings.register_profile("no_deadline", deadline=None)

@@ -10,7 +10,8 @@ import jax
 import pytest
 
 import attnpo_jax
-from attnpo_jax import cli, config_rules
+from attnpo_jax import cli
+from attnpo_jax.config import rules as config_rules
 
 CONFIG = """
 from attnpo_jax.config import default_config

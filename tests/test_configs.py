@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 
 from attnpo_jax import config as config_lib
-from attnpo_jax import judge, prepare, reference
 from attnpo_jax.data.batching import Example, RowShape, fill_rows
-from attnpo_jax.models import decoder, embedded, known
-from attnpo_jax.models.known import KNOWN, shape_of
+from attnpo_jax.judge import judge
+from attnpo_jax.models import decoder
+from attnpo_jax.models.io import embedded, known
+from attnpo_jax.models.io.known import KNOWN, shape_of
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.parallel import mesh
+from attnpo_jax.prepare import reference
+from attnpo_jax.prepare import stage as prepare
 from attnpo_jax.train import loop
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"

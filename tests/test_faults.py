@@ -24,13 +24,15 @@ import pytest
 import safetensors.numpy
 from jax.experimental.compilation_cache import compilation_cache
 
-from attnpo_jax import cli, prepare
+from attnpo_jax import cli
 from attnpo_jax import config as config_lib
 from attnpo_jax.data.prepared import Prepared, PreparedWriter
 from attnpo_jax.parallel import backend as backends
-from attnpo_jax.parallel import preemption
+from attnpo_jax.parallel import checkpoint, preemption
+from attnpo_jax.prepare import stage as prepare
 from attnpo_jax.run import run
-from attnpo_jax.train import checkpoint, loop, metrics
+from attnpo_jax.runtime import metrics
+from attnpo_jax.train import loop
 from tests.parallel import tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

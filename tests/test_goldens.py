@@ -18,10 +18,11 @@ from attnpo_jax.data.batching import Example, RowShape, TrainBatches, fill_rows
 from attnpo_jax.data.prepared import Prepared, PreparedWriter
 from attnpo_jax.data.sources import load_pairs
 from attnpo_jax.data.tokenize import tokenize_pair
-from attnpo_jax.judge import Judge
-from attnpo_jax.language_model import load_model
-from attnpo_jax.models import attention_backends, decoder
-from attnpo_jax.scoring import response_logps
+from attnpo_jax.judge.judge import Judge
+from attnpo_jax.judge.language_model import load_model
+from attnpo_jax.models import decoder
+from attnpo_jax.models.attention import implementations as attention_backends
+from attnpo_jax.models.scoring import response_logps
 from attnpo_jax.train import optim
 from attnpo_jax.train.state import create
 from attnpo_jax.train.step import StepSettings, make_train_step

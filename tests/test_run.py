@@ -4,7 +4,7 @@ from rich.console import Console
 
 from attnpo_jax import config as config_lib
 from attnpo_jax import run as run_lib
-from attnpo_jax.train import metrics
+from attnpo_jax.runtime import metrics
 
 
 def eval_line(**changes):

@@ -35,7 +35,8 @@ import numpy as np
 import pyarrow as pa
 
 import attnpo_jax
-from attnpo_jax.data import atomic, shards
+from attnpo_jax.data import shards
+from attnpo_jax.runtime import atomic
 
 FORMAT = 1
 PLAN, METADATA = "plan.json", "prepared.json"

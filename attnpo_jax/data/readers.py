@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from attnpo_jax.data.rows import Unfit
+from attnpo_jax.data.formats import Unfit
 
 ACCEPTED_SOURCES = (
     "builtin:train, builtin:eval, a .json, .jsonl, .parquet or .arrow file, a folder saved by "

@@ -35,9 +35,11 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from attnpo_jax.data import atomic, mixture, ready_weights
+from attnpo_jax.data import mixture
+from attnpo_jax.data import precomputed_weights as ready_weights
+from attnpo_jax.data.formats import Pair, Unfit, own_id, pair_of_row
 from attnpo_jax.data.readers import ACCEPTED_SOURCES, ALONE, Rows, Team, check_alike, open_source
-from attnpo_jax.data.rows import Pair, Unfit, own_id, pair_of_row
+from attnpo_jax.runtime import atomic
 
 _FIELDS = ("id", "prompt_id", "prompt", "chosen", "rejected")
 _AT_ONCE = 1024  # rows turned into Python objects at once, so that a big file is never held twice

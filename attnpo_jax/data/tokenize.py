@@ -22,7 +22,7 @@ import numpy as np
 import tokenizers
 import transformers
 
-from attnpo_jax.data.alignment import close_gaps
+from attnpo_jax.data.align import close_gaps
 
 if TYPE_CHECKING:
     from attnpo_jax.data.sources import Pair

@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attnpo_jax.models.attention import Past, RowLayout, attention_rows, weighted_values
-from attnpo_jax.models.attention_backends import RESIDUALS, attend, make_masks
+from attnpo_jax.models import placement as rules
+from attnpo_jax.models.attention.core import Past, RowLayout, attention_rows, weighted_values
+from attnpo_jax.models.attention.implementations import RESIDUALS, attend, make_masks
 from attnpo_jax.models.config import PROJECTIONS, LinearRopeScaling, ModelConfig, RopeScaling
 from attnpo_jax.models.layer_kinds import layer_kinds, rope_tables, rotate
-from attnpo_jax.parallel import rules
 
 __all__ = [
     "Decoder",

@@ -12,7 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from attnpo_jax.models.attention import ScoreRule
+from attnpo_jax.models.attention.core import ScoreRule
 from attnpo_jax.models.config import LinearRopeScaling, ModelConfig, RopeScaling
 
 # Wider than any row: the window of a layer without one, where others have one.

@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+# Of a device's memory, what parameters may take where each process prepares by itself.
+from attnpo_jax.models import placement as rules
 from attnpo_jax.models.decoder import ModelConfig, Params, abstract_params
 from attnpo_jax.parallel import mesh as meshes
-from attnpo_jax.parallel import processes, rules, sharding
+from attnpo_jax.parallel import processes, sharding
 
-# Of a device's memory, what parameters may take where each process prepares by itself.
 _FULL = 0.5
 
 

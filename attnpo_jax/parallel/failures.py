@@ -30,7 +30,7 @@ import traceback
 import jax
 from jax._src import distributed  # the coordination service's key-value store has no public name
 
-from attnpo_jax import exit_codes
+from attnpo_jax.runtime import exit_codes
 
 _FOLDER = "attnpo_jax/failed/"
 POLL_SECONDS = 1

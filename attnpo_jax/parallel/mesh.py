@@ -7,7 +7,7 @@ import jax
 from jax.sharding import AxisType, Mesh
 
 from attnpo_jax.models.decoder import ModelConfig, abstract_params, logical_axes
-from attnpo_jax.parallel.rules import AXES, RULES
+from attnpo_jax.models.placement import AXES, RULES
 
 
 class MeshError(ValueError):

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from attnpo_jax.models.decoder import ModelConfig, abstract_params, logical_axes
-from attnpo_jax.parallel.rules import ROWS, parameter_spec
+from attnpo_jax.models.placement import ROWS, parameter_spec
 
 
 def parameter_shardings(model: ModelConfig, mesh: Mesh) -> Any:

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnpo_jax import config as config_lib
-from attnpo_jax import flops as model_flops
-from attnpo_jax import judge, prepare, reference
-from attnpo_jax.models import attention_backends, lora
+from attnpo_jax.judge import judge
+from attnpo_jax.models import flops as model_flops
+from attnpo_jax.models import lora
+from attnpo_jax.models.attention import implementations as attention_backends
 from attnpo_jax.models.decoder import ModelConfig, abstract_params
 from attnpo_jax.parallel import mesh as meshes
 from attnpo_jax.parallel.backend import Sharded, prepares_together
@@ -25,6 +26,8 @@ from attnpo_jax.plan import hlo, lengths, work
 from attnpo_jax.plan.collectives import Collective, collectives
 from attnpo_jax.plan.lengths import Batching, Lengths
 from attnpo_jax.plan.topologies import GIB, PlanError, Topology
+from attnpo_jax.prepare import reference
+from attnpo_jax.prepare import stage as prepare
 from attnpo_jax.train import loop
 
 
@@ -68,7 +71,7 @@ class Compiled:
       batching: what it takes at a time.
       attention: what computes attention, one of `attention_backends.BACKENDS`.
       memory: bytes.
-      model_flops: that the result needs, over all chips (see `attnpo_jax.flops`).
+      model_flops: that the result needs, over all chips (see `attnpo_jax.models.flops`).
       flops: of a chip's matrix products, repeated work and padding included; without those inside
         an attention kernel, which XLA does not see.
       traffic: bytes through a chip's main memory.

@@ -23,19 +23,20 @@ from ml_collections import config_dict
 
 from attnpo_jax import config as config_lib
 from attnpo_jax import losses, weighting
-from attnpo_jax.data import atomic
 from attnpo_jax.data.batching import EvalBatches, PairBatch, TrainBatches
 from attnpo_jax.data.prepared import METADATA, Prepared
-from attnpo_jax.models import attention_backends, lora
-from attnpo_jax.models import checkpoints as models
+from attnpo_jax.models import lora
+from attnpo_jax.models.attention import implementations as attention_backends
 from attnpo_jax.models.decoder import ModelConfig, Params, abstract_params
+from attnpo_jax.models.io import hf_folder as models
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.parallel import preemption, processes
-from attnpo_jax.provenance import open_prepared, split_path
+from attnpo_jax.parallel.checkpoint import Checkpoints, folder_of
+from attnpo_jax.prepare.provenance import open_prepared, split_path
+from attnpo_jax.runtime import atomic
+from attnpo_jax.runtime.metrics import MetricsWriter
+from attnpo_jax.runtime.metrics import read as read_metrics
 from attnpo_jax.train import optim
-from attnpo_jax.train.checkpoint import Checkpoints, folder_of
-from attnpo_jax.train.metrics import MetricsWriter
-from attnpo_jax.train.metrics import read as read_metrics
 from attnpo_jax.train.progress import Throughput, TrainProgress
 from attnpo_jax.train.state import TrainState, create, create_adapted
 from attnpo_jax.train.step import StepSettings, make_eval_step, make_train_step

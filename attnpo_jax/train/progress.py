@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from rich.console import Console
 
-from attnpo_jax.progress import Bar
+from attnpo_jax.runtime.progress import Bar
 
 _LOG = logging.getLogger(__name__)
 

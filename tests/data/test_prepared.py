@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from attnpo_jax.data import atomic, prepared, shards
+from attnpo_jax.data import prepared, shards
 from attnpo_jax.data.prepared import (
     DamagedShard,
     Prepared,
@@ -20,6 +20,7 @@ from attnpo_jax.data.prepared import (
     fingerprint,
     status,
 )
+from attnpo_jax.runtime import atomic
 
 COMPONENTS = {
     "model": {"digest": "abc", "dtype": "float32"},

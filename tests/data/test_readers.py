@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from attnpo_jax.data import rows, sources
+from attnpo_jax.data import formats as rows
+from attnpo_jax.data import sources
 from attnpo_jax.data.readers import ALONE, Team, open_source
 from attnpo_jax.data.sources import BadRow, load_pairs, pairs_digest
 

@@ -13,12 +13,12 @@ import unicodedata
 import numpy as np
 import pytest
 
-from attnpo_jax.data.alignment import align
-from attnpo_jax.data.ready_weights import ReadyWeights, WeightReader
-from attnpo_jax.data.rows import Pair
+from attnpo_jax.data.align import align
+from attnpo_jax.data.formats import Pair
+from attnpo_jax.data.precomputed_weights import ReadyWeights, WeightReader
 from attnpo_jax.data.sources import load_pairs
 from attnpo_jax.data.tokenize import ChatTokenizer, tokenize_pair
-from attnpo_jax.judge_prompt import JudgePrompter, JudgeTemplate
+from attnpo_jax.judge.prompt import JudgePrompter, JudgeTemplate
 
 # Llama 2's tokenizer comes without a chat template; this is the one of its chat models.
 LLAMA2_TEMPLATE = (

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 
 from attnpo_jax.data.batching import Example, RowShape, fill_rows
+from attnpo_jax.data.formats import Pair
 from attnpo_jax.data.packing import pack
-from attnpo_jax.data.rows import Pair
 from attnpo_jax.data.tokenize import ChatTokenizer, tokenize_pair
 
 TEMPLATE = (

@@ -10,7 +10,8 @@ import transformers
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from attnpo_jax.data import alignment, sources
+from attnpo_jax.data import align as alignment
+from attnpo_jax.data import sources
 from attnpo_jax.data.tokenize import ChatTokenizer, Piece, tokenize_pair
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"

@@ -10,7 +10,8 @@ import subprocess
 import pytest
 import yaml
 
-from attnpo_jax import cli, exit_codes
+from attnpo_jax import cli
+from attnpo_jax.runtime import exit_codes
 
 LAUNCH = pathlib.Path(__file__).parents[2] / "launch"
 SCRIPTS = sorted(path.name for path in LAUNCH.glob("*.sh"))

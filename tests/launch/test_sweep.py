@@ -13,8 +13,11 @@ import transformers
 from rich.console import Console
 from tokenizers import pre_tokenizers
 
-from attnpo_jax import cli, config_rules, exit_codes
-from attnpo_jax.models import checkpoints, decoder
+from attnpo_jax import cli
+from attnpo_jax.config import rules as config_rules
+from attnpo_jax.models import decoder
+from attnpo_jax.models.io import hf_folder as checkpoints
+from attnpo_jax.runtime import exit_codes
 
 ROOT = pathlib.Path(__file__).parents[2]
 CHATML = (

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from attnpo_jax.models import decoder
-from attnpo_jax.models.attention_backends import BLOCKS
+from attnpo_jax.models.attention.implementations import BLOCKS
 from attnpo_jax.models.config import ModelConfig, RopeScaling
 
 TINY = ModelConfig(
@@ -153,7 +153,7 @@ def test_packed_pairs_do_not_see_each_other():
 
 
 def test_query_blocks_change_nothing():
-    from attnpo_jax.models.attention import RowLayout, attend
+    from attnpo_jax.models.attention.core import RowLayout, attend
 
     rng = np.random.default_rng(3)
     q = jnp.asarray(rng.normal(size=(2, 50, 6, 8)), jnp.float32)

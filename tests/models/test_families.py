@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from attnpo_jax import judge, losses, weighting
+from attnpo_jax import losses, weighting
 from attnpo_jax.data.batching import Example, RowShape, fill_rows
-from attnpo_jax.models import checkpoints, decoder, head
+from attnpo_jax.judge import judge
+from attnpo_jax.models import decoder
+from attnpo_jax.models import lm_head as head
+from attnpo_jax.models.io import hf_folder as checkpoints
 from attnpo_jax.train.step import StepSettings, pair_losses
 
 torch = pytest.importorskip("torch")

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnpo_jax.models import checkpoints, decoder, int8
+from attnpo_jax.models import decoder, int8
+from attnpo_jax.models.io import hf_folder as checkpoints
 from attnpo_jax.parallel import backend as backends
 from tests.parallel import tiny
 

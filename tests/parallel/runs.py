@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 
 from attnpo_jax.data.prepared import Prepared
-from attnpo_jax.train import metrics
+from attnpo_jax.runtime import metrics
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = """

@@ -52,7 +52,9 @@ def main(config_file, workdir, *arguments):
     _while_restoring(told, jax.process_index())
     _record_what_is_fed(workdir / f"fed-{jax.process_count()}-{jax.process_index()}.jsonl")
 
-    from attnpo_jax import export, prepare, run
+    from attnpo_jax import run
+    from attnpo_jax.export import stage as export
+    from attnpo_jax.prepare import stage as prepare
     from attnpo_jax.train import loop
 
     if told.at("sigterm-at", 0) and last:
@@ -109,8 +111,8 @@ def terminate():
 
 
 def _while_preparing(told, last):
-    from attnpo_jax import prepare
     from attnpo_jax.data.prepared import PreparedWriter
+    from attnpo_jax.prepare import stage as prepare
 
     compute, write, begun = prepare._shard_rows, PreparedWriter.write, []
 
@@ -131,7 +133,8 @@ def _while_preparing(told, last):
 
 
 def _while_training(told, last):
-    from attnpo_jax.train import loop, metrics
+    from attnpo_jax.runtime import metrics
+    from attnpo_jax.train import loop
 
     read = loop.read_ahead
 
@@ -168,7 +171,7 @@ def _while_naming(told):
 
 
 def _while_saving(told, process):
-    from attnpo_jax.train import checkpoint
+    from attnpo_jax.parallel import checkpoint
 
     save = ocp.StandardCheckpointHandler.async_save
 
@@ -189,7 +192,7 @@ def _while_saving(told, process):
 
 
 def _while_restoring(told, process):
-    from attnpo_jax.train import checkpoint
+    from attnpo_jax.parallel import checkpoint
 
     read, damaged = checkpoint._read_metadata, []
 

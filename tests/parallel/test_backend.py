@@ -12,10 +12,10 @@ import pytest
 from attnpo_jax import config as config_lib
 from attnpo_jax import run
 from attnpo_jax.data.sources import load_pairs
-from attnpo_jax.judge import judge_pairs
-from attnpo_jax.language_model import load_model
+from attnpo_jax.judge.judge import judge_pairs
+from attnpo_jax.judge.language_model import load_model
 from attnpo_jax.models.decoder import ModelConfig
-from attnpo_jax.models.head import token_logps
+from attnpo_jax.models.lm_head import token_logps
 from attnpo_jax.parallel import backend as backends
 from tests.parallel import tiny
 from tests.parallel.runs import assert_same_exports, assert_same_metrics, assert_same_rows

@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 import transformers
 
-from attnpo_jax.train import metrics
+from attnpo_jax.runtime import metrics
 from tests.parallel.runs import (
     assert_ended_by_itself,
     assert_same_exports,

@@ -15,7 +15,7 @@ import pytest
 
 from attnpo_jax import cli
 from attnpo_jax.parallel import processes
-from attnpo_jax.train import metrics
+from attnpo_jax.runtime import metrics
 from tests.parallel.runs import (
     CONFIG,
     ROOT,

@@ -11,13 +11,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from attnpo_jax import config as config_lib
-from attnpo_jax import prepare
 from attnpo_jax.data.prepared import Prepared
-from attnpo_jax.export import export
-from attnpo_jax.models import checkpoints as models
+from attnpo_jax.export.stage import export
 from attnpo_jax.models import lora
-from attnpo_jax.train import loop, metrics
-from attnpo_jax.train.checkpoint import CheckpointMismatch
+from attnpo_jax.models.io import hf_folder as models
+from attnpo_jax.parallel.checkpoint import CheckpointMismatch
+from attnpo_jax.prepare import stage as prepare
+from attnpo_jax.runtime import metrics
+from attnpo_jax.train import loop
 from tests.parallel import tiny
 from tests.train import test_loop as whole
 from tests.train.test_loop import compile_once  # noqa: F401  a fixture that all tests here use

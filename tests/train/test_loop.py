@@ -16,10 +16,11 @@ from jax.experimental.compilation_cache import compilation_cache
 from attnpo_jax import config as config_lib
 from attnpo_jax import losses
 from attnpo_jax.data.prepared import Prepared, PreparedWriter
-from attnpo_jax.models import checkpoints as models
 from attnpo_jax.models import decoder
-from attnpo_jax.train import loop, metrics, optim
-from attnpo_jax.train.checkpoint import CheckpointMismatch
+from attnpo_jax.models.io import hf_folder as models
+from attnpo_jax.parallel.checkpoint import CheckpointMismatch
+from attnpo_jax.runtime import metrics
+from attnpo_jax.train import loop, optim
 
 NUM_PAIRS, BATCH = 10, 4  # an epoch is three steps, the last one of two pairs
 
@@ -224,7 +225,7 @@ def test_killed_and_resumed_run_equals_the_undisturbed_one(tmp_path, model, kill
     workdir = tmp_path / "killed"
     write_prepared(workdir)
     (workdir / "wanted.json").write_text(config_lib.to_json(config))
-    package = pathlib.Path(config_lib.__file__).parents[1]
+    package = pathlib.Path(config_lib.__file__).parents[2]
     paths = os.pathsep.join([str(package), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, __file__, str(workdir), str(kill_at)],

@@ -1,0 +1,41 @@
+"""Configs: fields, checks, files and overrides."""
+
+from attnpo_jax.config.core import (
+    SECTIONS,
+    ConfigError,
+    bind_section,
+    check_columns,
+    check_layers,
+    complete_sections,
+    default_config,
+    diff,
+    flatten,
+    from_json,
+    judge_layers,
+    load_file,
+    section_for,
+    source_layers,
+    to_json,
+    validate,
+    weight_columns,
+)
+
+__all__ = [
+    "ConfigError",
+    "SECTIONS",
+    "bind_section",
+    "check_columns",
+    "check_layers",
+    "complete_sections",
+    "default_config",
+    "diff",
+    "flatten",
+    "from_json",
+    "judge_layers",
+    "load_file",
+    "section_for",
+    "source_layers",
+    "to_json",
+    "validate",
+    "weight_columns",
+]

@@ -1,0 +1,352 @@
+"""Token weights that come with the data, and how they get to the tokens that are trained on.
+
+The form in which the method's authors publish their datasets: beside a pair's texts a row holds
+`chosen_tokens` and `rejected_tokens` (the response's tokens as the judge saw them: ids, texts, or
+the vocabulary's entries, as `Ġworld`, `▁world` and `<0x0A>`) and, for each source of weights,
+`chosen_weights_<name>` and `rejected_weights_<name>`, one number a token. A name is mostly a
+layer's number, counted from 0; `attention_rollout` is one too.
+
+These tokens need not be those that are trained on: another tokenizer may have made them, and the
+judge may have seen only the beginning of a response, or the template's text behind it. So they are
+read as text, found in the response, and their weights carried over by characters.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import pre_tokenizers
+
+from attnpo_jax.data.align import align
+from attnpo_jax.data.formats import Unfit
+from attnpo_jax.data.tokenize import TokenizedPair, UnfitPair
+
+SIDES = ("chosen", "rejected")
+
+# After a difference, tokens and response are taken to agree again where this many characters do,
+# and nothing is looked for further off than that many.
+_AGREEMENT, _REACH = 8, 48
+# Share of the tokens' characters that must be found in the response.
+_LEAST_FOUND = 0.8
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ReadyWeights:
+    """A pair's ready-made weights.
+
+    Attributes:
+      tokens: by side (`chosen`, `rejected`): ids, int32 (T,), or strings, the tokens' texts or the
+        vocabulary's entries.
+      weights: by side: float32 (K, T), one row a column.
+    """
+
+    tokens: Mapping[str, np.ndarray | tuple[str, ...]]
+    weights: Mapping[str, np.ndarray]
+
+    def digest(self) -> bytes:
+        """sha256 of tokens and weights."""
+        digest = hashlib.sha256()
+        for side in SIDES:
+            tokens = self.tokens[side]
+            ids = isinstance(tokens, np.ndarray)
+            digest.update(tokens.tobytes() if ids else json.dumps(tokens).encode())
+            digest.update(self.weights[side].tobytes())
+        return digest.digest()
+
+
+def names(fields: Iterable[str]) -> tuple[str, ...]:
+    """The names of the weights that a row or table of these fields has for both responses.
+
+    Numbers come last, in ascending order, so that the last name is the last layer's.
+    """
+    fields = set(fields)
+    found = {
+        field.removeprefix("chosen_weights_")
+        for field in fields
+        if field.startswith("chosen_weights_")
+        and field.replace("chosen_", "rejected_", 1) in fields
+    }
+    return tuple(
+        sorted(found, key=lambda name: (name.isdecimal(), int(name) if name.isdecimal() else name))
+    )
+
+
+def is_field(name: str) -> bool:
+    """Whether a field of this name belongs to some ready-made weights."""
+    return name.startswith(
+        tuple(f"{side}_{part}" for side in SIDES for part in ("weights_", "tokens"))
+    )
+
+
+def fields(columns: Iterable[str]) -> list[str]:
+    """The fields of a row that hold these weights and their tokens."""
+    return [f"{side}_tokens" for side in SIDES] + [
+        f"{side}_weights_{column}" for column in columns for side in SIDES
+    ]
+
+
+def read(row: Mapping[str, Any], columns: Sequence[str]) -> ReadyWeights:
+    """The weights in a row of a source.
+
+    Raises:
+      Unfit: a field is missing, or is not what it should be.
+    """
+    if not columns:
+        raise Unfit("no `chosen_weights_<name>` and `rejected_weights_<name>`")
+    tokens, weights = {}, {}
+    for side in SIDES:
+        tokens[side] = _tokens(row.get(f"{side}_tokens"), f"{side}_tokens")
+        length = len(tokens[side])
+        weights[side] = np.stack(
+            [
+                _numbers(row.get(f"{side}_weights_{c}"), f"{side}_weights_{c}", length)
+                for c in columns
+            ]
+        )
+    return ReadyWeights(tokens, weights)
+
+
+def _tokens(value: Any, field: str) -> np.ndarray | tuple[str, ...]:
+    if not isinstance(value, list) or not value:
+        raise Unfit(
+            f"`{field}` is {_found(value)}; accepted: a list of token ids, of their texts, or of "
+            "the vocabulary's entries"
+        )
+    if all(isinstance(token, str) for token in value):
+        return tuple(value)
+    if all(_is_number(token, int) and 0 <= token < 2**31 for token in value):
+        return np.array(value, np.int32)
+    raise Unfit(
+        f"`{field}` holds something else than token ids, or than strings (the tokens' texts, or "
+        "the vocabulary's entries)"
+    )
+
+
+def _numbers(value: Any, field: str, length: int) -> np.ndarray:
+    if not isinstance(value, list):
+        raise Unfit(f"`{field}` is {_found(value)}; accepted: a list of numbers, one a token")
+    if len(value) != length:
+        raise Unfit(f"`{field}` has {len(value)} numbers for {length} tokens")
+    if not all(_is_number(x, (int, float)) and math.isfinite(x) and x >= 0 for x in value):
+        raise Unfit(f"`{field}` holds something else than numbers of 0 or more")
+    return np.array(value, np.float32)
+
+
+def _is_number(value: Any, kinds: Any) -> bool:
+    # In JSON `true` is no number; in Python it is.
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def _found(value: Any) -> str:
+    return "missing" if value is None else "empty" if value == [] else type(value).__name__
+
+
+class WeightReader:
+    """Carries ready-made weights over to the tokens that are trained on.
+
+    Args:
+      tokenizer: what made the tokens, where they are ids or the vocabulary's entries.
+      origin: its name, for errors.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, origin: str):
+        self._tokenizer = tokenizer
+        self._origin = origin
+
+    @functools.cached_property
+    def _bytes(self) -> "_TokenBytes":
+        return _TokenBytes(self._tokenizer, self._origin)
+
+    def carry(self, ready: ReadyWeights, chosen: str, rejected: str, pair: TokenizedPair):
+        """Weights of the text tokens of a pair as it is trained on.
+
+        Args:
+          ready: the pair's ready-made weights.
+          chosen, rejected: its responses.
+          pair: as it is trained on.
+
+        Returns:
+          (chosen's, rejected's): float32 (K, text length). Their sums over the tokens are those of
+          the ready-made ones, as far as the text was not cut off for training. Where the tokens are
+          the same, so are the weights.
+
+        Raises:
+          UnfitPair: the tokens are not those of the responses.
+        """
+        return tuple(
+            self._carry(side, ready, text.strip() or " ", pair)
+            for side, text in zip(SIDES, (chosen, rejected), strict=True)
+        )
+
+    def _carry(self, side: str, ready: ReadyWeights, text: str, pair: TokenizedPair) -> np.ndarray:
+        tokens, weights_KT = ready.tokens[side], ready.weights[side]
+        ids = getattr(pair, f"{side}_ids")[: getattr(pair, f"{side}_text_length")]
+        located = None
+        if not isinstance(tokens, np.ndarray):
+            pieces = [token.encode(errors="surrogatepass") for token in tokens]
+            located = _locate(pieces, text)
+            # A string may be both a text and an entry of the vocabulary. The response tells which
+            # is meant: read as texts, entries have marks of spaces and bytes that it has not.
+            if (located is None or located[1] < 1) and self._bytes.knows_all(tokens):
+                tokens = self._bytes.ids(tokens)
+        if isinstance(tokens, np.ndarray):
+            common = min(len(tokens), len(ids))
+            if np.array_equal(tokens[:common], ids[:common]):
+                carried = np.zeros((len(weights_KT), len(ids)), np.float32)
+                carried[:, :common] = weights_KT[:, :common]
+                return carried
+            pieces = [self._bytes(int(token), pair.id) for token in tokens]
+            by_id = _locate(pieces, text)
+            if located is None or (by_id is not None and by_id[1] > located[1]):
+                located = by_id
+        if located is None:
+            read = b"".join(pieces).decode(errors="replace")
+            raise UnfitPair(
+                f"`{side}_tokens` read {read[:40]!r}..., the response {text[:40]!r}...: they are "
+                f"of another text, or of another tokenizer than {self._origin} "
+                "(data.weights_tokenizer names the one that made them)",
+                pair.id,
+            )
+        spans, _ = located
+        return align(weights_KT, spans, getattr(pair, f"{side}_spans")).astype(np.float32)
+
+
+class _TokenBytes:
+    """The bytes that tokens of a byte-level or SentencePiece tokenizer stand for."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, origin: str):
+        self._origin = origin
+        self._added = set(tokenizer.get_added_tokens_decoder())
+        self._token_of = tokenizer.id_to_token
+        self._id_of = tokenizer.get_vocab()
+        self._known: dict[int, bytes] = {}
+        described = json.loads(tokenizer.to_str())
+        parts = [described["decoder"], described["pre_tokenizer"]]
+        self._byte_of = _bytes_of_characters() if '"ByteLevel"' in json.dumps(parts) else None
+        parts.append(described["normalizer"])
+        is_sentencepiece = "▁" in json.dumps(parts, ensure_ascii=False)
+        self._is_readable = self._byte_of is not None or is_sentencepiece
+
+    def knows_all(self, tokens: Iterable[str]) -> bool:
+        """Whether all strings are entries of the vocabulary whose bytes can be told."""
+        return self._is_readable and all(token in self._id_of for token in tokens)
+
+    def ids(self, tokens: Iterable[str]) -> np.ndarray:
+        """The ids, int32 (T,), of entries of the vocabulary."""
+        return np.array([self._id_of[token] for token in tokens], np.int32)
+
+    def __call__(self, token_id: int, pair_id: str) -> bytes:
+        """The bytes of a token.
+
+        Raises:
+          ValueError: the tokenizer is of neither kind.
+          UnfitPair: it has no such token.
+        """
+        if not self._is_readable:
+            raise ValueError(
+                f"{self._origin}: neither a byte-level nor a SentencePiece tokenizer; accepted "
+                "beside weights: tokens of these, or the tokens' texts instead of their ids"
+            )
+        if token_id not in self._known:
+            self._known[token_id] = self._read(token_id, pair_id)
+        return self._known[token_id]
+
+    def _read(self, token_id: int, pair_id: str) -> bytes:
+        token = self._token_of(token_id)
+        if token is None:
+            raise UnfitPair(
+                f"token {token_id} is not in the vocabulary of {self._origin} "
+                "(data.weights_tokenizer names the tokenizer that made the tokens)",
+                pair_id,
+            )
+        if self._byte_of is not None:
+            if token_id in self._added:
+                return token.encode()
+            return bytes(self._byte_of[character] for character in token)
+        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            return bytes([int(token[3:5], 16)])
+        # Runs of spaces may be among the added tokens, as in Gemma's vocabulary.
+        return token.replace("▁", " ").encode()
+
+
+def _bytes_of_characters() -> dict[str, int]:
+    """The bytes that the characters of byte-level tokens stand for.
+
+    Bytes that are printable in Latin-1 stand for themselves; the others, in order, have the
+    characters from U+0100 on.
+    """
+    others = iter(range(256, 512))
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    table = {chr(b) if b in printable else chr(next(others)): b for b in range(256)}
+    if set(table) != set(pre_tokenizers.ByteLevel.alphabet()):
+        raise AssertionError("the alphabet of byte-level tokens is another than this one")
+    return table
+
+
+def _locate(pieces: Sequence[bytes], text: str) -> tuple[np.ndarray, float] | None:
+    """[start, end) characters (T, 2) in the text of tokens that spell it, or a beginning of it, and
+    the share of the characters that was found.
+
+    White space before it, text after it and small differences are passed over: a token without any
+    character of the text is empty, at its place. None where too little of them is in the text.
+    """
+    joined = b"".join(pieces)
+    # Bytes that are no character (of one cut in two) count as one each.
+    read = joined.decode(errors="surrogateescape")
+    spans, share = _match(read, text)
+    if share < _LEAST_FOUND:
+        return None
+    widths = [len(c.encode(errors="surrogateescape")) for c in read]
+    char_of_byte = np.repeat(np.arange(len(read)), widths)
+    ends = np.cumsum([len(piece) for piece in pieces])
+    starts = ends - [len(piece) for piece in pieces]
+    # A token without bytes stands where the next one does.
+    first = spans[char_of_byte[np.minimum(starts, len(joined) - 1)], 0]
+    last = spans[char_of_byte[np.maximum(ends - 1, 0)], 1]
+    return np.stack([first, np.where(ends > starts, last, first)], axis=-1), share
+
+
+def _match(read: str, text: str) -> tuple[np.ndarray, float]:
+    """The [start, end) characters of the text (n, 2) that those of `read` are, and the share found:
+    of the text, or of what was read where that ends before it.
+    """
+    spans = np.zeros((len(read), 2), np.int64)
+    i = lead = len(read) - len(read.lstrip())
+    j = found = 0
+    while True:
+        run = _common(read[i:], text[j:])
+        spans[i : i + run] = np.stack([np.arange(j, j + run), np.arange(j + 1, j + run + 1)], -1)
+        i, j, found = i + run, j + run, found + run
+        ahead = _next_agreement(read[i:], text[j:])
+        skipped = len(read) - i if ahead is None else ahead[0]
+        spans[i : i + skipped] = j
+        if ahead is None:
+            break
+        i, j = i + ahead[0], j + ahead[1]
+    wanted = len(text) if j == len(text) else len(read) - lead
+    return spans, found / max(wanted, 1)
+
+
+def _common(a: str, b: str) -> int:
+    """How many first characters are the same."""
+    size = min(len(a), len(b))
+    if a[:size] == b[:size]:
+        return size
+    return next(k for k in range(size) if a[k] != b[k])
+
+
+def _next_agreement(a: str, b: str) -> tuple[int, int] | None:
+    """The least numbers of characters to pass over in each, after which both agree again."""
+    for total in range(1, 2 * _REACH + 1):
+        for skip_a in range(max(0, total - _REACH), min(total, _REACH) + 1):
+            rest_a, rest_b = a[skip_a:][:_AGREEMENT], b[total - skip_a :][:_AGREEMENT]
+            size = min(len(rest_a), len(rest_b))
+            if size and rest_a[:size] == rest_b[:size]:
+                return skip_a, total - skip_a
+    return None

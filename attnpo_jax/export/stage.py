@@ -1,0 +1,145 @@
+"""`attnpo export`: the newest checkpoint as a Hugging Face folder, or as an adapter for PEFT."""
+
+import logging
+import os
+import pathlib
+from typing import Any
+
+import jax.numpy as jnp
+from ml_collections import config_dict
+
+from attnpo_jax import config as config_lib
+from attnpo_jax.models import lora
+from attnpo_jax.models.decoder import ModelConfig, abstract_params
+from attnpo_jax.models.io import embedded, peft
+from attnpo_jax.models.io import hf_folder as models
+from attnpo_jax.parallel import backend as backends
+from attnpo_jax.parallel import checkpoint, gathering, preemption, processes
+from attnpo_jax.prepare import provenance
+
+_LOG = logging.getLogger(__name__)
+
+
+def export(
+    config: config_dict.ConfigDict,
+    workdir: str | os.PathLike,
+    out: str | os.PathLike | None = None,
+) -> pathlib.Path:
+    """Writes the parameters of the newest whole checkpoint as a folder that transformers loads.
+
+    Tokenizer and generation config come from the model that training started with, and the chat
+    template too, unless the config names another. Where adapters were trained, `lora.export` says
+    what is written: the model with them merged in, the adapters as PEFT reads them, or both; then
+    the adapters go beside the model, into a folder whose name ends in `-adapter`.
+
+    Of several processes, all hold their part of the parameters, and the first one writes them as
+    they come, tensor by tensor.
+
+    Args:
+      config: the run's config.
+      workdir: the run's folder.
+      out: where to; None for `workdir/export`. An earlier export there is replaced, or left as it
+        is if it holds these very parameters.
+
+    Returns:
+      The folder written.
+
+    Raises:
+      ConfigError: the config is wrong.
+      FileNotFoundError: there is no checkpoint.
+      CheckpointMismatch: the checkpoint is of another model than the config's, or its adapters are.
+      MeshError: the devices or the model do not fit `parallel.mesh`.
+      OSError: the folder can't be written; an earlier export stays. The other processes get
+        `gathering.FirstProcessFailed`.
+    """
+    config_lib.validate(config)
+    workdir = pathlib.Path(workdir)
+    out = workdir / "export" if out is None else pathlib.Path(out)
+    folder = checkpoint.folder_of(config, workdir)
+    if processes.is_first():
+        models.clear_up(out)
+    newest = _origin(config, folder) if processes.is_first() and not config.lora.rank else None
+    written = newest is not None and models.read_origin(out) == newest
+    if preemption.agreed(written):
+        if written:
+            _LOG.info("%s holds the model of step %d already", out, newest["step"])
+    else:
+        _export(config, folder, out)
+    processes.barrier("export: written")
+    return out
+
+
+def _origin(
+    config: config_dict.ConfigDict, folder: pathlib.Path, step: int | None = None
+) -> dict[str, Any] | None:
+    """What an export is made of; None if there is no checkpoint that says so."""
+    origin = checkpoint.origin(folder, step)
+    template = provenance.read_chat_template(config)
+    return origin if origin is None else origin | {"chat_template": template}
+
+
+def _export(config: config_dict.ConfigDict, folder: pathlib.Path, out: pathlib.Path) -> None:
+    source = models.resolve(config.model.source)
+    model = models.load_config(source)
+    template = provenance.read_chat_template(config)
+    if config.lora.rank:
+        _export_adapted(config, folder, out, source, model, template)
+        return
+    backend = backends.for_training(model, config.parallel)
+    abstract = abstract_params(model, jnp.dtype(config.model.param_dtype))
+    params, step = checkpoint.restore_params(folder, backend.abstract_state(abstract))
+    origin = _origin(config, folder, step)
+    with gathering.for_first(params) as readable:
+        if readable is not None:
+            models.save(
+                out, model, readable, source_folder=source, chat_template=template, origin=origin
+            )
+
+
+def _export_adapted(
+    config: config_dict.ConfigDict,
+    folder: pathlib.Path,
+    out: pathlib.Path,
+    source: pathlib.Path,
+    model: ModelConfig,
+    template: str | None,
+) -> None:
+    policy = lora.adapted(model, config.lora)
+    backend = backends.for_training(policy, config.parallel)
+    # Without the base that they were trained on, and the scale that they were trained with,
+    # adapters are worth nothing: neither shows in their shapes.
+    identity: dict[str, Any] = {
+        "config": {f"lora.{field}": config.lora[field] for field in ("rank", "alpha", "targets")},
+        "prepared": {"model": {"weights": models.weights_digest(source)}},
+    }
+    abstract = backend.abstract_state(lora.abstract_adapters(policy))
+    adapters, _ = checkpoint.restore_params(folder, abstract, identity)
+    if config.lora.export in ("merged", "both"):
+        params = models.load_params(
+            source,
+            model,
+            # Training may have held them in less.
+            param_dtype=models.stored_dtype(source),
+            shardings=backend.parameter_shardings(),
+        )
+        params = lora.merge(policy, params, adapters)
+        with gathering.for_first(params) as readable:
+            if readable is not None:
+                models.save(out, model, readable, source_folder=source, chat_template=template)
+    if config.lora.export in ("adapter", "both"):
+        both = config.lora.export == "both"
+        # A name from the hub means the same to whoever gets the adapter; a path is all there is
+        # for other models.
+        of_hub = not pathlib.Path(config.model.source).expanduser().is_dir() and (
+            config.model.source != embedded.ALIAS
+        )
+        with gathering.for_first(adapters) as readable:
+            if readable is not None:
+                peft.save_adapter(
+                    out.with_name(f"{out.name}-adapter") if both else out,
+                    policy,
+                    readable,
+                    base=config.model.source if of_hub else str(source.absolute()),
+                    source_folder=source,
+                    chat_template=template,
+                )

@@ -1,0 +1,103 @@
+"""`attnpo export-weights`: the judge's weights in the form that the method's authors publish.
+
+Their PyTorch code trains on such files, and so does this package (`data.weight_columns`).
+"""
+
+import os
+import pathlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from ml_collections import config_dict
+from rich.console import Console
+
+from attnpo_jax import config as config_lib
+from attnpo_jax.data.formats import Pair
+from attnpo_jax.data.precomputed_weights import SIDES
+from attnpo_jax.data.prepared import Prepared
+from attnpo_jax.data.sources import load_pairs
+from attnpo_jax.judge.figures import shares
+from attnpo_jax.parallel import processes
+from attnpo_jax.prepare import provenance
+from attnpo_jax.runtime import atomic
+
+# What the splits are called in the published datasets.
+FILES = {"train": "train.jsonl", "eval": "test.jsonl"}
+
+
+def export_weights(
+    config: config_dict.ConfigDict, workdir: str | os.PathLike, *, console: Console | None = None
+) -> None:
+    """Writes `workdir/weights/train.jsonl` and, of held-out pairs, `test.jsonl`: one pair a line.
+
+    A line holds `prompt` (the first user turn), `prompt_id`, the conversations `chosen` and
+    `rejected`, `chosen_tokens` and `rejected_tokens` (ids of the text tokens as trained on), and by
+    source layer `chosen_weights_<layer>` and `rejected_weights_<layer>`: each judge order's
+    attention divided by its sum, then the mean of both orders. So they sum to 1, and sink fix and
+    scaling are left to whoever trains. `cr_last_token` and `rc_last_token` are the letter, A or B,
+    that the judge prefers with the chosen response at A and at B. Pairs that were prepared without
+    a judge keep the ready-made weights that they came with.
+
+    Args:
+      config: the config that the pairs were prepared with.
+      workdir: the run's folder.
+      console: where the files' names go; None for standard output.
+
+    Raises:
+      ConfigError: the config is wrong.
+      FileNotFoundError: there is no prepared dataset, or it is not finished.
+      PreparedMismatch: it was prepared with other settings.
+      ValueError: the sources hold other pairs than were prepared, or there are no weights to write.
+    """
+    config_lib.validate(config)
+    if not processes.is_first():
+        return
+    workdir, console = pathlib.Path(workdir), console or Console()
+    splits = ["train", "eval"] if config.data.eval else ["train"]
+    prepared = {split: provenance.open_prepared(config, workdir, split) for split in splits}
+    for split, dataset in prepared.items():
+        if not dataset.source_layers and not dataset.weight_columns:
+            raise ValueError(f"{dataset.path} holds no weights: it was prepared without a judge")
+        pairs = load_pairs(
+            config.data[split],
+            on_bad_row=config.data.on_bad_row,
+            weight_columns=config_lib.weight_columns(config),
+        ).pairs
+        if pairs.digest != dataset.meta["components"]["data"]["digest"]:
+            raise ValueError(
+                f"config.data.{split} = {config.data[split]!r} holds other pairs than those that "
+                f"{dataset.path} was prepared from; accepted: the same pairs"
+            )
+        path = workdir / "weights" / FILES[split]
+        atomic.write_json_lines(path, published_rows(dataset, pairs))
+        console.print(f"{len(dataset)} pairs: {path}", highlight=False, soft_wrap=True)
+
+
+def published_rows(dataset: Prepared, pairs: Iterable[Pair]) -> Iterator[dict[str, Any]]:
+    """The lines that `export_weights` writes; `pairs` are those the dataset was prepared from."""
+    by_id = {pair.id: pair for pair in pairs}
+    for row in dataset:
+        pair = by_id[row["id"]]
+        line: dict[str, Any] = {
+            "prompt": next(turn["content"] for turn in pair.prompt if turn["role"] == "user"),
+            "prompt_id": pair.id,
+        }
+        for side in SIDES:
+            answer = {"role": "assistant", "content": getattr(pair, side)}
+            line[side] = [*pair.prompt, answer]
+        for side in SIDES:
+            line[f"{side}_tokens"] = row[f"{side}_ids"][: row[f"{side}_text_length"]].tolist()
+        if dataset.source_layers:
+            names: tuple[Any, ...] = dataset.source_layers
+            weights = {side: shares(row[f"judge_{side}"]) for side in SIDES}
+            if "judge_verdict" in row:
+                agrees = row["judge_verdict"] > 0
+                line["cr_last_token"] = "A" if agrees[0] else "B"
+                line["rc_last_token"] = "B" if agrees[1] else "A"
+        else:
+            names = dataset.weight_columns
+            weights = {side: row[f"ready_{side}"] for side in SIDES}
+        for k, name in enumerate(names):
+            for side in SIDES:
+                line[f"{side}_weights_{name}"] = weights[side][k].tolist()
+        yield line

@@ -1,0 +1,1 @@
+"""The judge: its prompt, the pass that reads its attention, and what it says."""

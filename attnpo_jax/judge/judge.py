@@ -1,0 +1,408 @@
+"""The judge pass: both orders of a pair in one row, and the attention that carries the verdict.
+
+A row is `[prefix | order 0 | order 1]`: the two prompts share everything up to where the answers
+begin, so that part runs once. What all prompts of a dataset begin with (the chat template's header
+and the instruction) runs once for all of them, and its keys and values are reused.
+
+Shapes: B rows, L row length, P length of that common beginning, S source layers, T response tokens.
+"""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnpo_jax.data.align import align
+from attnpo_jax.data.packing import choose_buckets, plan_batches
+from attnpo_jax.data.sources import Pair
+from attnpo_jax.data.tokenize import TokenizedPair, tokenize_pair
+from attnpo_jax.judge.language_model import LanguageModel
+from attnpo_jax.judge.prompt import JudgePrompt, JudgePrompter, JudgeTemplate
+from attnpo_jax.models import decoder
+from attnpo_jax.models import lm_head as head
+from attnpo_jax.models import placement as rules
+from attnpo_jax.models.attention import implementations as attention_backends
+from attnpo_jax.models.decoder import ModelConfig, Params, Past
+from attnpo_jax.parallel import backend as backends
+
+_LOG = logging.getLogger(__name__)
+
+# How many prompts are looked at to find their common beginning and the row lengths to compile.
+SAMPLE = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+    """What the judge says of one pair.
+
+    Attributes:
+      id: the pair's id.
+      chosen: float32 (2, S, T), raw attention by order, source layer and text token of the chosen
+        response as it is trained on.
+      rejected: float32 (2, S, T'), the same for the rejected response.
+      verdict: float32 (2,), by order, log p(letter of the chosen response) - log p(other letter);
+        NaN from a judge that was not asked for it.
+      answer_ids: int32 (2,), by order, the token that the judge would most likely answer with,
+        which need not be a letter; -1 likewise.
+    """
+
+    id: str
+    chosen: np.ndarray
+    rejected: np.ndarray
+    verdict: np.ndarray
+    answer_ids: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """One pair's row on the host, without the common beginning of P tokens."""
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    branch: np.ndarray
+    read: tuple[int, int]
+
+
+class Judge:
+    """Judges preference pairs with one model.
+
+    Args:
+      model: the judge.
+      template: `default` or a file, see `judge_prompt.JudgeTemplate`.
+      max_length: a judge prompt stays below this many tokens.
+      max_answer_length: tokens that an answer keeps where the prompt would be longer.
+      source_layers: the layers whose attention is kept, counted from 0.
+      verdict: whether the answer is wanted too; without it, layers above the last of those do not
+        run.
+      dtype: what activations are computed in.
+      batch_size: rows in a batch, at most.
+      token_budget: tokens in a batch, at most (a longer row is a batch of its own).
+      num_buckets: row lengths that are compiled for the sampled prompts, for one to four numbers of
+        rows; longer rows than those add powers of two.
+      backend: where to run; the model's parameters lie as it says. None for one device.
+      attention: `auto`, or one of `models.attention_backends.BACKENDS`.
+
+    Raises:
+      AttentionError: that backend of attention cannot serve the model on these devices.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        *,
+        template: str = "default",
+        max_length: int = 2048,
+        max_answer_length: int = 768,
+        source_layers: Sequence[int] = (-1,),
+        verdict: bool = True,
+        dtype=jnp.float32,
+        batch_size: int = 8,
+        token_budget: int = 4096,
+        num_buckets: int = 4,
+        backend: backends.Backend | None = None,
+        attention: str = "auto",
+    ):
+        layers = model.config.num_layers
+        self.source_layers = tuple(range(layers)[layer] for layer in source_layers)
+        self.prompter = JudgePrompter(
+            model.tokenizer, JudgeTemplate.load(template), max_length, max_answer_length
+        )
+        self.verdict = verdict
+        self._model = model
+        self._batch_size = batch_size
+        self._token_budget = token_budget
+        self._num_buckets = num_buckets
+        self._common = np.zeros(0, np.int32)
+        self._past: Past | None = None
+        self._lengths: tuple[int, ...] = ()
+        self._compiled: set[tuple[int, int]] = set()
+        self._backend = backend or backends.one_device(model.config)
+        choice = attention_backends.choose(attention, model.config, dtype, self._backend.devices)
+        if attention == "auto":
+            _LOG.info("attention: %s", choice)
+        self._static = {
+            "config": model.config,
+            "dtype": jnp.dtype(dtype),
+            "attention": choice.backend,
+        }
+        self._letters = self._backend.replicate(np.asarray(self.prompter.letter_ids, np.int32))
+        self._pass = compile_pass(
+            self._backend, self.source_layers, verdict=verdict, **self._static
+        )
+
+    def fit(
+        self, prompts: Sequence[JudgePrompt], *, row_lengths: Sequence[int] | None = None
+    ) -> None:
+        """Looks at a sample of the prompts to come, so as to judge them fast.
+
+        Finds what all of them begin with and runs it once, and chooses the row lengths to compile.
+        Results do not depend on it beyond rounding.
+
+        Args:
+          prompts: the sample, at least one.
+          row_lengths: row lengths to compile, in place of those that suit the sample.
+        """
+        sequences = [ids for prompt in prompts for ids in prompt.ids]
+        common = functools.reduce(_common_beginning, sequences)
+        common = common[: min(map(_sharable, prompts))]
+        # Alone, a pair's orders share more than the template; running that apart gains nothing.
+        self._common = common if len(prompts) > 1 else common[:0]
+        self._past = None
+        if len(self._common):
+            make_past = self._backend.whole_pass(_shared_past, **self._static)
+            self._past = make_past(self._model.params, self._common)
+        lengths = [len(self._row(prompt).tokens) for prompt in prompts]
+        self._lengths = tuple(row_lengths or choose_buckets(np.array(lengths), self._num_buckets))
+
+    def judge(self, pairs: Sequence[Pair], tokenized: Sequence[TokenizedPair]) -> list[Judgement]:
+        """Judges pairs, and carries the attention over to the tokens that are trained on.
+
+        Args:
+          pairs: the pairs.
+          tokenized: the same pairs as they are trained on.
+
+        Returns:
+          One `Judgement` a pair, in order.
+        """
+        prompts = [self.prompter.build(pair) for pair in pairs]
+        if prompts and not self._lengths:
+            self.fit(prompts[:SAMPLE])
+        judgements: list[Judgement | None] = [None] * len(pairs)
+        for done in self.run(prompts, tokenized):
+            for i, judgement in done:
+                judgements[i] = judgement
+        return judgements
+
+    def run(
+        self, prompts: Sequence[JudgePrompt], tokenized: Sequence[TokenizedPair]
+    ) -> Iterator[list[tuple[int, Judgement]]]:
+        """Judges built prompts batch by batch, long ones first: yields (place, judgement) lists.
+
+        The next batch is under way on the device while the last one's attention is carried over.
+        """
+        waiting = None
+        for batch, output in self._dispatch(prompts):
+            if waiting is not None:
+                yield self._collect(prompts, tokenized, *waiting)
+            waiting = batch, output
+        if waiting is not None:
+            yield self._collect(prompts, tokenized, *waiting)
+
+    def _dispatch(self, prompts: Sequence[JudgePrompt]):
+        rows = [self._row(prompt) for prompt in prompts]
+        # A prompt that does not begin as the sample did runs whole, without the shared past.
+        begins = [self._begins_common(prompt) for prompt in prompts]
+        for shares in (True, False):
+            items = [i for i, begin in enumerate(begins) if begin == shares]
+            lengths = np.array([len(rows[i].tokens) for i in items], int)
+            past = self._past if shares else None
+            for chosen, length, size in plan_batches(
+                lengths,
+                self._lengths,
+                self._batch_size,
+                self._token_budget,
+                row_multiple=self._backend.row_shards,
+                compiled=self._compiled,
+            ):
+                batch = [items[j] for j in chosen]
+                arrays = _stack([rows[i] for i in batch], size, length)
+                yield batch, self._pass((self._model.params, past, self._letters), arrays)
+
+    def _begins_common(self, prompt: JudgePrompt) -> bool:
+        n = len(self._common)
+        return n > 0 and _sharable(prompt) >= n and np.array_equal(prompt.ids[0][:n], self._common)
+
+    def _row(self, prompt: JudgePrompt) -> _Row:
+        p, (first, second) = prompt.prefix_length, prompt.ids
+        skip = len(self._common) if self._begins_common(prompt) else 0
+        tokens = np.concatenate([first, second[p:]])
+        positions = np.concatenate([np.arange(len(first)), np.arange(p, len(second))])
+        branch = np.repeat([1, 2, 3], [p, len(first) - p, len(second) - p])
+        read = (len(first) - 1 - skip, len(tokens) - 1 - skip)
+        return _Row(tokens[skip:], positions[skip:], branch[skip:], read)
+
+    def _collect(self, prompts, tokenized, batch: list[int], output) -> list[tuple[int, Judgement]]:
+        rows_SBQL, verdict_BQ, answer_BQ = jax.device_get(output)
+        done = []
+        for b, i in enumerate(batch):
+            prompt, pair = prompts[i], tokenized[i]
+            skip = len(self._common) if self._begins_common(prompt) else 0
+            shift = len(prompt.ids[0]) - prompt.prefix_length
+
+            def by_order(tokens, spans, target_spans, target_ids, prompt=prompt, b=b, **at):
+                return np.stack(
+                    [
+                        align(
+                            rows_SBQL[:, b, order, _places(tokens[order], order, prompt, **at)],
+                            spans[order],
+                            target_spans,
+                            prompt.ids[order][tokens[order]],
+                            target_ids,
+                        )
+                        for order in (0, 1)
+                    ]
+                ).astype(np.float32)
+
+            at = {"skip": skip, "shift": shift}
+            done.append(
+                (
+                    i,
+                    Judgement(
+                        id=pair.id,
+                        chosen=by_order(
+                            prompt.chosen_tokens,
+                            prompt.chosen_spans,
+                            pair.chosen_spans,
+                            pair.chosen_ids[: pair.chosen_text_length],
+                            **at,
+                        ),
+                        rejected=by_order(
+                            prompt.rejected_tokens,
+                            prompt.rejected_spans,
+                            pair.rejected_spans,
+                            pair.rejected_ids[: pair.rejected_text_length],
+                            **at,
+                        ),
+                        verdict=verdict_BQ[b],
+                        answer_ids=answer_BQ[b],
+                    ),
+                )
+            )
+        return done
+
+
+def _sharable(prompt: JudgePrompt) -> int:
+    """How many first tokens can run apart: those before the orders part and the answers begin.
+
+    Answers that begin alike stay outside, since no attention is reported for what runs apart.
+    """
+    answers = (*prompt.chosen_tokens, *prompt.rejected_tokens)
+    return min([prompt.prefix_length, *(int(tokens[0]) for tokens in answers if len(tokens))])
+
+
+def _places(tokens: np.ndarray, order: int, prompt: JudgePrompt, *, skip: int, shift: int):
+    """Where in the row the tokens of one order stand."""
+    places = tokens - skip
+    return places if order == 0 else places + shift * (tokens >= prompt.prefix_length)
+
+
+def _common_beginning(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """The ids that both begin with."""
+    n = min(len(first), len(second))
+    differs = np.flatnonzero(first[:n] != second[:n])
+    return first[: int(differs[0]) if len(differs) else n]
+
+
+def _stack(rows: Sequence[_Row], size: int, length: int) -> tuple[np.ndarray, ...]:
+    tokens, positions, branch = (np.zeros((size, length), np.int32) for _ in range(3))
+    read = np.zeros((size, 2), np.int32)
+    for b, row in enumerate(rows):
+        n = len(row.tokens)
+        tokens[b, :n], positions[b, :n], branch[b, :n] = row.tokens, row.positions, row.branch
+        read[b] = row.read
+    return tokens, positions, branch, read
+
+
+def _shared_past(
+    params: Params, tokens_P: jax.Array, *, config: ModelConfig, dtype, attention: str
+) -> Past:
+    return decoder.make_past(config, params, tokens_P, dtype=dtype, attention=attention)
+
+
+def compile_pass(
+    backend: backends.Backend,
+    sources: tuple[int, ...],
+    *,
+    verdict: bool = True,
+    config: ModelConfig,
+    dtype,
+    attention: str,
+) -> Callable:
+    """The judge's pass over a batch of rows, as `Backend.row_pass` returns it.
+
+    It takes (parameters, past or None, the two letters' ids) and (tokens, positions, branches, read
+    positions), and returns attention rows, log-odds and top tokens; NaN and -1 for the latter if
+    there is no `verdict`.
+    """
+    return backend.row_pass(
+        _judge_rows,
+        out_axes=(1, 0, 0),
+        config=config,
+        sources=sources,
+        verdict=verdict,
+        dtype=jnp.dtype(dtype),
+        attention=attention,
+    )
+
+
+def _judge_rows(
+    shared: tuple[Params, Past | None, jax.Array],
+    rows: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
+    *,
+    config: ModelConfig,
+    sources: tuple[int, ...],
+    verdict: bool = True,
+    dtype,
+    attention: str,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Attention rows (S, B, 2, L), the chosen letter's log-odds (B, 2) and the top token (B, 2).
+
+    log p(A) - log p(B) is a difference of two logits. The head runs at the verdict positions alone.
+    """
+    params, past, letters = shared
+    tokens_BL, positions_BL, branch_BL, read_B2 = rows
+    output = decoder.read(
+        config,
+        params,
+        tokens_BL,
+        positions_BL,
+        branch_BL,
+        read_B2,
+        sources=sources,
+        past=past,
+        with_hidden=verdict,
+        dtype=dtype,
+        attention=attention,
+    )
+    if not verdict:
+        shape = read_B2.shape
+        return output.rows_SBQL, jnp.full(shape, jnp.nan), jnp.full(shape, -1, jnp.int32)
+    hidden_BQD, unembedding_VD = rules.split_logits(
+        output.hidden_BQD, decoder.unembedding(params).astype(dtype)
+    )
+    logits_BQV = head.logits(hidden_BQD, unembedding_VD, softcap=config.final_logit_softcapping)
+    # Sums, not indices: those would gather a vocabulary that is split over devices.
+    tokens = jnp.arange(logits_BQV.shape[-1])
+    a_BQ, b_BQ = (
+        jnp.sum(jnp.where(tokens == letters[k], logits_BQV, 0.0), axis=-1) for k in (0, 1)
+    )
+    answer_BQ = jnp.argmax(logits_BQV, axis=-1).astype(jnp.int32)
+    return output.rows_SBQL, (a_BQ - b_BQ) * jnp.array([1.0, -1.0]), answer_BQ
+
+
+def judge_pairs(
+    model: LanguageModel,
+    pairs: Sequence[Pair],
+    *,
+    max_length: int = 2048,
+    max_prompt_length: int = 1800,
+    **settings,
+) -> list[tuple[TokenizedPair, Judgement]]:
+    """Tokenizes and judges pairs: the short way for a handful of them.
+
+    Args:
+      model: the judge.
+      pairs: the pairs.
+      max_length, max_prompt_length: as in `data.tokenize.tokenize_pair`.
+      **settings: arguments of `Judge`, under its names.
+
+    Returns:
+      Each pair as trained on, with its judgement.
+    """
+    lengths = {"max_length": max_length, "max_prompt_length": max_prompt_length}
+    tokenized = [tokenize_pair(model.tokenizer, pair, **lengths) for pair in pairs]
+    return list(zip(tokenized, Judge(model, **settings).judge(pairs, tokenized), strict=True))

@@ -1,0 +1,47 @@
+"""A model with its tokenizer: what a judge or reference pass needs."""
+
+import dataclasses
+import pathlib
+
+import jax.numpy as jnp
+
+from attnpo_jax.data.tokenize import ChatTokenizer
+from attnpo_jax.models.decoder import ModelConfig, Params
+from attnpo_jax.models.io import hf_folder as checkpoints
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """Parameters, the shape they have, and the tokenizer they were trained with.
+
+    Attributes:
+      folder: the local Hugging Face folder that it was read from.
+      config: the decoder's shape.
+      params: the parameter tree of `models.decoder`.
+      tokenizer: the chat tokenizer.
+    """
+
+    folder: pathlib.Path
+    config: ModelConfig
+    params: Params
+    tokenizer: ChatTokenizer
+
+
+def load_model(
+    source: str, *, param_dtype=jnp.float32, chat_template: str | None = None
+) -> LanguageModel:
+    """Loads a model and its tokenizer.
+
+    Args:
+      source: a local Hugging Face folder, a hub id, or `smollm2-135m-instruct`.
+      param_dtype: what the parameters are held in.
+      chat_template: Jinja text that replaces the tokenizer's own template.
+
+    Raises:
+      FileNotFoundError, ValueError: as `models.checkpoints` and `data.tokenize` say.
+    """
+    folder = checkpoints.resolve(source)
+    config = checkpoints.load_config(folder)
+    tokenizer = ChatTokenizer.load(folder, chat_template)
+    params = checkpoints.load_params(folder, config, param_dtype=param_dtype)
+    return LanguageModel(folder, config, params, tokenizer)

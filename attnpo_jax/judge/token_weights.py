@@ -1,0 +1,78 @@
+"""A look at single pairs: what each token of a judged pair weighs."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnpo_jax import weighting
+from attnpo_jax.data.sources import Pair
+from attnpo_jax.data.tokenize import TokenizedPair
+from attnpo_jax.judge.judge import Judgement
+
+
+def token_weights(
+    pair: Pair,
+    tokenized: TokenizedPair,
+    judgement: Judgement,
+    name: str = "attention",
+    **hyperparameters: Any,
+) -> tuple[list[tuple[str, float]], list[tuple[str, float]]]:
+    """The weight of every text token of a judged pair.
+
+    Args:
+      pair: the pair.
+      tokenized, judgement: what `judge.judge_pairs` gives for it.
+      name: a registered weighting.
+      **hyperparameters: its hyperparameters. Layers are named by their place among the judge's
+        source layers, -1 for the last one.
+
+    Returns:
+      For the chosen and for the rejected response: (text, weight) by token, closing template
+      tokens left out. Log-probs are not known here: the weights of a weighting that reads them are
+      NaN.
+
+    Raises:
+      RegistryError: no such weighting or hyperparameter.
+    """
+    weigh = weighting.bind(name, hyperparameters)
+    sides = []
+    for is_chosen, text, ids, text_length, spans, attention in (
+        (
+            True,
+            pair.chosen,
+            tokenized.chosen_ids,
+            tokenized.chosen_text_length,
+            tokenized.chosen_spans,
+            judgement.chosen,
+        ),
+        (
+            False,
+            pair.rejected,
+            tokenized.rejected_ids,
+            tokenized.rejected_text_length,
+            tokenized.rejected_spans,
+            judgement.rejected,
+        ),
+    ):
+        T = len(ids)
+        judge_2ST = np.zeros((*attention.shape[:2], T), np.float32)
+        judge_2ST[..., :text_length] = attention
+        unknown_BT = jnp.full((1, T), jnp.nan)
+        weights_BT = weigh(
+            weighting.ResponseTokens(
+                mask_BT=jnp.ones((1, T), bool),
+                text_mask_BT=jnp.arange(T)[None] < text_length,
+                judge_B2ST=jnp.asarray(judge_2ST)[None],
+                verdict_B2=jnp.asarray(judgement.verdict)[None],
+                reference_logps_BT=unknown_BT,
+                policy_logps_BT=unknown_BT,
+                is_chosen=jnp.array([is_chosen]),
+            )
+        )
+        stripped = text.strip()
+        weights = jax.device_get(weights_BT)[0, :text_length].tolist()
+        pieces = [stripped[start:end] for start, end in spans]
+        sides.append(list(zip(pieces, weights, strict=True)))
+    return sides[0], sides[1]

@@ -1,0 +1,1 @@
+"""Attention, and who computes it."""

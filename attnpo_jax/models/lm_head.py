@@ -1,0 +1,186 @@
+"""Log-probabilities of given tokens, without ever holding (B, L, V) logits.
+
+Shapes: B rows, M scored tokens a row, D width, V vocabulary.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from attnpo_jax.models import placement as rules
+from attnpo_jax.models.attention.core import MASKED, soft_cap
+
+
+def logits(
+    hidden_BMD: jax.Array, unembedding_VD: jax.Array, *, softcap: float | None = None
+) -> jax.Array:
+    """Logits over the whole vocabulary, for few tokens: float32 (B, M, V).
+
+    Args:
+      hidden_BMD: hidden states (B, M, D).
+      unembedding_VD: output embedding (V, D), in any floating dtype.
+      softcap: the model's `final_logit_softcapping`.
+    """
+    logits_BMV = jnp.einsum(
+        "bmd,vd->bmv",
+        hidden_BMD,
+        unembedding_VD.astype(hidden_BMD.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return soft_cap(logits_BMV, softcap)
+
+
+def token_logps(
+    hidden_BMD: jax.Array,
+    unembedding_VD: jax.Array,
+    target_BM: jax.Array,
+    *,
+    softcap: float | None = None,
+    chunk: int = 2048,
+) -> jax.Array:
+    """log softmax(hidden · unembeddingᵀ)[target], for few tokens and few words at a time.
+
+    Logits exist for at most about `chunk` tokens and a tile of the vocabulary (16 MiB in all where
+    tiles can be so small), and are computed again in the backward pass: as FlashAttention does
+    with its scores (Dao et al. 2022, arXiv 2205.14135, algorithms 2 and 4). The softmax is float32
+    whatever the inputs' dtype.
+
+    Args:
+      hidden_BMD: hidden states (B, M, D) that predict the targets.
+      unembedding_VD: output embedding (V, D).
+      target_BM: int32 token ids (B, M), each in [0, V).
+      softcap: the model's `final_logit_softcapping`, which bounds the logits.
+      chunk: tokens projected at a time, over all of a device's own rows together.
+
+    Returns:
+      float32 log-probs (B, M).
+    """
+    in_chunks = functools.partial(_in_chunks, softcap=softcap, chunk=chunk)
+    unembedding_VD = unembedding_VD.astype(hidden_BMD.dtype)
+    return rules.over_vocabulary(in_chunks)(hidden_BMD, unembedding_VD, target_BM)
+
+
+def _in_chunks(hidden_BMD, unembedding_VD, target_BM, vocabulary, *, softcap, chunk):
+    B, M = target_BM.shape
+    m = max(1, min(M, chunk // B))
+    # In float32, so that the gradient is summed up in it over all chunks; tiles are cast down.
+    unembedding_VD = unembedding_VD.astype(jnp.float32)
+    # A chunk's rows may come from other devices: not to be kept until the backward pass.
+    policy = jax.checkpoint_policies.save_only_these_names(_SUMS)
+    scores = functools.partial(_chunk_logps, unembedding_VD, softcap, vocabulary)
+    scores = jax.checkpoint(scores, policy=policy)
+    if m == M:
+        return scores((hidden_BMD, target_BM))
+    n = -(-M // m)
+    pad = n * m - M
+    hidden = jnp.pad(hidden_BMD, ((0, 0), (0, pad), (0, 0))).reshape(B, n, m, -1)
+    target = jnp.pad(target_BM, ((0, 0), (0, pad))).reshape(B, n, m)
+    chunks = (hidden.swapaxes(0, 1), target.swapaxes(0, 1))
+    _, logps = jax.lax.scan(lambda carry, c: (carry, scores(c)), None, chunks)
+    return logps.swapaxes(0, 1).reshape(B, n * m)[:, :M]
+
+
+def _chunk_logps(unembedding_VD, softcap, vocabulary, chunk):
+    hidden_BMD, target_BM = jax.tree.map(vocabulary.rows_of_group, chunk)
+    B, M, D = hidden_BMD.shape
+    place = vocabulary.place(target_BM).reshape(-1)
+    length = vocabulary.length(unembedding_VD)
+    inputs = hidden_BMD.reshape(-1, D), unembedding_VD, place, length
+    sums = _log_sum_and_picked(*inputs, softcap, vocabulary.constant)
+    log_sum, picked = (x.reshape(B, M) for x in sums)
+    return vocabulary.own_rows(vocabulary.log_probs(picked, log_sum))
+
+
+# Below, T tokens of a chunk; W words of a tile.
+_TILE_LOGITS = 1 << 22
+_FEWEST_WORDS = 512
+# What the backward pass needs of the forward pass, two numbers a token.
+_SUMS = "head_sums"
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _log_sum_and_picked(hidden_TD, unembedding_VD, place_T, length, softcap, constant):
+    """log of the sum of exp(logits) over words below `length`, and the logit at `place_T` or 0."""
+    return _forward(hidden_TD, unembedding_VD, place_T, length, softcap, constant)[0]
+
+
+def _forward(hidden_TD, unembedding_VD, place_T, length, softcap, constant):
+    def add_words(carry, start):
+        highest, total, picked = carry
+        _, logits_TW, words, valid = _tile(hidden_TD, unembedding_VD, start, length, softcap)
+        higher = jnp.maximum(highest, jnp.max(logits_TW, axis=-1))
+        shrunk = total * jnp.exp(highest - higher)
+        hit = (words == place_T[:, None]) & valid
+        return (
+            higher,
+            shrunk + jnp.sum(jnp.exp(logits_TW - higher[:, None]), axis=-1),
+            picked + jnp.sum(jnp.where(hit, logits_TW, 0.0), axis=-1),
+        ), None
+
+    T = place_T.shape[0]
+    start = tuple(constant(jnp.full(T, value, jnp.float32)) for value in (MASKED, 0, 0))
+    tiles = _tiles(T, unembedding_VD.shape[0])
+    (highest, total, picked), _ = jax.lax.scan(add_words, start, tiles)
+    log_sum = checkpoint_name(highest + jnp.log(total), _SUMS)
+    picked = checkpoint_name(picked, _SUMS)
+    return (log_sum, picked), (hidden_TD, unembedding_VD, place_T, length, log_sum)
+
+
+def _backward(softcap, constant, residuals, cotangents):
+    hidden_TD, unembedding_VD, place_T, length, log_sum_T = residuals
+    d_log_sum_T, d_picked_T = cotangents
+
+    def add_words(carry, start):
+        d_hidden_TD, d_unembedding_VD = carry
+        words_WD, logits_TW, words, valid = _tile(hidden_TD, unembedding_VD, start, length, softcap)
+        d_TW = jnp.exp(logits_TW - log_sum_T[:, None]) * d_log_sum_T[:, None]
+        d_TW += jnp.where(words == place_T[:, None], d_picked_T[:, None], 0.0)
+        if softcap is not None:
+            d_TW *= 1 - jnp.square(jnp.where(valid, logits_TW, 0.0) / softcap)
+        d_TW = jnp.where(valid, d_TW, 0.0).astype(hidden_TD.dtype)
+        d_words_WD = _product("tw,td->wd", d_TW, hidden_TD)
+        so_far_WD = jax.lax.dynamic_slice_in_dim(d_unembedding_VD, start, d_words_WD.shape[0])
+        return (
+            d_hidden_TD + _product("tw,wd->td", d_TW, words_WD),
+            jax.lax.dynamic_update_slice_in_dim(
+                d_unembedding_VD, so_far_WD + d_words_WD, start, axis=0
+            ),
+        ), None
+
+    both = (hidden_TD, unembedding_VD)
+    start = tuple(constant(jnp.zeros(x.shape, jnp.float32)) for x in both)
+    tiles = _tiles(place_T.shape[0], unembedding_VD.shape[0])
+    (d_hidden_TD, d_unembedding_VD), _ = jax.lax.scan(add_words, start, tiles)
+    return d_hidden_TD.astype(hidden_TD.dtype), d_unembedding_VD, None, None
+
+
+_log_sum_and_picked.defvjp(_forward, _backward)
+
+
+def _tiles(tokens: int, size: int) -> jax.Array:
+    """Where each tile of a vocabulary starts; all are of `_words` words."""
+    words = _words(tokens, size)
+    return jnp.arange(-(-size // words)) * words
+
+
+def _words(tokens: int, size: int) -> int:
+    return min(size, max(_FEWEST_WORDS, 128 * (_TILE_LOGITS // (128 * tokens))))
+
+
+def _tile(hidden_TD, unembedding_VD, start, length, softcap):
+    """A tile's unembedding, its logits, its words' places, and which of those count.
+
+    The last tile starts early enough to be whole; what it shares with the one before counts there.
+    """
+    size = unembedding_VD.shape[0]
+    count = _words(hidden_TD.shape[0], size)
+    words = jnp.minimum(start, size - count) + jnp.arange(count)
+    words_WD = jax.lax.dynamic_slice_in_dim(unembedding_VD, start, count).astype(hidden_TD.dtype)
+    logits_TW = soft_cap(_product("td,wd->tw", hidden_TD, words_WD), softcap)
+    valid = (words >= start) & (words < length)
+    return words_WD, jnp.where(valid, logits_TW, MASKED), words, valid
+
+
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)

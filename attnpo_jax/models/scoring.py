@@ -1,0 +1,62 @@
+"""Log-probs of every response token of a batch of rows: the policy's and the reference's pass.
+
+Shapes: as in `data.batching`.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from attnpo_jax.data.batching import PairBatch
+from attnpo_jax.models import decoder
+from attnpo_jax.models.lm_head import token_logps
+
+
+def response_logps(
+    config: decoder.ModelConfig,
+    params: decoder.Params,
+    batch: PairBatch,
+    *,
+    dtype=jnp.float32,
+    remat: str = "none",
+    attention: str = "xla",
+    chunk: int = 2048,
+) -> jax.Array:
+    """Log-prob of each response token given its prompt and the tokens before it.
+
+    Both responses of a pair share one pass over the prompt, and only the hidden states that predict
+    response tokens reach the LM head.
+
+    Args:
+      config: the model's shape.
+      params: the parameter tree.
+      batch: rows without a microbatch axis.
+      dtype: what activations are computed in.
+      remat: a key of `decoder.REMAT_POLICIES`.
+      attention: one of `models.attention_backends.BACKENDS`.
+      chunk: tokens whose logits exist at a time.
+
+    Returns:
+      float32 (B, G, 2, T), 0 where there is no token.
+    """
+    hidden_BLD = decoder.forward(
+        config,
+        params,
+        batch.tokens_BL,
+        batch.positions_BL,
+        batch.branch_BL,
+        segment_BL=batch.segment_BL if batch.valid_BG.shape[1] > 1 else None,
+        dtype=dtype,
+        remat=remat,
+        attention=attention,
+    )
+    hidden_BMD = jnp.take_along_axis(hidden_BLD, batch.read_BM[..., None], axis=1)
+    logps_BM = token_logps(
+        hidden_BMD,
+        decoder.unembedding(params),
+        batch.target_BM,
+        softcap=config.final_logit_softcapping,
+        chunk=chunk,
+    )
+    B = logps_BM.shape[0]
+    flat = jnp.take_along_axis(logps_BM, batch.index_BG2T.reshape(B, -1), axis=1)
+    return jnp.where(batch.mask_BG2T, flat.reshape(batch.mask_BG2T.shape), 0.0)

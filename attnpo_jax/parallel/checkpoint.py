@@ -1,0 +1,425 @@
+"""Checkpoints of a training run, checked when they are read.
+
+A checkpoint is a folder named after its step with three items: `params`, `optimizer` (the
+optimizer's state and the step), and `metadata`, a JSON object with
+
+- `identity`: what a run must share with the one that it continues, as nested JSON;
+- `tree`: dtype and shape of every array, by path;
+- `sums`: a checksum of every array, since neither Orbax nor the file format has one.
+
+The step says all of the position in the data and of its order. Checkpoints are written in the
+background where the devices have memory of their own. Orbax writes under a temporary name first, so
+that whatever has a final name was whole once; in a bucket, it adds a file at the end instead.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from attnpo_jax.parallel import failures
+from attnpo_jax.parallel.checkpoint_damage import (
+    CheckpointError,
+    CheckpointMismatch,
+    newest_whole,
+    outcomes_of_all,
+    set_aside,
+)
+from attnpo_jax.train.state import TrainState
+
+_ITEMS = ("params", "optimizer", "metadata")
+
+
+def folder_of(config: Any, workdir: str | os.PathLike) -> epath.Path:
+    """Where the checkpoints of a run are: `train.checkpoint_dir`, or `checkpoints` in `workdir`."""
+    named = config.train.checkpoint_dir
+    return epath.Path(named) if named else epath.Path(workdir) / "checkpoints"
+
+
+class Checkpoints:
+    """The checkpoints of one workdir; a context manager that ends when all is written.
+
+    Args:
+      folder: where they are; made if need be. A path of this machine or what else Orbax can write.
+      identity: nested JSON values that a run must share with the checkpoint that it continues.
+      keep: how many of the newest to keep; an old one goes after the new one is whole.
+    """
+
+    def __init__(self, folder: str | os.PathLike, identity: Mapping[str, Any], *, keep: int):
+        self.folder = _absolute(folder)
+        self._identity = identity
+        self._failure: BaseException | None = None  # of a write in the background
+        if jax.process_index() == 0:
+            _warn_of_unfinished(self.folder)
+        self._manager = _open(
+            self.folder,
+            ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                enable_async_checkpointing=_in_background(),
+                async_options=ocp.AsyncOptions(barrier_sync_fn=self._meet),
+                # By process 0, with a barrier: nobody lists what is being removed.
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, error_type, error, traceback) -> None:
+        if error_type is None:
+            self.wait()
+            self._manager.close()
+            return
+        if isinstance(error, Exception) and failures.is_loss(error):
+            return  # what is being written waits for who is gone; this process is to end at once
+        with contextlib.suppress(Exception):  # what ends the run already is what it is told of
+            self._manager.close()
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, in order."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState) -> None:
+        """Writes a checkpoint of `state`, or starts to; the caller may donate it right after.
+
+        Waits for the write before it, if that is still going on.
+
+        Raises:
+          CheckpointError: this write failed, or the one before it did.
+        """
+        step, state = int(state.step), _without_base(state)
+        metadata = {
+            "identity": self._identity,
+            "tree": _describe(state),
+            "sums": _checksums(state),
+        }
+        with _naming_failures(self.folder):
+            written = self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(state.params),
+                    optimizer=ocp.args.StandardSave(_optimizer_item(state)),
+                    metadata=ocp.args.JsonSave(metadata),
+                ),
+            )
+        if not written:
+            raise CheckpointError(
+                f"no checkpoint of step {step} was written to {self.folder}, which has one of step "
+                f"{self._manager.latest_step()}; accepted: steps in increasing order"
+            )
+
+    def check(self) -> None:
+        """Returns at once; what is being written may have failed.
+
+        Raises:
+          CheckpointError: it did.
+        """
+        # Orbax keeps it to itself until the next write, which may be hours away.
+        if self._failure is not None:
+            with _naming_failures(self.folder):
+                raise self._failure
+
+    def _meet(self, *, key: str, timeout_ms: int) -> None:
+        """Orbax's barrier of background writes, but for a process whose write has failed.
+
+        Orbax has it wait for the others, who wait for that write, until the barrier's time is up.
+        """
+        error = sys.exception()
+        if error is not None:
+            self._failure = error
+            raise RuntimeError(str(error)) from error
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
+
+    def wait(self) -> None:
+        """Returns when what is being written is whole.
+
+        Raises:
+          CheckpointError: it could not be written.
+        """
+        with _naming_failures(self.folder):
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+
+    def restore(self, abstract: TrainState) -> TrainState | None:
+        """The newest whole checkpoint, or None if there is none at all.
+
+        A damaged one is skipped with a warning and, once an older one has been read, set aside as
+        `damaged-<step>`, so that the run can save that step again.
+
+        Args:
+          abstract: the state as `jax.ShapeDtypeStruct`s; arrays go to their shardings, or to the
+            default device where they have none. Its `base` is left out: what is read has none.
+
+        Raises:
+          CheckpointMismatch: the newest one has another identity, or arrays of other shapes.
+          CheckpointError: there are checkpoints, but all are damaged; or this or another process
+            could not read one for a reason that is not damage, such as missing permission.
+        """
+
+        abstract = _without_base(abstract)
+
+        def load(manager: ocp.CheckpointManager, step: int) -> tuple[TrainState, Any]:
+            metadata = _read_metadata(manager, step)
+            differences = differing(metadata["identity"], self._identity)
+            differences |= differing(metadata["tree"], _describe(abstract))
+            if differences:
+                raise CheckpointMismatch(self.folder / str(step), differences)
+            items = manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardRestore(_placed(abstract.params)),
+                    optimizer=ocp.args.StandardRestore(_placed(_optimizer_item(abstract))),
+                ),
+            )
+            return TrainState(params=items["params"], **items["optimizer"]), metadata["sums"]
+
+        # Every process reads its part alone: one that fails leaves no other in a barrier of Orbax.
+        with _reader(self.folder) as reader:
+            found = newest_whole(
+                self.folder, self.steps(), lambda step: load(reader, step), _verify, outcomes_of_all
+            )
+        if found is None:
+            return None
+        restored, damaged = found
+        if damaged:
+            if jax.process_index() == 0:
+                for step in damaged:
+                    set_aside(self.folder / str(step))
+            multihost_utils.sync_global_devices("damaged checkpoints set aside")
+            self._manager.reload()
+        return restored
+
+
+def _absolute(folder: str | os.PathLike) -> epath.Path:
+    path = epath.Path(folder)
+    # Resolved, a bucket's name would become a folder of this machine.
+    return path if "://" in os.fspath(path) else path.resolve()
+
+
+def _warn_of_unfinished(folder: epath.Path) -> None:
+    """Tells of checkpoints that were never whole, which are not read and soon removed."""
+    if not folder.exists():
+        return
+    whole = {False: [0], True: [0]}
+    for path in folder.iterdir():
+        step = path.name.partition(".")[0]
+        if step.isdigit() and path.is_dir():
+            whole[ocp.utils.is_checkpoint_finalized(path)].append(int(step))
+    for step in sorted(whole[False]):
+        # What is older than a whole one was on its way out.
+        if step > max(whole[True]):
+            warnings.warn(
+                f"checkpoint {folder / str(step)} was not written to its end and is left out; the "
+                "run goes on from the one before it, or from the start if there is none",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+
+def _in_background() -> bool:
+    """Whether a checkpoint is written while training goes on."""
+    # On CPU the copy that is being written would lie in memory beside the next step (1.7 GiB more
+    # for 135M parameters), and the writer would take the step's cores.
+    return jax.default_backend() != "cpu"
+
+
+def origin(folder: str | os.PathLike, step: int | None = None) -> dict[str, Any] | None:
+    """What tells the parameters of a checkpoint from others: its step, and their checksums' digest.
+
+    Args:
+      folder: as given to `Checkpoints`.
+      step: which one; None for the newest.
+
+    Returns:
+      JSON values, or None if there is no checkpoint or its metadata can't be read.
+    """
+    with _reader(folder) as manager:
+        steps = sorted(manager.all_steps()) if step is None else [step]
+        try:
+            sums = _read_metadata(manager, steps[-1])["sums"] if steps else None
+        except (ValueError, KeyError, OSError):
+            return None  # damaged; restoring tells of it
+    if sums is None:
+        return None
+    of_params = {path: total for path, total in sums.items() if path.startswith("params")}
+    text = json.dumps(of_params, sort_keys=True)
+    return {"step": steps[-1], "params": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def restore_params(
+    folder: str | os.PathLike, abstract_params: Any, identity: Mapping[str, Any] | None = None
+) -> tuple[Any, int]:
+    """The parameters of the newest whole checkpoint in `folder`, and its step; nothing is changed.
+
+    Args:
+      folder: as given to `Checkpoints`.
+      abstract_params: the parameters as `jax.ShapeDtypeStruct`s; see `Checkpoints.restore`. Where
+        they go to devices of several processes, all of these must call together.
+      identity: the part of the checkpoint's identity that matters to the caller.
+
+    Raises:
+      FileNotFoundError: there is no checkpoint.
+      CheckpointMismatch: the checkpoint's parameters have other names or shapes, or it has another
+        identity.
+      CheckpointError: all checkpoints are damaged.
+    """
+    folder = _absolute(folder)
+    with _reader(folder) as manager:
+        taken: list[int] = []
+
+        def load(step: int) -> tuple[Any, Any]:
+            metadata = _read_metadata(manager, step)
+            wanted = _describe({"params": abstract_params})
+            saved = {
+                path: kind for path, kind in metadata["tree"].items() if path.startswith("params")
+            }
+            asked = identity or {}
+            differences = differing(_like(metadata["identity"], asked), asked)
+            if differences := differences | differing(saved, wanted):
+                raise CheckpointMismatch(folder / str(step), differences)
+            args = ocp.args.Composite(params=ocp.args.StandardRestore(_placed(abstract_params)))
+            taken[:] = [step]
+            return {"params": manager.restore(step, args=args)["params"]}, metadata["sums"]
+
+        together = any(
+            x.sharding is not None and not x.sharding.is_fully_addressable
+            for x in jax.tree.leaves(abstract_params)
+        )
+        outcomes = outcomes_of_all if together else lambda own: [own]
+        found = newest_whole(folder, sorted(manager.all_steps()), load, _verify, outcomes)
+    if found is None:
+        raise FileNotFoundError(f"{folder} holds no checkpoint: train first")
+    return found[0]["params"], taken[0]
+
+
+@contextlib.contextmanager
+def _reader(folder: str | os.PathLike) -> Iterator[ocp.CheckpointManager]:
+    # Of several processes, the one that asks reads alone.
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(), active_processes={jax.process_index()}
+    )
+    options = ocp.CheckpointManagerOptions(create=False, multiprocessing_options=alone)
+    manager = _open(_absolute(folder), options)
+    try:
+        yield manager
+    finally:
+        manager.close()
+
+
+def differing(saved: Any, wanted: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
+    """Leaves of two nested JSON objects that differ, by dotted name: (saved, wanted)."""
+    if isinstance(saved, Mapping) and isinstance(wanted, Mapping):
+        found: dict[str, tuple[Any, Any]] = {}
+        for key in [*saved, *(key for key in wanted if key not in saved)]:
+            inner = f"{name}.{key}" if name else key
+            found |= differing(saved.get(key, "nothing"), wanted.get(key, "nothing"), inner)
+        return found
+    # JSON has no tuples.
+    same = _as_lists(saved) == _as_lists(wanted)
+    return {} if same else {name: (saved, wanted)}
+
+
+def _like(saved: Any, wanted: Any) -> Any:
+    """Of a nested JSON object, what another one has too."""
+    if not isinstance(saved, Mapping) or not isinstance(wanted, Mapping):
+        return saved
+    return {key: _like(saved[key], value) for key, value in wanted.items() if key in saved}
+
+
+def _as_lists(value: Any) -> Any:
+    return [_as_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _open(folder: epath.Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
+    handlers = {
+        "params": ocp.StandardCheckpointHandler(),
+        "optimizer": ocp.StandardCheckpointHandler(),
+        "metadata": ocp.JsonCheckpointHandler(),
+    }
+    assert tuple(handlers) == _ITEMS
+    return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
+
+
+def _without_base(state: TrainState) -> TrainState:
+    # It does not change, and is where the run took it from.
+    return dataclasses.replace(state, base=None)
+
+
+def _optimizer_item(state: TrainState) -> dict[str, Any]:
+    return {"step": state.step, "opt_state": state.opt_state}
+
+
+def _read_metadata(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
+    return manager.restore(step, args=args)["metadata"]
+
+
+def _placed(abstract: Any) -> Any:
+    """Gives every array a sharding: without one, Orbax would use that of the run that saved it."""
+    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def place(x) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or default)
+
+    return jax.tree.map(place, abstract)
+
+
+def _describe(tree: Any) -> dict[str, str]:
+    """Dtype and shape of every array, by path: {"params.final_norm": "float32[576]", ...}."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): (
+            f"{jnp.dtype(x.dtype).name}[{','.join(map(str, x.shape))}]"
+        )
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+@jax.jit
+def _bit_sums(arrays: list[jax.Array]) -> list[jax.Array]:
+    def bit_sum(x):
+        # Integers add up exactly, so the sum is the same on any number of devices.
+        bits = x.view(f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+        return jnp.sum(bits, dtype=jnp.uint32)
+
+    return [bit_sum(x) for x in arrays]
+
+
+def _checksums(tree: Any) -> dict[str, int]:
+    """The sum modulo 2^32 of every array's bit patterns, by path; any single flip changes it."""
+    sums = jax.device_get(_bit_sums(jax.tree.leaves(tree)))
+    return dict(zip(_describe(tree), map(int, sums), strict=True))
+
+
+def _verify(tree: Any, sums: Mapping[str, int]) -> None:
+    for path, found in _checksums(tree).items():
+        if found != sums[path]:
+            raise CheckpointError(f"{path}: checksum {found}, written with {sums[path]}")
+
+
+class _naming_failures:
+    """Turns what Orbax raises on a failed write into a `CheckpointError` that names the folder."""
+
+    def __init__(self, folder: epath.Path):
+        self._folder = folder
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, error_type, error, traceback) -> None:
+        # Who misses another process has not failed to write.
+        if isinstance(error, Exception) and not failures.is_loss(error):
+            raise CheckpointError(
+                f"a checkpoint could not be written to {self._folder}: {error}; those written "
+                "before stay usable"
+            ) from error

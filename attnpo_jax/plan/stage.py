@@ -1,0 +1,105 @@
+"""`attnpo plan`: what a config takes on a TPU slice, from its compiled programs."""
+
+import json
+import logging
+from typing import Any
+
+from ml_collections import config_dict
+from rich.console import Console
+
+from attnpo_jax import config as config_lib
+from attnpo_jax.data import mixture
+from attnpo_jax.models.io import known
+from attnpo_jax.plan import pairs as pairs_lib
+from attnpo_jax.plan import report, search, topologies
+from attnpo_jax.plan.lengths import Lengths
+from attnpo_jax.plan.programs import Setting
+from attnpo_jax.plan.topologies import PlanError
+
+_LOG = logging.getLogger(__name__)
+
+
+def plan(
+    config: config_dict.ConfigDict,
+    *,
+    topology: str,
+    pairs: int | None = None,
+    row_length: int | None = None,
+    response_length: int | None = None,
+    search_over: bool = False,
+    as_json: bool = False,
+    console: Console | None = None,
+) -> None:
+    """Compiles the config's programs for a TPU slice and prints what they take.
+
+    Args:
+      config: see `attnpo_jax.config.default_config`.
+      topology: name of the slice, e.g. "v5e:8x8".
+      pairs: training pairs. None: see `pairs.count`.
+      row_length, response_length: see `lengths.Lengths.of`.
+      search_over: whether to try meshes, microbatch sizes and remat policies, in place of the
+        config's own, and print a ranking.
+      as_json: print JSON in place of tables.
+      console: where to; None for standard output.
+
+    Raises:
+      ConfigError: the config is wrong.
+      PlanError: unknown slice or lengths, libtpu is missing, or a program does not fit.
+      MeshError: the chips or the model do not fit `parallel.mesh`.
+      CheckpointError: the model's shape can't be had.
+    """
+    config_lib.validate(config)
+    console = console or Console()
+    if config.parallel.backend != "jit":
+        raise PlanError(
+            f"parallel.backend = {config.parallel.backend!r} is not planned; accepted: 'jit'"
+        )
+    model = known.shape_of(config.model.source)
+    config_lib.check_layers(config, model.num_layers, model.layer_windows)
+    setting = Setting(
+        config,
+        model,
+        topologies.parse(topology),
+        Lengths.of(config, row_length, response_length),
+    )
+    if search_over:
+        ranking = search.ranking(setting)
+        if as_json:
+            _print_json(console, [found.as_json() for found in ranking])
+        else:
+            console.print(search.table(ranking))
+        return
+    setting.training_mesh()
+    compile_all = [setting.training, setting.reference]
+    if setting.sources:
+        compile_all.append(setting.judge)
+    programs = []
+    for compile_one in compile_all:
+        _LOG.info("compiling the %s program for %s", compile_one.__name__, topology)
+        programs.append(compile_one())
+    pairs = pairs_lib.count(config) if pairs is None else pairs
+    made = report.Plan(
+        config.model.source,
+        setting.topology,
+        setting.lengths,
+        tuple(programs),
+        pairs,
+        _steps(config, pairs),
+        bool(mixture.parse(config.data.eval)),
+    )
+    if as_json:
+        _print_json(console, made.as_json())
+    else:
+        console.print(report.table(made))
+
+
+def _print_json(console: Console, content: Any) -> None:
+    console.print(json.dumps(content, indent=2), markup=False, highlight=False, soft_wrap=True)
+
+
+def _steps(config: config_dict.ConfigDict, pairs: int | None) -> int | None:
+    if config.train.steps:
+        return config.train.steps
+    if pairs is None:
+        return None
+    return max(1, round(config.train.epochs * -(-pairs // config.train.batch_size)))

@@ -1,0 +1,215 @@
+"""`attnpo data`: what a config's data are, once loaded and tokenized. No weights are loaded."""
+
+import collections
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from ml_collections import config_dict
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from attnpo_jax import config as config_lib
+from attnpo_jax.data.sources import Pair, load_pairs
+from attnpo_jax.data.tokenize import ChatTokenizer
+from attnpo_jax.models.io import hf_folder as checkpoints
+from attnpo_jax.prepare import provenance
+from attnpo_jax.prepare.pair_forms import PairForms, PairTokenizer
+from attnpo_jax.runtime.progress import PairProgress
+
+EXAMPLES = 3
+PERCENTILES = (0, 50, 90, 99, 100)
+# Pairs tokenized between two movements of the bar.
+_AT_A_TIME = 64
+# Bad rows that the table lists; the JSON has them all.
+_LISTED = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitReport:
+    """What there is of one split.
+
+    Attributes:
+      split: `train` or `eval`.
+      pairs: how many are left to train or evaluate on.
+      by_source: these pairs by source.
+      bad_rows: records of those left out: file, row, reason, and id if there is one.
+      lengths: tokens by part: `prompt`, `chosen`, `rejected`, `row` (all three), as trained on, and
+        `judge` (the longer order of the judge prompt), each at the `PERCENTILES`.
+      truncated: pairs that lost tokens, by part: `prompt`, `chosen`, `rejected`, `judge`.
+      weight_columns: the ready-made weights that were read.
+      examples: of a few pairs, `id`, and as text with all control tokens `chosen`, `rejected` (both
+        with the prompt) and `judge` (order 0).
+    """
+
+    split: str
+    pairs: int
+    by_source: dict[str, int]
+    bad_rows: list[dict[str, Any]]
+    lengths: dict[str, list[int]]
+    truncated: dict[str, int]
+    weight_columns: tuple[str, ...]
+    examples: list[dict[str, str]]
+
+
+def data_report(
+    config: config_dict.ConfigDict, *, as_json: bool = False, console: Console | None = None
+) -> list[SplitReport]:
+    """Loads and tokenizes a config's pairs, and prints what came of it.
+
+    Bad rows are listed, whatever `data.on_bad_row` says: `prepare` stops at them or skips them.
+
+    Args:
+      config: see `attnpo_jax.config.default_config`.
+      as_json: print one JSON object, by split, instead of tables.
+      console: where to; None for standard output.
+
+    Returns:
+      One report a split.
+
+    Raises:
+      ConfigError: the config is wrong.
+      ValueError, OSError: a source, the tokenizer or the judge's template can't be read.
+    """
+    config_lib.validate(config)
+    splits = ["train", "eval"] if config.data.eval else ["train"]
+    loaded = {
+        split: load_pairs(
+            config.data[split],
+            on_bad_row="skip",
+            weight_columns=config_lib.weight_columns(config),
+        )
+        for split in splits
+    }
+    folder = checkpoints.resolve(config.model.source, weights=False)
+    tokenizer = ChatTokenizer.load(folder, provenance.read_chat_template(config))
+    tokenize = PairTokenizer.from_config(config, tokenizer, on_bad_row="skip")
+    reports = []
+    for split in splits:
+        pairs = loaded[split].pairs
+        forms: list[_Figures] = []
+        bad_rows = list(loaded[split].bad_rows)
+        with PairProgress(f"tokenize {split}", len(pairs), bar=config.log.progress) as progress:
+            for start in range(0, len(pairs), _AT_A_TIME):
+                some = pairs[start : start + _AT_A_TIME]
+                done, refused = tokenize(some)
+                forms += map(_figures, done)
+                bad_rows += [bad_row.as_record() for bad_row in refused]
+                progress.add(len(some))
+        origins = {pair.id: pair.origin[0] for pair in pairs}
+        reports.append(
+            SplitReport(
+                split=split,
+                pairs=len(forms),
+                by_source=dict(collections.Counter(origins[form.id] for form in forms)),
+                bad_rows=bad_rows,
+                weight_columns=loaded[split].weight_columns,
+                **_summed(forms),
+                examples=_examples(tokenizer, tokenize, pairs, forms),
+            )
+        )
+    console = console or Console()
+    if as_json:
+        by_split = {report.split: dataclasses.asdict(report) for report in reports}
+        console.file.write(json.dumps(by_split, indent=2) + "\n")
+    else:
+        for report in reports:
+            console.print(render(report))
+    return reports
+
+
+@dataclasses.dataclass(frozen=True)
+class _Figures:
+    """What is kept of a tokenized pair: its tokens would fill the memory."""
+
+    id: str
+    lengths: dict[str, int]
+    truncated: dict[str, bool]
+
+
+def _figures(forms: PairForms) -> _Figures:
+    pair, prompt = forms.tokenized, forms.prompt
+    parts = ("prompt", "chosen", "rejected")
+    lengths = {part: len(getattr(pair, f"{part}_ids")) for part in parts}
+    lengths["row"] = sum(lengths.values())
+    truncated = {part: getattr(pair, f"{part}_truncated") for part in parts}
+    if prompt is not None:
+        lengths["judge"] = max(map(len, prompt.ids))
+        truncated["judge"] = prompt.truncated
+    return _Figures(pair.id, lengths, truncated)
+
+
+def _summed(figures: Sequence[_Figures]) -> dict[str, Any]:
+    lengths, truncated = {}, {}
+    for part in figures[0].lengths if figures else ():
+        values = [f.lengths[part] for f in figures]
+        lengths[part] = np.percentile(values, PERCENTILES, method="nearest").astype(int).tolist()
+    for part in figures[0].truncated if figures else ():
+        truncated[part] = sum(f.truncated[part] for f in figures)
+    return {"lengths": lengths, "truncated": truncated}
+
+
+def _examples(
+    tokenizer: ChatTokenizer, tokenize: PairTokenizer, pairs: Sequence[Pair], figures
+) -> list[dict[str, str]]:
+    """The first pair, the last, and others between them, as they are read by the model."""
+
+    def text(ids: np.ndarray) -> str:
+        return tokenizer.tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)
+
+    by_id = {pair.id: pair for pair in pairs}
+    places = np.linspace(0, len(figures) - 1, min(EXAMPLES, len(figures)), dtype=int)
+    examples = []
+    for place in places:
+        forms = tokenize.forms(by_id[figures[place].id])
+        pair = forms.tokenized
+        example = {"id": pair.id}
+        for side in ("chosen", "rejected"):
+            example[side] = text(np.concatenate([pair.prompt_ids, getattr(pair, f"{side}_ids")]))
+        if forms.prompt is not None:
+            example["judge"] = text(forms.prompt.ids[0])
+        examples.append(example)
+    return examples
+
+
+def render(report: SplitReport) -> Group:
+    """A report as tables and panels."""
+    counts = Table(title=f"{report.split}: {report.pairs} pairs", show_header=False)
+    for source, count in report.by_source.items():
+        counts.add_row(Text(source), str(count))
+    counts.add_row("bad rows", str(len(report.bad_rows)))
+    if report.weight_columns:
+        counts.add_row("ready-made weights", ", ".join(report.weight_columns))
+    parts: list[Any] = [counts]
+    if report.lengths:
+        lengths = Table(title="tokens")
+        lengths.add_column("")
+        for percentile in PERCENTILES:
+            name = {0: "least", 50: "median", 100: "most"}.get(percentile, f"{percentile}%")
+            lengths.add_column(name, justify="right")
+        lengths.add_column("truncated", justify="right")
+        for part, values in report.lengths.items():
+            cut = report.truncated.get(part)
+            share = "" if cut is None else f"{cut} ({cut / report.pairs:.1%})"
+            lengths.add_row(part, *map(str, values), share)
+        parts.append(lengths)
+    if report.bad_rows:
+        bad = Table("source", "row", "reason", title="bad rows")
+        for record in report.bad_rows[:_LISTED]:
+            bad.add_row(Text(record["file"]), str(record["row"]), Text(record["reason"]))
+        if len(report.bad_rows) > _LISTED:
+            bad.add_row("", "", f"and {len(report.bad_rows) - _LISTED} more (--json lists all)")
+        parts.append(bad)
+    for example in report.examples:
+        for part, title in (
+            ("chosen", "prompt and chosen response"),
+            ("rejected", "prompt and rejected response"),
+            ("judge", "judge prompt, chosen response at A"),
+        ):
+            if part in example:
+                parts.append(Panel(Text(example[part]), title=f"{example['id']}: {title}"))
+    return Group(*parts)

@@ -1,0 +1,127 @@
+"""The forms that a pair is computed on: as it is trained on, and as the judge reads it."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from ml_collections import config_dict
+
+from attnpo_jax.config.rules import as_tuple
+from attnpo_jax.data.precomputed_weights import WeightReader
+from attnpo_jax.data.sources import BadRow, Pair
+from attnpo_jax.data.tokenize import (
+    ChatTokenizer,
+    TokenizedPair,
+    UnfitPair,
+    load_backend,
+    tokenize_pair,
+)
+from attnpo_jax.judge.prompt import JudgePrompt, JudgePrompter, JudgeTemplate
+
+
+@dataclasses.dataclass(frozen=True)
+class PairForms:
+    """A pair's tokens.
+
+    Attributes:
+      tokenized: as it is trained on.
+      prompt: as the judge reads it; None without a judge.
+      ready: by response, float32 (K, text length): the weights that came with the pair, on the text
+        tokens that are trained on; None where none were read.
+    """
+
+    tokenized: TokenizedPair
+    prompt: JudgePrompt | None
+    ready: tuple[np.ndarray, np.ndarray] | None = None
+
+
+class PairTokenizer:
+    """Tokenizes pairs as a config says, and tells which of them do not fit.
+
+    Args:
+      tokenizer: the model's.
+      prompter: of the judge prompts; None without a judge.
+      weight_reader: for the weights that come with the pairs; None where none are read.
+      max_length, max_prompt_length: as in `data.tokenize.tokenize_pair`.
+      on_bad_row: `error` or `skip`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: ChatTokenizer,
+        prompter: JudgePrompter | None,
+        weight_reader: WeightReader | None = None,
+        *,
+        max_length: int,
+        max_prompt_length: int,
+        on_bad_row: str = "error",
+    ):
+        self._tokenizer = tokenizer
+        self._prompter = prompter
+        self._weight_reader = weight_reader
+        self._lengths = {"max_length": max_length, "max_prompt_length": max_prompt_length}
+        self._skip = on_bad_row == "skip"
+
+    @classmethod
+    def from_config(
+        cls,
+        config: config_dict.ConfigDict,
+        tokenizer: ChatTokenizer,
+        *,
+        on_bad_row: str | None = None,
+    ) -> "PairTokenizer":
+        """The tokenizer of a config's pairs, given the one of its model.
+
+        `on_bad_row` replaces the config's.
+
+        Raises:
+          ValueError, OSError: the judge's template or `data.weights_tokenizer` can't be used.
+        """
+        prompter = reader = None
+        if config.judge.layers != "none":
+            prompter = JudgePrompter(
+                tokenizer,
+                JudgeTemplate.load(config.judge.template),
+                config.judge.max_length,
+                config.judge.max_answer_length,
+            )
+        if as_tuple(config.data.weight_columns):
+            backend, origin = tokenizer.tokenizer.backend_tokenizer, tokenizer.origin
+            if config.data.weights_tokenizer is not None:
+                origin = config.data.weights_tokenizer
+                backend = load_backend(origin)
+            reader = WeightReader(backend, origin)
+        return cls(
+            tokenizer,
+            prompter,
+            reader,
+            max_length=config.data.max_length,
+            max_prompt_length=config.data.max_prompt_length,
+            on_bad_row=on_bad_row or config.data.on_bad_row,
+        )
+
+    def __call__(self, pairs: Sequence[Pair]) -> tuple[list[PairForms], list[BadRow]]:
+        """The forms of the pairs that fit, in order, and the others.
+
+        Raises:
+          BadRow: a pair does not fit, and bad rows are an error.
+        """
+        forms, bad_rows = [], []
+        for pair in pairs:
+            try:
+                forms.append(self.forms(pair))
+            except UnfitPair as unfit:
+                bad_row = BadRow.of(pair, unfit.reason)
+                if not self._skip:
+                    raise bad_row from unfit
+                bad_rows.append(bad_row)
+        return forms, bad_rows
+
+    def forms(self, pair: Pair) -> PairForms:
+        """One pair's forms; raises UnfitPair."""
+        tokenized = tokenize_pair(self._tokenizer, pair, **self._lengths)
+        ready = None
+        if self._weight_reader is not None and pair.ready is not None:
+            ready = self._weight_reader.carry(pair.ready, pair.chosen, pair.rejected, tokenized)
+        prompt = None if self._prompter is None else self._prompter.build(pair)
+        return PairForms(tokenized, prompt, ready)

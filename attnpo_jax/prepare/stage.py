@@ -1,0 +1,393 @@
+"""`attnpo prepare`: the judge's and the reference's passes over a dataset, once, to disk.
+
+Rows are written shard by shard. An interruption at any moment loses the shard under way, no more.
+"""
+
+import dataclasses
+import logging
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import config_dict
+from rich.console import Console
+from rich.table import Table
+
+from attnpo_jax import config as config_lib
+from attnpo_jax.data import prepared
+from attnpo_jax.data.readers import ALONE, Team
+from attnpo_jax.data.sources import BadRow, LoadedPairs, Pairs, load_pairs
+from attnpo_jax.data.tokenize import ChatTokenizer
+from attnpo_jax.judge.figures import judge_figures
+from attnpo_jax.judge.judge import SAMPLE, Judge, Judgement
+from attnpo_jax.judge.language_model import LanguageModel
+from attnpo_jax.judge.prompt import JudgeTemplate
+from attnpo_jax.models import int8
+from attnpo_jax.models.attention import implementations as attention_backends
+from attnpo_jax.models.decoder import ModelConfig
+from attnpo_jax.models.io import hf_folder as checkpoints
+from attnpo_jax.parallel import backend as backends
+from attnpo_jax.parallel import preemption, processes
+from attnpo_jax.prepare import provenance
+from attnpo_jax.prepare.pair_forms import PairForms, PairTokenizer
+from attnpo_jax.prepare.reference import Reference
+from attnpo_jax.runtime import atomic
+from attnpo_jax.runtime.progress import PairProgress
+
+_LOG = logging.getLogger(__name__)
+
+
+def prepare(
+    config: config_dict.ConfigDict, workdir: str | os.PathLike, *, console: Console | None = None
+) -> None:
+    """Prepares the training pairs and, if there are any, the held-out ones.
+
+    What is on disk already and still fits is kept: a finished dataset as a whole, an unfinished one
+    shard by shard. At the end, each split's figures are printed.
+
+    Of several processes, each computes its own shards, on its own devices; or all compute the same
+    shards, on all devices, and the first one writes them: see `prepare.devices`.
+
+    Args:
+      config: see `attnpo_jax.config.default_config`.
+      workdir: the run's folder; the datasets go to `prepared/train` and `prepared/eval` below it.
+      console: where the figures go; None for standard output.
+
+    Raises:
+      ConfigError: the config is wrong; nothing was loaded.
+      BadRow: a row is no preference pair, or none that fits the tokenizer and the lengths, and the
+        config does not say to skip it.
+      PreparedMismatch: the dataset on disk was prepared with other settings.
+      OSError: a shard could not be written; those before it stay.
+      MeshError: the devices or the model do not fit `parallel.mesh`.
+      ProcessesError: of several processes, some have another workdir than the rest.
+      AttentionError: `model.attention` cannot serve the model on these devices.
+      Preempted: SIGTERM came; the shard under way is lost, those before it stay.
+    """
+    config_lib.validate(config)
+    workdir, console = pathlib.Path(workdir), console or Console()
+    # The data come first: a mistake in them shall not wait for a model to be downloaded.
+    JudgeTemplate.load(config.judge.template)
+    splits = ["train", "eval"] if config.data.eval else ["train"]
+    processes.check_shared(workdir, "workdir")
+    loaded = {split: _load_pairs(config, split, workdir) for split in splits}
+    folder = checkpoints.resolve(config.model.source)
+    shape = checkpoints.load_config(folder)
+    config_lib.check_layers(config, shape.num_layers, shape.layer_windows)
+    tokenizer = ChatTokenizer.load(folder, provenance.read_chat_template(config))
+    # All splits are checked before any of them is computed.
+    todo = [
+        _Split.check(config, split, workdir, folder, tokenizer, loaded[split]) for split in splits
+    ]
+    # Nobody may finish a dataset that another process still takes for unfinished, or the reverse:
+    # it is as the first one sees it, who finished it if it is complete.
+    seen = processes.exchange([split.status for split in todo])[0]
+    todo = [
+        dataclasses.replace(split, status=status) for split, status in zip(todo, seen, strict=True)
+    ]
+    first = processes.is_first()
+    model, backend, attention = None, None, None
+    for split in todo:
+        if split.status == "complete":
+            if first:
+                console.print(f"{split.path}: complete, used as it is", highlight=False)
+        else:
+            if model is None:
+                shape = shape_of_passes(config, shape)
+                backend = backends.for_preparing(shape, config)
+                _LOG.info("preparing on %s", backend.description)
+                attention = attention_backends.choose(
+                    config.model.attention, shape, config.model.dtype, backend.devices
+                )
+                _LOG.info("attention: %s", attention)
+                model = _load(config, folder, shape, tokenizer, backend)
+            _fill(config, model, backend, attention.backend, split)
+        processes.wait_until_seen(split.path / prepared.METADATA)
+        if first:
+            console.print(summary(split.name, prepared.Prepared.open(split.path)))
+
+
+def shape_of_passes(config: config_dict.ConfigDict, model: ModelConfig) -> ModelConfig:
+    """The model's shape as the judge's and the reference's passes have it."""
+    return int8.quantized(model) if config.model.prepare_weights == "int8" else model
+
+
+def _load_pairs(config, split: str, workdir: pathlib.Path) -> LoadedPairs:
+    path = provenance.split_path(workdir, split)
+    # A finished dataset's list has more rows than are found bad here.
+    write = processes.is_first() and not (path / prepared.METADATA).is_file()
+    return load_pairs(
+        config.data[split],
+        on_bad_row=config.data.on_bad_row,
+        bad_rows_path=_bad_rows_path(path) if write else None,
+        weight_columns=config_lib.weight_columns(config),
+        team=processes.team(),
+    )
+
+
+def _bad_rows_path(dataset: pathlib.Path) -> pathlib.Path:
+    return dataset.with_suffix(".bad_rows.jsonl")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Split:
+    """A split's pairs, and where and as what they are prepared."""
+
+    name: str
+    path: pathlib.Path
+    pairs: Pairs
+    bad_rows: list[dict[str, Any]]
+    components: dict[str, Any]
+    status: str
+
+    @classmethod
+    def check(
+        cls, config, name: str, workdir: pathlib.Path, folder, tokenizer, loaded: LoadedPairs
+    ) -> "_Split":
+        path = provenance.split_path(workdir, name)
+        config_lib.check_columns(config, loaded.weight_columns)
+        components = provenance.components(
+            config, name, folder, tokenizer, loaded.pairs.digest, loaded.weight_columns
+        )
+        with provenance.naming_fields(name):
+            status = prepared.status(path, components)
+        return cls(name, path, loaded.pairs, loaded.bad_rows, components, status)
+
+
+def _load(
+    config,
+    folder: pathlib.Path,
+    shape: ModelConfig,
+    tokenizer: ChatTokenizer,
+    backend: backends.Backend,
+) -> LanguageModel:
+    params = checkpoints.load_params(
+        folder,
+        shape,
+        param_dtype=jnp.dtype(config.model.param_dtype),
+        shardings=backend.parameter_shardings(),
+    )
+    return LanguageModel(folder, shape, params, tokenizer)
+
+
+def _fill(
+    config: config_dict.ConfigDict,
+    model: LanguageModel,
+    backend: backends.Backend,
+    attention: str,
+    split: _Split,
+) -> None:
+    """Computes and writes this process's shards that are not there yet, then the metadata."""
+    pairs, everyone = split.pairs, processes.team()
+    together = any(device.process_index != everyone.index for device in backend.devices)
+    team = everyone if together else ALONE  # those that compute the same shards
+    writer = prepared.PreparedWriter(
+        split.path,
+        split.components,
+        len(pairs),
+        config.prepare.rows_per_shard,
+        ids=pairs.ids,
+        process_index=0 if together else jax.process_index(),
+        process_count=1 if together else jax.process_count(),
+    )
+    pending, stops = writer.pending(), False
+    if together:
+        # A file system may show one process what it does not show another yet.
+        mine = {shard for shard, _, _ in pending}
+        either = preemption.agreed_each([shard in mine for shard in range(writer.num_shards)])
+        pending = [(k, *writer.row_range(k)) for k, missing in enumerate(either) if missing]
+    if preemption.agreed(bool(pending)):
+        tokenize = PairTokenizer.from_config(config, model.tokenizer)
+        sample = _sample(tokenize, pairs, everyone)
+    if pending:
+        source_layers = split.components["source_layers"]
+        judge = _judge(config, model, backend, attention, source_layers, sample)
+        tokenized = [forms.tokenized for forms in sample]
+        reference = Reference(config, model, backend, attention, tokenized)
+        total = sum(stop - start for _, start, stop in pending)
+        with (
+            PairProgress(
+                f"prepare {split.name}", total, bar=config.log.progress and processes.is_first()
+            ) as progress,
+            ThreadPoolExecutor(max_workers=1) as ahead,
+            ThreadPoolExecutor(max_workers=1) as behind,
+            preemption.watch() as noticed,
+        ):
+
+            def read(shard: int, start: int, stop: int) -> Future:
+                part = team.part(stop - start)
+                mine = slice(start + part.start, start + part.stop)
+                return ahead.submit(lambda: tokenize(pairs[mine]))
+
+            def preempted() -> bool:
+                # Those that compute together must leave off together.
+                return preemption.agreed(noticed()) if together else noticed()
+
+            # The next shard is tokenized, and the last one written, while this one is computed.
+            written: Future | None = None
+            following = read(*pending[0])
+            for k, (shard, _, _) in enumerate(pending):
+                forms, bad_rows = _of_all(team, *following.result())
+                if k + 1 < len(pending):
+                    following = read(*pending[k + 1])
+                rows = _shard_rows(judge, reference, forms, progress, preempted)
+                if rows is None:
+                    stops = True
+                    following.cancel()
+                    break
+                if written is not None:
+                    written.result()  # a full disk ends the run here
+                if not together or processes.is_first():
+                    records = [bad_row.as_record() for bad_row in bad_rows]
+                    written = behind.submit(writer.write, shard, rows, records)
+                progress.add(len(bad_rows))
+            if written is not None:
+                written.result()
+            # Notice may have come while the last shard was written.
+            stops = stops or preempted()
+    # Who has been told to stop comes here too: the others learn of it and do not wait in vain.
+    processes.barrier(f"prepare: shards of {split.name} written")
+    if preemption.agreed(stops):
+        raise preemption.Preempted(
+            f"told to stop: shards of {split.path} that were finished stay; the same command goes "
+            "on from there"
+        )
+    if processes.is_first():
+        refused = [row for shard in range(writer.num_shards) for row in writer.bad_rows(shard)]
+        bad_rows = split.bad_rows + refused
+        writer.finish({"pairs": len(pairs) - len(refused), "bad_rows": len(bad_rows)})
+        if config.data.on_bad_row == "skip":
+            atomic.write_json_lines(_bad_rows_path(split.path), bad_rows)
+    processes.barrier(f"prepare: {split.name} finished")
+
+
+def _judge(
+    config: config_dict.ConfigDict,
+    model: LanguageModel,
+    backend: backends.Backend,
+    attention: str,
+    source_layers: Sequence[int],
+    sample: Sequence[PairForms],
+) -> Judge | None:
+    """The judge, fitted to a sample; None where none is wanted."""
+    if not source_layers:
+        return None
+    judge = Judge(
+        model,
+        template=config.judge.template,
+        max_length=config.judge.max_length,
+        max_answer_length=config.judge.max_answer_length,
+        source_layers=source_layers,
+        verdict=config.judge.verdict,
+        dtype=jnp.dtype(config.model.dtype),
+        batch_size=config.judge.batch_size,
+        token_budget=config.judge.token_budget,
+        num_buckets=config.judge.num_buckets,
+        backend=backend,
+        attention=attention,
+    )
+    judge.fit([forms.prompt for forms in sample])
+    return judge
+
+
+def _sample(tokenize: PairTokenizer, pairs: Pairs, team: Team) -> list[PairForms]:
+    """Pairs from all over the data, the same for all of a team, of which each tokenizes a part.
+
+    Raises:
+      ValueError: every one of the data's pairs is bad.
+    """
+    few = np.linspace(0, len(pairs) - 1, min(SAMPLE, len(pairs)), dtype=int)
+    for places in (few, np.arange(len(pairs))):
+        mine = [pairs[places[i]] for i in team.part(len(places))]
+        forms, bad_rows = _of_all(team, *tokenize(mine))
+        if forms:
+            return forms
+    raise ValueError(f"no pair can be prepared: all are bad rows, the first: {bad_rows[0]}")
+
+
+def _of_all(
+    team: Team, forms: list[PairForms], bad_rows: list[BadRow]
+) -> tuple[list[PairForms], list[BadRow]]:
+    """What all of a team have tokenized, in the order of their parts."""
+    parts = team.exchange((forms, [vars(bad_row) for bad_row in bad_rows]))
+    return (
+        [form for of_one, _ in parts for form in of_one],
+        [BadRow(**bad_row) for _, of_one in parts for bad_row in of_one],
+    )
+
+
+def _shard_rows(
+    judge: Judge | None,
+    reference: Reference,
+    forms: Sequence[PairForms],
+    progress: PairProgress,
+    preempted: Callable[[], bool],
+) -> list[dict[str, Any]] | None:
+    """The rows of a shard, or None if notice came before they were all there."""
+    tokenized = [form.tokenized for form in forms]
+    # Both passes move the bar by half of what they did: either may take longer than the other.
+    share = 1.0 if judge is None else 0.5
+    judgements: dict[int, Judgement] = {}
+    if judge is not None:
+        for done in judge.run([form.prompt for form in forms], tokenized):
+            judgements.update(done)
+            progress.add(len(done) * share)
+            if preempted():
+                return None
+    logps: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    for done in reference.run(tokenized):
+        logps.update(done)
+        progress.add(len(done) * share)
+        if preempted():
+            return None
+    rows = []
+    for i, pair in enumerate(tokenized):
+        row = {
+            "id": pair.id,
+            "prompt_ids": pair.prompt_ids,
+            "chosen_ids": pair.chosen_ids,
+            "rejected_ids": pair.rejected_ids,
+            "chosen_text_length": pair.chosen_text_length,
+            "rejected_text_length": pair.rejected_text_length,
+            "ref_chosen_logps": logps[i][0],
+            "ref_rejected_logps": logps[i][1],
+        }
+        if judge is not None:
+            row["judge_chosen"] = judgements[i].chosen
+            row["judge_rejected"] = judgements[i].rejected
+            if judge.verdict:
+                row["judge_verdict"] = judgements[i].verdict
+        if forms[i].ready is not None:
+            row["ready_chosen"], row["ready_rejected"] = forms[i].ready
+        rows.append(row)
+    return rows
+
+
+def summary(split: str, dataset: prepared.Prepared) -> Table:
+    """A table of what was prepared and of how the judge judged, if it did."""
+    table = Table(title=f"prepared: {split}", show_header=False)
+    table.add_row("pairs", str(len(dataset)))
+    table.add_row("bad rows", str(dataset.meta["counts"]["bad_rows"]))
+    if dataset.weight_columns:
+        table.add_row("ready-made weights", ", ".join(dataset.weight_columns))
+    if not dataset.source_layers:
+        return table
+    figures = judge_figures(dataset)
+    if figures.agreement is not None:
+        both, one, none = (f"{share:.1%}" for share in figures.agreement)
+        agrees = f"both orders {both}, one {one}, none {none}"
+        table.add_row("verdict agrees with the label", agrees)
+        table.add_row("position bias", f"{figures.position_bias:+.3f} log-odds for A")
+    for layer, entropy, first in zip(
+        dataset.source_layers, figures.entropy, figures.first_token, strict=False
+    ):
+        table.add_row(
+            f"weights of layer {layer}",
+            f"entropy {entropy:.1%} of uniform, first token {first:.1%}",
+        )
+    return table

@@ -1,0 +1,1 @@
+"""What any program needs around its work: files, the terminal, metrics, errors, exit codes."""

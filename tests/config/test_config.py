@@ -1,0 +1,408 @@
+import doctest
+import re
+import subprocess
+import sys
+
+import pytest
+from ml_collections import config_dict
+
+from attnpo_jax import config as config_lib
+from attnpo_jax import losses, weighting
+from attnpo_jax.config import (
+    ConfigError,
+    bind_section,
+    check_layers,
+    complete_sections,
+    core,
+    default_config,
+    diff,
+    flatten,
+    from_json,
+    load_file,
+    section_for,
+    source_layers,
+    to_json,
+    validate,
+)
+from attnpo_jax.config import rules as config_rules
+from attnpo_jax.registry import RegistryError
+
+PLUGIN = """
+from attnpo_jax import weighting
+
+@weighting.register
+def {name}(response, *, gamma: float, floor=0.25, mode: str = "all"):
+    return response.mask_BT * gamma
+"""
+
+
+@pytest.fixture
+def plugin(tmp_path):
+    """A weighting under a name no other test uses, and its file."""
+    name = f"decay_{abs(hash(tmp_path))}"
+    file = tmp_path / "decay.py"
+    file.write_text(PLUGIN.format(name=name))
+    return name, str(file)
+
+
+def with_value(field, value):
+    """The default config with one field set, past ConfigDict's own type check."""
+    config = default_config().to_dict()
+    *parents, last = field.split(".")
+    section = config
+    for parent in parents:
+        section = section[parent]
+    section[last] = value
+    return config_dict.ConfigDict(config)
+
+
+def test_default_config_is_valid_locked_and_the_paper_s():
+    config = default_config()
+    validate(config)
+    assert config.weighting.to_dict() == {"name": "attention", "layer": -1, "fix_sink": True}
+    assert config.objective.to_dict() == {"name": "sigmoid", "beta": 0.1, "label_smoothing": 0.0}
+    assert (config.data.max_length, config.data.max_prompt_length) == (2048, 1800)
+    assert (config.optim.learning_rate, config.optim.warmup_ratio) == (1e-6, 0.1)
+    with pytest.raises(AttributeError, match="lerning_rate"):
+        config.optim.lerning_rate = 1.0
+
+
+def test_every_field_has_a_rule_and_every_rule_a_field():
+    fields = {f for f in flatten(default_config()) if f.split(".")[0] not in config_lib.SECTIONS}
+    assert fields == set(config_rules.RULES)
+
+
+def test_remat_choices_are_the_decoder_s():
+    from attnpo_jax.models.decoder import REMAT_POLICIES
+
+    for name in REMAT_POLICIES:
+        validate(with_value("model.remat", name))
+
+
+@pytest.mark.parametrize(
+    "field, value, accepted",
+    [
+        ("seed", -1, "a whole number, 0 or more"),
+        ("model.source", " ", "a text that is not empty"),
+        ("model.dtype", "float16", "'float32', 'bfloat16'"),
+        ("model.chat_template", "absent.jinja", "None or an existing file"),
+        ("data.train", "", "a source, or a tuple of sources"),
+        ("data.train", ("a.jsonl", 3), "all of them or none with a share"),
+        ("data.train", ("a.jsonl*0.5", "b.jsonl"), "all of them or none with a share"),
+        ("data.weight_columns", (1.5,), "'all', a column's name or a tuple of them, or none"),
+        ("data.max_length", 2048.0, "a whole number, 2 or more"),
+        ("data.shuffle", 1, "True or False"),
+        ("data.on_bad_row", "ignore", "'error', 'skip'"),
+        ("judge.template", "absent.txt", "'default' or an existing file"),
+        ("judge.layers", "half", "'quartiles', 'all', 'none', or a tuple of layer numbers"),
+        ("judge.layers", (), "'quartiles', 'all', 'none', or a tuple of layer numbers"),
+        ("optim.learning_rate", float("nan"), "a number above 0"),
+        ("optim.learning_rate", 0.0, "a number above 0"),
+        ("optim.warmup_ratio", 1.1, "a number from 0 to 1"),
+        ("optim.b2", 1.0, "a number from 0 to 1, 1 excluded"),
+        ("optim.schedule", "cosin", "'cosine', 'linear', 'constant'"),
+        ("train.batch_size", True, "a whole number, 1 or more"),
+        ("train.checkpoint_dir", "s3://bucket/run", "'', a folder, or gs://BUCKET/FOLDER"),
+        ("parallel.mesh.fsdp", 0, "a whole number, 1 or more, or -1"),
+        ("plugins", ("absent.py",), "no such file"),
+        ("train.microbatch_size", 5, "a divisor of config.train.batch_size = 32"),
+        ("data.max_prompt_length", 2048, "less than config.data.max_length = 2048"),
+        ("judge.max_answer_length", 1024, "less than half of config.judge.max_length = 2048"),
+        ("parallel.mesh.tensor", -1, "-1 for at most one of them"),
+        ("weighting.layer", 1.5, "int | tuple[int, ...]"),
+        ("weighting.layer", (1, "2"), "int | tuple[int, ...]"),
+        ("weighting.fix_sink", 1, "True or False"),
+        ("weighting.tau", 1, "no such hyperparameter; accepted: layer, fix_sink"),
+        ("weighting.name", "atention", "accepted: attention, "),
+        ("objective.name", None, "accepted: "),
+        ("objective.beta", 0, "a number above 0"),
+        ("objective.label_smoothing", 0.5, "a number from 0 to 0.5, 0.5 excluded"),
+    ],
+)
+def test_a_bad_value_is_named_with_what_is_accepted(field, value, accepted):
+    with pytest.raises(ConfigError) as caught:
+        validate(with_value(field, value))
+    (problem,) = caught.value.problems
+    assert f"config.{field}" in problem and accepted in problem
+    if field != "plugins":
+        assert repr(value) in problem
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("data.train", ("a.jsonl", "owner/name@train[:10]")),
+        ("data.train", ["a.jsonl"]),
+        ("data.eval", ""),
+        ("judge.layers", (0, -1)),
+        ("judge.layers", "all"),
+        ("weighting.layer", (0, -1)),
+        ("objective.beta", 1),
+        ("optim.warmup_ratio", 0),
+        ("optim.max_grad_norm", 0.0),
+        ("parallel.mesh.data", 8),
+    ],
+)
+def test_good_values_pass(field, value):
+    validate(with_value(field, value))
+
+
+def test_unknown_and_missing_fields_are_named():
+    config = default_config()
+    with config.unlocked():
+        config.optim.batch_size = 8
+        config.model.sorce = "x"
+        del config.train.epochs
+    with pytest.raises(ConfigError) as caught:
+        validate(config)
+    assert set(caught.value.problems) == {
+        "config.model.sorce = 'x': unknown field (did you mean config.model.source?)",
+        "config.optim.batch_size = 8: unknown field "
+        "(did you mean config.judge.batch_size or config.train.batch_size?)",
+        "config.train.epochs: missing",
+    }
+
+
+def test_all_problems_are_listed_at_once():
+    config = with_value("seed", -1)
+    config.optim.schedule = "step"
+    config.objective.beta = -0.1
+    with pytest.raises(ConfigError, match="3 problems in the config") as caught:
+        validate(config)
+    assert len(caught.value.problems) == 3
+    assert all(problem in str(caught.value) for problem in caught.value.problems)
+
+
+def test_pmap_takes_data_parallelism_only():
+    config = default_config()
+    config.parallel.backend = "pmap"
+    validate(config)
+    config.parallel.mesh.fsdp = 2
+    with pytest.raises(ConfigError, match=r"mesh.fsdp = 2: accepted: 1, since .*'pmap'"):
+        validate(config)
+
+
+def test_writers_need_their_package(monkeypatch):
+    config = default_config()
+    config.log.wandb = True
+    monkeypatch.setattr(config_rules.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"config.log.wandb = True: .*pip install '\.\[wandb\]'"):
+        validate(config)
+
+
+def test_a_bucket_needs_its_package(monkeypatch):
+    config = default_config()
+    config.train.checkpoint_dir = "gs://bucket/run"
+    monkeypatch.setattr(config_rules.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="'gs://bucket/run': needs the package gcsfs"):
+        validate(config)
+
+
+def test_section_for_takes_fields_from_the_signature():
+    section = section_for(weighting, "attention", layer=(0, 14))
+    assert section.to_dict() == {"name": "attention", "layer": (0, 14), "fix_sink": True}
+    section.layer = 3  # one layer or several: both types are fine
+    with pytest.raises(RegistryError, match="no hyperparameter 'tau'; accepted: beta"):
+        section_for(losses, "hinge", tau=1.0)
+    assert bind_section(losses, section_for(losses, "ipo", beta=0.5)).keywords == {
+        "beta": 0.5,
+        "length_normalize": False,
+    }
+
+
+def test_switching_a_section_keeps_values_of_the_same_name():
+    config = default_config()
+    config.objective.beta = 0.005
+    complete_sections(config, objective="ipo", weighting="uniform")
+    assert config.objective.to_dict() == {"name": "ipo", "beta": 0.005, "length_normalize": False}
+    assert config.weighting.to_dict() == {"name": "uniform"}
+    validate(config)
+    with pytest.raises(ConfigError, match="config.objective.name: unknown objective 'dpo'"):
+        complete_sections(config, objective="dpo")
+
+
+def test_completing_fills_in_defaults_and_keeps_unknown_fields_for_validate():
+    config = default_config()
+    with config.unlocked():
+        config.objective = config_dict.ConfigDict({"name": "ipo", "bet": 0.2})
+    complete_sections(config)
+    assert config.objective.length_normalize is False and config.objective.bet == 0.2
+    with pytest.raises(ConfigError, match="config.objective.bet = 0.2: .*accepted: beta, length_n"):
+        validate(config)
+
+
+def test_plugin_functions_are_validated_by_their_signature(plugin):
+    name, file = plugin
+    config = default_config()
+    config.plugins = (file,)
+    complete_sections(config, weighting=name)
+    assert config.weighting.to_dict() == {
+        "name": name,
+        "gamma": None,
+        "floor": 0.25,
+        "mode": "all",
+    }
+    with pytest.raises(ConfigError, match="config.weighting.gamma: .* needs a value for it"):
+        validate(config)
+    config.weighting.gamma = 0.9
+    config.weighting.floor = 1  # no annotation: any number
+    validate(config)
+    config.weighting.gamma = "high"
+    with pytest.raises(ConfigError, match="config.weighting.gamma = 'high': accepted: a number"):
+        validate(config)
+
+
+def test_source_layers():
+    assert source_layers("quartiles", 30) == (0, 6, 14, 21, 29)
+    assert source_layers("quartiles", 32) == (0, 7, 15, 23, 31)
+    assert source_layers("quartiles", 3) == (0, 1, 2)
+    assert source_layers("quartiles", 1) == (0,)
+    assert source_layers("all", 4) == (0, 1, 2, 3)
+    assert source_layers((-1, 0, 5, 29), 30) == (0, 5, 29)
+    with pytest.raises(ConfigError, match=r"judge.layers = \(0, 30\): no layer 30; .*-30 to 29"):
+        source_layers((0, 30), 30)
+
+
+def test_check_layers_wants_the_weighting_s_layer_among_the_sources():
+    config = default_config()
+    assert check_layers(config, 30) == (0, 6, 14, 21, 29)
+    config.weighting.layer = (-1, 7)
+    with pytest.raises(ConfigError, match="weighting.layer: layer 7 .*accepted: 0, 6, 14, 21, 29"):
+        check_layers(config, 30)
+    config.judge.layers = (7, -1)
+    assert check_layers(config, 30) == (7, 29)
+    complete_sections(config, weighting="uniform")
+    assert check_layers(config, 30) == (7, 29)
+
+
+def test_quartiles_take_global_layers_where_others_have_a_sliding_window():
+    config = default_config()
+    complete_sections(config, weighting="uniform")
+    # Gemma 2: every other layer is global; of those 13, places 0, 2, 5, 8 and 12.
+    alternating = (4096, None) * 13
+    assert check_layers(config, 26, alternating) == (1, 5, 11, 17, 25)
+    # Gemma-3-4B: 5 global layers of 34.
+    windows = tuple(None if (i + 1) % 6 == 0 else 1024 for i in range(34))
+    assert check_layers(config, 34, windows) == (5, 11, 17, 29)
+    config.judge.layers = (0, -1)
+    assert check_layers(config, 34, windows) == (0, 33)
+
+
+def test_quartiles_take_local_layers_only_if_they_see_the_whole_judge_prompt():
+    config = default_config()
+    complete_sections(config, weighting="uniform")
+    assert config.judge.max_length == 2048
+    assert check_layers(config, 32, (4096,) * 32) == (0, 7, 15, 23, 31)
+    assert check_layers(config, 32, (2048,) * 32) == (0, 7, 15, 23, 31)
+    with pytest.raises(ConfigError, match="judge.layers = 'quartiles': .*window shorter than"):
+        check_layers(config, 32, (2047,) * 32)
+    config.judge.layers = "all"
+    assert check_layers(config, 3, (2047,) * 3) == (0, 1, 2)
+
+
+def test_json_round_trip_keeps_tuples_sections_and_types():
+    config = default_config()
+    config.data.train = ("a.jsonl", "b.jsonl")
+    config.judge.layers = (0, -1)
+    config.weighting.layer = (0, 29)
+    complete_sections(config, objective="hinge")
+    restored = from_json(to_json(config))
+    assert diff(config, restored) == {}
+    assert restored.weighting.layer == (0, 29) and isinstance(restored.weighting.layer, tuple)
+    assert restored.objective.to_dict() == {"name": "hinge", "beta": 0.1}
+    validate(restored)
+    with pytest.raises(ConfigError, match="not a config in JSON"):
+        from_json("{")
+    with pytest.raises(ConfigError, match="config.optim.momentum = 0.9: no config has this field"):
+        from_json('{"optim": {"momentum": 0.9}}')
+    with pytest.raises(ConfigError, match="config.seed = 'x'"):
+        from_json('{"seed": "x"}')
+
+
+def test_diff_names_fields_on_either_side():
+    old, new = default_config(), default_config()
+    new.optim.learning_rate = 5e-7
+    complete_sections(new, weighting="uniform")
+    assert diff(old, new) == {
+        "optim.learning_rate": (1e-6, 5e-7),
+        "weighting.name": ("attention", "uniform"),
+        "weighting.layer": (-1, "(absent)"),
+        "weighting.fix_sink": (True, "(absent)"),
+    }
+
+
+def test_load_file_with_and_without_argument(tmp_path):
+    file = tmp_path / "x.py"
+    file.write_text(
+        "from attnpo_jax.config import default_config\n"
+        "def get_config(size='4'):\n"
+        "    config = default_config()\n"
+        "    config.train.batch_size = int(size)\n"
+        "    return config\n"
+    )
+    assert load_file(str(file)).train.batch_size == 4
+    assert load_file(f"{file}:64").train.batch_size == 64
+    with pytest.raises(ConfigError, match=r"x.py:4: ValueError: invalid literal"):
+        load_file(f"{file}:many")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("get_config = 3 +", "SyntaxError"),
+        ("import attnpo_no_such_module", r"x.py:1: ModuleNotFoundError"),
+        ("def config(): pass", r"no function get_config"),
+        ("def get_config(): return {}", "returned a dict; accepted: a ConfigDict"),
+        (
+            "from attnpo_jax.config import default_config\n"
+            "def get_config():\n"
+            "    c = default_config()\n"
+            "    c.optim.lerning_rate = 1.0\n",
+            r"x.py:4: AttributeError: .*lerning_rate",
+        ),
+    ],
+)
+def test_a_config_file_that_fails_is_named_with_the_line(tmp_path, text, message):
+    file = tmp_path / "x.py"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_file(str(file))
+    assert str(file) in str(caught.value)
+
+
+def test_a_config_file_that_is_not_there_or_takes_no_argument(tmp_path):
+    with pytest.raises(FileNotFoundError, match="absent.py"):
+        load_file(str(tmp_path / "absent.py"))
+    file = tmp_path / "x.py"
+    file.write_text("def get_config(): return None")
+    with pytest.raises(ConfigError, match="takes no argument"):
+        load_file(f"{file}:small")
+
+
+def test_validation_loads_no_model_or_data_library():
+    code = (
+        "import sys; from attnpo_jax.config import *; validate(default_config());"
+        "print([m for m in ('transformers', 'datasets', 'torch', 'flax') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert re.search(r"^\[\]$", out.stdout, re.M), out.stdout
+
+
+def test_examples_in_the_docstrings_run():
+    result = doctest.testmod(core)
+    assert result.attempted >= 4 and result.failed == 0
+
+
+def test_a_layer_that_may_not_see_both_answers_is_warned_of(caplog):
+    config = default_config()
+    config.judge.layers = "all"
+    windows = (512, None, 512)
+    assert check_layers(config, 3, windows) == (0, 1, 2)
+    assert "layer 2, which sees 512 positions back" in caplog.text
+    assert "layers that do: 1" in caplog.text
+    caplog.clear()
+    config.weighting.layer = 1
+    check_layers(config, 3, windows)
+    config.weighting.layer, config.judge.max_length = 2, 512
+    check_layers(config, 3, windows)
+    assert not caplog.text

@@ -1,0 +1,199 @@
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from attnpo_jax import config as config_lib
+from attnpo_jax.export.stage import export
+from attnpo_jax.models import decoder
+from attnpo_jax.models.io import hf_folder as models
+from attnpo_jax.parallel.checkpoint import CheckpointMismatch, Checkpoints
+from attnpo_jax.train import optim
+from attnpo_jax.train.state import TrainState, create
+from tests.parallel import tiny
+
+HF_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 32,
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
+
+
+def write_model(folder, **changes):
+    source = folder / "source"
+    source.mkdir(parents=True)
+    (source / "config.json").write_text(json.dumps(HF_CONFIG | changes))
+    (source / "tokenizer_config.json").write_text('{"chat_template": "hello"}')
+    model = models.load_config(source)
+    params = decoder.init_params(model, jax.random.key(0))
+    models.save(folder / "model", model, params, source_folder=source)
+    return folder / "model"
+
+
+def make_config(model_folder, param_dtype="float32"):
+    config = config_lib.default_config()
+    config.model.source = str(model_folder)
+    config.model.param_dtype = param_dtype
+    return config
+
+
+def save_checkpoint(workdir, config, step, seed=None):
+    """A checkpoint of random parameters that differ by step; returns them."""
+    model = models.load_config(config.model.source)
+    params = decoder.init_params(model, jax.random.key(seed or step), config.model.param_dtype)
+    state = create(params, optim.make_optimizer(config.optim, lambda step: 0.0))
+    with Checkpoints(workdir / "checkpoints", {}, keep=5) as checkpoints:
+        checkpoints.save(TrainState(jax.numpy.int32(step), params, state.opt_state))
+    return params
+
+
+def exported_params(folder, dtype="float32"):
+    return models.load_params(folder, models.load_config(folder), param_dtype=dtype)
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_exports_the_newest_checkpoint_with_the_companions_of_the_source(tmp_path):
+    config = make_config(write_model(tmp_path))
+    save_checkpoint(tmp_path / "run", config, 3)
+    newest = save_checkpoint(tmp_path / "run", config, 12)
+    folder = export(config, tmp_path / "run")
+    assert folder == tmp_path / "run" / "export"
+    assert_same(exported_params(folder), newest)
+    assert json.loads((folder / "tokenizer_config.json").read_text()) == {"chat_template": "hello"}
+
+
+def test_transformers_gives_the_logits_of_the_checkpoint(tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config = make_config(write_model(tmp_path))
+    params = save_checkpoint(tmp_path / "run", config, 1)
+    tokens = np.arange(10)[None] % 32
+    hidden = decoder.forward(
+        models.load_config(config.model.source),
+        params,
+        tokens,
+        np.arange(10)[None],
+        np.ones((1, 10), np.int32),
+    )
+    ours = hidden @ decoder.unembedding(params).T
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(export(config, tmp_path / "run"))
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(ours, expected, atol=1e-4)
+
+
+def test_another_export_replaces_the_first(tmp_path):
+    config = make_config(write_model(tmp_path))
+    save_checkpoint(tmp_path / "run", config, 1)
+    export(config, tmp_path / "run", tmp_path / "out")
+    newest = save_checkpoint(tmp_path / "run", config, 2)
+    assert export(config, tmp_path / "run", tmp_path / "out") == tmp_path / "out"
+    assert_same(exported_params(tmp_path / "out"), newest)
+
+
+def test_what_is_exported_already_is_not_written_again(tmp_path):
+    config = make_config(write_model(tmp_path))
+    save_checkpoint(tmp_path / "run", config, 1)
+    weights = export(config, tmp_path / "run") / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    # What is left by an export that was killed while it removed the one before.
+    left = tmp_path / "run" / f".export.{'0' * 32}.old"
+    left.mkdir()
+    export(config, tmp_path / "run")
+    assert weights.stat().st_mtime_ns == before and not left.exists()
+    # With another chat template it is something else.
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ messages[0].content }}")
+    config.model.chat_template = str(template)
+    folder = export(config, tmp_path / "run")
+    assert (folder / "chat_template.jinja").read_text() == template.read_text()
+    # The same step of another run is something else; so is an export without its weights.
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    save_checkpoint(tmp_path / "run", config, 1, seed=2)
+    export(config, tmp_path / "run")
+    replaced = weights.stat().st_mtime_ns
+    assert replaced != before
+    weights.unlink()
+    export(config, tmp_path / "run")
+    assert weights.is_file()
+
+
+def test_checkpoints_elsewhere(tmp_path):
+    config = make_config(write_model(tmp_path))
+    config.train.checkpoint_dir = str(tmp_path / "elsewhere")
+    newest = save_checkpoint(tmp_path / "run", config, 3)
+    (tmp_path / "run" / "checkpoints").rename(tmp_path / "elsewhere")
+    assert_same(exported_params(export(config, tmp_path / "run")), newest)
+
+
+def test_bfloat16_parameters_stay_bfloat16(tmp_path):
+    config = make_config(write_model(tmp_path), "bfloat16")
+    params = save_checkpoint(tmp_path / "run", config, 1)
+    folder = export(config, tmp_path / "run")
+    written = json.loads((folder / "config.json").read_text())
+    assert "bfloat16" in (written.get("dtype"), written.get("torch_dtype"))
+    assert_same(exported_params(folder, "bfloat16"), params)
+
+
+def test_nothing_to_export(tmp_path):
+    config = make_config(write_model(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"run/checkpoints holds no checkpoint"):
+        export(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_checkpoint_of_another_model_is_refused(tmp_path):
+    config = make_config(write_model(tmp_path))
+    save_checkpoint(tmp_path / "run", config, 1)
+    config.model.source = str(write_model(tmp_path / "wider", intermediate_size=20))
+    with pytest.raises(CheckpointMismatch, match=r"params.layers.down: float32\[2,12,8\]"):
+        export(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "export").exists()
+
+
+def test_a_chat_template_of_the_config_s_takes_the_place_of_the_tokenizer_s(tmp_path):
+    folder = write_model(tmp_path)
+    tokenizer = {"chat_template": "of the tokenizer", "model_max_length": 64}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    (folder / "chat_template.jinja").write_text("of the tokenizer")
+    (tmp_path / "own.jinja").write_text("{{ messages[0]['content'] }} «own»")
+    config = make_config(folder)
+    save_checkpoint(tmp_path / "run", config, 1)
+    config.model.chat_template = str(tmp_path / "own.jinja")
+    out = export(config, tmp_path / "run")
+    own = "{{ messages[0]['content'] }} «own»"
+    assert (out / "chat_template.jinja").read_text() == own
+    expected = {"chat_template": own, "model_max_length": 64}
+    assert json.loads((out / "tokenizer_config.json").read_text()) == expected
+    # The source's files are as they were.
+    assert json.loads((folder / "tokenizer_config.json").read_text()) == tokenizer
+
+
+def test_transformers_renders_with_the_exported_template(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder = tiny.write_folder(tmp_path)
+    config = make_config(folder)
+    save_checkpoint(tmp_path / "run", config, 1)
+    messages = [{"role": "user", "content": "hi"}]
+    load = transformers.AutoTokenizer.from_pretrained
+
+    def rendered(name):
+        exported = load(export(config, tmp_path / "run", tmp_path / name))
+        return exported.apply_chat_template(messages, tokenize=False)
+
+    assert rendered("plain") == "<|im_start|>user\nhi<|im_end|>\n"
+    (tmp_path / "own.jinja").write_text("{% for m in messages %}<{{ m['content'] }}>{% endfor %}")
+    config.model.chat_template = str(tmp_path / "own.jinja")
+    assert rendered("own") == "<hi>"

@@ -1,0 +1,124 @@
+"""The report on a config's data, from a folder that holds a tokenizer and no model."""
+
+import io
+import json
+
+import pytest
+import tokenizers
+import transformers
+from rich.console import Console
+from tokenizers import decoders, models, pre_tokenizers
+
+from attnpo_jax import cli, weighting
+from attnpo_jax import config as config_lib
+from attnpo_jax.config import section_for
+from attnpo_jax.prepare.data_report import data_report
+from attnpo_jax.runtime import exit_codes
+
+TEMPLATE = (
+    "{% for m in messages %}[{{ m['role'][0] }}]{{ m['content'] }}[/]{% endfor %}"
+    "{% if add_generation_prompt %}[a]{% endif %}"
+)
+# Every character but the marks [u], [a], [s] and [/] is a token.
+ROWS = [
+    {"id": "short", "prompt": "2+2", "chosen": "4", "rejected": "55"},
+    {"id": "long", "prompt": "0123456789", "chosen": "9876543210", "rejected": "x"},
+    {"id": "judged short", "prompt": "?", "chosen": "abcdefgh", "rejected": "ABCDEFGHIJ"},
+    {"id": "no prompt", "chosen": "a", "rejected": "b"},
+    {"id": "last", "prompt": "p", "chosen": "c", "rejected": "r"},
+]
+
+
+@pytest.fixture
+def config(tmp_path):
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["[u]", "[a]", "[s]", "[/]"])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (tmp_path / "judge.txt").write_text("{question}{answer_a}|{answer_b}")
+    config = config_lib.default_config()
+    config.model.source = str(tmp_path / "tokenizer")
+    config.data.train = str(tmp_path / "rows.jsonl")
+    config.data.eval = ""
+    config.data.max_length = 20
+    config.data.max_prompt_length = 10
+    config.judge.template = str(tmp_path / "judge.txt")
+    config.judge.max_length = 18
+    config.judge.max_answer_length = 5
+    config.log.progress = False
+    return config
+
+
+def printed(config, **options):
+    output = io.StringIO()
+    data_report(config, console=Console(file=output, width=300), **options)
+    return output.getvalue()
+
+
+def test_figures_by_hand(config):
+    (report,) = data_report(config, console=Console(file=io.StringIO()))
+    assert (report.split, report.pairs) == ("train", 4)
+    assert report.by_source == {config.data.train: 4}
+    assert [(row["row"], row["id"]) for row in report.bad_rows] == [(4, "no prompt")]
+    # A prompt has its characters and [u], [/], [a]; a response its own and [/]. The second pair's
+    # prompt of 13 keeps 10, which leaves 10 of its chosen response's 11.
+    # Of the prompts 4, 4, 6 and 10 the nearest to each percentile.
+    assert (report.lengths["prompt"][0], report.lengths["prompt"][-1]) == (4, 10)
+    assert (report.lengths["chosen"][0], report.lengths["chosen"][-1]) == (2, 10)
+    assert (report.lengths["rejected"][0], report.lengths["rejected"][-1]) == (2, 11)
+    assert report.lengths["row"] == sorted(report.lengths["row"])
+    assert report.lengths["row"][-1] == 4 + 9 + 11
+    # A judge prompt has the marks, the bar and the three texts: 4 and, by pair, 6, 21, 19, 3. Two
+    # reach 18: answers are cut to 5 characters (5 and 1; 5 and 5), then the second's question, of
+    # which 7 fit.
+    assert report.truncated == {"prompt": 1, "chosen": 1, "rejected": 0, "judge": 2}
+    assert (report.lengths["judge"][0], report.lengths["judge"][-1]) == (7, 17)
+
+    first, _, last = report.examples
+    assert (first["id"], last["id"]) == ("short", "last")
+    assert first["chosen"] == "[u]2+2[/][a]4[/]" and first["rejected"] == "[u]2+2[/][a]55[/]"
+    assert first["judge"] == "[u]2+24|55[/][a]"
+
+
+def test_tables_and_json_say_the_same(config):
+    text = printed(config)
+    for part in ("train: 4 pairs", "bad rows", "no `prompt`", "[u]2+24|55[/][a]", "1 (25.0%)"):
+        assert part in text, text
+    report = json.loads(printed(config, as_json=True))["train"]
+    assert report["pairs"] == 4 and len(report["bad_rows"]) == 1
+    assert report["examples"][0]["chosen"] == "[u]2+2[/][a]4[/]"
+
+
+def test_rows_refused_by_the_judge_prompt_and_no_judge(config):
+    config.judge.max_length = 15
+    (report,) = data_report(config, console=Console(file=io.StringIO()))
+    # 4 + 5 + 5 tokens fit without a question; nothing is bad for that.
+    assert report.pairs == 4
+    config.judge.max_length = 14
+    config.judge.max_answer_length = 6
+    (report,) = data_report(config, console=Console(file=io.StringIO()))
+    assert [row.get("id") for row in report.bad_rows] == ["no prompt", "judged short"]
+    assert report.by_source == {config.data.train: 3}
+
+    config.judge.layers = "none"
+    with config.unlocked():
+        config.weighting = section_for(weighting, "uniform")
+    (report,) = data_report(config, console=Console(file=io.StringIO()))
+    assert report.pairs == 4 and "judge" not in report.lengths and "judge" not in report.examples[0]
+
+
+def test_the_command(config, tmp_path, capsys):
+    file = tmp_path / "config.py"
+    file.write_text(
+        "from attnpo_jax.config import from_json\n\n\n"
+        f"def get_config():\n    return from_json({config_lib.to_json(config)!r})\n"
+    )
+    assert cli.main(["data", f"--config={file}", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["train"]["pairs"] == 4
+    assert cli.main(["train", f"--config={file}", "--workdir=x", "--json"]) == exit_codes.USAGE
+    assert "unknown option --json" in capsys.readouterr().err

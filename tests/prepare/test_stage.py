@@ -1,0 +1,677 @@
+"""Preparing with a tiny model, and every way it can be cut short.
+
+Run as a script, this file is a `prepare` that kills itself.
+"""
+
+import errno
+import io
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+
+import datasets
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+import transformers
+from jax.experimental.compilation_cache import compilation_cache
+from rich.console import Console
+from tokenizers import decoders, pre_tokenizers
+from tokenizers import models as tokenizer_models
+
+from attnpo_jax import config as config_lib
+from attnpo_jax.config.rules import ConfigError
+from attnpo_jax.data.batching import EvalBatches
+from attnpo_jax.data.prepared import DamagedShard, Prepared, PreparedMismatch, PreparedWriter
+from attnpo_jax.data.sources import BadRow, load_pairs
+from attnpo_jax.judge.figures import JudgeFigures, judge_figures
+from attnpo_jax.judge.judge import Judge, judge_pairs
+from attnpo_jax.judge.language_model import load_model
+from attnpo_jax.models import decoder
+from attnpo_jax.models.io import hf_folder as checkpoints
+from attnpo_jax.prepare import stage as prepare_module
+from attnpo_jax.prepare.provenance import open_prepared
+from attnpo_jax.prepare.stage import prepare
+from attnpo_jax.runtime import atomic
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] + '\n' + m['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+HF_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 260,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+ROWS = [
+    {"id": f"row-{i}", "prompt": prompt, "chosen": chosen, "rejected": rejected}
+    for i, (prompt, chosen, rejected) in enumerate(
+        [
+            ("Why?", "Because it rained.", "No idea"),
+            ("Count to three.", "One, two, three", "Three!"),
+            ("Name a colour", "Blue", "Blue is the sky and the sea"),
+            ("Say yes", "yes", "no"),
+            ("Where is the key?", "Under the mat.", "It is a key."),
+            ("Spell cat", "c a t", "k a t"),
+        ]
+    )
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+    """These runs compile the same passes again and again; a cache saves most of their time."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def write_model(folder):
+    """A random model over bytes as a Hugging Face folder."""
+    vocab = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = tokenizer_models.BPE({token: i for i, token in enumerate(vocab)}, [])
+    backend = tokenizers.Tokenizer(bpe)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
+    fast.chat_template = CHATML
+    source = folder / "source"
+    fast.save_pretrained(source)
+    (source / "config.json").write_text(json.dumps(HF_CONFIG))
+    model = checkpoints.load_config(source)
+    params = decoder.init_params(model, jax.random.key(0))
+    params = jax.tree.map(lambda p: 6.0 * np.asarray(p) if np.std(p) > 0 else p, params)
+    checkpoints.save(folder / "model", model, params, source_folder=source)
+
+
+def write_rows(file, rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def make_config(inputs, **changes):
+    """Three training shards of two pairs and a held-out one; `changes` have __ for the dots."""
+    config = config_lib.default_config()
+    config.model.source = str(inputs / "model")
+    config.data.train = str(inputs / "train.jsonl")
+    config.data.eval = str(inputs / "eval.jsonl")
+    config.data.max_length = 200
+    config.data.max_prompt_length = 100
+    config.data.num_buckets = config.judge.num_buckets = 1
+    config.judge.template = str(inputs / "judge.txt")
+    config.judge.layers = (0, 2)
+    config.judge.max_length = 200
+    config.judge.max_answer_length = 60
+    config.weighting.layer = -1
+    config.prepare.rows_per_shard = 2
+    config.log.progress = False
+    for name, value in changes.items():
+        section, field = name.split("__")
+        config[section][field] = value
+    return config
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A folder with the model, the data and the template."""
+    folder = tmp_path_factory.mktemp("inputs")
+    write_model(folder)
+    write_rows(folder / "train.jsonl", ROWS)
+    write_rows(folder / "eval.jsonl", ROWS[2:4])
+    (folder / "judge.txt").write_text("Q {question}\n[A]\n{answer_a}\n[B]\n{answer_b}\nWhich?")
+    return folder
+
+
+def run(config, workdir):
+    """Prepares, and returns what was printed."""
+    output = io.StringIO()
+    prepare(config, workdir, console=Console(file=output, width=200))
+    return output.getvalue()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inputs, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    printed = run(make_config(inputs), workdir)
+    return workdir, printed
+
+
+@pytest.fixture
+def finished(undisturbed, tmp_path):
+    """A copy of the finished work."""
+    shutil.copytree(undisturbed[0], tmp_path / "work")
+    return tmp_path / "work"
+
+
+def shards_of(workdir, split="train"):
+    files = sorted((workdir / "prepared" / split).glob("*.arrow"))
+    return {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
+
+
+def contents(workdir):
+    return {name: content for name, (content, _) in shards_of(workdir).items()}
+
+
+SHARDS = [f"data-0000{i}-of-00003.arrow" for i in range(3)]
+
+
+@pytest.fixture
+def judged(monkeypatch):
+    """The ids of the pairs that the judge is given from here on."""
+    ids = []
+    original = Judge.run
+
+    def spy(self, prompts, tokenized):
+        ids.extend(pair.id for pair in tokenized)
+        return original(self, prompts, tokenized)
+
+    monkeypatch.setattr(Judge, "run", spy)
+    return ids
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(checkpoints, "load_params", refuse)
+
+
+# --- What is computed ---------------------------------------------------------------------------
+
+
+def test_rows_hold_what_judge_and_reference_say(inputs, undisturbed):
+    config = make_config(inputs)
+    dataset = open_prepared(config, undisturbed[0], "train")
+    model = load_model(config.model.source)
+    pairs = load_pairs(config.data.train).pairs
+    wanted = judge_pairs(
+        model,
+        pairs,
+        max_length=200,
+        max_prompt_length=100,
+        template=config.judge.template,
+        source_layers=(0, 2),
+    )
+    assert len(dataset) == 6 and dataset.source_layers == (0, 2) and dataset.num_layers == 3
+
+    @jax.jit
+    def all_logps(tokens):
+        positions = jnp.arange(len(tokens))[None]
+        hidden = decoder.forward(
+            model.config, model.params, tokens[None], positions, jnp.ones_like(positions)
+        )
+        return jax.nn.log_softmax(hidden[0] @ decoder.unembedding(model.params).T, axis=-1)
+
+    for row, pair, (tokenized, judgement) in zip(dataset, pairs, wanted, strict=True):
+        assert row["id"] == pair.id
+        for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
+            np.testing.assert_array_equal(row[name], getattr(tokenized, name))
+        np.testing.assert_allclose(row["judge_chosen"], judgement.chosen, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(row["judge_rejected"], judgement.rejected, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(row["judge_verdict"], judgement.verdict, rtol=0, atol=1e-4)
+        for side in ("chosen", "rejected"):
+            text = np.concatenate([row["prompt_ids"], row[f"{side}_ids"]])
+            logps = all_logps(np.pad(text, (0, 160 - len(text))))
+            places = np.arange(len(row["prompt_ids"]) - 1, len(text) - 1)
+            picked = logps[places, row[f"{side}_ids"]]
+            np.testing.assert_allclose(row[f"ref_{side}_logps"], picked, rtol=0, atol=1e-4)
+
+
+def test_the_dataset_on_disk(undisturbed):
+    workdir, printed = undisturbed
+    for split, ids in (("train", range(6)), ("eval", (2, 3))):
+        loaded = datasets.load_from_disk(str(workdir / "prepared" / split))
+        assert loaded["id"][:] == [f"row-{i}" for i in ids]
+        assert len(loaded[0]["judge_chosen"][1][1]) == loaded[0]["chosen_text_length"]
+        meta = json.loads((workdir / "prepared" / split / "prepared.json").read_text())
+        assert meta["counts"] == {"pairs": len(ids), "bad_rows": 0}
+        assert f"prepared: {split}" in printed
+    assert list(shards_of(workdir)) == SHARDS
+    for text in ("pairs", "bad rows", "both orders", "log-odds for A", "weights of layer 2"):
+        assert printed.count(text) >= 2, printed
+
+
+def test_without_held_out_pairs(inputs, tmp_path, judged):
+    run(make_config(inputs, data__eval="", data__train=str(inputs / "eval.jsonl")), tmp_path)
+    assert sorted(judged) == ["row-2", "row-3"]
+    assert not (tmp_path / "prepared" / "eval").exists()
+
+
+def test_int8_weights_give_nearly_the_same_rows(inputs, undisturbed, tmp_path):
+    run(make_config(inputs, data__eval="", model__prepare_weights="int8"), tmp_path)
+    full, quantized = (
+        Prepared.open(folder / "prepared" / "train") for folder in (undisturbed[0], tmp_path)
+    )
+    moved = 0.0
+    for before, after in zip(full, quantized, strict=True):
+        for name in ("judge_chosen", "ref_rejected_logps"):
+            np.testing.assert_allclose(after[name], before[name], rtol=0.2, atol=0.02)
+            moved = max(moved, np.abs(after[name] - before[name]).max())
+    assert moved > 1e-5
+
+
+# --- What is on disk already --------------------------------------------------------------------
+
+
+def test_finished_work_is_used_without_loading_weights(inputs, finished, no_model):
+    before = shards_of(finished)
+    printed = run(make_config(inputs), finished)
+    assert printed.count("complete, used as it is") == 2 and "both orders" in printed
+    assert shards_of(finished) == before
+
+
+def test_what_does_not_change_the_rows_may_change(inputs, finished, no_model):
+    config = make_config(
+        inputs,
+        judge__batch_size=1,
+        judge__token_budget=100,
+        data__num_buckets=3,
+        judge__num_buckets=2,
+        data__shuffle=False,
+        objective__beta=0.7,
+        optim__learning_rate=1.0,
+        prepare__rows_per_shard=5,
+        lora__rank=4,
+    )
+    assert run(config, finished).count("complete, used as it is") == 2
+
+
+@pytest.mark.parametrize(
+    ("field", "component", "on_disk", "wanted"),
+    [
+        ("judge.max_length", "judge.max_length", 200, 150),
+        ("judge.max_answer_length", "judge.max_answer_length", 60, 9),
+        ("judge.layers", "source_layers", (0, 2), (0, 1, 2)),
+        ("data.max_prompt_length", "max_prompt_length", 100, 11),
+        ("model.dtype", "model.dtype", "float32", "bfloat16"),
+        ("model.prepare_weights", "model.prepare_weights", "full", "int8"),
+    ],
+)
+def test_other_settings_are_refused_with_the_difference(
+    inputs, finished, no_model, field, component, on_disk, wanted
+):
+    change = {field.replace(".", "__"): wanted}
+    before = shards_of(finished)
+    with pytest.raises(PreparedMismatch) as caught:
+        run(make_config(inputs, **change), finished)
+    assert list(caught.value.differences) == [component]
+    message = f"  {field}: on disk {json.dumps(on_disk)}, config {json.dumps(wanted)}"
+    assert message in str(caught.value)
+    assert str(finished / "prepared" / "train") in str(caught.value)
+    assert shards_of(finished) == before
+    with pytest.raises(PreparedMismatch, match=re.escape(message)):
+        open_prepared(make_config(inputs, **change), finished, "train")
+
+
+def test_other_templates_are_refused(inputs, finished, tmp_path, no_model):
+    template = tmp_path / "other.txt"
+    template.write_text("{question} {answer_a} {answer_b}")
+    with pytest.raises(PreparedMismatch) as caught:
+        run(make_config(inputs, judge__template=str(template)), finished)
+    assert list(caught.value.differences) == ["judge.template"]
+    template.write_text(CHATML.replace("user", "USER").replace("assistant", "model"))
+    with pytest.raises(PreparedMismatch) as caught:
+        run(make_config(inputs, model__chat_template=str(template)), finished)
+    assert list(caught.value.differences) == ["tokenizer"]
+
+
+def test_other_pairs_are_refused(inputs, finished, tmp_path, no_model):
+    rows = [*ROWS[:5], {**ROWS[5], "chosen": "C A T"}]
+    write_rows(tmp_path / "train.jsonl", rows)
+    with pytest.raises(PreparedMismatch) as caught:
+        run(make_config(inputs, data__train=str(tmp_path / "train.jsonl")), finished)
+    assert caught.value.differences.keys() == {"data.digest", "data.sources"}
+    assert "  data.train (its pairs): on disk" in str(caught.value)
+    assert "  data.train: on disk" in str(caught.value)
+
+
+def test_no_split_is_computed_when_another_is_refused(inputs, finished, no_model):
+    shutil.rmtree(finished / "prepared" / "train")
+    with pytest.raises(PreparedMismatch) as caught:
+        run(make_config(inputs, data__eval=str(inputs / "train.jsonl")), finished)
+    assert "prepared/eval" in str(caught.value)
+    assert not (finished / "prepared" / "train").exists()
+
+
+def test_opening_checks_the_source_and_that_all_is_there(inputs, finished):
+    assert len(open_prepared(make_config(inputs), finished, "eval")) == 2
+    elsewhere = make_config(inputs, data__eval="builtin:eval")
+    with pytest.raises(PreparedMismatch) as caught:
+        open_prepared(elsewhere, finished, "eval")
+    on_disk = [str(inputs / "eval.jsonl")]
+    assert caught.value.differences == {"data.sources": (on_disk, ["builtin:eval"])}
+    (finished / "prepared" / "eval" / "prepared.json").unlink()
+    with pytest.raises(FileNotFoundError, match="prepared/eval.* not to the end"):
+        open_prepared(make_config(inputs), finished, "eval")
+
+
+# --- Interruptions ------------------------------------------------------------------------------
+
+
+def test_goes_on_after_an_interruption(inputs, undisturbed, tmp_path, monkeypatch, judged):
+    original = PreparedWriter.write
+
+    def write(self, shard, rows, bad_rows):
+        if shard == 2:
+            raise KeyboardInterrupt
+        original(self, shard, rows, bad_rows)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(PreparedWriter, "write", write)
+        run(make_config(inputs), tmp_path)
+    before = shards_of(tmp_path)
+    assert list(before) == SHARDS[:2]
+    judged.clear()
+    run(make_config(inputs), tmp_path)
+    assert judged == ["row-4", "row-5", "row-2", "row-3"]  # the rest, and the held-out pairs
+    after = shards_of(tmp_path)
+    assert {name: after[name] for name in before} == before
+    assert contents(tmp_path) == contents(undisturbed[0])
+
+
+def test_goes_on_after_a_kill_in_the_middle_of_writing(inputs, undisturbed, tmp_path, judged):
+    killed = subprocess.run(
+        [sys.executable, __file__, str(inputs), str(tmp_path)], capture_output=True, text=True
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    before = shards_of(tmp_path)
+    assert list(before) == SHARDS[:1]
+    folder = tmp_path / "prepared" / "train"
+    assert len(list(folder.glob(".*.tmp"))) == 1  # the second shard, written but not named
+    assert not (folder / "prepared.json").exists()
+    run(make_config(inputs), tmp_path)
+    assert judged[:4] == ["row-2", "row-3", "row-4", "row-5"]
+    assert shards_of(tmp_path)[SHARDS[0]] == before[SHARDS[0]]
+    assert not list(folder.glob(".*.tmp"))
+    for row, wanted in zip(
+        Prepared.open(folder), Prepared.open(undisturbed[0] / "prepared" / "train"), strict=True
+    ):
+        for name, value in wanted.items():
+            if isinstance(value, str):
+                assert row[name] == value
+            else:
+                np.testing.assert_allclose(row[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_an_unfinished_dataset_of_other_settings_is_refused(inputs, finished, no_model):
+    for split in ("train", "eval"):
+        (finished / "prepared" / split / "prepared.json").unlink()
+    with pytest.raises(PreparedMismatch, match="judge.max_length: on disk 200, config 150"):
+        run(make_config(inputs, judge__max_length=150), finished)
+
+
+def test_a_shard_is_written_while_the_next_one_is_judged(inputs, tmp_path, monkeypatch):
+    next_one, met = threading.Event(), []
+    judge, write = Judge.run, PreparedWriter.write
+
+    def run_judge(self, prompts, tokenized):
+        if tokenized[0].id == "row-2":
+            next_one.set()
+        return judge(self, prompts, tokenized)
+
+    def wait_and_write(self, shard, *arguments):
+        if "train" in self.path.parts and shard == 0:
+            met.append(next_one.wait(60))
+        write(self, shard, *arguments)
+
+    monkeypatch.setattr(Judge, "run", run_judge)
+    monkeypatch.setattr(PreparedWriter, "write", wait_and_write)
+    run(make_config(inputs), tmp_path)
+    assert met == [True]
+
+
+def test_without_the_verdict_the_rest_is_the_same(inputs, undisturbed, tmp_path):
+    config = make_config(inputs, judge__verdict=False)
+    assert "verdict" not in run(config, tmp_path)
+    want = Prepared.open(undisturbed[0] / "prepared" / "train")
+    got = open_prepared(config, tmp_path, "train")
+    for a, b in zip(got, want, strict=True):
+        assert a.keys() == b.keys() - {"judge_verdict"}
+        np.testing.assert_allclose(a["judge_chosen"], b["judge_chosen"], atol=1e-6)
+    batch = EvalBatches(got, batch_size=2)[0]
+    assert np.isnan(batch.verdict_BG2[batch.valid_BG]).all()
+    with pytest.raises(PreparedMismatch, match="judge.verdict: on disk false, config true"):
+        run(make_config(inputs), tmp_path)
+
+
+def test_a_full_disk_leaves_what_was_finished(inputs, undisturbed, tmp_path, monkeypatch, judged):
+    original = os.write
+    limit = 2 * len(contents(undisturbed[0])[SHARDS[0]])
+    written = 0
+
+    def write(descriptor, content):
+        nonlocal written
+        written += len(content)
+        if written > limit:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(descriptor, content)
+
+    with monkeypatch.context() as patched, pytest.raises(OSError) as caught:
+        patched.setattr(atomic.os, "write", write)
+        run(make_config(inputs), tmp_path)
+    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.filename == str(tmp_path / "prepared" / "train" / SHARDS[1])
+    assert "shard 1 of 3 was not written; finished shards stay" in str(caught.value)
+    before = shards_of(tmp_path)
+    assert list(before) == SHARDS[:1]
+    judged.clear()
+    run(make_config(inputs), tmp_path)
+    assert judged[0] == "row-2" and contents(tmp_path) == contents(undisturbed[0])
+    assert shards_of(tmp_path)[SHARDS[0]] == before[SHARDS[0]]
+
+
+# --- Damage and mistakes ------------------------------------------------------------------------
+
+
+def test_a_damaged_shard_is_named_and_alone_computed_again(inputs, undisturbed, finished, judged):
+    before = shards_of(finished)
+    shard = finished / "prepared" / "train" / SHARDS[1]
+    content = bytearray(shard.read_bytes())
+    content[-100] ^= 0xFF
+    shard.write_bytes(content)
+    with pytest.raises(DamagedShard, match=f"{SHARDS[1]}: damaged .* delete this file and run"):
+        run(make_config(inputs), finished)
+    with pytest.raises(DamagedShard, match=SHARDS[1]):
+        open_prepared(make_config(inputs), finished, "train")
+    shard.unlink()
+    run(make_config(inputs), finished)
+    assert judged == ["row-2", "row-3"]
+    after = shards_of(finished)
+    assert all(after[name] == before[name] for name in (SHARDS[0], SHARDS[2]))
+    assert contents(finished) == contents(undisturbed[0])
+
+
+def test_a_shard_cut_short_is_computed_again(inputs, undisturbed, finished, judged):
+    shard = finished / "prepared" / "train" / SHARDS[2]
+    shard.write_bytes(shard.read_bytes()[:-200])
+    with pytest.warns(RuntimeWarning, match=f"{SHARDS[2]}: .* will be computed again"):
+        run(make_config(inputs), finished)
+    assert judged == ["row-4", "row-5"]
+    assert contents(finished) == contents(undisturbed[0])
+
+
+BAD_ROWS = [ROWS[0], {"prompt": "?", "chosen": "a"}, {**ROWS[1], "rejected": ROWS[1]["chosen"]}]
+
+
+def test_bad_rows_stop_preparation(inputs, tmp_path, no_model):
+    write_rows(tmp_path / "bad.jsonl", BAD_ROWS)
+    with pytest.raises(BadRow, match="bad.jsonl, row 2: .*rejected"):
+        run(make_config(inputs, data__train=str(tmp_path / "bad.jsonl")), tmp_path / "work")
+    assert not list((tmp_path / "work").rglob("*.arrow"))
+
+
+def test_bad_rows_are_skipped_counted_and_written_down(inputs, tmp_path):
+    write_rows(tmp_path / "bad.jsonl", BAD_ROWS)
+    config = make_config(
+        inputs, data__train=str(tmp_path / "bad.jsonl"), data__on_bad_row="skip", data__eval=""
+    )
+    printed = run(config, tmp_path)
+    assert "bad rows" in printed and "2" in printed.split("bad rows")[1].splitlines()[0]
+    dataset = open_prepared(config, tmp_path, "train")
+    assert dataset.meta["counts"] == {"pairs": 1, "bad_rows": 2}
+    lines = (tmp_path / "prepared" / "train.bad_rows.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [record["row"] for record in records] == [2, 3]
+    assert "rejected" in records[0]["reason"]
+
+
+def test_a_template_without_a_slot(inputs, tmp_path, no_model):
+    template = tmp_path / "half.txt"
+    template.write_text("{question} {answer_a}")
+    with pytest.raises(ValueError, match=r"half.txt: slot \{answer_b\} is missing"):
+        run(make_config(inputs, judge__template=str(template)), tmp_path)
+    assert not list(tmp_path.rglob("*.arrow"))
+
+
+def test_the_config_is_checked_first(inputs, tmp_path, no_model):
+    with pytest.raises(ConfigError, match="judge.layers"):
+        run(make_config(inputs, judge__layers=(0, 7)), tmp_path / "work")
+    with pytest.raises(ConfigError, match="weighting.layer: layer 1 .*accepted: 0, 2"):
+        run(make_config(inputs, weighting__layer=1), tmp_path / "work")
+    with pytest.raises(ConfigError, match="data.on_bad_row"):
+        run(make_config(inputs, data__on_bad_row="ignore"), tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_prompt_that_can_not_be_judged_is_named(inputs, tmp_path):
+    # The template takes 38 tokens, row 0's answers 25.
+    config = make_config(inputs, judge__max_length=60, judge__max_answer_length=29)
+    with pytest.raises(BadRow, match="train.jsonl, row 1: .*takes 63 .*judge.max_length = 60"):
+        run(config, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def few_fit(inputs, tmp_path_factory):
+    """Judge prompts of less than 57 tokens, where the template takes 38: rows 0, 1, 2 and 4 have
+    answers of more than 18 in all (25, 21, 31, 26), and so has a row whose `rejected` is missing.
+    """
+    folder = tmp_path_factory.mktemp("few_fit")
+    write_rows(folder / "some.jsonl", [*ROWS[:5], {"prompt": "?", "chosen": "a"}, ROWS[5]])
+    return make_config(
+        inputs,
+        data__train=str(folder / "some.jsonl"),
+        data__eval="",
+        data__on_bad_row="skip",
+        judge__max_length=57,
+        judge__max_answer_length=28,
+    )
+
+
+def test_rows_refused_by_the_judge_prompt_are_bad_rows(few_fit, tmp_path, judged):
+    printed = run(few_fit, tmp_path)
+    assert judged == ["row-3", "row-5"]
+    dataset = open_prepared(few_fit, tmp_path, "train")
+    assert [row["id"] for row in dataset] == ["row-3", "row-5"]
+    assert dataset.meta["counts"] == {"pairs": 2, "bad_rows": 5}
+    assert "5" in printed.split("bad rows")[1].splitlines()[0]
+    # Three shards are planned; none of the first one's rows is left.
+    assert [shard["rows"] for shard in dataset.meta["shards"]] == [0, 1, 1]
+    assert datasets.load_from_disk(str(dataset.path))["id"][:] == ["row-3", "row-5"]
+    lines = (tmp_path / "prepared" / "train.bad_rows.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [record["row"] for record in records] == [6, 1, 2, 3, 5]
+    assert records[1] == {
+        "file": few_fit.data.train,
+        "row": 1,
+        "reason": "the judge prompt takes 63 tokens without any question, judge.max_length = 57 "
+        "allows 56; lower judge.max_answer_length = 28 or raise judge.max_length",
+        "id": "row-0",
+    }
+
+    # Used as it is, the list of bad rows included; and one shard is computed again.
+    judged.clear()
+    assert "complete, used as it is" in run(few_fit, tmp_path) and not judged
+    (tmp_path / "prepared" / "train" / SHARDS[2]).unlink()
+    run(few_fit, tmp_path)
+    assert judged == ["row-5"]
+    assert [row["id"] for row in open_prepared(few_fit, tmp_path, "train")] == ["row-3", "row-5"]
+    after = (tmp_path / "prepared" / "train.bad_rows.jsonl").read_text().splitlines()
+    assert after == lines
+
+
+def test_nothing_is_prepared_where_every_row_is_refused(few_fit, tmp_path):
+    rows = [{**row, "chosen": "a longer answer than fits: " + row["chosen"]} for row in ROWS]
+    write_rows(tmp_path / "long.jsonl", rows)
+    config = few_fit.copy_and_resolve_references()
+    config.data.train = str(tmp_path / "long.jsonl")
+    with pytest.raises(ValueError, match="no pair can be prepared: .*long.jsonl, row 1: the judge"):
+        run(config, tmp_path)
+
+
+# --- Figures ------------------------------------------------------------------------------------
+
+
+def test_judge_figures_by_hand(undisturbed):
+    def row(verdict, chosen, rejected):
+        return {
+            "judge_verdict": np.array(verdict, np.float32),
+            "judge_chosen": np.array(chosen, np.float32)[:, None],
+            "judge_rejected": np.array(rejected, np.float32)[:, None],
+        }
+
+    even = [[0.1, 0.1], [0.2, 0.2]]
+    rows = [
+        row([1.0, 2.0], even, even),  # right in both orders
+        row([3.0, -1.0], even, [[0.2], [0.1]]),  # prefers A both times
+        row([-1.0, -2.0], [[0.0, 0.0], [0.3, 0.0]], even),  # wrong in both
+        row([-1.0, 0.0], even, even),  # an even verdict does not agree
+    ]
+    figures = judge_figures(rows)
+    # Towards A: order 0 as it is, order 1 the other way round.
+    bias = (1 - 2 + 3 + 1 - 1 + 2 - 1 - 0) / 8
+    # Row 3's chosen response: uniform (no attention) and all on the first; so 3/4 and 1/4.
+    entropy = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25)) / np.log(2)
+    assert isinstance(figures, JudgeFigures)
+    np.testing.assert_allclose(figures.agreement, (1 / 4, 1 / 4, 2 / 4))
+    np.testing.assert_allclose(figures.position_bias, bias)
+    np.testing.assert_allclose(figures.entropy, [(6 + entropy) / 7])
+    np.testing.assert_allclose(figures.first_token, [(6 * 0.5 + 1 + 0.75) / 8])
+
+    dataset = Prepared.open(undisturbed[0] / "prepared" / "train")
+    figures = judge_figures(dataset)
+    assert sum(figures.agreement) == pytest.approx(1)
+    assert all(0 < value < 1 for value in (*figures.entropy, *figures.first_token))
+
+
+def _prepare_and_die(inputs, workdir):
+    """Dies when the second shard is written whole, before it gets its name."""
+    original, renamed = os.replace, []
+
+    def replace(source, target):
+        if str(target).endswith(".arrow"):
+            renamed.append(target)
+            if len(renamed) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+        original(source, target)
+
+    atomic.os.replace = replace
+    prepare_module.prepare(make_config(pathlib.Path(inputs)), workdir)
+
+
+if __name__ == "__main__":
+    _prepare_and_die(*sys.argv[1:])

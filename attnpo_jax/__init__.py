@@ -3,9 +3,10 @@
 What is listed in `__all__` is the public API. Each name is imported when it is first used, so that
 `import attnpo_jax` costs nothing.
 
-The stages of a run are modules, each with a function of the same name that takes a config and a
-folder: `attnpo_jax.prepare.prepare(config, workdir)`, `attnpo_jax.train.loop.train`,
-`attnpo_jax.export.export`, and `attnpo_jax.run.run` for all of them.
+`Run.resolve(config, workdir)` turns a config into things, once. The stages are packages, each with
+a function of the same name that takes a `Run`: `attnpo_jax.prepare.prepare(run)`,
+`attnpo_jax.train.train(run)`, `attnpo_jax.export.export(run)`, and `attnpo_jax.run.run(run)` for
+all of them.
 """
 
 import importlib
@@ -29,6 +30,7 @@ __all__ = [
     "Prepared",
     "ResponseScores",
     "ResponseTokens",
+    "Run",
     "StepSettings",
     "TokenizedPair",
     "TrainBatches",
@@ -49,13 +51,14 @@ __all__ = [
     "section_for",
     "token_weights",
     "tokenize_pair",
+    "train",
     "validate",
     "weighting",
 ]
 
 # What type checkers and editors read; a test keeps it in step with `_HOMES`.
 if TYPE_CHECKING:
-    from attnpo_jax import config, export, judge, losses, prepare, run, weighting
+    from attnpo_jax import config, export, judge, losses, prepare, run, train, weighting
     from attnpo_jax.config import ConfigError, default_config, section_for, validate
     from attnpo_jax.data.batching import EvalBatches, PairBatch, TrainBatches
     from attnpo_jax.data.prepared import Prepared
@@ -68,11 +71,12 @@ if TYPE_CHECKING:
     from attnpo_jax.losses import ResponseScores
     from attnpo_jax.models.config import ModelConfig
     from attnpo_jax.models.scoring import response_logps
-    from attnpo_jax.train.state import TrainState
+    from attnpo_jax.parallel.state import TrainState
+    from attnpo_jax.run import Run
     from attnpo_jax.train.step import StepSettings, make_eval_step, make_train_step
     from attnpo_jax.weighting import ResponseTokens
 
-_MODULES = ("config", "export", "judge", "losses", "prepare", "run", "weighting")
+_MODULES = ("config", "export", "judge", "losses", "prepare", "run", "train", "weighting")
 
 _HOMES = {
     # A model and its judgement of pairs.
@@ -95,7 +99,8 @@ _HOMES = {
     "EvalBatches": "data.batching",
     "PairBatch": "data.batching",
     "TrainBatches": "data.batching",
-    # Configs.
+    # Configs, and what they come to.
+    "Run": "run",
     "ConfigError": "config",
     "default_config": "config",
     "section_for": "config",
@@ -107,7 +112,7 @@ _HOMES = {
     "StepSettings": "train.step",
     "make_eval_step": "train.step",
     "make_train_step": "train.step",
-    "TrainState": "train.state",
+    "TrainState": "parallel.state",
 }
 """The module that each public class and function is defined in or belongs to."""
 

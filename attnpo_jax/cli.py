@@ -42,9 +42,8 @@ class Command:
     """What a command calls, and what it says of itself.
 
     Attributes:
-      module, function: where the function is. It is called with (config, workdir); with the config
-         and its options' values by keyword if it has options of its own, since then it writes
-         nothing.
+      module, function: where the function is. It is called with a `Run`, and its options' values by
+         keyword; a command with options of its own writes nothing, and its run has no workdir.
       summary: what it says of itself.
       options: options of its own, by name.
     """
@@ -68,7 +67,7 @@ COMMANDS = {
         "Judge every pair and take the reference's log-probabilities, once; resumes.",
     ),
     "train": Command(
-        "attnpo_jax.train.loop",
+        "attnpo_jax.train.stage",
         "train",
         "Train on the prepared pairs; resumes from the newest checkpoint.",
     ),
@@ -231,18 +230,17 @@ def _main(argv: list[str]) -> int:
         # Before config files and plugins, which may ask for devices.
         _join_processes({name: options[name] for name in PROCESS_OPTIONS if name in options})
 
-    from attnpo_jax import config as config_lib
+    from attnpo_jax.run import Run
 
-    config = load_config(options["config"], overrides)
-    config_lib.validate(config)
+    run = Run.resolve(load_config(options["config"], overrides), workdir)
     use_compilation_cache()
     function = getattr(importlib.import_module(command.module), command.function)
     if command.options:
         own = {key: options[key] for key in command.options if key in options}
         keywords = {command.options[k].keyword: _value(command, k, text) for k, text in own.items()}
-        function(config, **keywords)
+        function(run, **keywords)
     else:
-        function(config, workdir)
+        function(run)
     return 0
 
 

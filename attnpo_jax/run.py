@@ -1,18 +1,35 @@
-"""`attnpo run`: prepare, train, evaluate and export, and a table of what came of it."""
+"""A run: a config resolved, once; and `attnpo run`, its stages in turn.
 
+A config says what is wanted; a `Run` says what that comes to. Every stage takes one, and what is
+below the stages takes plain values.
+"""
+
+import dataclasses
+import functools
+import logging
 import os
 import pathlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import config_dict
-from rich.console import Console
-from rich.table import Table
 
-from attnpo_jax.export.stage import export
+from attnpo_jax import config as config_lib
+from attnpo_jax.data import mixture
+from attnpo_jax.data.cache_key import cache_key, naming_fields
+from attnpo_jax.data.prepared import METADATA, Prepared, PreparedMismatch, differences
+from attnpo_jax.data.tokenize import ChatTokenizer
+from attnpo_jax.judge.prompt import JudgeTemplate
+from attnpo_jax.models import int8, lora
+from attnpo_jax.models.config import ModelConfig
+from attnpo_jax.models.io import hf_folder
 from attnpo_jax.parallel import processes
-from attnpo_jax.parallel.checkpoint import folder_of
-from attnpo_jax.prepare import stage as prepare
-from attnpo_jax.runtime import metrics
-from attnpo_jax.train import loop
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+_LOG = logging.getLogger(__name__)
 
 # Rows of the table: what is shown, and the metric's name plain and weighted.
 _ROWS = (
@@ -22,47 +39,256 @@ _ROWS = (
 )
 
 
-def run(
-    config: config_dict.ConfigDict, workdir: str | os.PathLike, *, console: Console | None = None
-) -> None:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """What a config comes to; made by `resolve`.
+
+    Whatever costs a download, a read or a digest is resolved when a stage first asks for it, and
+    kept: mistakes in the data are found before a model is fetched, and nothing is resolved twice.
+
+    Attributes:
+      config: the config, checked.
+      workdir: the run's folder; None for commands that write nothing.
+      template: the judge's prompt template.
+    """
+
+    config: config_dict.ConfigDict
+    workdir: pathlib.Path | None
+    template: JudgeTemplate
+    _loaded: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
+
+    @classmethod
+    def resolve(
+        cls, config: config_dict.ConfigDict, workdir: str | os.PathLike | None = None
+    ) -> "Run":
+        """Checks a config, and what it names that is cheap to look at.
+
+        Args:
+          config: see `attnpo_jax.config.default_config`.
+          workdir: the run's folder. None for what writes nothing: then the model's weights are not
+            fetched either.
+
+        Raises:
+          ConfigError: lists all that is wrong; nothing was loaded.
+          ValueError: the judge's template lacks a slot.
+          ProcessesError: of several processes, some have another workdir than the rest.
+        """
+        config_lib.validate(config)
+        template = JudgeTemplate.load(config.judge.template)
+        if workdir is not None:
+            workdir = pathlib.Path(workdir)
+            processes.check_shared(workdir, "workdir")
+        return cls(config, workdir, template)
+
+    # --- The data ---------------------------------------------------------------------------------
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """`train`, and `eval` if there are held-out pairs."""
+        return ("train", "eval") if mixture.parse(self.config.data.eval) else ("train",)
+
+    @property
+    def weight_columns(self) -> str | tuple[str, ...]:
+        """The precomputed weights to read: "all", or their names."""
+        return config_lib.weight_columns(self.config)
+
+    def prepared_path(self, split: str) -> pathlib.Path:
+        """The folder of a split's prepared dataset."""
+        return self.workdir / "prepared" / split
+
+    @functools.cached_property
+    def checkpoint_folder(self) -> Any:
+        """Where the checkpoints are: a path of this machine, or of a bucket."""
+        from etils import epath
+
+        named = self.config.train.checkpoint_dir
+        if named and "://" not in named:
+            processes.check_shared(epath.Path(named), "config.train.checkpoint_dir")
+        return epath.Path(named) if named else epath.Path(self.workdir) / "checkpoints"
+
+    # --- The model --------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def model_folder(self) -> pathlib.Path:
+        """The HF folder of the model that training starts from; fetched if need be."""
+        return hf_folder.resolve(self.config.model.source, weights=self.workdir is not None)
+
+    @functools.cached_property
+    def model(self) -> ModelConfig:
+        """That model's shape."""
+        return hf_folder.load_config(self.model_folder)
+
+    @functools.cached_property
+    def policy(self) -> ModelConfig:
+        """The shape of what is trained: the model's, with adapters if the config wants them."""
+        return lora.adapted(self.model, self.config.lora)
+
+    @functools.cached_property
+    def passes(self) -> ModelConfig:
+        """The shape of what judges and scores: the model's, or its int8 form."""
+        return int8.shape_of_passes(self.model, self.config.model.prepare_weights)
+
+    @functools.cached_property
+    def source_layers(self) -> tuple[int, ...]:
+        """The layers whose attention is kept, checked against the model."""
+        return config_lib.check_layers(self.config, self.model.num_layers, self.model.layer_windows)
+
+    @functools.cached_property
+    def chat_template(self) -> str | None:
+        """The text of the file that `model.chat_template` names; None for the tokenizer's own."""
+        file = self.config.model.chat_template
+        return None if file is None else pathlib.Path(file).read_text(encoding="utf-8")
+
+    @functools.cached_property
+    def tokenizer(self) -> ChatTokenizer:
+        """The model's tokenizer, with the chat template in use."""
+        return ChatTokenizer.load(self.model_folder, self.chat_template)
+
+    @functools.cached_property
+    def weights_digest(self) -> str:
+        """sha256 of the model's weights, as they are stored."""
+        return hf_folder.weights_digest(self.model_folder)
+
+    @functools.cached_property
+    def tokenizer_digest(self) -> str:
+        """sha256 of the tokenizer and its chat template."""
+        return self.tokenizer.digest()
+
+    def load_params(self, shape: ModelConfig, shardings: Any, *, keep: bool = False) -> Any:
+        """The model's parameters, in `model.param_dtype`; read once for stages in one process.
+
+        Args:
+          shape: `model` or `passes`.
+          shardings: where they lie, as `Backend.parameter_shardings` says.
+          keep: whether the next stage may have these very arrays. Who leaves it False may donate
+            them.
+        """
+        import jax
+        import jax.numpy as jnp
+
+        key = shape, tuple(jax.tree.leaves(shardings))
+        params = self._loaded.get(key)
+        self._loaded.clear()  # never two sets of parameters at a time
+        if params is None:
+            params = hf_folder.load_params(
+                self.model_folder,
+                shape,
+                param_dtype=jnp.dtype(self.config.model.param_dtype),
+                shardings=shardings,
+            )
+        if keep:
+            self._loaded[key] = params
+        return params
+
+    def drop_params(self) -> None:
+        """Forgets parameters that were kept."""
+        self._loaded.clear()
+
+    # --- What was prepared ------------------------------------------------------------------------
+
+    def cache_key(
+        self, split: str, pairs_digest: str | None, weight_columns: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """Everything that a split's prepared dataset depends on; see `data.cache_key`."""
+        config = self.config
+        return cache_key(
+            model={
+                "weights": self.weights_digest,
+                "config": self.model.facts(),
+                "dtype": config.model.dtype,
+                "param_dtype": config.model.param_dtype,
+                "prepare_weights": config.model.prepare_weights,
+            },
+            tokenizer=self.tokenizer_digest,
+            judge={
+                "template": self.template.digest(),
+                "max_length": config.judge.max_length,
+                "max_answer_length": config.judge.max_answer_length,
+                "verdict": config.judge.verdict,
+            },
+            sources=config.data[split],
+            pairs_digest=pairs_digest,
+            lengths={
+                "max_length": config.data.max_length,
+                "max_prompt_length": config.data.max_prompt_length,
+            },
+            source_layers=self.source_layers,
+            num_layers=self.model.num_layers,
+            weight_columns=weight_columns,
+            weights_tokenizer=config.data.weights_tokenizer,
+        )
+
+    def open_prepared(self, split: str) -> Prepared:
+        """A split's prepared dataset, if it is what this run would prepare.
+
+        The pairs are not read again: of the data, only the names of the sources are compared.
+
+        Raises:
+          FileNotFoundError: there is none, or it is not finished.
+          PreparedMismatch: it was prepared with other settings.
+          ConfigError: it lacks the precomputed weights that `weighting.column` names.
+          DamagedShard: a shard is not what was written.
+        """
+        path = self.prepared_path(split)
+        if not (path / METADATA).is_file():
+            raise FileNotFoundError(
+                f"{path}: not prepared, or not to the end; run `attnpo prepare` with this config "
+                "and workdir first"
+            )
+        dataset = Prepared.open(path)
+        columns = dataset.weight_columns if self.weight_columns == "all" else self.weight_columns
+        wanted = self.cache_key(split, None, columns)
+        on_disk = dict(dataset.meta["components"])
+        on_disk["data"] = {"sources": on_disk["data"]["sources"]}
+        if found := differences(on_disk, wanted):
+            with naming_fields(split):
+                raise PreparedMismatch(path, found)
+        config_lib.check_columns(self.config, dataset.weight_columns)
+        return dataset
+
+
+def run(run: Run, *, console: "Console | None" = None) -> None:
     """Does everything that a config asks for; what an earlier run has finished is not done again.
 
     Args:
-      config: see `attnpo_jax.config.default_config`.
-      workdir: the run's folder.
+      run: the run.
       console: where the closing table goes; None for standard output.
-
-    Raises:
-      As `prepare.prepare`, `train.loop.train` and `export.export` do.
     """
-    workdir = pathlib.Path(workdir)
-    prepare.prepare(config, workdir)
-    loop.train(config, workdir)
-    exported = export(config, workdir)
+    # Here, so that a command loads its own stage alone.
+    from rich.console import Console
+
+    from attnpo_jax import export, prepare, train
+    from attnpo_jax.runtime import metrics
+
+    prepare.prepare(run, keep_params=True)
+    train.train(run)
+    exported = export.export(run)
     if not processes.is_first():
         return
 
     console = console or Console()
-    lines = [line for line in metrics.read(workdir) if "eval_loss" in line]
+    lines = [line for line in metrics.read(run.workdir) if "eval_loss" in line]
     if lines:
         console.print(summary(lines[0], lines[-1]))
     for what, path in (
         ("model (Hugging Face)", exported),
-        ("metrics", workdir / metrics.FILE),
-        ("checkpoints", folder_of(config, workdir)),
-        ("prepared data", workdir / "prepared"),
-        ("config", workdir / "config.json"),
+        ("metrics", run.workdir / metrics.FILE),
+        ("checkpoints", run.checkpoint_folder),
+        ("prepared data", run.workdir / "prepared"),
+        ("config", run.workdir / "config.json"),
     ):
         console.print(f"{what:<21} {path}", highlight=False, soft_wrap=True)
 
 
-def summary(before: metrics.Line, after: metrics.Line) -> Table:
+def summary(before: dict[str, Any], after: dict[str, Any]) -> "Table":
     """The evaluation before the first step beside that after the last.
 
     Args:
       before: the first line of `metrics.jsonl` that has evaluation metrics.
       after: the last one.
     """
+    from rich.table import Table
+
     table = Table(title=f"held-out pairs, before training and after {after['step']} steps")
     table.add_column("")
     for name in ("before", "after", "weighted, before", "weighted, after"):

@@ -36,11 +36,11 @@ from attnpo_jax.models.attention import implementations as attention_backends
 from attnpo_jax.models.io import hf_folder as checkpoints
 from attnpo_jax.models.lm_head import token_logps
 from attnpo_jax.parallel import backend as backends
+from attnpo_jax.parallel.state import TrainState
 from attnpo_jax.prepare import reference
 from attnpo_jax.prepare import stage as prepare
-from attnpo_jax.prepare.provenance import open_prepared
-from attnpo_jax.train import loop
-from attnpo_jax.train.state import TrainState
+from attnpo_jax.run import Run
+from attnpo_jax.train import loop, stage
 from benchmarks import protocol
 from benchmarks.int8_change import change
 
@@ -122,11 +122,9 @@ class Prepare:
         if "weights" in spec:
             config.model.prepare_weights = spec["weights"]
             scratch /= spec["weights"]
-        prepare.prepare(config, scratch)
-        model = checkpoints.load_config(checkpoints.resolve(config.model.source))
-        params = decoder.abstract_params(
-            prepare.shape_of_passes(config, model), jnp.dtype(config.model.param_dtype)
-        )
+        run = Run.resolve(config, scratch)
+        prepare.prepare(run)
+        params = decoder.abstract_params(run.passes, jnp.dtype(config.model.param_dtype))
         leaves = jax.tree.leaves(params)
         self.info = {"parameter_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)}
 
@@ -245,7 +243,7 @@ class Training:
         folder = checkpoints.resolve(config.model.source)
         model = checkpoints.load_config(folder)
         # Prepared once, in one dtype: for the time it takes, the values do not matter.
-        data = open_prepared(_config(spec), pathlib.Path(spec["scratch"]), "train")
+        data = Run.resolve(_config(spec), pathlib.Path(spec["scratch"])).open_prepared("train")
         trainer = _Trainer(config, model, data.source_layers)
         backend = trainer.backend
         self._batches = TrainBatches(
@@ -482,8 +480,8 @@ class _Trainer:
     def __init__(self, config, model: decoder.ModelConfig, source_layers: tuple[int, ...]):
         self.backend = backends.for_training(model, config.parallel)
         attention = _attention(config, model, self.backend)
-        settings = loop.step_settings(config, model, source_layers, attention)
-        self.compiled = loop.compile_step(config, settings, self.backend, total_steps=1000)
+        settings = stage.step_settings(config, model, source_layers, attention)
+        self.compiled = stage.compile_step(config, settings, self.backend, total_steps=1000)
         self._model, self._dtype = model, jnp.dtype(config.model.param_dtype)
 
     def first_state(self, folder: pathlib.Path) -> TrainState:

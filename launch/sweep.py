@@ -25,16 +25,14 @@ from ml_collections import config_dict
 from rich.console import Console
 from rich.table import Table
 
-from attnpo_jax import cli
+from attnpo_jax import cli, prepare, train
 from attnpo_jax import config as config_lib
-from attnpo_jax.models.io import hf_folder as checkpoints
 from attnpo_jax.parallel import processes
-from attnpo_jax.prepare import stage as prepare
+from attnpo_jax.run import Run
+from attnpo_jax.runtime import atomic, metrics
+from attnpo_jax.train.hooks import NonFiniteError
 
 # What a prepared dataset does not depend on.
-from attnpo_jax.runtime import atomic, metrics
-from attnpo_jax.train import loop
-
 SWEPT = ("seed", "weighting", "objective", "optim", "train")
 RESULT = "result.json"
 
@@ -49,7 +47,7 @@ COLUMNS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class Point:
     """A point of the grid.
 
     Attributes:
@@ -67,7 +65,7 @@ class Run:
 class Outcome:
     """What came of a run: its last evaluation, or why it stopped."""
 
-    run: Run
+    point: Point
     evaluation: dict[str, Any] | None
     stopped: str | None = None
 
@@ -91,7 +89,7 @@ def parse_axis(text: str) -> tuple[str, list[str]]:
     return field, values
 
 
-def grid(config: str, axes: Sequence[str], overrides: Sequence[str] = ()) -> list[Run]:
+def grid(config: str, axes: Sequence[str], overrides: Sequence[str] = ()) -> list[Point]:
     """All runs of a sweep, checked.
 
     Args:
@@ -113,71 +111,71 @@ def grid(config: str, axes: Sequence[str], overrides: Sequence[str] = ()) -> lis
                 f"--set {field}: all runs of a sweep share one prepared dataset; accepted: fields "
                 f"of {', '.join(SWEPT)} (another --workdir for another dataset)"
             )
-    runs = []
-    for point in itertools.product(*(values for _, values in parsed)):
-        values = dict(zip(fields, point, strict=True))
+    points = []
+    for chosen in itertools.product(*(values for _, values in parsed)):
+        values = dict(zip(fields, chosen, strict=True))
         settings = [f"--config.{field}={value}" for field, value in values.items()]
         resolved = cli.load_config(config, [*overrides, *settings])
         config_lib.validate(resolved)
         if not resolved.data.eval:
             raise config_lib.ConfigError(["config.data.eval: a sweep is ranked on held-out pairs"])
         name = ",".join(f"{field}={value}" for field, value in values.items())
-        runs.append(Run(re.sub(r"[^\w.=,()+-]", "_", name), values, resolved))
-    return runs
+        points.append(Point(re.sub(r"[^\w.=,()+-]", "_", name), values, resolved))
+    return points
 
 
-def sweep(runs: Sequence[Run], workdir: pathlib.Path, console: Console) -> list[Outcome]:
+def sweep(points: Sequence[Point], workdir: pathlib.Path, console: Console) -> list[Outcome]:
     """Prepares once, then trains every run that is not finished.
 
     Returns:
       The outcomes, best first; runs that stopped come last.
 
     Raises:
-      As `prepare.prepare` and `train.loop.train`; a loss that is not finite only ends its own run.
+      As `prepare.prepare` and `train.train`; a loss that is not finite only ends its own run.
     """
-    model = checkpoints.load_config(checkpoints.resolve(runs[0].config.model.source))
-    for run in runs:
-        config_lib.check_layers(run.config, model.num_layers, model.layer_windows)
-    prepare.prepare(runs[0].config, workdir, console=console)
+    run = Run.resolve(points[0].config, workdir)
+    for point in points:
+        config_lib.check_layers(point.config, run.model.num_layers, run.model.layer_windows)
+    prepare.prepare(run, console=console)
     outcomes = []
-    for number, run in enumerate(runs, 1):
-        console.print(f"[{number}/{len(runs)}] {run.name}", highlight=False, markup=False)
-        outcomes.append(_train(run, workdir))
+    for number, point in enumerate(points, 1):
+        console.print(f"[{number}/{len(points)}] {point.name}", highlight=False, markup=False)
+        outcomes.append(_train(point, workdir))
     ranking = COLUMNS["accuracy"]
     finished = [outcome for outcome in outcomes if outcome.evaluation is not None]
     finished.sort(key=lambda outcome: -outcome.evaluation[ranking])
     return finished + [outcome for outcome in outcomes if outcome.evaluation is None]
 
 
-def _train(run: Run, workdir: pathlib.Path) -> Outcome:
-    folder = workdir / "runs" / run.name
+def _train(point: Point, workdir: pathlib.Path) -> Outcome:
+    folder = workdir / "runs" / point.name
     result = folder / RESULT
-    wanted = json.loads(config_lib.to_json(run.config))
+    wanted = json.loads(config_lib.to_json(point.config))
     if result.exists():
         found = json.loads(result.read_text())
         if found["config"] == wanted:
-            return Outcome(run, found["evaluation"])
+            return Outcome(point, found["evaluation"])
     folder.mkdir(parents=True, exist_ok=True)
     link = folder / "prepared"
     if not link.is_symlink():
         link.symlink_to(os.path.relpath(workdir / "prepared", folder))
     try:
-        loop.train(run.config, folder)
-    except loop.NonFiniteError as error:
-        return Outcome(run, None, str(error))
+        train.train(Run.resolve(point.config, folder))
+    except NonFiniteError as error:
+        return Outcome(point, None, str(error))
     finally:
         # The next run compiles its own steps; these would stay in memory.
         jax.clear_caches()
     evaluation = [line for line in metrics.read(folder) if "eval_loss" in line][-1]
     content = json.dumps({"config": wanted, "evaluation": evaluation}, indent=2) + "\n"
     atomic.write_atomically(result, content.encode())
-    return Outcome(run, evaluation)
+    return Outcome(point, evaluation)
 
 
 def ranking(outcomes: Sequence[Outcome]) -> Table:
     """A table of the outcomes in their order."""
     table = Table(title="held-out pairs after training, best accuracy first")
-    for field in outcomes[0].run.values:
+    for field in outcomes[0].point.values:
         table.add_column(field)
     for column in COLUMNS:
         table.add_column(column, justify="right")
@@ -186,7 +184,7 @@ def ranking(outcomes: Sequence[Outcome]) -> Table:
             cells = ["stopped", *[""] * (len(COLUMNS) - 1)]
         else:
             cells = [f"{outcome.evaluation[name]:.4f}" for name in COLUMNS.values()]
-        table.add_row(*outcome.run.values.values(), *cells)
+        table.add_row(*outcome.point.values.values(), *cells)
     return table
 
 
@@ -220,14 +218,14 @@ def _main(options: argparse.Namespace, overrides: Sequence[str]) -> int:
             "ATTNPO_DISTRIBUTED=0 makes it"
         )
     cli.start_logging()
-    runs = grid(options.config, options.axes, overrides)
+    points = grid(options.config, options.axes, overrides)
     cli.use_compilation_cache()
     console = Console()
-    outcomes = sweep(runs, workdir, console)
+    outcomes = sweep(points, workdir, console)
     console.print(ranking(outcomes))
     stopped = [outcome for outcome in outcomes if outcome.stopped]
     for outcome in stopped:
-        console.print(f"{outcome.run.name}: {outcome.stopped}", highlight=False, markup=False)
+        console.print(f"{outcome.point.name}: {outcome.stopped}", highlight=False, markup=False)
     return 1 if stopped else 0
 
 

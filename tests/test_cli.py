@@ -12,6 +12,7 @@ import pytest
 import attnpo_jax
 from attnpo_jax import cli
 from attnpo_jax.config import rules as config_rules
+from attnpo_jax.run import Run
 
 CONFIG = """
 from attnpo_jax.config import default_config
@@ -55,10 +56,11 @@ def calls(monkeypatch, tmp_path):
     for name, command in cli.COMMANDS.items():
         module = types.ModuleType(command.module)
 
-        def function(config, workdir, name=name):
-            made.append((name, config, workdir))
+        def function(run, name=name):
+            made.append((name, run.config, run.workdir))
 
         setattr(module, command.function, function)
+        module.Run = Run
         monkeypatch.setitem(sys.modules, command.module, module)
     monkeypatch.setenv("ATTNPO_CACHE", str(tmp_path / "cache"))
     before = jax.config.jax_compilation_cache_dir
@@ -67,7 +69,7 @@ def calls(monkeypatch, tmp_path):
 
 
 def raising(monkeypatch, error):
-    def function(config, workdir):
+    def function(run):
         raise error
 
     monkeypatch.setattr(sys.modules["attnpo_jax.run"], "run", function)
@@ -227,12 +229,12 @@ def test_expected_errors_are_one_message_and_exit_code_1(error, calls, file, cap
 
 
 def test_a_value_error_is_expected_only_from_this_package(calls, file, capsys, monkeypatch):
-    def ours(config, workdir):
+    def ours(run):
         from attnpo_jax import weighting
 
         weighting.select_sources(7, (0, 1), 2)
 
-    def theirs(config, workdir):
+    def theirs(run):
         int("seven")
 
     monkeypatch.setattr(sys.modules["attnpo_jax.run"], "run", ours)

@@ -18,7 +18,7 @@ from attnpo_jax.parallel import backend as backends
 from attnpo_jax.parallel import mesh
 from attnpo_jax.prepare import reference
 from attnpo_jax.prepare import stage as prepare
-from attnpo_jax.train import loop
+from attnpo_jax.train import stage
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 FILES = sorted(FOLDER.rglob("*.py"))
@@ -87,8 +87,8 @@ def test_programs_of_a_ready_config_compile_for_eight_devices(file):
     assert config.train.microbatch_size % backend.row_shards == 0
     assert config.train.eval_batch_size % backend.row_shards == 0
 
-    settings = loop.step_settings(config, model, sources, "xla")
-    step = loop.compile_step(config, settings, backend, total_steps=10)
+    settings = stage.step_settings(config, model, sources, "xla")
+    step = stage.compile_step(config, settings, backend, total_steps=10)
     state, batch = step.abstract_state, abstract_batch(backend.row_shards, len(sources))
     # What the state takes on each device is known beforehand: three times the parameters.
     shares = backend.mesh.shape["fsdp"] * backend.mesh.shape["tensor"]

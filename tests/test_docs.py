@@ -15,7 +15,7 @@ from attnpo_jax import config as config_lib
 from attnpo_jax.config import rules as config_rules
 from attnpo_jax.data import shards, sources
 from attnpo_jax.data.prepared import PreparedWriter
-from attnpo_jax.train.loop import DECISIVE
+from attnpo_jax.train.stage import DECISIVE
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -30,7 +30,7 @@ from attnpo_jax.data.prepared import Prepared, PreparedWriter
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.parallel import checkpoint, preemption
 from attnpo_jax.prepare import stage as prepare
-from attnpo_jax.run import run
+from attnpo_jax.run import Run, run
 from attnpo_jax.runtime import metrics
 from attnpo_jax.train import loop
 from tests.parallel import tiny
@@ -104,7 +104,7 @@ def undisturbed(setting):
     with pytest.MonkeyPatch.context() as patch:
         for name in ("for_training", "for_preparing"):
             patch.setattr(backends, name, lambda model, _: backends.one_device(model))
-        run(config, folder / "undisturbed")
+        run(Run.resolve(config, folder / "undisturbed"))
     return folder / "undisturbed"
 
 
@@ -179,7 +179,7 @@ def test_sigkill_while_preparing(setting, undisturbed, use_devices):
     shards = sorted(prepared.glob("*.arrow"))
     assert len(shards) == 2 and list(prepared.glob(".*.tmp"))  # two of five, and a torso
     written = [shard.stat().st_mtime_ns for shard in shards]
-    run(setting[1], workdir)
+    run(Run.resolve(setting[1], workdir))
     assert [shard.stat().st_mtime_ns for shard in shards] == written
     assert not list(prepared.glob(".*.tmp"))
     assert_same(workdir, undisturbed)
@@ -189,7 +189,7 @@ def test_sigkill_while_training(setting, undisturbed, use_devices):
     workdir = setting[0] / "killed-training"
     killed(setting, workdir, "training")
     assert train_lines(workdir) == [1, 2, 3, 4, 5] and saved_steps(workdir) == [2, 4]
-    run(setting[1], workdir)
+    run(Run.resolve(setting[1], workdir))
     assert_same(workdir, undisturbed)
 
 
@@ -199,7 +199,7 @@ def test_sigkill_while_saving(setting, undisturbed, use_devices):
     assert train_lines(workdir) == [1, 2, 3, 4] and saved_steps(workdir) == [2]
     assert len(list((workdir / "checkpoints").iterdir())) == 2  # the whole one and the torso
     with pytest.warns(RuntimeWarning, match="checkpoints/4 was not written to its end"):
-        run(setting[1], workdir)
+        run(Run.resolve(setting[1], workdir))
     assert_same(workdir, undisturbed)
 
 
@@ -212,7 +212,7 @@ def test_sigkill_while_saving_in_the_background(setting, undisturbed, use_device
     assert saved_steps(workdir) == [2] and len(list((workdir / "checkpoints").iterdir())) == 2
     monkeypatch.setattr(checkpoint, "_in_background", lambda: True)
     with pytest.warns(RuntimeWarning, match="checkpoints/4 was not written to its end"):
-        run(setting[1], workdir)
+        run(Run.resolve(setting[1], workdir))
     assert saved_steps(workdir) == [6, 8, 10]
     assert_same(workdir, undisturbed)
 
@@ -232,10 +232,10 @@ def test_a_write_in_the_background_that_fails_ends_the_run(
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", rename_or_fail)
         with pytest.raises(checkpoint.CheckpointError, match="No space left on device"):
-            run(setting[1], workdir)
+            run(Run.resolve(setting[1], workdir))
     assert saved_steps(workdir) == [2, 4]
     assert not (workdir / "export").exists()
-    run(setting[1], workdir)
+    run(Run.resolve(setting[1], workdir))
     assert_same(workdir, undisturbed)
 
 
@@ -251,12 +251,12 @@ def test_sigterm_while_preparing(setting, undisturbed, use_devices, monkeypatch,
 
     monkeypatch.setattr(PreparedWriter, "write", write_and_signal)
     with pytest.raises(preemption.Preempted, match="prepared/train that were finished stay"):
-        prepare.prepare(setting[1], workdir)
+        prepare.prepare(Run.resolve(setting[1], workdir))
     # The shard that was computed while that one was written may be there too.
     there = len(list((workdir / "prepared" / "train").glob("*.arrow")))
     assert last + 1 <= there <= min(last + 2, 5)
     monkeypatch.setattr(PreparedWriter, "write", write)
-    run(setting[1], workdir)
+    run(Run.resolve(setting[1], workdir))
     assert_same(workdir, undisturbed)
 
 
@@ -265,11 +265,11 @@ def test_sigterm_when_evaluation_is_due(setting, undisturbed, use_devices, monke
     workdir = setting[0] / "stopped-at-the-end"
     sigterm_at(monkeypatch, STEPS)
     with pytest.raises(preemption.Preempted, match="step 10 of 10 is saved"):
-        run(setting[1], workdir)
+        run(Run.resolve(setting[1], workdir))
     assert [line["step"] for line in metrics.read(workdir)] == list(range(STEPS + 1))
     assert saved_steps(workdir)[-1] == STEPS and not (workdir / "export").exists()
     sigterm_at(monkeypatch, 0)
-    run(setting[1], workdir)
+    run(Run.resolve(setting[1], workdir))
     assert_same(workdir, undisturbed)
 
 
@@ -292,12 +292,12 @@ def test_sigterm_during_an_evaluation(
 
     monkeypatch.setattr(loop, "read_ahead", read_and_signal)
     with pytest.raises(preemption.Preempted, match=f"step {step} of 10"):
-        run(setting[1], workdir)
+        run(Run.resolve(setting[1], workdir))
     assert len(batches_made) == 3 * (evaluation - 1) + 2  # its third was not even made
     evaluated = [line["step"] for line in metrics.read(workdir) if "eval_loss" in line]
     assert evaluated == [0] * (evaluation - 1)
     assert not step or saved_steps(workdir)[-1] == step
-    run(setting[1], workdir)
+    run(Run.resolve(setting[1], workdir))
     assert_same(workdir, undisturbed)
 
 
@@ -305,14 +305,14 @@ def test_newest_checkpoint_truncated(setting, undisturbed, use_devices, monkeypa
     workdir = setting[0] / "truncated"
     sigterm_at(monkeypatch, 7)
     with pytest.raises(preemption.Preempted, match="step 7 of 10 is saved"):
-        run(setting[1], workdir)
+        run(Run.resolve(setting[1], workdir))
     assert saved_steps(workdir) == [4, 6, 7]
     files = [p for p in (workdir / "checkpoints" / "7" / "params").rglob("*") if p.is_file()]
     largest = max(files, key=lambda p: p.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
     sigterm_at(monkeypatch, 0)
     with pytest.warns(RuntimeWarning, match="checkpoints/7 is damaged and will be skipped"):
-        run(setting[1], workdir)
+        run(Run.resolve(setting[1], workdir))
     assert_same(workdir, undisturbed)
 
 
@@ -334,7 +334,7 @@ def test_checkpoints_in_a_bucket(setting, undisturbed, use_devices, monkeypatch,
 
     sigterm_at(monkeypatch, 7)
     with pytest.raises(preemption.Preempted, match="step 7 of 10 is saved"):
-        run(config, workdir)
+        run(Run.resolve(config, workdir))
     assert steps() == {"4", "6", "7"}
     sizes = objects("run/checkpoints/7/params")
     largest = max(sizes, key=sizes.get)
@@ -345,7 +345,7 @@ def test_checkpoints_in_a_bucket(setting, undisturbed, use_devices, monkeypatch,
     assert objects("run/checkpoints/7/params")[largest] == len(half) > 0
     sigterm_at(monkeypatch, 0)
     with pytest.warns(RuntimeWarning, match="gs://bucket/run/checkpoints/7 is damaged and will be"):
-        run(config, workdir)
+        run(Run.resolve(config, workdir))
     assert steps() == {"6", "8", "10", "damaged-7"}
     assert_same(workdir, undisturbed)
     assert not (workdir / "checkpoints").exists() and not pathlib.Path("gs:").exists()
@@ -358,11 +358,11 @@ def test_resumed_on_1_then_4_then_2_devices(setting, undisturbed, use_devices, m
         sigterm_at(monkeypatch, stop)
         if stop:
             with pytest.raises(preemption.Preempted, match=f"step {stop} of 10 is saved"):
-                run(setting[1], workdir)
+                run(Run.resolve(setting[1], workdir))
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", RuntimeWarning)
-                run(setting[1], workdir)
+                run(Run.resolve(setting[1], workdir))
     assert_same(workdir, undisturbed, rtol=1e-4)
 
 

@@ -23,8 +23,8 @@ from attnpo_jax.judge.language_model import load_model
 from attnpo_jax.models import decoder
 from attnpo_jax.models.attention import implementations as attention_backends
 from attnpo_jax.models.scoring import response_logps
+from attnpo_jax.parallel.state import create
 from attnpo_jax.train import optim
-from attnpo_jax.train.state import create
 from attnpo_jax.train.step import StepSettings, make_train_step
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"

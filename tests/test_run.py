@@ -1,10 +1,19 @@
+import collections
+import inspect
 import io
 
 from rich.console import Console
 
+from attnpo_jax import cli, export, prepare
 from attnpo_jax import config as config_lib
 from attnpo_jax import run as run_lib
+from attnpo_jax import train as training
+from attnpo_jax.data.tokenize import ChatTokenizer
+from attnpo_jax.judge.prompt import JudgeTemplate
+from attnpo_jax.models.io import hf_folder
+from attnpo_jax.run import Run
 from attnpo_jax.runtime import metrics
+from tests.prepare.test_stage import ROWS, make_config, write_model, write_rows
 
 
 def eval_line(**changes):
@@ -29,22 +38,22 @@ def run_with(tmp_path, monkeypatch, lines):
     """`run` with stand-ins for its four parts; returns their order and what was printed."""
     calls = []
 
-    def train(config, workdir):
+    def train(run):
         calls.append("train")
-        with metrics.MetricsWriter(workdir, 0) as writer:
+        with metrics.MetricsWriter(run.workdir, 0) as writer:
             for step, values in lines:
                 writer.write(step, values)
 
-    def export(config, workdir):
+    def export_to(run):
         calls.append("export")
-        return workdir / "export"
+        return run.workdir / "export"
 
-    monkeypatch.setattr(run_lib.prepare, "prepare", lambda *_: calls.append("prepare"))
-    monkeypatch.setattr(run_lib.loop, "train", train)
-    monkeypatch.setattr(run_lib, "export", export)
+    monkeypatch.setattr(prepare, "prepare", lambda *_, **__: calls.append("prepare"))
+    monkeypatch.setattr(training, "train", train)
+    monkeypatch.setattr(export, "export", export_to)
     text = io.StringIO()
     console = Console(file=text, width=100)
-    run_lib.run(config_lib.default_config(), tmp_path, console=console)
+    run_lib.run(Run.resolve(config_lib.default_config(), tmp_path), console=console)
     return calls, text.getvalue()
 
 
@@ -74,3 +83,41 @@ def test_closing_table_compares_the_first_with_the_last_evaluation(tmp_path, mon
 def test_without_held_out_pairs_only_the_artefacts_are_listed(tmp_path, monkeypatch):
     _, text = run_with(tmp_path, monkeypatch, [(1, {"loss": 0.5})])
     assert "held-out" not in text and str(tmp_path / "export") in text
+
+
+def test_everything_is_resolved_once(tmp_path, monkeypatch):
+    write_model(tmp_path)
+    write_rows(tmp_path / "train.jsonl", ROWS)
+    write_rows(tmp_path / "eval.jsonl", ROWS[2:4])
+    (tmp_path / "judge.txt").write_text("Q {question} [A] {answer_a} [B] {answer_b} Which?")
+    config = make_config(tmp_path, train__batch_size=4, train__microbatch_size=2)
+    (tmp_path / "config.json").write_text(config_lib.to_json(config))
+    (tmp_path / "config.py").write_text(
+        "import pathlib\nfrom attnpo_jax import config\n"
+        "def get_config():\n"
+        "    file = pathlib.Path(__file__).with_suffix('.json')\n"
+        "    return config.from_json(file.read_text())\n"
+    )
+    counts = collections.Counter()
+
+    def count(owner, name):
+        original = inspect.getattr_static(owner, name)
+        function = getattr(original, "__func__", original)
+
+        def counted(*args, **kwargs):
+            counts[name if owner not in (ChatTokenizer, JudgeTemplate) else owner.__name__] += 1
+            return function(*args, **kwargs)
+
+        kind = type(original) if isinstance(original, classmethod) else lambda f: f
+        monkeypatch.setattr(owner, name, kind(counted))
+
+    for name in ("resolve", "load_config", "weights_digest", "load_params"):
+        count(hf_folder, name)
+    count(ChatTokenizer, "load")
+    count(JudgeTemplate, "load")
+    count(config_lib, "validate")
+    arguments = [f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'work'}"]
+    assert cli.main(["run", *arguments]) == 0
+    names = ("resolve", "load_config", "weights_digest", "load_params", "validate")
+    assert counts == dict.fromkeys((*names, "ChatTokenizer", "JudgeTemplate"), 1)
+    assert (tmp_path / "work" / "export" / "model.safetensors").exists()

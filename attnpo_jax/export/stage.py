@@ -3,28 +3,23 @@
 import logging
 import os
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
-from ml_collections import config_dict
 
-from attnpo_jax import config as config_lib
 from attnpo_jax.models import lora
-from attnpo_jax.models.decoder import ModelConfig, abstract_params
-from attnpo_jax.models.io import embedded, peft
-from attnpo_jax.models.io import hf_folder as models
+from attnpo_jax.models.decoder import abstract_params
+from attnpo_jax.models.io import embedded, hf_folder, peft
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.parallel import checkpoint, gathering, preemption, processes
-from attnpo_jax.prepare import provenance
+
+if TYPE_CHECKING:
+    from attnpo_jax.run import Run
 
 _LOG = logging.getLogger(__name__)
 
 
-def export(
-    config: config_dict.ConfigDict,
-    workdir: str | os.PathLike,
-    out: str | os.PathLike | None = None,
-) -> pathlib.Path:
+def export(run: "Run", out: str | os.PathLike | None = None) -> pathlib.Path:
     """Writes the parameters of the newest whole checkpoint as a folder that transformers loads.
 
     Tokenizer and generation config come from the model that training started with, and the chat
@@ -36,8 +31,7 @@ def export(
     they come, tensor by tensor.
 
     Args:
-      config: the run's config.
-      workdir: the run's folder.
+      run: the run.
       out: where to; None for `workdir/export`. An earlier export there is replaced, or left as it
         is if it holds these very parameters.
 
@@ -45,87 +39,80 @@ def export(
       The folder written.
 
     Raises:
-      ConfigError: the config is wrong.
       FileNotFoundError: there is no checkpoint.
       CheckpointMismatch: the checkpoint is of another model than the config's, or its adapters are.
       MeshError: the devices or the model do not fit `parallel.mesh`.
       OSError: the folder can't be written; an earlier export stays. The other processes get
         `gathering.FirstProcessFailed`.
     """
-    config_lib.validate(config)
-    workdir = pathlib.Path(workdir)
-    out = workdir / "export" if out is None else pathlib.Path(out)
-    folder = checkpoint.folder_of(config, workdir)
+    out = run.workdir / "export" if out is None else pathlib.Path(out)
+    checkpoints = run.checkpoint_folder  # all processes look whether it is theirs
     if processes.is_first():
-        models.clear_up(out)
-    newest = _origin(config, folder) if processes.is_first() and not config.lora.rank else None
-    written = newest is not None and models.read_origin(out) == newest
+        hf_folder.clear_up(out)
+    adapted = bool(run.config.lora.rank)
+    newest = _origin(run, checkpoints) if processes.is_first() and not adapted else None
+    written = newest is not None and hf_folder.read_origin(out) == newest
     if preemption.agreed(written):
         if written:
             _LOG.info("%s holds the model of step %d already", out, newest["step"])
+    elif adapted:
+        _export_adapted(run, out)
     else:
-        _export(config, folder, out)
+        _export(run, out)
     processes.barrier("export: written")
     return out
 
 
-def _origin(
-    config: config_dict.ConfigDict, folder: pathlib.Path, step: int | None = None
-) -> dict[str, Any] | None:
+def _origin(run: "Run", checkpoints: Any, step: int | None = None) -> dict[str, Any] | None:
     """What an export is made of; None if there is no checkpoint that says so."""
-    origin = checkpoint.origin(folder, step)
-    template = provenance.read_chat_template(config)
-    return origin if origin is None else origin | {"chat_template": template}
+    origin = checkpoint.origin(checkpoints, step)
+    return origin if origin is None else origin | {"chat_template": run.chat_template}
 
 
-def _export(config: config_dict.ConfigDict, folder: pathlib.Path, out: pathlib.Path) -> None:
-    source = models.resolve(config.model.source)
-    model = models.load_config(source)
-    template = provenance.read_chat_template(config)
-    if config.lora.rank:
-        _export_adapted(config, folder, out, source, model, template)
-        return
-    backend = backends.for_training(model, config.parallel)
-    abstract = abstract_params(model, jnp.dtype(config.model.param_dtype))
-    params, step = checkpoint.restore_params(folder, backend.abstract_state(abstract))
-    origin = _origin(config, folder, step)
+def _export(run: "Run", out: pathlib.Path) -> None:
+    backend = backends.for_training(run.model, run.config.parallel)
+    abstract = abstract_params(run.model, jnp.dtype(run.config.model.param_dtype))
+    params, step = checkpoint.restore_params(
+        run.checkpoint_folder, backend.abstract_state(abstract)
+    )
+    origin = _origin(run, run.checkpoint_folder, step)
     with gathering.for_first(params) as readable:
         if readable is not None:
-            models.save(
-                out, model, readable, source_folder=source, chat_template=template, origin=origin
+            hf_folder.save(
+                out,
+                run.model,
+                readable,
+                source_folder=run.model_folder,
+                chat_template=run.chat_template,
+                origin=origin,
             )
 
 
-def _export_adapted(
-    config: config_dict.ConfigDict,
-    folder: pathlib.Path,
-    out: pathlib.Path,
-    source: pathlib.Path,
-    model: ModelConfig,
-    template: str | None,
-) -> None:
-    policy = lora.adapted(model, config.lora)
+def _export_adapted(run: "Run", out: pathlib.Path) -> None:
+    config, policy, source = run.config, run.policy, run.model_folder
     backend = backends.for_training(policy, config.parallel)
     # Without the base that they were trained on, and the scale that they were trained with,
     # adapters are worth nothing: neither shows in their shapes.
     identity: dict[str, Any] = {
         "config": {f"lora.{field}": config.lora[field] for field in ("rank", "alpha", "targets")},
-        "prepared": {"model": {"weights": models.weights_digest(source)}},
+        "prepared": {"model": {"weights": run.weights_digest}},
     }
     abstract = backend.abstract_state(lora.abstract_adapters(policy))
-    adapters, _ = checkpoint.restore_params(folder, abstract, identity)
+    adapters, _ = checkpoint.restore_params(run.checkpoint_folder, abstract, identity)
     if config.lora.export in ("merged", "both"):
-        params = models.load_params(
+        params = hf_folder.load_params(
             source,
-            model,
+            run.model,
             # Training may have held them in less.
-            param_dtype=models.stored_dtype(source),
+            param_dtype=hf_folder.stored_dtype(source),
             shardings=backend.parameter_shardings(),
         )
         params = lora.merge(policy, params, adapters)
         with gathering.for_first(params) as readable:
             if readable is not None:
-                models.save(out, model, readable, source_folder=source, chat_template=template)
+                hf_folder.save(
+                    out, run.model, readable, source_folder=source, chat_template=run.chat_template
+                )
     if config.lora.export in ("adapter", "both"):
         both = config.lora.export == "both"
         # A name from the hub means the same to whoever gets the adapter; a path is all there is
@@ -141,5 +128,5 @@ def _export_adapted(
                     readable,
                     base=config.model.source if of_hub else str(source.absolute()),
                     source_folder=source,
-                    chat_template=template,
+                    chat_template=run.chat_template,
                 )

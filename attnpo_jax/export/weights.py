@@ -3,31 +3,27 @@
 Their PyTorch code trains on such files, and so does this package (`data.weight_columns`).
 """
 
-import os
-import pathlib
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ml_collections import config_dict
 from rich.console import Console
 
-from attnpo_jax import config as config_lib
 from attnpo_jax.data.formats import Pair
 from attnpo_jax.data.precomputed_weights import SIDES
 from attnpo_jax.data.prepared import Prepared
 from attnpo_jax.data.sources import load_pairs
 from attnpo_jax.judge.figures import shares
 from attnpo_jax.parallel import processes
-from attnpo_jax.prepare import provenance
 from attnpo_jax.runtime import atomic
+
+if TYPE_CHECKING:
+    from attnpo_jax.run import Run
 
 # What the splits are called in the published datasets.
 FILES = {"train": "train.jsonl", "eval": "test.jsonl"}
 
 
-def export_weights(
-    config: config_dict.ConfigDict, workdir: str | os.PathLike, *, console: Console | None = None
-) -> None:
+def export_weights(run: "Run", *, console: Console | None = None) -> None:
     """Writes `workdir/weights/train.jsonl` and, of held-out pairs, `test.jsonl`: one pair a line.
 
     A line holds `prompt` (the first user turn), `prompt_id`, the conversations `chosen` and
@@ -39,36 +35,31 @@ def export_weights(
     a judge keep the ready-made weights that they came with.
 
     Args:
-      config: the config that the pairs were prepared with.
-      workdir: the run's folder.
+      run: the run that prepared the pairs.
       console: where the files' names go; None for standard output.
 
     Raises:
-      ConfigError: the config is wrong.
-      FileNotFoundError: there is no prepared dataset, or it is not finished.
-      PreparedMismatch: it was prepared with other settings.
       ValueError: the sources hold other pairs than were prepared, or there are no weights to write.
+      FileNotFoundError, PreparedMismatch: see `Run.open_prepared`.
     """
-    config_lib.validate(config)
     if not processes.is_first():
         return
-    workdir, console = pathlib.Path(workdir), console or Console()
-    splits = ["train", "eval"] if config.data.eval else ["train"]
-    prepared = {split: provenance.open_prepared(config, workdir, split) for split in splits}
+    console = console or Console()
+    prepared = {split: run.open_prepared(split) for split in run.splits}
     for split, dataset in prepared.items():
         if not dataset.source_layers and not dataset.weight_columns:
             raise ValueError(f"{dataset.path} holds no weights: it was prepared without a judge")
         pairs = load_pairs(
-            config.data[split],
-            on_bad_row=config.data.on_bad_row,
-            weight_columns=config_lib.weight_columns(config),
+            run.config.data[split],
+            on_bad_row=run.config.data.on_bad_row,
+            weight_columns=run.weight_columns,
         ).pairs
         if pairs.digest != dataset.meta["components"]["data"]["digest"]:
             raise ValueError(
-                f"config.data.{split} = {config.data[split]!r} holds other pairs than those that "
-                f"{dataset.path} was prepared from; accepted: the same pairs"
+                f"config.data.{split} = {run.config.data[split]!r} holds other pairs than those "
+                f"that {dataset.path} was prepared from; accepted: the same pairs"
             )
-        path = workdir / "weights" / FILES[split]
+        path = run.workdir / "weights" / FILES[split]
         atomic.write_json_lines(path, published_rows(dataset, pairs))
         console.print(f"{len(dataset)} pairs: {path}", highlight=False, soft_wrap=True)
 

@@ -72,7 +72,7 @@ class Judge:
 
     Args:
       model: the judge.
-      template: `default` or a file, see `judge_prompt.JudgeTemplate`.
+      template: `default`, a file, or a template that is loaded.
       max_length: a judge prompt stays below this many tokens.
       max_answer_length: tokens that an answer keeps where the prompt would be longer.
       source_layers: the layers whose attention is kept, counted from 0.
@@ -94,7 +94,7 @@ class Judge:
         self,
         model: LanguageModel,
         *,
-        template: str = "default",
+        template: str | JudgeTemplate = "default",
         max_length: int = 2048,
         max_answer_length: int = 768,
         source_layers: Sequence[int] = (-1,),
@@ -108,9 +108,9 @@ class Judge:
     ):
         layers = model.config.num_layers
         self.source_layers = tuple(range(layers)[layer] for layer in source_layers)
-        self.prompter = JudgePrompter(
-            model.tokenizer, JudgeTemplate.load(template), max_length, max_answer_length
-        )
+        if not isinstance(template, JudgeTemplate):
+            template = JudgeTemplate.load(template)
+        self.prompter = JudgePrompter(model.tokenizer, template, max_length, max_answer_length)
         self.verdict = verdict
         self._model = model
         self._batch_size = batch_size

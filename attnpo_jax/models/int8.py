@@ -17,6 +17,11 @@ from attnpo_jax.models.decoder import num_inputs
 SCALE = "_scale"
 
 
+def shape_of_passes(model: ModelConfig, prepare_weights: str) -> ModelConfig:
+    """A model's shape as the judge's and the reference's passes have it: `full` or `int8`."""
+    return quantized(model) if prepare_weights == "int8" else model
+
+
 def quantized(model: ModelConfig) -> ModelConfig:
     """The model with int8 projections."""
     return dataclasses.replace(model, int8=True)

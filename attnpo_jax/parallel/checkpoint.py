@@ -36,15 +36,9 @@ from attnpo_jax.parallel.checkpoint_damage import (
     outcomes_of_all,
     set_aside,
 )
-from attnpo_jax.train.state import TrainState
+from attnpo_jax.parallel.state import TrainState
 
 _ITEMS = ("params", "optimizer", "metadata")
-
-
-def folder_of(config: Any, workdir: str | os.PathLike) -> epath.Path:
-    """Where the checkpoints of a run are: `train.checkpoint_dir`, or `checkpoints` in `workdir`."""
-    named = config.train.checkpoint_dir
-    return epath.Path(named) if named else epath.Path(workdir) / "checkpoints"
 
 
 class Checkpoints:

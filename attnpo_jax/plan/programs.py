@@ -17,7 +17,7 @@ import numpy as np
 from attnpo_jax import config as config_lib
 from attnpo_jax.judge import judge
 from attnpo_jax.models import flops as model_flops
-from attnpo_jax.models import lora
+from attnpo_jax.models import int8, lora
 from attnpo_jax.models.attention import implementations as attention_backends
 from attnpo_jax.models.decoder import ModelConfig, abstract_params
 from attnpo_jax.parallel import mesh as meshes
@@ -27,8 +27,7 @@ from attnpo_jax.plan.collectives import Collective, collectives
 from attnpo_jax.plan.lengths import Batching, Lengths
 from attnpo_jax.plan.topologies import GIB, PlanError, Topology
 from attnpo_jax.prepare import reference
-from attnpo_jax.prepare import stage as prepare
-from attnpo_jax.train import loop
+from attnpo_jax.train import stage as train
 
 
 class DoesNotFit(PlanError):
@@ -148,8 +147,8 @@ class Setting:
         batching = Batching.training(config, backend.row_shards)
         attention = self._attention(backend)
         columns = self.weight_columns
-        settings = loop.step_settings(config, policy, self.sources, attention, columns)
-        step = loop.compile_step(config, settings, backend, total_steps=100)
+        settings = train.step_settings(config, policy, self.sources, attention, columns)
+        step = train.compile_step(config, settings, backend, total_steps=100)
         batch = lengths.train_batch(at, batching, len(self.sources), len(columns))
         needed = batching.pairs * model_flops.training(self.model, at.prompt, (at.response,) * 2)
         return self._compile(
@@ -213,7 +212,7 @@ class Setting:
 
     @property
     def _of_passes(self) -> ModelConfig:
-        return prepare.shape_of_passes(self.config, self.model)
+        return int8.shape_of_passes(self.model, self.config.model.prepare_weights)
 
     @property
     def prepares_on(self) -> Topology:

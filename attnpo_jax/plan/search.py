@@ -13,12 +13,12 @@ from rich.table import Table
 
 from attnpo_jax.models import lora
 from attnpo_jax.parallel import mesh as meshes
+from attnpo_jax.parallel.state import TrainState
 from attnpo_jax.plan.programs import Compiled, DoesNotFit, Setting
 from attnpo_jax.plan.report import program_json
 from attnpo_jax.plan.roofline import Roofline
 from attnpo_jax.plan.topologies import GIB, PlanError
-from attnpo_jax.train import loop
-from attnpo_jax.train.state import TrainState
+from attnpo_jax.train import stage as train
 
 _LOG = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ def _elements(tree: Any) -> int:
 
 def _state(setting: Setting) -> TrainState:
     """The training state, as shapes."""
-    return loop.initial_state(setting.config, lora.adapted(setting.model, setting.config.lora))
+    return train.initial_state(setting.config, lora.adapted(setting.model, setting.config.lora))
 
 
 def _state_bytes(setting: Setting) -> int:

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import config_dict
 from rich.console import Console
@@ -16,11 +16,14 @@ from attnpo_jax.plan.lengths import Lengths
 from attnpo_jax.plan.programs import Setting
 from attnpo_jax.plan.topologies import PlanError
 
+if TYPE_CHECKING:
+    from attnpo_jax.run import Run
+
 _LOG = logging.getLogger(__name__)
 
 
 def plan(
-    config: config_dict.ConfigDict,
+    run: "Run",
     *,
     topology: str,
     pairs: int | None = None,
@@ -33,7 +36,7 @@ def plan(
     """Compiles the config's programs for a TPU slice and prints what they take.
 
     Args:
-      config: see `attnpo_jax.config.default_config`.
+      run: a run, which needs no folder.
       topology: name of the slice, e.g. "v5e:8x8".
       pairs: training pairs. None: see `pairs.count`.
       row_length, response_length: see `lengths.Lengths.of`.
@@ -43,12 +46,11 @@ def plan(
       console: where to; None for standard output.
 
     Raises:
-      ConfigError: the config is wrong.
       PlanError: unknown slice or lengths, libtpu is missing, or a program does not fit.
       MeshError: the chips or the model do not fit `parallel.mesh`.
       CheckpointError: the model's shape can't be had.
     """
-    config_lib.validate(config)
+    config = run.config
     console = console or Console()
     if config.parallel.backend != "jit":
         raise PlanError(

@@ -4,22 +4,21 @@ import collections
 import dataclasses
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from ml_collections import config_dict
 from rich.console import Console, Group
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from attnpo_jax import config as config_lib
 from attnpo_jax.data.sources import Pair, load_pairs
 from attnpo_jax.data.tokenize import ChatTokenizer
-from attnpo_jax.models.io import hf_folder as checkpoints
-from attnpo_jax.prepare import provenance
 from attnpo_jax.prepare.pair_forms import PairForms, PairTokenizer
 from attnpo_jax.runtime.progress import PairProgress
+
+if TYPE_CHECKING:
+    from attnpo_jax.run import Run
 
 EXAMPLES = 3
 PERCENTILES = (0, 50, 90, 99, 100)
@@ -57,14 +56,14 @@ class SplitReport:
 
 
 def data_report(
-    config: config_dict.ConfigDict, *, as_json: bool = False, console: Console | None = None
+    run: "Run", *, as_json: bool = False, console: Console | None = None
 ) -> list[SplitReport]:
     """Loads and tokenizes a config's pairs, and prints what came of it.
 
     Bad rows are listed, whatever `data.on_bad_row` says: `prepare` stops at them or skips them.
 
     Args:
-      config: see `attnpo_jax.config.default_config`.
+      run: a run, which needs no folder.
       as_json: print one JSON object, by split, instead of tables.
       console: where to; None for standard output.
 
@@ -72,22 +71,18 @@ def data_report(
       One report a split.
 
     Raises:
-      ConfigError: the config is wrong.
-      ValueError, OSError: a source, the tokenizer or the judge's template can't be read.
+      ValueError, OSError: a source or the tokenizer can't be read.
     """
-    config_lib.validate(config)
-    splits = ["train", "eval"] if config.data.eval else ["train"]
+    config, splits = run.config, run.splits
     loaded = {
         split: load_pairs(
             config.data[split],
             on_bad_row="skip",
-            weight_columns=config_lib.weight_columns(config),
+            weight_columns=run.weight_columns,
         )
         for split in splits
     }
-    folder = checkpoints.resolve(config.model.source, weights=False)
-    tokenizer = ChatTokenizer.load(folder, provenance.read_chat_template(config))
-    tokenize = PairTokenizer.from_config(config, tokenizer, on_bad_row="skip")
+    tokenize = PairTokenizer.from_config(config, run.tokenizer, run.template, on_bad_row="skip")
     reports = []
     for split in splits:
         pairs = loaded[split].pairs
@@ -109,7 +104,7 @@ def data_report(
                 bad_rows=bad_rows,
                 weight_columns=loaded[split].weight_columns,
                 **_summed(forms),
-                examples=_examples(tokenizer, tokenize, pairs, forms),
+                examples=_examples(run.tokenizer, tokenize, pairs, forms),
             )
         )
     console = console or Console()

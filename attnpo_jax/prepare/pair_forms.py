@@ -67,21 +67,22 @@ class PairTokenizer:
         cls,
         config: config_dict.ConfigDict,
         tokenizer: ChatTokenizer,
+        template: JudgeTemplate,
         *,
         on_bad_row: str | None = None,
     ) -> "PairTokenizer":
-        """The tokenizer of a config's pairs, given the one of its model.
+        """The tokenizer of a config's pairs, given the one of its model and the judge's template.
 
         `on_bad_row` replaces the config's.
 
         Raises:
-          ValueError, OSError: the judge's template or `data.weights_tokenizer` can't be used.
+          ValueError, OSError: `data.weights_tokenizer` can't be used.
         """
         prompter = reader = None
         if config.judge.layers != "none":
             prompter = JudgePrompter(
                 tokenizer,
-                JudgeTemplate.load(config.judge.template),
+                template,
                 config.judge.max_length,
                 config.judge.max_answer_length,
             )

@@ -5,46 +5,40 @@ Rows are written shard by shard. An interruption at any moment loses the shard u
 
 import dataclasses
 import logging
-import os
 import pathlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import config_dict
 from rich.console import Console
 from rich.table import Table
 
 from attnpo_jax import config as config_lib
 from attnpo_jax.data import prepared
+from attnpo_jax.data.cache_key import naming_fields
 from attnpo_jax.data.readers import ALONE, Team
 from attnpo_jax.data.sources import BadRow, LoadedPairs, Pairs, load_pairs
-from attnpo_jax.data.tokenize import ChatTokenizer
 from attnpo_jax.judge.figures import judge_figures
 from attnpo_jax.judge.judge import SAMPLE, Judge, Judgement
 from attnpo_jax.judge.language_model import LanguageModel
-from attnpo_jax.judge.prompt import JudgeTemplate
-from attnpo_jax.models import int8
-from attnpo_jax.models.attention import implementations as attention_backends
-from attnpo_jax.models.decoder import ModelConfig
-from attnpo_jax.models.io import hf_folder as checkpoints
+from attnpo_jax.models.attention import implementations
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.parallel import preemption, processes
-from attnpo_jax.prepare import provenance
 from attnpo_jax.prepare.pair_forms import PairForms, PairTokenizer
 from attnpo_jax.prepare.reference import Reference
 from attnpo_jax.runtime import atomic
 from attnpo_jax.runtime.progress import PairProgress
 
+if TYPE_CHECKING:
+    from attnpo_jax.run import Run
+
 _LOG = logging.getLogger(__name__)
 
 
-def prepare(
-    config: config_dict.ConfigDict, workdir: str | os.PathLike, *, console: Console | None = None
-) -> None:
+def prepare(run: "Run", *, keep_params: bool = False, console: Console | None = None) -> None:
     """Prepares the training pairs and, if there are any, the held-out ones.
 
     What is on disk already and still fits is kept: a finished dataset as a whole, an unfinished one
@@ -54,78 +48,49 @@ def prepare(
     shards, on all devices, and the first one writes them: see `prepare.devices`.
 
     Args:
-      config: see `attnpo_jax.config.default_config`.
-      workdir: the run's folder; the datasets go to `prepared/train` and `prepared/eval` below it.
+      run: the run; the datasets go to `prepared/train` and `prepared/eval` of its folder.
+      keep_params: whether the model's parameters stay loaded for the stage that follows.
       console: where the figures go; None for standard output.
 
     Raises:
-      ConfigError: the config is wrong; nothing was loaded.
       BadRow: a row is no preference pair, or none that fits the tokenizer and the lengths, and the
         config does not say to skip it.
       PreparedMismatch: the dataset on disk was prepared with other settings.
-      OSError: a shard could not be written; those before it stay.
       MeshError: the devices or the model do not fit `parallel.mesh`.
-      ProcessesError: of several processes, some have another workdir than the rest.
       AttentionError: `model.attention` cannot serve the model on these devices.
       Preempted: SIGTERM came; the shard under way is lost, those before it stay.
     """
-    config_lib.validate(config)
-    workdir, console = pathlib.Path(workdir), console or Console()
+    console = console or Console()
     # The data come first: a mistake in them shall not wait for a model to be downloaded.
-    JudgeTemplate.load(config.judge.template)
-    splits = ["train", "eval"] if config.data.eval else ["train"]
-    processes.check_shared(workdir, "workdir")
-    loaded = {split: _load_pairs(config, split, workdir) for split in splits}
-    folder = checkpoints.resolve(config.model.source)
-    shape = checkpoints.load_config(folder)
-    config_lib.check_layers(config, shape.num_layers, shape.layer_windows)
-    tokenizer = ChatTokenizer.load(folder, provenance.read_chat_template(config))
+    loaded = {split: _load_pairs(run, split) for split in run.splits}
     # All splits are checked before any of them is computed.
-    todo = [
-        _Split.check(config, split, workdir, folder, tokenizer, loaded[split]) for split in splits
-    ]
-    # Nobody may finish a dataset that another process still takes for unfinished, or the reverse:
-    # it is as the first one sees it, who finished it if it is complete.
+    todo = [_Split.check(run, split, loaded[split]) for split in run.splits]
+    # The first process has finished a dataset, so what it sees of one counts for all.
     seen = processes.exchange([split.status for split in todo])[0]
     todo = [
         dataclasses.replace(split, status=status) for split, status in zip(todo, seen, strict=True)
     ]
-    first = processes.is_first()
-    model, backend, attention = None, None, None
+    passes: _Passes | None = None
     for split in todo:
-        if split.status == "complete":
-            if first:
-                console.print(f"{split.path}: complete, used as it is", highlight=False)
-        else:
-            if model is None:
-                shape = shape_of_passes(config, shape)
-                backend = backends.for_preparing(shape, config)
-                _LOG.info("preparing on %s", backend.description)
-                attention = attention_backends.choose(
-                    config.model.attention, shape, config.model.dtype, backend.devices
-                )
-                _LOG.info("attention: %s", attention)
-                model = _load(config, folder, shape, tokenizer, backend)
-            _fill(config, model, backend, attention.backend, split)
+        if split.status != "complete":
+            passes = passes or _Passes.load(run, keep_params)
+            _fill(run, passes, split)
+        elif processes.is_first():
+            console.print(f"{split.path}: complete, used as it is", highlight=False)
         processes.wait_until_seen(split.path / prepared.METADATA)
-        if first:
+        if processes.is_first():
             console.print(summary(split.name, prepared.Prepared.open(split.path)))
 
 
-def shape_of_passes(config: config_dict.ConfigDict, model: ModelConfig) -> ModelConfig:
-    """The model's shape as the judge's and the reference's passes have it."""
-    return int8.quantized(model) if config.model.prepare_weights == "int8" else model
-
-
-def _load_pairs(config, split: str, workdir: pathlib.Path) -> LoadedPairs:
-    path = provenance.split_path(workdir, split)
+def _load_pairs(run: "Run", split: str) -> LoadedPairs:
+    path = run.prepared_path(split)
     # A finished dataset's list has more rows than are found bad here.
     write = processes.is_first() and not (path / prepared.METADATA).is_file()
     return load_pairs(
-        config.data[split],
-        on_bad_row=config.data.on_bad_row,
+        run.config.data[split],
+        on_bad_row=run.config.data.on_bad_row,
         bad_rows_path=_bad_rows_path(path) if write else None,
-        weight_columns=config_lib.weight_columns(config),
+        weight_columns=run.weight_columns,
         team=processes.team(),
     )
 
@@ -146,52 +111,46 @@ class _Split:
     status: str
 
     @classmethod
-    def check(
-        cls, config, name: str, workdir: pathlib.Path, folder, tokenizer, loaded: LoadedPairs
-    ) -> "_Split":
-        path = provenance.split_path(workdir, name)
-        config_lib.check_columns(config, loaded.weight_columns)
-        components = provenance.components(
-            config, name, folder, tokenizer, loaded.pairs.digest, loaded.weight_columns
-        )
-        with provenance.naming_fields(name):
+    def check(cls, run: "Run", name: str, loaded: LoadedPairs) -> "_Split":
+        path = run.prepared_path(name)
+        config_lib.check_columns(run.config, loaded.weight_columns)
+        components = run.cache_key(name, loaded.pairs.digest, loaded.weight_columns)
+        with naming_fields(name):
             status = prepared.status(path, components)
         return cls(name, path, loaded.pairs, loaded.bad_rows, components, status)
 
 
-def _load(
-    config,
-    folder: pathlib.Path,
-    shape: ModelConfig,
-    tokenizer: ChatTokenizer,
-    backend: backends.Backend,
-) -> LanguageModel:
-    params = checkpoints.load_params(
-        folder,
-        shape,
-        param_dtype=jnp.dtype(config.model.param_dtype),
-        shardings=backend.parameter_shardings(),
-    )
-    return LanguageModel(folder, shape, params, tokenizer)
+@dataclasses.dataclass(frozen=True)
+class _Passes:
+    """What the judge's and the reference's passes run on."""
+
+    model: LanguageModel
+    backend: backends.Backend
+    attention: str
+
+    @classmethod
+    def load(cls, run: "Run", keep_params: bool) -> "_Passes":
+        backend = backends.for_preparing(run.passes, run.config)
+        _LOG.info("preparing on %s", backend.description)
+        attention = implementations.choose(
+            run.config.model.attention, run.passes, run.config.model.dtype, backend.devices
+        )
+        _LOG.info("attention: %s", attention)
+        params = run.load_params(run.passes, backend.parameter_shardings(), keep=keep_params)
+        model = LanguageModel(run.model_folder, run.passes, params, run.tokenizer)
+        return cls(model, backend, attention.backend)
 
 
-def _fill(
-    config: config_dict.ConfigDict,
-    model: LanguageModel,
-    backend: backends.Backend,
-    attention: str,
-    split: _Split,
-) -> None:
+def _fill(run: "Run", passes: _Passes, split: _Split) -> None:
     """Computes and writes this process's shards that are not there yet, then the metadata."""
-    pairs, everyone = split.pairs, processes.team()
-    together = any(device.process_index != everyone.index for device in backend.devices)
-    team = everyone if together else ALONE  # those that compute the same shards
+    everyone, config = processes.team(), run.config
+    together = any(device.process_index != everyone.index for device in passes.backend.devices)
     writer = prepared.PreparedWriter(
         split.path,
         split.components,
-        len(pairs),
+        len(split.pairs),
         config.prepare.rows_per_shard,
-        ids=pairs.ids,
+        ids=split.pairs.ids,
         process_index=0 if together else jax.process_index(),
         process_count=1 if together else jax.process_count(),
     )
@@ -202,54 +161,19 @@ def _fill(
         either = preemption.agreed_each([shard in mine for shard in range(writer.num_shards)])
         pending = [(k, *writer.row_range(k)) for k, missing in enumerate(either) if missing]
     if preemption.agreed(bool(pending)):
-        tokenize = PairTokenizer.from_config(config, model.tokenizer)
-        sample = _sample(tokenize, pairs, everyone)
+        tokenize = PairTokenizer.from_config(config, run.tokenizer, run.template)
+        sample = _sample(tokenize, split.pairs, everyone)
     if pending:
-        source_layers = split.components["source_layers"]
-        judge = _judge(config, model, backend, attention, source_layers, sample)
-        tokenized = [forms.tokenized for forms in sample]
-        reference = Reference(config, model, backend, attention, tokenized)
-        total = sum(stop - start for _, start, stop in pending)
-        with (
-            PairProgress(
-                f"prepare {split.name}", total, bar=config.log.progress and processes.is_first()
-            ) as progress,
-            ThreadPoolExecutor(max_workers=1) as ahead,
-            ThreadPoolExecutor(max_workers=1) as behind,
-            preemption.watch() as noticed,
-        ):
-
-            def read(shard: int, start: int, stop: int) -> Future:
-                part = team.part(stop - start)
-                mine = slice(start + part.start, start + part.stop)
-                return ahead.submit(lambda: tokenize(pairs[mine]))
-
-            def preempted() -> bool:
-                # Those that compute together must leave off together.
-                return preemption.agreed(noticed()) if together else noticed()
-
-            # The next shard is tokenized, and the last one written, while this one is computed.
-            written: Future | None = None
-            following = read(*pending[0])
-            for k, (shard, _, _) in enumerate(pending):
-                forms, bad_rows = _of_all(team, *following.result())
-                if k + 1 < len(pending):
-                    following = read(*pending[k + 1])
-                rows = _shard_rows(judge, reference, forms, progress, preempted)
-                if rows is None:
-                    stops = True
-                    following.cancel()
-                    break
-                if written is not None:
-                    written.result()  # a full disk ends the run here
-                if not together or processes.is_first():
-                    records = [bad_row.as_record() for bad_row in bad_rows]
-                    written = behind.submit(writer.write, shard, rows, records)
-                progress.add(len(bad_rows))
-            if written is not None:
-                written.result()
-            # Notice may have come while the last shard was written.
-            stops = stops or preempted()
+        judge = _judge(run, passes, split.components["source_layers"], sample)
+        reference = Reference(
+            config,
+            passes.model,
+            passes.backend,
+            passes.attention,
+            [forms.tokenized for forms in sample],
+        )
+        shards = _Shards(split, writer, tokenize, judge, reference, together)
+        stops = shards.compute(pending, bar=config.log.progress and processes.is_first())
     # Who has been told to stop comes here too: the others learn of it and do not wait in vain.
     processes.barrier(f"prepare: shards of {split.name} written")
     if preemption.agreed(stops):
@@ -260,26 +184,82 @@ def _fill(
     if processes.is_first():
         refused = [row for shard in range(writer.num_shards) for row in writer.bad_rows(shard)]
         bad_rows = split.bad_rows + refused
-        writer.finish({"pairs": len(pairs) - len(refused), "bad_rows": len(bad_rows)})
+        writer.finish({"pairs": len(split.pairs) - len(refused), "bad_rows": len(bad_rows)})
         if config.data.on_bad_row == "skip":
             atomic.write_json_lines(_bad_rows_path(split.path), bad_rows)
     processes.barrier(f"prepare: {split.name} finished")
 
 
+@dataclasses.dataclass(frozen=True)
+class _Shards:
+    """Computes shards of a split.
+
+    Attributes:
+      together: whether all processes compute the same shards, of which the first writes them.
+    """
+
+    split: _Split
+    writer: prepared.PreparedWriter
+    tokenize: PairTokenizer
+    judge: Judge | None
+    reference: Reference
+    together: bool
+
+    def compute(self, pending: Sequence[tuple[int, int, int]], *, bar: bool) -> bool:
+        """Computes and writes the shards; whether it was told to stop before they were all there.
+
+        The next shard is tokenized, and the last one written, while this one is computed.
+        """
+        team = processes.team() if self.together else ALONE  # those that compute the same shards
+        total = sum(stop - start for _, start, stop in pending)
+        with (
+            PairProgress(f"prepare {self.split.name}", total, bar=bar) as progress,
+            ThreadPoolExecutor(max_workers=1) as ahead,
+            ThreadPoolExecutor(max_workers=1) as behind,
+            preemption.watch() as noticed,
+        ):
+
+            def preempted() -> bool:
+                # Those that compute together must leave off together.
+                return preemption.agreed(noticed()) if self.together else noticed()
+
+            def read(shard: int, start: int, stop: int) -> Future:
+                part = team.part(stop - start)
+                mine = slice(start + part.start, start + part.stop)
+                return ahead.submit(lambda: self.tokenize(self.split.pairs[mine]))
+
+            written: Future | None = None
+            following = read(*pending[0])
+            for k, (shard, _, _) in enumerate(pending):
+                forms, bad_rows = _of_all(team, *following.result())
+                if k + 1 < len(pending):
+                    following = read(*pending[k + 1])
+                rows = _shard_rows(self.judge, self.reference, forms, progress, preempted)
+                if written is not None:
+                    written.result()  # a full disk ends the run here
+                if rows is None:
+                    following.cancel()
+                    return True
+                if not self.together or processes.is_first():
+                    records = [bad_row.as_record() for bad_row in bad_rows]
+                    written = behind.submit(self.writer.write, shard, rows, records)
+                progress.add(len(bad_rows))
+            if written is not None:
+                written.result()
+            # Notice may have come while the last shard was written.
+            return preempted()
+
+
 def _judge(
-    config: config_dict.ConfigDict,
-    model: LanguageModel,
-    backend: backends.Backend,
-    attention: str,
-    source_layers: Sequence[int],
-    sample: Sequence[PairForms],
+    run: "Run", passes: _Passes, source_layers: Sequence[int], sample: Sequence[PairForms]
 ) -> Judge | None:
     """The judge, fitted to a sample; None where none is wanted."""
     if not source_layers:
         return None
+    config = run.config
     judge = Judge(
-        model,
-        template=config.judge.template,
+        passes.model,
+        template=run.template,
         max_length=config.judge.max_length,
         max_answer_length=config.judge.max_answer_length,
         source_layers=source_layers,
@@ -288,8 +268,8 @@ def _judge(
         batch_size=config.judge.batch_size,
         token_budget=config.judge.token_budget,
         num_buckets=config.judge.num_buckets,
-        backend=backend,
-        attention=attention,
+        backend=passes.backend,
+        attention=passes.attention,
     )
     judge.fit([forms.prompt for forms in sample])
     return judge

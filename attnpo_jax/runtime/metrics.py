@@ -55,7 +55,7 @@ class MetricsWriter:
         config: Mapping[str, Any] | None = None,
         writes: bool = True,
     ):
-        workdir = pathlib.Path(workdir)
+        self.workdir = workdir = pathlib.Path(workdir)
         self._writers: list[Writer] = []
         if not writes:
             return

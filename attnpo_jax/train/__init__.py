@@ -1,1 +1,5 @@
-"""State, step, loop, checkpoints and metrics of a training run."""
+"""`attnpo train`: the step, the loop and what happens at its steps, the optimizer."""
+
+from attnpo_jax.train.stage import train
+
+__all__ = ["train"]

@@ -16,7 +16,7 @@ from attnpo_jax.data.batching import PairBatch
 from attnpo_jax.losses.objectives import ResponseScores
 from attnpo_jax.models.decoder import ModelConfig, Params
 from attnpo_jax.models.scoring import response_logps
-from attnpo_jax.train.state import TrainState, policy_params
+from attnpo_jax.parallel.state import TrainState, policy_params
 from attnpo_jax.weighting.functions import ResponseTokens
 
 Metrics = dict[str, jax.Array]

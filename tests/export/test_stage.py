@@ -10,8 +10,9 @@ from attnpo_jax.export.stage import export
 from attnpo_jax.models import decoder
 from attnpo_jax.models.io import hf_folder as models
 from attnpo_jax.parallel.checkpoint import CheckpointMismatch, Checkpoints
+from attnpo_jax.parallel.state import TrainState, create
+from attnpo_jax.run import Run
 from attnpo_jax.train import optim
-from attnpo_jax.train.state import TrainState, create
 from tests.parallel import tiny
 
 HF_CONFIG = {
@@ -68,7 +69,7 @@ def test_exports_the_newest_checkpoint_with_the_companions_of_the_source(tmp_pat
     config = make_config(write_model(tmp_path))
     save_checkpoint(tmp_path / "run", config, 3)
     newest = save_checkpoint(tmp_path / "run", config, 12)
-    folder = export(config, tmp_path / "run")
+    folder = export(Run.resolve(config, tmp_path / "run"))
     assert folder == tmp_path / "run" / "export"
     assert_same(exported_params(folder), newest)
     assert json.loads((folder / "tokenizer_config.json").read_text()) == {"chat_template": "hello"}
@@ -88,7 +89,9 @@ def test_transformers_gives_the_logits_of_the_checkpoint(tmp_path):
         np.ones((1, 10), np.int32),
     )
     ours = hidden @ decoder.unembedding(params).T
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(export(config, tmp_path / "run"))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        export(Run.resolve(config, tmp_path / "run"))
+    )
     with torch.no_grad():
         expected = theirs(torch.tensor(tokens)).logits.numpy()
     np.testing.assert_allclose(ours, expected, atol=1e-4)
@@ -97,36 +100,36 @@ def test_transformers_gives_the_logits_of_the_checkpoint(tmp_path):
 def test_another_export_replaces_the_first(tmp_path):
     config = make_config(write_model(tmp_path))
     save_checkpoint(tmp_path / "run", config, 1)
-    export(config, tmp_path / "run", tmp_path / "out")
+    export(Run.resolve(config, tmp_path / "run"), tmp_path / "out")
     newest = save_checkpoint(tmp_path / "run", config, 2)
-    assert export(config, tmp_path / "run", tmp_path / "out") == tmp_path / "out"
+    assert export(Run.resolve(config, tmp_path / "run"), tmp_path / "out") == tmp_path / "out"
     assert_same(exported_params(tmp_path / "out"), newest)
 
 
 def test_what_is_exported_already_is_not_written_again(tmp_path):
     config = make_config(write_model(tmp_path))
     save_checkpoint(tmp_path / "run", config, 1)
-    weights = export(config, tmp_path / "run") / "model.safetensors"
+    weights = export(Run.resolve(config, tmp_path / "run")) / "model.safetensors"
     before = weights.stat().st_mtime_ns
     # What is left by an export that was killed while it removed the one before.
     left = tmp_path / "run" / f".export.{'0' * 32}.old"
     left.mkdir()
-    export(config, tmp_path / "run")
+    export(Run.resolve(config, tmp_path / "run"))
     assert weights.stat().st_mtime_ns == before and not left.exists()
     # With another chat template it is something else.
     template = tmp_path / "template.jinja"
     template.write_text("{{ messages[0].content }}")
     config.model.chat_template = str(template)
-    folder = export(config, tmp_path / "run")
+    folder = export(Run.resolve(config, tmp_path / "run"))
     assert (folder / "chat_template.jinja").read_text() == template.read_text()
     # The same step of another run is something else; so is an export without its weights.
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     save_checkpoint(tmp_path / "run", config, 1, seed=2)
-    export(config, tmp_path / "run")
+    export(Run.resolve(config, tmp_path / "run"))
     replaced = weights.stat().st_mtime_ns
     assert replaced != before
     weights.unlink()
-    export(config, tmp_path / "run")
+    export(Run.resolve(config, tmp_path / "run"))
     assert weights.is_file()
 
 
@@ -135,13 +138,13 @@ def test_checkpoints_elsewhere(tmp_path):
     config.train.checkpoint_dir = str(tmp_path / "elsewhere")
     newest = save_checkpoint(tmp_path / "run", config, 3)
     (tmp_path / "run" / "checkpoints").rename(tmp_path / "elsewhere")
-    assert_same(exported_params(export(config, tmp_path / "run")), newest)
+    assert_same(exported_params(export(Run.resolve(config, tmp_path / "run"))), newest)
 
 
 def test_bfloat16_parameters_stay_bfloat16(tmp_path):
     config = make_config(write_model(tmp_path), "bfloat16")
     params = save_checkpoint(tmp_path / "run", config, 1)
-    folder = export(config, tmp_path / "run")
+    folder = export(Run.resolve(config, tmp_path / "run"))
     written = json.loads((folder / "config.json").read_text())
     assert "bfloat16" in (written.get("dtype"), written.get("torch_dtype"))
     assert_same(exported_params(folder, "bfloat16"), params)
@@ -150,7 +153,7 @@ def test_bfloat16_parameters_stay_bfloat16(tmp_path):
 def test_nothing_to_export(tmp_path):
     config = make_config(write_model(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"run/checkpoints holds no checkpoint"):
-        export(config, tmp_path / "run")
+        export(Run.resolve(config, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -159,7 +162,7 @@ def test_checkpoint_of_another_model_is_refused(tmp_path):
     save_checkpoint(tmp_path / "run", config, 1)
     config.model.source = str(write_model(tmp_path / "wider", intermediate_size=20))
     with pytest.raises(CheckpointMismatch, match=r"params.layers.down: float32\[2,12,8\]"):
-        export(config, tmp_path / "run")
+        export(Run.resolve(config, tmp_path / "run"))
     assert not (tmp_path / "run" / "export").exists()
 
 
@@ -172,7 +175,7 @@ def test_a_chat_template_of_the_config_s_takes_the_place_of_the_tokenizer_s(tmp_
     config = make_config(folder)
     save_checkpoint(tmp_path / "run", config, 1)
     config.model.chat_template = str(tmp_path / "own.jinja")
-    out = export(config, tmp_path / "run")
+    out = export(Run.resolve(config, tmp_path / "run"))
     own = "{{ messages[0]['content'] }} «own»"
     assert (out / "chat_template.jinja").read_text() == own
     expected = {"chat_template": own, "model_max_length": 64}
@@ -190,7 +193,7 @@ def test_transformers_renders_with_the_exported_template(tmp_path):
     load = transformers.AutoTokenizer.from_pretrained
 
     def rendered(name):
-        exported = load(export(config, tmp_path / "run", tmp_path / name))
+        exported = load(export(Run.resolve(config, tmp_path / "run"), tmp_path / name))
         return exported.apply_chat_template(messages, tokenize=False)
 
     assert rendered("plain") == "<|im_start|>user\nhi<|im_end|>\n"

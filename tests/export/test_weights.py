@@ -21,9 +21,9 @@ from attnpo_jax.data.tokenize import ChatTokenizer, tokenize_pair
 from attnpo_jax.export.weights import export_weights
 from attnpo_jax.judge.judge import Judge
 from attnpo_jax.judge.language_model import load_model
-from attnpo_jax.prepare.provenance import open_prepared
 from attnpo_jax.prepare.stage import prepare
-from attnpo_jax.train.loop import step_settings
+from attnpo_jax.run import Run
+from attnpo_jax.train.stage import step_settings
 from attnpo_jax.train.step import pair_losses
 from tests.prepare.test_stage import ROWS, make_config, write_model, write_rows
 
@@ -32,7 +32,7 @@ GOLDENS = pathlib.Path(__file__).parents[1] / "goldens" / "judge_weights.jsonl"
 
 def run(function, config, workdir):
     output = io.StringIO()
-    function(config, workdir, console=Console(file=output, width=200))
+    function(Run.resolve(config, workdir), console=Console(file=output, width=200))
     return output.getvalue()
 
 
@@ -94,7 +94,7 @@ def test_the_files_are_in_the_published_form(judged):
     assert lines[3]["chosen"][-1] == {"role": "assistant", "content": " Good bye, then. "}
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(config.model.source)
-    dataset = open_prepared(config, workdir, "train")
+    dataset = Run.resolve(config, workdir).open_prepared("train")
     for line, row in zip(lines, dataset, strict=True):
         for side, letter in (("chosen", "cr"), ("rejected", "rc")):
             weights = line[f"{side}_weights_2"]
@@ -115,7 +115,7 @@ def test_the_files_are_in_the_published_form(judged):
 
 def by_pair(config, workdir, split="train"):
     """Losses and metrics of every pair, with the weights of both responses."""
-    dataset = open_prepared(config, workdir, split)
+    dataset = Run.resolve(config, workdir).open_prepared(split)
     model = load_model(config.model.source)
     settings = step_settings(
         config, model.config, dataset.source_layers, "xla", dataset.weight_columns
@@ -137,7 +137,7 @@ def by_pair(config, workdir, split="train"):
 
 def test_round_trip_gives_the_weights_and_the_loss_of_attention(judged, read_back):
     config, workdir = read_back
-    dataset = open_prepared(config, workdir, "train")
+    dataset = Run.resolve(config, workdir).open_prepared("train")
     assert dataset.source_layers == () and dataset.weight_columns == ("0", "2")
     assert "judge_chosen" not in dataset[0]
     loss, weights, batch = by_pair(config, workdir)
@@ -163,14 +163,14 @@ def test_what_the_weights_come_from_is_part_of_what_was_prepared(judged, read_ba
     workdir = read_back[1]
     one = unjudged(judged[1], data__weight_columns=(2,))
     with pytest.raises(ValueError, match=r'weight_columns: on disk \["0", "2"\], config \["2"\]'):
-        open_prepared(one, workdir, "train")
+        Run.resolve(one, workdir).open_prepared("train")
     missing = unjudged(judged[1], weighting__column=1)
     with pytest.raises(ConfigError, match="weighting.column: column 1 is not .* accepted: 0, 2"):
-        open_prepared(missing, workdir, "train")
+        Run.resolve(missing, workdir).open_prepared("train")
     with pytest.raises(ConfigError, match="weighting.column: .*data.weight_columns names none"):
-        prepare(unjudged(judged[1], data__weight_columns=()), tmp_path)
+        prepare(Run.resolve(unjudged(judged[1], data__weight_columns=()), tmp_path))
     with pytest.raises(ConfigError, match="judge.layers = 'none': the weighting 'attention' reads"):
-        prepare(make_config(judged[1].parent, judge__layers="none"), tmp_path)
+        prepare(Run.resolve(make_config(judged[1].parent, judge__layers="none"), tmp_path))
 
 
 def test_other_pairs_than_were_prepared_are_refused(judged):
@@ -180,7 +180,7 @@ def test_other_pairs_than_were_prepared_are_refused(judged):
     try:
         write_rows(file, ROWS[4:5])
         with pytest.raises(ValueError, match="config.data.eval .* holds other pairs"):
-            export_weights(config, workdir)
+            export_weights(Run.resolve(config, workdir))
     finally:
         file.write_text(before)
 

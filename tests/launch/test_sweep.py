@@ -103,15 +103,15 @@ def test_prepares_once_trains_each_point_ranks_and_does_not_repeat(
 ):
     runs = sweep.grid(config_file, ["weighting.name=attention,uniform"])
     trained = []
-    train = sweep.loop.train
+    train = sweep.train.train
 
-    def counted(config, workdir):
-        trained.append(workdir.name)
+    def counted(run):
+        trained.append(run.workdir.name)
         if len(trained) == 2:
             raise KeyboardInterrupt
-        train(config, workdir)
+        train(run)
 
-    monkeypatch.setattr(sweep.loop, "train", counted)
+    monkeypatch.setattr(sweep.train, "train", counted)
     console = Console(file=io.StringIO(), width=200)
     with pytest.raises(KeyboardInterrupt):
         sweep.sweep(runs, tmp_path, console)
@@ -125,11 +125,11 @@ def test_prepares_once_trains_each_point_ranks_and_does_not_repeat(
     accuracies = [outcome.evaluation["eval_rewards/accuracies"] for outcome in outcomes]
     assert accuracies == sorted(accuracies, reverse=True)
     for outcome in outcomes:
-        lines = (tmp_path / "runs" / outcome.run.name / "metrics.jsonl").read_text().splitlines()
+        lines = (tmp_path / "runs" / outcome.point.name / "metrics.jsonl").read_text().splitlines()
         assert json.loads(lines[-1]) == outcome.evaluation
     # Uniform weights make no difference between weighted and plain; attention does.
     same = {
-        outcome.run.name: outcome.evaluation["eval_rewards/margins"]
+        outcome.point.name: outcome.evaluation["eval_rewards/margins"]
         == pytest.approx(outcome.evaluation["eval_rewards/weighted_margins"])
         for outcome in outcomes
     }
@@ -141,13 +141,13 @@ def test_prepares_once_trains_each_point_ranks_and_does_not_repeat(
 def test_a_run_that_diverges_is_listed_last_and_the_others_go_on(
     sweep, config_file, tmp_path, monkeypatch, capsys
 ):
-    def train(config, workdir):
-        if config.objective.beta == 0.1:
-            raise sweep.loop.NonFiniteError(3, {"loss": float("nan"), "grad_norm": 1.0}, ["p"], 2)
+    def train(run):
+        if run.config.objective.beta == 0.1:
+            raise sweep.NonFiniteError(3, {"loss": float("nan"), "grad_norm": 1.0}, ["p"], 2)
         line = {"step": 2} | dict.fromkeys(sweep.COLUMNS.values(), 0.75)
-        (workdir / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        (run.workdir / "metrics.jsonl").write_text(json.dumps(line) + "\n")
 
-    monkeypatch.setattr(sweep.loop, "train", train)
+    monkeypatch.setattr(sweep.train, "train", train)
     monkeypatch.setattr(sweep.prepare, "prepare", lambda *_, **__: None)
     arguments = [f"--config={config_file}", f"--workdir={tmp_path}"]
     assert sweep.main([*arguments, "--set", "objective.beta=0.1,0.5"]) == 1

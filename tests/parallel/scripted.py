@@ -52,19 +52,18 @@ def main(config_file, workdir, *arguments):
     _while_restoring(told, jax.process_index())
     _record_what_is_fed(workdir / f"fed-{jax.process_count()}-{jax.process_index()}.jsonl")
 
-    from attnpo_jax import run
-    from attnpo_jax.export import stage as export
-    from attnpo_jax.prepare import stage as prepare
-    from attnpo_jax.train import loop
+    from attnpo_jax import export, prepare, train
+    from attnpo_jax.run import Run, run
 
     if told.at("sigterm-at", 0) and last:
         terminate()
     if "parts" not in options:
-        run.run(config, workdir)
+        run(Run.resolve(config, workdir))
     else:
-        by_name = {"prepare": prepare.prepare, "train": loop.train, "export": export.export}
+        resolved = Run.resolve(config, workdir)
+        by_name = {"prepare": prepare.prepare, "train": train.train, "export": export.export}
         for part in options["parts"].split(","):
-            by_name[part](config, workdir)
+            by_name[part](resolved)
     return 0
 
 

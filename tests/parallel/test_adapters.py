@@ -9,7 +9,7 @@ import pytest
 
 from attnpo_jax.models.config import LoraConfig
 from attnpo_jax.parallel import backend as backends
-from attnpo_jax.train.state import create_adapted
+from attnpo_jax.parallel.state import create_adapted
 from attnpo_jax.train.step import make_eval_step, make_train_step
 from tests.parallel import tiny
 

@@ -17,7 +17,8 @@ import pytest
 from attnpo_jax import config as config_lib
 from attnpo_jax.parallel import checkpoint
 from attnpo_jax.parallel.checkpoint import CheckpointError
-from attnpo_jax.train.state import TrainState, create
+from attnpo_jax.parallel.state import TrainState, create
+from attnpo_jax.run import Run
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1))
 IDENTITY = {"model": {"num_layers": 2}, "config": {"seed": 0, "layers": (0, 1)}, "prepared": "abc"}
@@ -82,9 +83,9 @@ def test_a_donated_state_is_saved_as_it_was_when_written_in_the_background(tmp_p
 
 def test_checkpoints_are_where_the_config_says(tmp_path):
     config = config_lib.default_config()
-    assert os.fspath(checkpoint.folder_of(config, tmp_path)) == f"{tmp_path}/checkpoints"
+    assert os.fspath(Run.resolve(config, tmp_path).checkpoint_folder) == f"{tmp_path}/checkpoints"
     config.train.checkpoint_dir = "gs://bucket/run"
-    assert os.fspath(checkpoint.folder_of(config, tmp_path)) == "gs://bucket/run"
+    assert os.fspath(Run.resolve(config, tmp_path).checkpoint_folder) == "gs://bucket/run"
     assert os.fspath(checkpoint._absolute("gs://bucket/run")) == "gs://bucket/run"
 
 
@@ -232,7 +233,7 @@ import os, pathlib, signal, sys, threading
 import jax.numpy as jnp
 from attnpo_jax import config as config_lib
 from attnpo_jax.parallel import checkpoint
-from attnpo_jax.train.state import TrainState
+from attnpo_jax.parallel.state import TrainState
 
 def state(step):
     return TrainState(jnp.int32(step), {"w": jnp.full(30_000_000, step, jnp.float32)}, ())

@@ -15,8 +15,8 @@ from attnpo_jax import losses, weighting
 from attnpo_jax.data.batching import Example, RowShape, fill_rows
 from attnpo_jax.models import decoder
 from attnpo_jax.models.io import hf_folder as models
+from attnpo_jax.parallel.state import create
 from attnpo_jax.train import optim
-from attnpo_jax.train.state import create
 from attnpo_jax.train.step import StepSettings, make_eval_step, make_train_step
 
 HF_CONFIG = {

@@ -13,6 +13,7 @@ from attnpo_jax import cli, weighting
 from attnpo_jax import config as config_lib
 from attnpo_jax.config import section_for
 from attnpo_jax.prepare.data_report import data_report
+from attnpo_jax.run import Run
 from attnpo_jax.runtime import exit_codes
 
 TEMPLATE = (
@@ -56,12 +57,12 @@ def config(tmp_path):
 
 def printed(config, **options):
     output = io.StringIO()
-    data_report(config, console=Console(file=output, width=300), **options)
+    data_report(Run.resolve(config), console=Console(file=output, width=300), **options)
     return output.getvalue()
 
 
 def test_figures_by_hand(config):
-    (report,) = data_report(config, console=Console(file=io.StringIO()))
+    (report,) = data_report(Run.resolve(config), console=Console(file=io.StringIO()))
     assert (report.split, report.pairs) == ("train", 4)
     assert report.by_source == {config.data.train: 4}
     assert [(row["row"], row["id"]) for row in report.bad_rows] == [(4, "no prompt")]
@@ -96,19 +97,19 @@ def test_tables_and_json_say_the_same(config):
 
 def test_rows_refused_by_the_judge_prompt_and_no_judge(config):
     config.judge.max_length = 15
-    (report,) = data_report(config, console=Console(file=io.StringIO()))
+    (report,) = data_report(Run.resolve(config), console=Console(file=io.StringIO()))
     # 4 + 5 + 5 tokens fit without a question; nothing is bad for that.
     assert report.pairs == 4
     config.judge.max_length = 14
     config.judge.max_answer_length = 6
-    (report,) = data_report(config, console=Console(file=io.StringIO()))
+    (report,) = data_report(Run.resolve(config), console=Console(file=io.StringIO()))
     assert [row.get("id") for row in report.bad_rows] == ["no prompt", "judged short"]
     assert report.by_source == {config.data.train: 3}
 
     config.judge.layers = "none"
     with config.unlocked():
         config.weighting = section_for(weighting, "uniform")
-    (report,) = data_report(config, console=Console(file=io.StringIO()))
+    (report,) = data_report(Run.resolve(config), console=Console(file=io.StringIO()))
     assert report.pairs == 4 and "judge" not in report.lengths and "judge" not in report.examples[0]
 
 

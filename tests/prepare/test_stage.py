@@ -38,8 +38,8 @@ from attnpo_jax.judge.language_model import load_model
 from attnpo_jax.models import decoder
 from attnpo_jax.models.io import hf_folder as checkpoints
 from attnpo_jax.prepare import stage as prepare_module
-from attnpo_jax.prepare.provenance import open_prepared
 from attnpo_jax.prepare.stage import prepare
+from attnpo_jax.run import Run
 from attnpo_jax.runtime import atomic
 
 CHATML = (
@@ -149,7 +149,7 @@ def inputs(tmp_path_factory):
 def run(config, workdir):
     """Prepares, and returns what was printed."""
     output = io.StringIO()
-    prepare(config, workdir, console=Console(file=output, width=200))
+    prepare(Run.resolve(config, workdir), console=Console(file=output, width=200))
     return output.getvalue()
 
 
@@ -206,7 +206,7 @@ def no_model(monkeypatch):
 
 def test_rows_hold_what_judge_and_reference_say(inputs, undisturbed):
     config = make_config(inputs)
-    dataset = open_prepared(config, undisturbed[0], "train")
+    dataset = Run.resolve(config, undisturbed[0]).open_prepared("train")
     model = load_model(config.model.source)
     pairs = load_pairs(config.data.train).pairs
     wanted = judge_pairs(
@@ -325,7 +325,7 @@ def test_other_settings_are_refused_with_the_difference(
     assert str(finished / "prepared" / "train") in str(caught.value)
     assert shards_of(finished) == before
     with pytest.raises(PreparedMismatch, match=re.escape(message)):
-        open_prepared(make_config(inputs, **change), finished, "train")
+        Run.resolve(make_config(inputs, **change), finished).open_prepared("train")
 
 
 def test_other_templates_are_refused(inputs, finished, tmp_path, no_model):
@@ -359,15 +359,15 @@ def test_no_split_is_computed_when_another_is_refused(inputs, finished, no_model
 
 
 def test_opening_checks_the_source_and_that_all_is_there(inputs, finished):
-    assert len(open_prepared(make_config(inputs), finished, "eval")) == 2
+    assert len(Run.resolve(make_config(inputs), finished).open_prepared("eval")) == 2
     elsewhere = make_config(inputs, data__eval="builtin:eval")
     with pytest.raises(PreparedMismatch) as caught:
-        open_prepared(elsewhere, finished, "eval")
+        Run.resolve(elsewhere, finished).open_prepared("eval")
     on_disk = [str(inputs / "eval.jsonl")]
     assert caught.value.differences == {"data.sources": (on_disk, ["builtin:eval"])}
     (finished / "prepared" / "eval" / "prepared.json").unlink()
     with pytest.raises(FileNotFoundError, match="prepared/eval.* not to the end"):
-        open_prepared(make_config(inputs), finished, "eval")
+        Run.resolve(make_config(inputs), finished).open_prepared("eval")
 
 
 # --- Interruptions ------------------------------------------------------------------------------
@@ -449,7 +449,7 @@ def test_without_the_verdict_the_rest_is_the_same(inputs, undisturbed, tmp_path)
     config = make_config(inputs, judge__verdict=False)
     assert "verdict" not in run(config, tmp_path)
     want = Prepared.open(undisturbed[0] / "prepared" / "train")
-    got = open_prepared(config, tmp_path, "train")
+    got = Run.resolve(config, tmp_path).open_prepared("train")
     for a, b in zip(got, want, strict=True):
         assert a.keys() == b.keys() - {"judge_verdict"}
         np.testing.assert_allclose(a["judge_chosen"], b["judge_chosen"], atol=1e-6)
@@ -497,7 +497,7 @@ def test_a_damaged_shard_is_named_and_alone_computed_again(inputs, undisturbed, 
     with pytest.raises(DamagedShard, match=f"{SHARDS[1]}: damaged .* delete this file and run"):
         run(make_config(inputs), finished)
     with pytest.raises(DamagedShard, match=SHARDS[1]):
-        open_prepared(make_config(inputs), finished, "train")
+        Run.resolve(make_config(inputs), finished).open_prepared("train")
     shard.unlink()
     run(make_config(inputs), finished)
     assert judged == ["row-2", "row-3"]
@@ -532,7 +532,7 @@ def test_bad_rows_are_skipped_counted_and_written_down(inputs, tmp_path):
     )
     printed = run(config, tmp_path)
     assert "bad rows" in printed and "2" in printed.split("bad rows")[1].splitlines()[0]
-    dataset = open_prepared(config, tmp_path, "train")
+    dataset = Run.resolve(config, tmp_path).open_prepared("train")
     assert dataset.meta["counts"] == {"pairs": 1, "bad_rows": 2}
     lines = (tmp_path / "prepared" / "train.bad_rows.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
@@ -585,7 +585,7 @@ def few_fit(inputs, tmp_path_factory):
 def test_rows_refused_by_the_judge_prompt_are_bad_rows(few_fit, tmp_path, judged):
     printed = run(few_fit, tmp_path)
     assert judged == ["row-3", "row-5"]
-    dataset = open_prepared(few_fit, tmp_path, "train")
+    dataset = Run.resolve(few_fit, tmp_path).open_prepared("train")
     assert [row["id"] for row in dataset] == ["row-3", "row-5"]
     assert dataset.meta["counts"] == {"pairs": 2, "bad_rows": 5}
     assert "5" in printed.split("bad rows")[1].splitlines()[0]
@@ -609,7 +609,10 @@ def test_rows_refused_by_the_judge_prompt_are_bad_rows(few_fit, tmp_path, judged
     (tmp_path / "prepared" / "train" / SHARDS[2]).unlink()
     run(few_fit, tmp_path)
     assert judged == ["row-5"]
-    assert [row["id"] for row in open_prepared(few_fit, tmp_path, "train")] == ["row-3", "row-5"]
+    assert [row["id"] for row in Run.resolve(few_fit, tmp_path).open_prepared("train")] == [
+        "row-3",
+        "row-5",
+    ]
     after = (tmp_path / "prepared" / "train.bad_rows.jsonl").read_text().splitlines()
     assert after == lines
 
@@ -670,7 +673,7 @@ def _prepare_and_die(inputs, workdir):
         original(source, target)
 
     atomic.os.replace = replace
-    prepare_module.prepare(make_config(pathlib.Path(inputs)), workdir)
+    prepare_module.prepare(Run.resolve(make_config(pathlib.Path(inputs)), workdir))
 
 
 if __name__ == "__main__":

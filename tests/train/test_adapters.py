@@ -17,8 +17,9 @@ from attnpo_jax.models import lora
 from attnpo_jax.models.io import hf_folder as models
 from attnpo_jax.parallel.checkpoint import CheckpointMismatch
 from attnpo_jax.prepare import stage as prepare
+from attnpo_jax.run import Run
 from attnpo_jax.runtime import metrics
-from attnpo_jax.train import loop
+from attnpo_jax.train import stage
 from tests.parallel import tiny
 from tests.train import test_loop as whole
 from tests.train.test_loop import compile_once  # noqa: F401  a fixture that all tests here use
@@ -34,7 +35,7 @@ def folder(tmp_path_factory):
     tiny.write_folder(folder)
     tiny.write_pairs(folder / "pairs.jsonl", 10)
     (folder / "template.txt").write_text(TEMPLATE)
-    prepare.prepare(make_config(folder), folder / "work")
+    prepare.prepare(Run.resolve(make_config(folder), folder / "work"))
     return folder
 
 
@@ -50,7 +51,7 @@ def make_config(folder, **changes):
 
 
 def train(workdir, config):
-    loop.train(config, workdir)
+    stage.train(Run.resolve(config, workdir))
     return whole.without_clock(metrics.read(workdir))
 
 
@@ -128,9 +129,9 @@ def test_resuming_and_exporting_need_the_same_adapters(workdir, folder, changes,
     other = make_config(folder, **changes)
     (field,) = (name.replace("__", ".") for name in changes)
     with pytest.raises(CheckpointMismatch, match=f"config.{field}: "):
-        loop.train(other, workdir)
+        stage.train(Run.resolve(other, workdir))
     with pytest.raises(CheckpointMismatch, match=found):
-        export(other, workdir)
+        export(Run.resolve(other, workdir))
     assert not (workdir / "export").exists()
 
 
@@ -141,13 +142,13 @@ def test_exporting_onto_another_base_is_refused(workdir, folder, tmp_path):
     config = make_config(folder)
     config.model.source = str(tmp_path / "other")
     with pytest.raises(CheckpointMismatch, match="prepared.model.weights: "):
-        export(config, workdir)
+        export(Run.resolve(config, workdir))
 
 
 def test_exports(workdir, folder):
     config = make_config(folder, lora__export="both")
     before = models.load_params(folder / "model", models.load_config(folder / "model"))
-    assert export(config, workdir) == workdir / "export"
+    assert export(Run.resolve(config, workdir)) == workdir / "export"
     merged = models.load_params(workdir / "export", models.load_config(workdir / "export"))
     np.testing.assert_array_equal(merged["embedding"], before["embedding"])
     for name in PROJECTIONS:
@@ -159,7 +160,7 @@ def test_exports(workdir, folder):
     assert (beside / "tokenizer.json").is_file()
 
     config.lora.export = "adapter"
-    assert export(config, workdir, workdir / "alone") == workdir / "alone"
+    assert export(Run.resolve(config, workdir), workdir / "alone") == workdir / "alone"
     assert (workdir / "alone" / "adapter_model.safetensors").read_bytes() == (
         beside / "adapter_model.safetensors"
     ).read_bytes()
@@ -183,7 +184,7 @@ def test_merged_weights_have_the_source_s_dtype_whatever_training_held_them_in(
     digest = json.loads((workdir / "prepared" / "train" / "prepared.json").read_text())
     digest = digest["components"]["model"]["weights"]
     config = make_config(folder, model__source=str(source), model__param_dtype="bfloat16")
-    written = load_file(export(config, workdir) / "model.safetensors")
+    written = load_file(export(Run.resolve(config, workdir)) / "model.safetensors")
     assert written.keys() == stored.keys()
     changed = set()
     for name, value in written.items():
@@ -195,7 +196,7 @@ def test_merged_weights_have_the_source_s_dtype_whatever_training_held_them_in(
 
 def test_what_was_prepared_does_not_depend_on_adapters(workdir, folder):
     before = Prepared.open(folder / "work" / "prepared" / "train").meta
-    prepare.prepare(make_config(folder, lora__rank=7), folder / "work")
+    prepare.prepare(Run.resolve(make_config(folder, lora__rank=7), folder / "work"))
     assert Prepared.open(folder / "work" / "prepared" / "train").meta == before
 
 
@@ -205,11 +206,11 @@ def test_the_optimizer_sees_adapters_alone_and_the_base_stays_as_it_is():
     model = lora.adapted(tiny.MODEL, section)
     adam, schedule = tiny.optimizer()
     base = tiny.params()
-    state = loop.create_adapted(base, adam, model=model, seed=0)
+    state = stage.create_adapted(base, adam, model=model, seed=0)
     trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)
     assert moments == 2 * trained < sum(leaf.size for leaf in jax.tree.leaves(base)) / 5
-    step = loop.make_train_step(tiny.settings(model=model), adam, schedule)
+    step = stage.make_train_step(tiny.settings(model=model), adam, schedule)
     batch = jax.tree.map(lambda x: x[:, :4], tiny.batch())
     after, _ = jax.jit(step)(state, batch)
     jax.tree.map(np.testing.assert_array_equal, after.base, base)

@@ -19,8 +19,9 @@ from attnpo_jax.data.prepared import Prepared, PreparedWriter
 from attnpo_jax.models import decoder
 from attnpo_jax.models.io import hf_folder as models
 from attnpo_jax.parallel.checkpoint import CheckpointMismatch
+from attnpo_jax.run import Run
 from attnpo_jax.runtime import metrics
-from attnpo_jax.train import loop, optim
+from attnpo_jax.train import hooks, optim, stage
 
 NUM_PAIRS, BATCH = 10, 4  # an epoch is three steps, the last one of two pairs
 
@@ -115,17 +116,21 @@ def compile_once(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def any_components(monkeypatch):
     """These datasets were not made by `prepare`, so nothing is compared with the config."""
-    monkeypatch.setattr(loop, "open_prepared", open_unchecked)
+    monkeypatch.setattr(Run, "open_prepared", open_unchecked)
 
 
-def open_unchecked(config, workdir, split):
-    return Prepared.open(workdir / "prepared" / split)
+OPEN_CHECKED = Run.open_prepared
+
+
+def open_unchecked(self, split):
+    path = self.prepared_path(split)
+    return Prepared.open(path) if path.exists() else OPEN_CHECKED(self, split)
 
 
 def run(workdir, config):
     if not (workdir / "prepared").exists():
         write_prepared(workdir)
-    loop.train(config, workdir)
+    stage.train(Run.resolve(config, workdir))
     return metrics.read(workdir)
 
 
@@ -290,7 +295,7 @@ def test_infinite_loss_stops_with_step_and_pair(tmp_path, model):
 
     write_prepared(tmp_path, reference=reference)
     config = make_config(model, data__shuffle=False, train__save_every=1, data__eval="")
-    with pytest.raises(loop.NonFiniteError) as caught:
+    with pytest.raises(hooks.NonFiniteError) as caught:
         run(tmp_path, config)
     assert (caught.value.step, caught.value.pair_ids) == (3, ["pair-9"])
     assert "step 3: loss is inf" in str(caught.value)
@@ -308,7 +313,7 @@ def test_non_finite_gradient_of_finite_losses_names_all_pairs_of_the_step(tmp_pa
 
     config = make_config(model, data__shuffle=False, train__log_every=100)
     config.objective = config_lib.section_for(losses, "cliff")
-    with pytest.raises(loop.NonFiniteError, match="no checkpoint has been written") as caught:
+    with pytest.raises(hooks.NonFiniteError, match="no checkpoint has been written") as caught:
         run(tmp_path, config)
     assert (caught.value.step, caught.value.pair_ids) == (1, [f"pair-{i}" for i in range(4)])
     assert steps_of(metrics.read(tmp_path), "train") == [1]
@@ -317,17 +322,17 @@ def test_non_finite_gradient_of_finite_losses_names_all_pairs_of_the_step(tmp_pa
 def test_config_is_checked_before_anything_is_loaded(tmp_path):
     config = make_config(tmp_path / "no such model", optim__schedule="sawtooth")
     with pytest.raises(config_lib.ConfigError, match="optim.schedule = 'sawtooth'"):
-        loop.train(config, tmp_path / "work")
+        stage.train(Run.resolve(config, tmp_path / "work"))
     assert not (tmp_path / "work").exists()
 
 
 def test_prepared_dataset_must_be_there(tmp_path, model):
     with pytest.raises(FileNotFoundError, match="prepared/train: .*`attnpo prepare`"):
-        loop.train(make_config(model), tmp_path)
+        stage.train(Run.resolve(make_config(model), tmp_path))
 
 
 def killed_run(workdir: pathlib.Path, kill_at: int):
-    loop.open_prepared = open_unchecked
+    Run.open_prepared = open_unchecked
     write = metrics.MetricsWriter.write
 
     def write_and_die(self, step, values):
@@ -336,7 +341,7 @@ def killed_run(workdir: pathlib.Path, kill_at: int):
             os.kill(os.getpid(), signal.SIGKILL)
 
     metrics.MetricsWriter.write = write_and_die
-    loop.train(config_lib.from_json((workdir / "wanted.json").read_text()), workdir)
+    stage.train(Run.resolve(config_lib.from_json((workdir / "wanted.json").read_text()), workdir))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import optax
 import pytest
 
 from attnpo_jax.models import decoder
-from attnpo_jax.train import optim, state
+from attnpo_jax.parallel import state
+from attnpo_jax.train import optim
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "goldens" / "train_trajectory.json"
 

@@ -1,0 +1,303 @@
+"""`attnpo train`: sets up what the loop needs from a run, and starts it where it left off."""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import config_dict
+
+from attnpo_jax import config as config_lib
+from attnpo_jax import losses, weighting
+from attnpo_jax.data.batching import EvalBatches, PairBatch, TrainBatches
+from attnpo_jax.data.prepared import Prepared
+from attnpo_jax.models import lora
+from attnpo_jax.models.attention import implementations
+from attnpo_jax.models.decoder import ModelConfig, Params, abstract_params
+from attnpo_jax.parallel import backend as backends
+from attnpo_jax.parallel import preemption, processes
+from attnpo_jax.parallel.checkpoint import Checkpoints
+from attnpo_jax.parallel.state import TrainState, create, create_adapted
+from attnpo_jax.runtime import atomic
+from attnpo_jax.runtime.metrics import MetricsWriter
+from attnpo_jax.train import hooks, optim
+from attnpo_jax.train.loop import TrainLoop
+from attnpo_jax.train.progress import TrainProgress
+from attnpo_jax.train.step import StepSettings, make_eval_step, make_train_step
+
+if TYPE_CHECKING:
+    from attnpo_jax.run import Run
+
+_LOG = logging.getLogger(__name__)
+
+# What decides the course of a run. The data and the judge's part are covered by what the prepared
+# dataset says of itself; anything else (how often to log or save, batch shapes, devices) may change
+# when a run is resumed.
+DECISIVE = (
+    "seed",
+    "model.dtype",
+    "model.param_dtype",
+    "data.shuffle",
+    "weighting",
+    "objective",
+    "lora.rank",
+    "lora.alpha",
+    "lora.targets",
+    "optim",
+    "train.batch_size",
+    "train.epochs",
+    "train.steps",
+)
+
+
+def train(run: "Run") -> None:
+    """Trains on the prepared pairs of a run, from its newest checkpoint if it has one.
+
+    Writes `config.json`, `metrics.jsonl` and checkpoints. Evaluates before the first step and
+    after the last, and in between as the config says.
+
+    Args:
+      run: the run, whose folder holds `prepared/`.
+
+    Raises:
+      FileNotFoundError: there is no prepared dataset.
+      PreparedMismatch: it was prepared from something else than the config says.
+      CheckpointMismatch: the checkpoints of `workdir` belong to another run.
+      NonFiniteError: a loss or gradient was not finite.
+      MeshError: the devices or the model do not fit `parallel.mesh`.
+      AttentionError: `model.attention` cannot serve the model on these devices.
+      Preempted: SIGTERM came; a checkpoint of the step under way is written, and evaluation at that
+        step, if due or under way, is left to the run that resumes.
+    """
+    config, checkpoint_folder = run.config, run.checkpoint_folder
+    run.source_layers  # noqa: B018  a layer that the model lacks is told of before anything runs
+    backend = backends.for_training(run.policy, config.parallel)
+    attention = _attention(run, backend)
+    data = {split: run.open_prepared(split) for split in run.splits}
+    batches, eval_batches = _batches(config, backend, data)
+    settings = step_settings(
+        config, run.policy, data["train"].source_layers, attention, data["train"].weight_columns
+    )
+    compiled = compile_step(config, settings, backend, len(batches))
+    eval_step = backend.eval_step(make_eval_step(settings, backend.axis_name))
+    first = processes.is_first()
+
+    with Checkpoints(
+        checkpoint_folder,
+        identity(config, run.model, data["train"]),
+        keep=config.train.keep_checkpoints,
+    ) as checkpoints:
+        state, restored = _start(run, backend, compiled, checkpoints)
+        start = int(state.step)
+        if first:
+            atomic.write_atomically(
+                run.workdir / "config.json", config_lib.to_json(config).encode()
+            )
+        with (
+            MetricsWriter(
+                run.workdir, start, log=config.log, config=config.to_dict(), writes=first
+            ) as metrics,
+            TrainProgress(len(batches), start, bar=config.log.progress and first) as progress,
+            preemption.watch_steps(start) as notice,
+        ):
+            loop = TrainLoop(
+                state=state,
+                step=start,
+                total_steps=len(batches),
+                steps_per_epoch=batches.steps_per_epoch,
+                last_saved=start if restored else None,
+                metrics=metrics,
+                progress=progress,
+            )
+            # What happens at a step, in this order.
+            at_steps = [
+                hooks.Evaluate(
+                    eval_step,
+                    eval_batches,
+                    backend.put_batch,
+                    notice.between,
+                    every=config.train.eval_every,
+                ),
+                hooks.Save(checkpoints, every=config.train.save_every),
+                hooks.Stop(checkpoints),
+            ]
+            loop.run(
+                batches,
+                compiled.run,
+                backend.put_batch,
+                notice.after_step,
+                hooks.Report(data["train"], every=config.train.log_every),
+                at_steps,
+                checkpoints,
+            )
+
+
+def _attention(run: "Run", backend: backends.Backend) -> str:
+    """The attention implementation; says what computes, and warns of devices without work."""
+    config = run.config
+    _LOG.info("training on %s", backend.description)
+    if config.train.microbatch_size < backend.row_shards and processes.is_first():
+        _LOG.warning(
+            "train.microbatch_size = %d pairs for %d groups of devices (data x fsdp): the others "
+            "compute on padding; a larger one, or a smaller mesh, would keep all busy",
+            config.train.microbatch_size,
+            backend.row_shards,
+        )
+    choice = implementations.choose(
+        config.model.attention, run.model, config.model.dtype, backend.devices
+    )
+    _LOG.info("attention: %s", choice)
+    return choice.backend
+
+
+def _batches(
+    config: config_dict.ConfigDict, backend: backends.Backend, data: dict[str, Prepared]
+) -> tuple[TrainBatches, EvalBatches | None]:
+    rows = {
+        "num_buckets": config.data.num_buckets,
+        "row_multiple": backend.row_shards,
+        "local_rows": backend.local_rows,
+    }
+    batches = TrainBatches(
+        data["train"],
+        batch_size=config.train.batch_size,
+        microbatch_size=config.train.microbatch_size,
+        shuffle=config.data.shuffle,
+        seed=config.seed,
+        epochs=config.train.epochs,
+        steps=config.train.steps,
+        **rows,
+    )
+    _LOG.info(
+        "%d steps; rows come in %d shapes (rows x tokens: %s), %.1f%% padding",
+        len(batches),
+        len(batches.shapes),
+        ", ".join(f"{shape.rows} x {shape.length}" for shape in batches.shapes),
+        100 * batches.padding,
+    )
+    if "eval" not in data:
+        return batches, None
+    return batches, EvalBatches(data["eval"], batch_size=config.train.eval_batch_size, **rows)
+
+
+def _start(
+    run: "Run", backend: backends.Backend, compiled: "CompiledStep", checkpoints: Checkpoints
+) -> tuple[TrainState, bool]:
+    """The state to go on from, and whether it is a checkpoint's."""
+    if run.policy.lora is None and checkpoints.steps():
+        run.drop_params()  # not wanted beside the checkpoint's
+    restored = checkpoints.restore(compiled.abstract_state)
+    if restored is not None and run.policy.lora is None:
+        return restored, True
+    params = run.load_params(run.model, backend.parameter_shardings())
+    if restored is not None:
+        return dataclasses.replace(restored, base=params), True
+    return backend.create_state(compiled.first_state, params), False  # parameters are donated
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledStep:
+    """The training step of a run, compiled when it is first called or lowered.
+
+    Attributes:
+      first_state: the model's parameters -> the state before the first step.
+      abstract_state: what a state is, with every array's sharding; nothing is allocated.
+      run: `(state, batch) -> (state, metrics)`.
+    """
+
+    first_state: Callable[[Params], TrainState]
+    abstract_state: TrainState
+    run: Callable[[TrainState, PairBatch], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def compile_step(
+    config: config_dict.ConfigDict,
+    settings: StepSettings,
+    backend: backends.Backend,
+    total_steps: int,
+) -> CompiledStep:
+    """The training step as the config says, for the backend's devices.
+
+    Args:
+      config: its sections `optim` and `model` are used, and its seed.
+      settings: see `step_settings`.
+      backend: places the state and compiles the step.
+      total_steps: optimizer steps of the whole run, for the schedule.
+    """
+    schedule = optim.make_schedule(config.optim, total_steps)
+    optimizer = optim.make_optimizer(config.optim, schedule)
+    first_state, shapes = _first_state(config, settings.model, optimizer)
+    abstract_state = backend.abstract_state(shapes)
+    step = make_train_step(settings, optimizer, schedule, backend.axis_name)
+    return CompiledStep(first_state, abstract_state, backend.train_step(step, abstract_state))
+
+
+def _first_state(config, model, optimizer) -> tuple[Callable[[Params], TrainState], TrainState]:
+    """The function that makes the first state of the model's parameters, and its shapes."""
+    first_state = functools.partial(create, optimizer=optimizer)
+    if model.lora is not None:
+        first_state = functools.partial(
+            create_adapted, optimizer=optimizer, model=model, seed=config.seed
+        )
+    params = abstract_params(lora.without(model), jnp.dtype(config.model.param_dtype))
+    return first_state, jax.eval_shape(first_state, params)
+
+
+def initial_state(config: config_dict.ConfigDict, model: ModelConfig) -> TrainState:
+    """The state that training starts from, as shapes.
+
+    Args:
+      config: see `attnpo_jax.config.default_config`.
+      model: the model's shape, with its adapters.
+    """
+    optimizer = optim.make_optimizer(config.optim, optim.make_schedule(config.optim, 1))
+    return _first_state(config, model, optimizer)[1]
+
+
+def step_settings(
+    config: config_dict.ConfigDict,
+    model: ModelConfig,
+    source_layers: tuple[int, ...],
+    attention: str,
+    weight_columns: tuple[str, ...] = (),
+) -> StepSettings:
+    """What the config says about a step.
+
+    Args:
+      config: see `attnpo_jax.config.default_config`.
+      model: the model's shape.
+      source_layers: the layers on the prepared dataset's source axis.
+      attention: the backend that was chosen.
+      weight_columns: the ready-made weights that the prepared dataset has.
+    """
+    return StepSettings(
+        model=model,
+        weighting=config_lib.bind_section(weighting, config.weighting),
+        objective=config_lib.bind_section(losses, config.objective),
+        # An objective of one's own need not have a beta; its rewards are plain log-ratios.
+        beta=config.objective.get("beta", 1.0),
+        source_layers=source_layers,
+        weight_columns=weight_columns,
+        dtype=jnp.dtype(config.model.dtype),
+        remat=config.model.remat,
+        attention=attention,
+        logps_chunk=config.model.logps_chunk,
+    )
+
+
+def identity(config: config_dict.ConfigDict, model: ModelConfig, data: Prepared) -> dict[str, Any]:
+    """What a run must share with a checkpoint in order to continue it."""
+    fields = config_lib.flatten(config)
+    decisive = {
+        field: value
+        for field, value in fields.items()
+        if field in DECISIVE or field.split(".")[0] in DECISIVE
+    }
+    return {
+        "config": decisive,
+        "model": model.facts(),
+        "prepared": data.meta["components"],
+    }

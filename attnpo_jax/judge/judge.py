@@ -22,10 +22,8 @@ from attnpo_jax.data.sources import Pair
 from attnpo_jax.data.tokenize import TokenizedPair, tokenize_pair
 from attnpo_jax.judge.language_model import LanguageModel
 from attnpo_jax.judge.prompt import JudgePrompt, JudgePrompter, JudgeTemplate
-from attnpo_jax.models import decoder
-from attnpo_jax.models import lm_head as head
-from attnpo_jax.models import placement as rules
-from attnpo_jax.models.attention import implementations as attention_backends
+from attnpo_jax.models import decoder, lm_head, placement
+from attnpo_jax.models.attention import implementations
 from attnpo_jax.models.decoder import ModelConfig, Params, Past
 from attnpo_jax.parallel import backend as backends
 
@@ -121,7 +119,7 @@ class Judge:
         self._lengths: tuple[int, ...] = ()
         self._compiled: set[tuple[int, int]] = set()
         self._backend = backend or backends.one_device(model.config)
-        choice = attention_backends.choose(attention, model.config, dtype, self._backend.devices)
+        choice = implementations.choose(attention, model.config, dtype, self._backend.devices)
         if attention == "auto":
             _LOG.info("attention: %s", choice)
         self._static = {
@@ -371,10 +369,10 @@ def _judge_rows(
     if not verdict:
         shape = read_B2.shape
         return output.rows_SBQL, jnp.full(shape, jnp.nan), jnp.full(shape, -1, jnp.int32)
-    hidden_BQD, unembedding_VD = rules.split_logits(
+    hidden_BQD, unembedding_VD = placement.split_logits(
         output.hidden_BQD, decoder.unembedding(params).astype(dtype)
     )
-    logits_BQV = head.logits(hidden_BQD, unembedding_VD, softcap=config.final_logit_softcapping)
+    logits_BQV = lm_head.logits(hidden_BQD, unembedding_VD, softcap=config.final_logit_softcapping)
     # Sums, not indices: those would gather a vocabulary that is split over devices.
     tokens = jnp.arange(logits_BQV.shape[-1])
     a_BQ, b_BQ = (

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attnpo_jax.models import placement as rules
+from attnpo_jax.models import placement
 from attnpo_jax.models.attention.core import Past, RowLayout, attention_rows, weighted_values
 from attnpo_jax.models.attention.implementations import RESIDUALS, attend, make_masks
 from attnpo_jax.models.config import PROJECTIONS, LinearRopeScaling, ModelConfig, RopeScaling
@@ -145,8 +145,8 @@ class Layers(nnx.Module):
         parameter = getattr(self, name)
         value, axes = parameter[...], parameter.get_metadata()["axes"][1:]
         if value.dtype == jnp.int8:
-            return rules.gather(value, axes).astype(dtype)
-        return rules.gather(value.astype(dtype), axes)
+            return placement.gather(value, axes).astype(dtype)
+        return placement.gather(value.astype(dtype), axes)
 
     def _project(self, x, name: str, spec: str):
         if self.config.int8:
@@ -202,7 +202,7 @@ class Layers(nnx.Module):
         gate = ACTIVATIONS[self.config.activation](self._project(normed, "gate", "bld,df->blf"))
         up = self._project(normed, "up", "bld,df->blf")
         down = self._project(gate * up, "down", "blf,fd->bld")
-        return rules.by_rows(x + self._norm(down, "mlp_post_norm"))
+        return placement.by_rows(x + self._norm(down, "mlp_post_norm"))
 
 
 def num_inputs(name: str) -> int:
@@ -252,7 +252,7 @@ class Decoder(nnx.Module):
             attended = run_attention(kind, q_BLNH, k_BLKH, layer.values(normed))
             return layer.after_attention(x_BLD, attended), None
 
-        policy = rules.checkpoint_policy(REMAT_POLICIES[remat])
+        policy = placement.checkpoint_policy(REMAT_POLICIES[remat])
         if policy is not None:
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
         layers = stacked, layer_kinds(self.config)
@@ -371,7 +371,7 @@ class Decoder(nnx.Module):
         return run
 
     def _embed(self, tokens_BL, dtype):
-        x_BLD = rules.lookup(self.embedding[...], tokens_BL, dtype)
+        x_BLD = placement.lookup(self.embedding[...], tokens_BL, dtype)
         scale = self.config.embedding_scale
         # Rounded to the activations' dtype first, as the models were trained.
         return x_BLD if scale is None else x_BLD * jnp.asarray(scale, dtype)

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # Of a device's memory, what parameters may take where each process prepares by itself.
-from attnpo_jax.models import placement as rules
+from attnpo_jax.models import placement
 from attnpo_jax.models.decoder import ModelConfig, Params, abstract_params
 from attnpo_jax.parallel import mesh as meshes
 from attnpo_jax.parallel import processes, sharding
@@ -153,7 +153,7 @@ def _memory(devices: Sequence[jax.Device]) -> int | None:
 
 def one_device(model: ModelConfig) -> Backend:
     """The first of this process's devices."""
-    return Sharded(model, dict.fromkeys(rules.AXES, 1), jax.local_devices()[:1])
+    return Sharded(model, dict.fromkeys(placement.AXES, 1), jax.local_devices()[:1])
 
 
 def _make(model: ModelConfig, backend: str, sizes: Mapping[str, int], devices) -> Backend:
@@ -177,7 +177,7 @@ class Sharded:
         self.mesh: Mesh = meshes.make_mesh(sizes, devices)
         self.devices = tuple(devices)
         self.row_shards = sizes["data"] * sizes["fsdp"]
-        listed = ", ".join(f"{axis} {sizes[axis]}" for axis in rules.AXES)
+        listed = ", ".join(f"{axis} {sizes[axis]}" for axis in placement.AXES)
         self.description = f"{len(devices)} {devices[0].device_kind} devices ({listed})"
         self._model = model
         self._whole = NamedSharding(self.mesh, PartitionSpec())

@@ -18,7 +18,7 @@ from attnpo_jax import config as config_lib
 from attnpo_jax.judge import judge
 from attnpo_jax.models import flops as model_flops
 from attnpo_jax.models import lora
-from attnpo_jax.models.attention import implementations as attention_backends
+from attnpo_jax.models.attention import implementations
 from attnpo_jax.models.decoder import ModelConfig, abstract_params
 from attnpo_jax.parallel import mesh as meshes
 from attnpo_jax.parallel.backend import Sharded, prepares_together
@@ -232,7 +232,7 @@ class Setting:
 
     def _attention(self, backend: Sharded) -> str:
         model = self.config.model
-        choice = attention_backends.choose(
+        choice = implementations.choose(
             model.attention, self.model, jnp.dtype(model.dtype), backend.devices
         )
         return choice.backend

@@ -15,10 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attnpo_jax.models import placement as rules
-from attnpo_jax.models.attention import blocks as block_attention
-from attnpo_jax.models.attention import core as attention
-from attnpo_jax.models.attention import strips as strip_attention
+from attnpo_jax.models import placement
+from attnpo_jax.models.attention import blocks, core, strips
 from attnpo_jax.models.attention.core import Past, RowLayout, ScoreRule
 from attnpo_jax.models.config import ModelConfig
 
@@ -31,7 +29,7 @@ _PREFERRED = {"gpu": "cudnn", "tpu": "tokamax"}
 
 # What tokamax's kernel needs to keep for its backward pass, as rematerialisation policies know it.
 ATTENDED = "attended"
-RESIDUALS = (ATTENDED, *block_attention.RESIDUALS)
+RESIDUALS = (ATTENDED, *blocks.RESIDUALS)
 
 
 class AttentionError(ValueError):
@@ -136,24 +134,24 @@ def attend(
       masks: what `make_masks` gave for the same layout, rule and past; None where it gave that.
     """
     if backend == "xla":
-        return attention.attend(q_BLNH, k_BLKH, v_BLKH, layout, rule=rule, past=past)
-    if isinstance(masks, block_attention.Blocks):
-        return block_attention.attend(q_BLNH, k_BLKH, v_BLKH, masks, rule=rule, past=past)
+        return core.attend(q_BLNH, k_BLKH, v_BLKH, layout, rule=rule, past=past)
+    if isinstance(masks, blocks.Blocks):
+        return blocks.attend(q_BLNH, k_BLKH, v_BLKH, masks, rule=rule, past=past)
     if backend == BLOCKS:
         if masks is None:
             masks = row_masks(layout, rule.window, 0 if past is None else past.keys.shape[0])
-        return strip_attention.attend(q_BLNH, k_BLKH, v_BLKH, masks, rule=rule, past=past)
+        return strips.attend(q_BLNH, k_BLKH, v_BLKH, masks, rule=rule, past=past)
     if past is None:
         past = Past(k_BLKH[0, :0], v_BLKH[0, :0])
     run = functools.partial(_KERNELS[backend], rule=dataclasses.replace(rule, window=None))
 
     def on_device(q, k, v, past, masks):
-        return run(q, *attention.after(past, k, v), masks)
+        return run(q, *core.after(past, k, v), masks)
 
     # Kernels are no business of the partitioner's: every device runs them on what it has.
-    headed, whole = rules.BY_ROWS_AND_HEADS, rules.BY_HEADS
-    run_everywhere = rules.per_device(
-        on_device, (headed, headed, headed, whole, rules.BY_ROWS), headed, rows=q_BLNH.shape[0]
+    headed, whole = placement.BY_ROWS_AND_HEADS, placement.BY_HEADS
+    run_everywhere = placement.per_device(
+        on_device, (headed, headed, headed, whole, placement.BY_ROWS), headed, rows=q_BLNH.shape[0]
     )
     if masks is not None:
         return run_everywhere(q_BLNH, k_BLKH, v_BLKH, past, masks)
@@ -180,8 +178,8 @@ def make_masks(backend: str, layout: RowLayout, rule: ScoreRule, past_length: in
     Returns:
       A pytree of arrays; None where each layer makes its own, or needs none.
     """
-    if backend == BLOCKS and past_length + layout.branch_BL.shape[1] > strip_attention.MOST_KEYS:
-        return block_attention.Blocks.of(layout, past_length)
+    if backend == BLOCKS and past_length + layout.branch_BL.shape[1] > strips.MOST_KEYS:
+        return blocks.Blocks.of(layout, past_length)
     if backend == "xla" or isinstance(rule.window, jax.Array):
         return None
     if backend == BLOCKS:
@@ -191,9 +189,9 @@ def make_masks(backend: str, layout: RowLayout, rule: ScoreRule, past_length: in
 
 def _masks(backend: str, layout: RowLayout, rule: ScoreRule, past_length: int) -> Any:
     make = functools.partial(_MASKS[backend], softcap=rule.softcap, past_length=past_length)
-    specs = (rules.BY_ROWS, rules.WHOLE)
+    specs = (placement.BY_ROWS, placement.WHOLE)
     rows = layout.branch_BL.shape[0]
-    return rules.per_device(make, specs, rules.BY_ROWS, rows=rows)(layout, rule.window)
+    return placement.per_device(make, specs, placement.BY_ROWS, rows=rows)(layout, rule.window)
 
 
 def row_masks(

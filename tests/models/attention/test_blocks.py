@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from attnpo_jax.models.attention import blocks as block_attention
-from attnpo_jax.models.attention import implementations as attention_backends
+from attnpo_jax.models.attention import implementations
 from attnpo_jax.models.attention import strips as strip_attention
 from attnpo_jax.models.attention.core import Past, RowLayout, ScoreRule
 from attnpo_jax.models.attention.implementations import BLOCKS
@@ -65,7 +65,7 @@ def masks_of(request, monkeypatch):
     monkeypatch.setattr(strip_attention, "MOST_KEYS", 10**6 if strips else 0)
 
     def make(*arguments):
-        masks = attention_backends.make_masks(BLOCKS, *arguments)
+        masks = implementations.make_masks(BLOCKS, *arguments)
         assert isinstance(masks, block_attention.Blocks) != strips
         return masks
 
@@ -89,7 +89,7 @@ def test_outputs_and_gradients_equal_those_of_the_whole_row(packed, softcap, win
 
     rule = ScoreRule(softcap=softcap, window=window)
     ours = functools.partial(
-        attention_backends.attend,
+        implementations.attend,
         layout=layout,
         rule=rule,
         backend=BLOCKS,
@@ -112,7 +112,7 @@ def test_half_precision_stays_near(masks_of):
 
     def total(q, k, v):
         masks = masks_of(layout, rule)
-        out = attention_backends.attend(q, k, v, layout, rule=rule, backend=BLOCKS, masks=masks)
+        out = implementations.attend(q, k, v, layout, rule=rule, backend=BLOCKS, masks=masks)
         assert out.dtype == jnp.bfloat16
         return jnp.sum(weight * out.astype(jnp.float32))
 
@@ -143,9 +143,7 @@ def test_a_shared_past_is_seen_by_every_row(window, masks_of):
         mask &= (positions + P)[:, :, None] - places[:, None, :] < window
     rule = ScoreRule(window=window)
     masks = masks_of(layout, rule, P)
-    got = attention_backends.attend(
-        q, k, v, layout, rule=rule, past=past, backend=BLOCKS, masks=masks
-    )
+    got = implementations.attend(q, k, v, layout, rule=rule, past=past, backend=BLOCKS, masks=masks)
     want = whole_row(q, keys, values, jnp.asarray(mask))
     np.testing.assert_allclose(got[real], want[real], atol=1e-5)
 
@@ -154,9 +152,9 @@ def test_layers_that_differ_in_their_window_make_masks_of_their_own():
     layout, visible, positions, real = make_rows(packed=True)
     q, k, v = random(0, 2, LENGTH, 6, H), random(1, 2, LENGTH, 2, H), random(2, 2, LENGTH, 2, H)
     rule = ScoreRule(window=jnp.asarray(30))
-    masks = attention_backends.make_masks(BLOCKS, layout, rule)
+    masks = implementations.make_masks(BLOCKS, layout, rule)
     assert masks is None
-    got = attention_backends.attend(q, k, v, layout, rule=rule, backend=BLOCKS, masks=masks)
+    got = implementations.attend(q, k, v, layout, rule=rule, backend=BLOCKS, masks=masks)
     mask = visible & (positions[:, :, None] - positions[:, None, :] < 30)
     np.testing.assert_allclose(got[real], whole_row(q, k, v, jnp.asarray(mask))[real], atol=1e-5)
 

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from attnpo_jax.models import decoder
-from attnpo_jax.models.attention import core as attention
-from attnpo_jax.models.attention import implementations as backends
+from attnpo_jax.models.attention import core, implementations
 from attnpo_jax.models.attention.core import Past, RowLayout, ScoreRule
 from attnpo_jax.models.attention.implementations import (
     BLOCKS,
@@ -55,7 +54,7 @@ def installed(monkeypatch):
 
     def set_to(found):
         spec = types.SimpleNamespace() if found else None
-        monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: spec)
+        monkeypatch.setattr(implementations.importlib.util, "find_spec", lambda name: spec)
 
     set_to(True)
     return set_to
@@ -152,7 +151,7 @@ def check(
         common = {"rule": rule, "past": past, "backend": backend, "masks": masks}
         return attend(q, k, v, layout, **common)
 
-    want = run(lambda q, k, v: attention.attend(q, k, v, layout, rule=rule, past=past))
+    want = run(lambda q, k, v: core.attend(q, k, v, layout, rule=rule, past=past))
     with context or contextlib.nullcontext():
         got = run(ours)
     for name, a, b in zip(("out", "q", "k", "v"), want, got, strict=True):
@@ -175,8 +174,8 @@ RULES = {
 @pytest.mark.parametrize("rule", ["plain", "scaled", "window", "own-window"])
 def test_cudnn_gets_what_xla_computes(monkeypatch, rule, past_length):
     """Of cuDNN, what is given to it: an odd length, a past, masks. Computed by XLA here."""
-    as_xla = functools.partial(backends._cudnn, implementation="xla")
-    monkeypatch.setitem(backends._KERNELS, "cudnn", as_xla)
+    as_xla = functools.partial(implementations._cudnn, implementation="xla")
+    monkeypatch.setitem(implementations._KERNELS, "cudnn", as_xla)
     check("cudnn", 61, rule=RULES[rule], past_length=past_length)
 
 
@@ -224,7 +223,7 @@ def test_tokamax_equals_xla(interpreted, L, past_length, rule):
 def simply_interpreted(monkeypatch):
     """A plainer emulation that `jax.checkpoint` can go through; good for up to three blocks."""
     pytest.importorskip("tokamax")
-    splash = backends._splash()
+    splash = implementations._splash()
     config = functools.partial(splash.SplashConfig, interpret=True)
     monkeypatch.setattr(splash, "SplashConfig", config)
 
@@ -281,7 +280,7 @@ def test_judge_reads_the_same_through_tokamax(simply_interpreted):
 
 def test_row_masks_by_hand():
     layout = RowLayout(jnp.asarray([[1, 2, 3, 0]]), None, jnp.asarray([[2, 3, 3, 0]]))
-    mask = backends.row_masks(layout, 2, 2, 4)[0].astype(int).tolist()
+    mask = implementations.row_masks(layout, 2, 2, 4)[0].astype(int).tolist()
     assert mask == [
         # past, past, prefix, branch 1, branch 2, padding, added, added
         [0, 1, 1, 0, 0, 0, 0, 0],
@@ -296,7 +295,7 @@ def test_row_masks_by_hand():
     [((512, 512), 512), ((500, 512), 512), ((640, 640), 128), ((700, 768), 256), ((512, 640), 128)],
 )
 def test_block_size_adds_no_padding(lengths, block):
-    assert backends.block_size(*lengths) == block
+    assert implementations.block_size(*lengths) == block
 
 
 def test_blocks_that_nobody_sees_are_skipped():

@@ -12,6 +12,8 @@ background where the devices have memory of their own. Orbax writes under a temp
 that whatever has a final name was whole once; in a bucket, it adds a file at the end instead.
 """
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import hashlib
@@ -20,7 +22,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +38,9 @@ from attnpo_jax.parallel.checkpoint_damage import (
     outcomes_of_all,
     set_aside,
 )
-from attnpo_jax.train.state import TrainState
+
+if TYPE_CHECKING:
+    from attnpo_jax.train.state import TrainState
 
 _ITEMS = ("params", "optimizer", "metadata")
 
@@ -73,7 +77,7 @@ class Checkpoints:
             ),
         )
 
-    def __enter__(self) -> "Checkpoints":
+    def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, error_type, error, traceback) -> None:
@@ -182,7 +186,8 @@ class Checkpoints:
                     optimizer=ocp.args.StandardRestore(_placed(_optimizer_item(abstract))),
                 ),
             )
-            return TrainState(params=items["params"], **items["optimizer"]), metadata["sums"]
+            state = dataclasses.replace(abstract, params=items["params"], **items["optimizer"])
+            return state, metadata["sums"]
 
         # Every process reads its part alone: one that fails leaves no other in a barrier of Orbax.
         with _reader(self.folder) as reader:

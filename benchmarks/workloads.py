@@ -505,7 +505,7 @@ def _attention(config, model: decoder.ModelConfig, backend: backends.Backend) ->
     choice = implementations.choose(
         config.model.attention, model, config.model.dtype, backend.devices
     )
-    return choice.backend
+    return choice.implementation
 
 
 def _random_batch(model: decoder.ModelConfig, prompt: int, response: int, rows: int) -> PairBatch:

@@ -82,10 +82,10 @@ class Judge:
       num_buckets: row lengths that are compiled for the sampled prompts, for one to four numbers of
         rows; longer rows than those add powers of two.
       backend: where to run; the model's parameters lie as it says. None for one device.
-      attention: `auto`, or one of `models.attention_backends.BACKENDS`.
+      attention: `auto`, or one of `models.attention.implementations.IMPLEMENTATIONS`.
 
     Raises:
-      AttentionError: that backend of attention cannot serve the model on these devices.
+      AttentionError: that implementation cannot serve the model on these devices.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Judge:
         self._static = {
             "config": model.config,
             "dtype": jnp.dtype(dtype),
-            "attention": choice.backend,
+            "attention": choice.implementation,
         }
         self._letters = self._backend.replicate(np.asarray(self.prompter.letter_ids, np.int32))
         self._pass = compile_pass(

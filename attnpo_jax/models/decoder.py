@@ -1,7 +1,7 @@
 """One decoder for many model types: parameters with their logical axes, and the forward passes.
 
 A row is `[prefix | branch 1 | branch 2]`: two continuations of one beginning that never see each
-other (see `attention.RowLayout`). The same forward pass serves policy, reference and judge.
+other (see `RowLayout`). The same forward pass serves policy, reference and judge.
 
 Parameters are a nested dict of arrays; those of the layers are stacked on axis 0 and scanned, so
 that compile time does not grow with depth. What differs from layer to layer beside them (a sliding
@@ -350,11 +350,11 @@ class Decoder(nnx.Module):
         layers = stacked, layer_kinds(self.config)
         return jax.lax.scan(body, self._embed(tokens_BL, dtype), layers)[1]
 
-    def _attention(self, backend: str, layout: RowLayout, past: Past | None = None):
+    def _attention(self, implementation: str, layout: RowLayout, past: Past | None = None):
         """`(kind, q, k, v, past of the layer) -> attended` on rows of one layout."""
         rule = layer_kinds(self.config).score_rule(self.config)
         past_length = 0 if past is None else past.keys.shape[1]
-        masks = make_masks(backend, layout, rule, past_length)
+        masks = make_masks(implementation, layout, rule, past_length)
 
         def run(kind, q_BLNH, k_BLKH, v_BLKH, past: Past | None = None):
             return attend(
@@ -364,7 +364,7 @@ class Decoder(nnx.Module):
                 layout,
                 rule=kind.score_rule(self.config),
                 past=past,
-                backend=backend,
+                implementation=implementation,
                 masks=masks,
             )
 
@@ -502,7 +502,7 @@ def forward(
       segment_BL: int32 (B, L), which packed pair a token belongs to; None for one pair a row.
       dtype: what activations are computed in; norms and softmax stay in float32.
       remat: what the backward pass recomputes, a key of `REMAT_POLICIES`.
-      attention: what computes attention, one of `attention_backends.BACKENDS`.
+      attention: what computes attention, one of `IMPLEMENTATIONS`.
 
     Returns:
       hidden_BLD, after the final norm, in `dtype`.

@@ -69,7 +69,7 @@ class Compiled:
       mesh: sizes of their mesh's axes.
       coordinates: where in the slice the mesh's devices are, int (data, fsdp, tensor, 3).
       batching: what it takes at a time.
-      attention: what computes attention, one of `attention_backends.BACKENDS`.
+      attention: what computes attention, one of `models.attention.implementations.IMPLEMENTATIONS`.
       memory: bytes.
       model_flops: that the result needs, over all chips (see `attnpo_jax.models.flops`).
       flops: of a chip's matrix products, repeated work and padding included; without those inside
@@ -235,7 +235,7 @@ class Setting:
         choice = implementations.choose(
             model.attention, self.model, jnp.dtype(model.dtype), backend.devices
         )
-        return choice.backend
+        return choice.implementation
 
     def _params(self, backend: Sharded) -> Any:
         params = abstract_params(self._of_passes, jnp.dtype(self.config.model.param_dtype))

@@ -106,7 +106,7 @@ def prepare(
                 )
                 _LOG.info("attention: %s", attention)
                 model = _load(config, folder, shape, tokenizer, backend)
-            _fill(config, model, backend, attention.backend, split)
+            _fill(config, model, backend, attention.implementation, split)
         processes.wait_until_seen(split.path / prepared.METADATA)
         if first:
             console.print(summary(split.name, prepared.Prepared.open(split.path)))

@@ -174,7 +174,7 @@ def train(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
         )
 
     settings = step_settings(
-        config, policy, data.source_layers, attention.backend, data.weight_columns
+        config, policy, data.source_layers, attention.implementation, data.weight_columns
     )
     compiled = compile_step(config, settings, backend, total_steps)
     eval_step = backend.eval_step(make_eval_step(settings, backend.axis_name))

@@ -131,7 +131,7 @@ def attend(
     rule: ScoreRule,
     past: Past | None = None,
 ) -> jax.Array:
-    """Attention outputs (B, L, N, H) under the row's visibility rule; see `attention.attend`.
+    """Attention outputs (B, L, N, H) under the row's visibility rule; see `core.attend`.
 
     Args:
       q_BLNH, k_BLKH, v_BLKH: queries, keys and values.

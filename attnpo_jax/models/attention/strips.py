@@ -2,7 +2,7 @@
 
 On a CPU, attention costs what its scores cost to write and to read again. Those of a strip of one
 row stay in the cache, and a strip takes a handful of operations: where rows are short, half the
-time of `block_attention`, which computes fewer scores with more operations. The backward pass
+time of `blocks`, which computes fewer scores with more operations. The backward pass
 computes the scores again from what the forward pass leaves (Dao et al. 2022, arXiv 2205.14135,
 algorithm 4).
 
@@ -38,7 +38,7 @@ def attend(
     rule: ScoreRule,
     past: Past | None = None,
 ) -> jax.Array:
-    """Attention outputs (B, L, N, H) under the row's visibility rule; see `attention.attend`.
+    """Attention outputs (B, L, N, H) under the row's visibility rule; see `core.attend`.
 
     Args:
       q_BLNH, k_BLKH, v_BLKH: queries, keys and values.

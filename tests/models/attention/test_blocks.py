@@ -92,7 +92,7 @@ def test_outputs_and_gradients_equal_those_of_the_whole_row(packed, softcap, win
         implementations.attend,
         layout=layout,
         rule=rule,
-        backend=BLOCKS,
+        implementation=BLOCKS,
         masks=masks_of(layout, rule),
     )
     theirs = functools.partial(whole_row, mask=jnp.asarray(visible), softcap=softcap)
@@ -112,7 +112,7 @@ def test_half_precision_stays_near(masks_of):
 
     def total(q, k, v):
         masks = masks_of(layout, rule)
-        out = implementations.attend(q, k, v, layout, rule=rule, backend=BLOCKS, masks=masks)
+        out = implementations.attend(q, k, v, layout, rule=rule, implementation=BLOCKS, masks=masks)
         assert out.dtype == jnp.bfloat16
         return jnp.sum(weight * out.astype(jnp.float32))
 
@@ -143,7 +143,9 @@ def test_a_shared_past_is_seen_by_every_row(window, masks_of):
         mask &= (positions + P)[:, :, None] - places[:, None, :] < window
     rule = ScoreRule(window=window)
     masks = masks_of(layout, rule, P)
-    got = implementations.attend(q, k, v, layout, rule=rule, past=past, backend=BLOCKS, masks=masks)
+    got = implementations.attend(
+        q, k, v, layout, rule=rule, past=past, implementation=BLOCKS, masks=masks
+    )
     want = whole_row(q, keys, values, jnp.asarray(mask))
     np.testing.assert_allclose(got[real], want[real], atol=1e-5)
 
@@ -154,7 +156,7 @@ def test_layers_that_differ_in_their_window_make_masks_of_their_own():
     rule = ScoreRule(window=jnp.asarray(30))
     masks = implementations.make_masks(BLOCKS, layout, rule)
     assert masks is None
-    got = implementations.attend(q, k, v, layout, rule=rule, backend=BLOCKS, masks=masks)
+    got = implementations.attend(q, k, v, layout, rule=rule, implementation=BLOCKS, masks=masks)
     mask = visible & (positions[:, :, None] - positions[:, None, :] < 30)
     np.testing.assert_allclose(got[real], whole_row(q, k, v, jnp.asarray(mask))[real], atol=1e-5)
 

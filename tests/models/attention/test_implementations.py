@@ -1,4 +1,4 @@
-"""Backends of attention held against XLA's: forward, gradients, masks, and what is chosen."""
+"""Attention implementations held against XLA's: forward, gradients, masks; what is chosen."""
 
 import contextlib
 import dataclasses
@@ -61,12 +61,12 @@ def installed(monkeypatch):
 
 
 def test_auto_takes_the_fastest_that_can_serve(installed):
-    assert choose("auto", MODEL, "bfloat16", [V5E]).backend == "tokamax"
-    assert choose("auto", MODEL, "float32", [V5E]).backend == "tokamax"
-    assert choose("auto", MODEL, "bfloat16", [H100]).backend == "cudnn"
-    assert choose("auto", MODEL, "float32", [CPU]).backend == BLOCKS
-    assert choose("auto", MODEL, "float32", [CPU, CPU]).backend == "xla"
-    assert choose(BLOCKS, MODEL, "float32", [CPU]).backend == BLOCKS
+    assert choose("auto", MODEL, "bfloat16", [V5E]).implementation == "tokamax"
+    assert choose("auto", MODEL, "float32", [V5E]).implementation == "tokamax"
+    assert choose("auto", MODEL, "bfloat16", [H100]).implementation == "cudnn"
+    assert choose("auto", MODEL, "float32", [CPU]).implementation == BLOCKS
+    assert choose("auto", MODEL, "float32", [CPU, CPU]).implementation == "xla"
+    assert choose(BLOCKS, MODEL, "float32", [CPU]).implementation == BLOCKS
     assert (
         str(choose("xla", MODEL, "float32", [V5E])) == "xla (TPU v5 lite; as model.attention says)"
     )
@@ -88,7 +88,7 @@ WIDE = dataclasses.replace(MODEL, head_dim=260)
 )
 def test_says_why_cudnn_cannot_serve(model, dtype, on, reason):
     chosen = choose("auto", model, dtype, [on])
-    assert (chosen.backend, chosen.reason) == ("xla", f"{on.device_kind}; not cudnn: {reason}")
+    assert str(chosen) == f"xla ({on.device_kind}; not cudnn: {reason})"
     with pytest.raises(AttentionError) as error:
         choose("cudnn", model, dtype, [on])
     assert str(error.value) == (
@@ -122,9 +122,9 @@ def rows(L, past_length=0):
 
 
 def check(
-    backend, L, *, past_length=0, rule, dtype=jnp.float32, context=None, atol=3e-5, rtol=1e-7
+    implementation, L, *, past_length=0, rule, dtype=jnp.float32, context=None, atol=3e-5, rtol=1e-7
 ):
-    """Output and gradients are those of `attention.attend`, padding left out."""
+    """Output and gradients are those of `core.attend`, padding left out."""
     layout = rows(L, past_length)
     shapes = [
         (2, L, 4, 16),
@@ -147,8 +147,8 @@ def check(
         return out, *grads
 
     def ours(q, k, v):
-        masks = make_masks(backend, layout, rule, past_length)
-        common = {"rule": rule, "past": past, "backend": backend, "masks": masks}
+        masks = make_masks(implementation, layout, rule, past_length)
+        common = {"rule": rule, "past": past, "implementation": implementation, "masks": masks}
         return attend(q, k, v, layout, **common)
 
     want = run(lambda q, k, v: core.attend(q, k, v, layout, rule=rule, past=past))
@@ -187,7 +187,7 @@ def test_cudnn_lowers_for_cuda(monkeypatch):
 
     def gradients(q, k, v):
         masks = make_masks("cudnn", layout, ScoreRule())
-        common = {"rule": ScoreRule(), "backend": "cudnn", "masks": masks}
+        common = {"rule": ScoreRule(), "implementation": "cudnn", "masks": masks}
         return jax.grad(lambda *qkv: attend(*qkv, layout, **common).sum(), (0, 1, 2))(q, k, v)
 
     arrays = [jax.ShapeDtypeStruct((2, 61, heads, 16), jnp.bfloat16) for heads in (4, 2, 2)]

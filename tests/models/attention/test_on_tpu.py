@@ -50,7 +50,7 @@ def compiled(chips, sizes, L, softcap=None):
     def loss(q, k, v, branch):
         layout, rule = RowLayout(branch), ScoreRule(softcap=softcap)
         masks = make_masks("tokamax", layout, rule)
-        out = attend(q, k, v, layout, rule=rule, backend="tokamax", masks=masks)
+        out = attend(q, k, v, layout, rule=rule, implementation="tokamax", masks=masks)
         return jnp.square(out.astype(jnp.float32))
 
     def gradients(q, k, v, branch):
@@ -64,7 +64,7 @@ def compiled(chips, sizes, L, softcap=None):
 
 
 def test_auto_is_tokamax_for_these_chips(chips):
-    assert choose("auto", MODEL, "bfloat16", chips).backend == "tokamax"
+    assert choose("auto", MODEL, "bfloat16", chips).implementation == "tokamax"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""How rows are cut into strips; what comes of them, test_block_attention.py holds."""
+"""How rows are cut into strips; what comes of them, test_blocks.py holds."""
 
 import pytest
 

@@ -11,7 +11,7 @@ from ml_collections import config_dict
 from attnpo_jax import config as config_lib
 from attnpo_jax.models import lora
 from attnpo_jax.models.decoder import ModelConfig, abstract_params
-from attnpo_jax.models.io import embedded, peft
+from attnpo_jax.models.io import embedded, hf_save, peft
 from attnpo_jax.models.io import hf_folder as models
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.parallel import checkpoint, gathering, preemption, processes
@@ -57,9 +57,9 @@ def export(
     out = workdir / "export" if out is None else pathlib.Path(out)
     folder = checkpoint.folder_of(config, workdir)
     if processes.is_first():
-        models.clear_up(out)
+        hf_save.clear_up(out)
     newest = _origin(config, folder) if processes.is_first() and not config.lora.rank else None
-    written = newest is not None and models.read_origin(out) == newest
+    written = newest is not None and hf_save.read_origin(out) == newest
     if preemption.agreed(written):
         if written:
             _LOG.info("%s holds the model of step %d already", out, newest["step"])
@@ -91,7 +91,7 @@ def _export(config: config_dict.ConfigDict, folder: pathlib.Path, out: pathlib.P
     origin = _origin(config, folder, step)
     with gathering.for_first(params) as readable:
         if readable is not None:
-            models.save(
+            hf_save.save(
                 out, model, readable, source_folder=source, chat_template=template, origin=origin
             )
 
@@ -125,7 +125,7 @@ def _export_adapted(
         params = lora.merge(policy, params, adapters)
         with gathering.for_first(params) as readable:
             if readable is not None:
-                models.save(out, model, readable, source_folder=source, chat_template=template)
+                hf_save.save(out, model, readable, source_folder=source, chat_template=template)
     if config.lora.export in ("adapter", "both"):
         both = config.lora.export == "both"
         # A name from the hub means the same to whoever gets the adapter; a path is all there is

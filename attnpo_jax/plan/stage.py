@@ -46,7 +46,7 @@ def plan(
       ConfigError: the config is wrong.
       PlanError: unknown slice or lengths, libtpu is missing, or a program does not fit.
       MeshError: the chips or the model do not fit `parallel.mesh`.
-      CheckpointError: the model's shape can't be had.
+      FolderError: the model's shape can't be had.
     """
     config_lib.validate(config)
     console = console or Console()

@@ -16,7 +16,7 @@ from tokenizers import pre_tokenizers
 from attnpo_jax import cli
 from attnpo_jax.config import rules as config_rules
 from attnpo_jax.models import decoder
-from attnpo_jax.models.io import hf_folder
+from attnpo_jax.models.io import hf_folder, hf_save
 from attnpo_jax.runtime import exit_codes
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -76,7 +76,7 @@ def config_file(tmp_path_factory):
     (source / "config.json").write_text(json.dumps(hf_config))
     shape = hf_folder.load_config(source)
     params = decoder.init_params(shape, jax.random.key(0))
-    hf_folder.save(model, shape, params, source_folder=source)
+    hf_save.save(model, shape, params, source_folder=source)
     pairs = [
         {"prompt": f"Spell {word}.", "chosen": word, "rejected": word[::-1]}
         for word in ("house", "river", "cloud", "stone")

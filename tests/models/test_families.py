@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from attnpo_jax import losses, weighting
 from attnpo_jax.data.batching import Example, RowShape, fill_rows
 from attnpo_jax.judge import judge
 from attnpo_jax.models import decoder, lm_head
-from attnpo_jax.models.io import hf_folder
+from attnpo_jax.models.io import hf_folder, hf_save
 from attnpo_jax.train.step import StepSettings, pair_losses
 
 torch = pytest.importorskip("torch")
@@ -279,7 +279,7 @@ def test_gradients_of_a_dpo_loss_equal_those_of_torch(models, name, tmp_path):
     loss, grads = jax.jit(jax.value_and_grad(mean_loss))(m.params)
     np.testing.assert_allclose(loss, want_loss.item(), atol=1e-5)
     # Gradients in transformers' layout: exported as if they were weights.
-    hf_folder.save(tmp_path / "grads", m.config, grads, source_folder=m.folder)
+    hf_save.save(tmp_path / "grads", m.config, grads, source_folder=m.folder)
     got = load_file(tmp_path / "grads" / "model.safetensors")
     compared = 0
     for parameter_name, parameter in m.theirs.named_parameters():
@@ -318,8 +318,8 @@ def test_export_gives_back_every_tensor_in_the_sources_dtype(
     config = hf_folder.load_config(source)
     assert config == models(name).config
     params = hf_folder.load_params(source, config, param_dtype=jnp.float32)
-    monkeypatch.setattr(hf_folder, "_SHARD_BYTES", shard_bytes)
-    hf_folder.save(tmp_path / "export", config, params, source_folder=source)
+    monkeypatch.setattr(hf_save, "_SHARD_BYTES", shard_bytes)
+    hf_save.save(tmp_path / "export", config, params, source_folder=source)
     files = sorted((tmp_path / "export").glob("*.safetensors"))
     assert (len(files) > 1) == (shard_bytes == 20_000)
     got = {k: v for file in files for k, v in load_file(file).items()}
@@ -346,10 +346,10 @@ def test_a_model_that_sees_images_can_lie_under_either_name(models, tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     (source / "config.json").write_bytes((m.folder / "config.json").read_bytes())
-    hf_folder.safetensors.numpy.save_file(renamed, source / "model.safetensors")
+    save_file(renamed, source / "model.safetensors")
     params = hf_folder.load_params(source, m.config)
     jax.tree.map(np.testing.assert_array_equal, params, m.params)
-    hf_folder.save(tmp_path / "export", m.config, params, source_folder=source)
+    hf_save.save(tmp_path / "export", m.config, params, source_folder=source)
     got = load_file(tmp_path / "export" / "model.safetensors")
     assert got.keys() == renamed.keys()
 

@@ -14,7 +14,7 @@ from attnpo_jax import config as config_lib
 from attnpo_jax import losses, weighting
 from attnpo_jax.data.batching import Example, RowShape, fill_rows
 from attnpo_jax.models import decoder
-from attnpo_jax.models.io import hf_folder
+from attnpo_jax.models.io import hf_folder, hf_save
 from attnpo_jax.train import optim
 from attnpo_jax.train.state import create
 from attnpo_jax.train.step import StepSettings, make_eval_step, make_train_step
@@ -58,7 +58,7 @@ def write_folder(folder):
     weights = decoder.init_params(model, jax.random.key(0))
     # Larger than usual, so that attention is not nearly uniform.
     weights = jax.tree.map(lambda x: x if x.ndim < 3 else 6 * x, weights)
-    hf_folder.save(folder / "model", model, weights, source_folder=source)
+    hf_save.save(folder / "model", model, weights, source_folder=source)
     return folder / "model"
 
 

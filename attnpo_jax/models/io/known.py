@@ -154,7 +154,7 @@ def shape_of(source: str | os.PathLike) -> ModelConfig:
         is known here; or another hub id, of which config.json alone is downloaded.
 
     Raises:
-      CheckpointError: it is none of these, or its config.json can't be had or used.
+      FolderError: it is none of these, or its config.json can't be had or used.
     """
     text = os.fspath(source)
     folder = Path(text).expanduser()
@@ -165,7 +165,7 @@ def shape_of(source: str | os.PathLike) -> ModelConfig:
     try:
         file = huggingface_hub.hf_hub_download(text, "config.json")
     except Exception as error:
-        raise hf_folder.CheckpointError(
+        raise hf_folder.FolderError(
             f"model.source {text!r} is no local folder, and its config.json could not be "
             f"downloaded from the hub ({error}). Accepted without the hub: a folder with a "
             f"config.json, {', '.join(KNOWN)}"

@@ -66,5 +66,5 @@ def test_what_the_hub_cannot_deliver_is_refused_with_what_would_do(monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr(known.huggingface_hub, "hf_hub_download", offline)
-    with pytest.raises(hf_folder.CheckpointError, match="'a/b'.*no network.*Meta-Llama-3-8B"):
+    with pytest.raises(hf_folder.FolderError, match="'a/b'.*no network.*Meta-Llama-3-8B"):
         known.shape_of("a/b")

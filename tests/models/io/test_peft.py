@@ -6,10 +6,11 @@ import json
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from attnpo_jax.models import decoder, lm_head, lora
 from attnpo_jax.models.config import LoraConfig
-from attnpo_jax.models.io import hf_folder, peft
+from attnpo_jax.models.io import hf_folder, hf_save, peft
 
 torch = pytest.importorskip("torch")
 theirs = pytest.importorskip("peft")
@@ -58,7 +59,7 @@ def test_peft_gives_the_logits_of_the_merged_export_and_ours(case, tmp_path):
         source_folder=tmp_path / "base",
     )
     merged = lora.merge(policy, base, adapters)
-    hf_folder.save(tmp_path / "merged", model, merged, source_folder=tmp_path / "base")
+    hf_save.save(tmp_path / "merged", model, merged, source_folder=tmp_path / "base")
 
     auto = transformers.AutoModelForCausalLM
     if name == "gemma3":
@@ -69,7 +70,7 @@ def test_peft_gives_the_logits_of_the_merged_export_and_ours(case, tmp_path):
     adapted = theirs.PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
     # All of the adapter found its place, and nothing else got one.
     factors = {n for n in adapted.state_dict() if "lora_" in n}
-    written = hf_folder.safetensors.numpy.load_file(tmp_path / "adapter" / peft._WEIGHTS)
+    written = load_file(tmp_path / "adapter" / peft._WEIGHTS)
     assert {n.replace(".default.", ".") for n in factors} == written.keys()
     got = logits_in_torch(adapted, tokens)
     assert np.abs(got - without).max() > 0.1

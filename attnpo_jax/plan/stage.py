@@ -71,7 +71,7 @@ def plan(
         return
     setting.training_mesh()
     compile_all = [setting.training, setting.reference]
-    if setting.sources:
+    if setting.judge_layers:
         compile_all.append(setting.judge)
     programs = []
     for compile_one in compile_all:

@@ -1,6 +1,6 @@
 """Every model type held against torch in float32, on small models with all features on.
 
-Each model is written by transformers, read by `checkpoints`, and run over rows that transformers
+Each model is written by transformers, read by `hf_folder`, and run over rows that transformers
 sees as separate sequences.
 """
 
@@ -189,13 +189,13 @@ def test_attention_rows_and_verdicts_equal_those_of_torch(models, name):
     row = [np.pad(x[common:], (0, pad))[None] for x in (tokens, positions, branch)]
     read = np.array([[29, 45]]) - common
     letters = jnp.array([7, 40])
-    sources = tuple(range(m.config.num_layers))
+    layers = tuple(range(m.config.num_layers))
     past = jax.jit(decoder.make_past, static_argnums=0)(m.config, m.params, tokens[:common])
     judge_rows = jax.jit(
         functools.partial(
             judge._judge_rows,
             config=m.config,
-            sources=sources,
+            layers=layers,
             dtype=jnp.dtype("float32"),
             attention="xla",
         )
@@ -213,7 +213,7 @@ def test_attention_rows_and_verdicts_equal_those_of_torch(models, name):
         want_verdict = sign * (logits[-1, 7] - logits[-1, 40])
         np.testing.assert_allclose(verdict[0, order], want_verdict, atol=1e-4)
         assert answer[0, order] == logits[-1].argmax()
-    windows = m.config.layer_windows or [None] * len(sources)
+    windows = m.config.layer_windows or [None] * len(layers)
     for layer, window in enumerate(windows):
         seen = int((np.asarray(rows)[layer, 0, 0] > 0).sum())
         assert seen == (30 - common if window is None else WINDOW)

@@ -14,7 +14,7 @@ from attnpo_jax import config as config_lib
 from attnpo_jax import losses, weighting
 from attnpo_jax.data.batching import Example, RowShape, fill_rows
 from attnpo_jax.models import decoder
-from attnpo_jax.models.io import hf_folder, hf_save
+from attnpo_jax.models.io import hf_config, hf_folder, hf_save
 from attnpo_jax.train import optim
 from attnpo_jax.train.state import create
 from attnpo_jax.train.step import StepSettings, make_eval_step, make_train_step
@@ -31,7 +31,7 @@ HF_CONFIG = {
     "max_position_embeddings": 256,
     "tie_word_embeddings": False,
 }
-MODEL = decoder.ModelConfig.from_hf(HF_CONFIG)
+MODEL = hf_config.read(HF_CONFIG)
 SOURCES = (0, 2)
 
 CHATML = (

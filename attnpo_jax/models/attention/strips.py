@@ -38,14 +38,7 @@ def attend(
     rule: ScoreRule,
     past: Past | None = None,
 ) -> jax.Array:
-    """Attention outputs (B, L, N, H) under the row's visibility rule; see `core.attend`.
-
-    Args:
-      q_BLNH, k_BLKH, v_BLKH: queries, keys and values.
-      mask_BLS: bool (B, L, P + L), who sees whom.
-      rule: how scores become probabilities; its window is the mask's business.
-      past: keys and values of tokens that stand before every row, or None.
-    """
+    """As `core.attend`, with who sees whom, windows too, as a mask: bool (B, L, P + L)."""
     if past is not None:
         k_BLKH, v_BLKH = after(past, k_BLKH, v_BLKH)
     H = q_BLNH.shape[-1]

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from attnpo_jax.models import int8
 from attnpo_jax.models.decoder import ModelConfig, abstract_params
-from attnpo_jax.models.io import embedded
+from attnpo_jax.models.io import embedded, hf_config
 from attnpo_jax.models.io.tensors import (
     Part,
     Slot,
@@ -138,7 +138,7 @@ def load_config(folder: str | os.PathLike) -> ModelConfig:
     path = Path(folder) / "config.json"
     content = read_json(path)
     try:
-        return ModelConfig.from_hf(content)
+        return hf_config.read(content)
     except ValueError as error:
         raise FolderError(f"{path}: {error}") from error
 

@@ -161,14 +161,10 @@ def _write_weights(
 
 
 def _check_params(config: ModelConfig, params: Mapping[str, Any]) -> None:
-    expected = {
-        path: leaf.shape for path, leaf in flatten_dict(abstract_params(config), sep="/").items()
-    }
-    found = {path: tuple(leaf.shape) for path, leaf in params.items()}
+    wanted = flatten_dict(abstract_params(config), sep="/")
+    expected, found = ({p: tuple(x.shape) for p, x in tree.items()} for tree in (wanted, params))
     if found != expected:
-        wrong = sorted(
-            path for path in expected.keys() | found.keys() if expected.get(path) != found.get(path)
-        )
+        wrong = sorted({path for path, _ in expected.items() ^ found.items()})
         raise FolderError(
             "the parameters do not fit the model's config: "
             + "; ".join(f"{p}: found {found.get(p)}, expected {expected.get(p)}" for p in wrong)
@@ -193,7 +189,7 @@ def save(
     overwrite: bool = False,
     origin: Any = None,
 ) -> None:
-    """Exports parameters as a Hugging Face folder that transformers loads.
+    """Exports parameters as an HF folder that transformers loads.
 
     Writes safetensors (shards of 5 GB with an index above that size), and from `source_folder`
     config.json with its dtype brought up to date, tokenizer, chat template and generation config,
@@ -235,10 +231,7 @@ def save(
 def copy_companions(source_folder: Path, folder: Path, chat_template: str | None) -> None:
     """Copies tokenizer, processor, chat templates and generation config.
 
-    Args:
-      source_folder: where from.
-      folder: where to.
-      chat_template: Jinja text that takes the place of the tokenizer's own default template.
+    `chat_template`, if given, takes the place of the tokenizer's own default template.
     """
     for pattern in (*COMPANIONS, f"{_TEMPLATES}/*.jinja"):
         for companion in filter(Path.is_file, source_folder.glob(pattern)):

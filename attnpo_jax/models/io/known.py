@@ -11,7 +11,7 @@ from typing import Any
 import huggingface_hub
 
 from attnpo_jax.models.config import ModelConfig
-from attnpo_jax.models.io import embedded, hf_folder
+from attnpo_jax.models.io import embedded, hf_config, hf_folder
 
 _LLAMA_3_8B = {
     "model_type": "llama",
@@ -161,7 +161,7 @@ def shape_of(source: str | os.PathLike) -> ModelConfig:
     if folder.is_dir():
         return hf_folder.load_config(folder)
     if text in KNOWN:
-        return ModelConfig.from_hf(KNOWN[text])
+        return hf_config.read(KNOWN[text])
     try:
         file = huggingface_hub.hf_hub_download(text, "config.json")
     except Exception as error:

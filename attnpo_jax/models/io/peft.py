@@ -127,7 +127,7 @@ def save_adapter(
       chat_template: Jinja text that takes the place of the tokenizer's own template.
 
     Raises:
-      FolderError: the target holds something else than an earlier export.
+      FolderError: the target holds something else.
       OSError: the place can't be written; what was at `folder` stays.
     """
     modules, tensors = _modules(model), {}

@@ -8,9 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnpo_jax.models.attention import blocks as block_attention
-from attnpo_jax.models.attention import implementations
-from attnpo_jax.models.attention import strips as strip_attention
+from attnpo_jax.models.attention import blocks, implementations, strips
 from attnpo_jax.models.attention.core import Past, RowLayout, ScoreRule
 from attnpo_jax.models.attention.implementations import BLOCKS
 
@@ -61,12 +59,12 @@ def random(seed, *shape):
 @pytest.fixture(params=["blocks", "strips"])
 def masks_of(request, monkeypatch):
     """`make_masks`, as for rows of more or of fewer keys."""
-    strips = request.param == "strips"
-    monkeypatch.setattr(strip_attention, "MOST_KEYS", 10**6 if strips else 0)
+    in_strips = request.param == "strips"
+    monkeypatch.setattr(strips, "MOST_KEYS", 10**6 if in_strips else 0)
 
     def make(*arguments):
         masks = implementations.make_masks(BLOCKS, *arguments)
-        assert isinstance(masks, block_attention.Blocks) != strips
+        assert isinstance(masks, blocks.Blocks) != in_strips
         return masks
 
     return make
@@ -163,9 +161,9 @@ def test_layers_that_differ_in_their_window_make_masks_of_their_own():
 
 def test_blocks_that_nobody_sees_are_skipped():
     branch = np.repeat(np.array([1, 2, 3], np.int32), 256)[None]
-    blocks = block_attention.Blocks.of(RowLayout(jnp.asarray(branch)))
+    cut = blocks.Blocks.of(RowLayout(jnp.asarray(branch)))
     # 1 is masked, 2 computed without a mask; the rest is skipped.
-    assert blocks.pairs[: blocks.count].tolist() == [
+    assert cut.pairs[: cut.count].tolist() == [
         [0, 0, 1],
         [1, 0, 2],
         [1, 1, 1],
@@ -179,8 +177,8 @@ def test_memory_is_linear_in_the_row():
         layout = RowLayout(jnp.ones((1, L), jnp.int32))
 
         def total(q, k, v):
-            blocks = block_attention.Blocks.of(layout)
-            return jnp.sum(block_attention.attend(q, k, v, blocks, rule=ScoreRule()))
+            cut = blocks.Blocks.of(layout)
+            return jnp.sum(blocks.attend(q, k, v, cut, rule=ScoreRule()))
 
         shapes = [jax.ShapeDtypeStruct((1, L, heads, H), jnp.float32) for heads in (4, 2, 2)]
         compiled = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(*shapes).compile()

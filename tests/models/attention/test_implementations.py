@@ -266,7 +266,7 @@ def test_judge_reads_the_same_through_tokamax(simply_interpreted):
     def read(attention):
         past = decoder.make_past(MODEL, params, tokens[0, :6], attention=attention)
         row = (tokens[:, 6:], layout.positions_BL, layout.branch_BL, reads)
-        common = {"sources": (0, 2), "past": past, "attention": attention}
+        common = {"layers": (0, 2), "past": past, "attention": attention}
         output = decoder.read(MODEL, params, *row, **common)
         return output.rows_SBQL, output.hidden_BQD
 

@@ -16,12 +16,12 @@ def change(full: Iterable[Row], other: Iterable[Row], layers: Sequence[int]) -> 
 
     Args:
       full, other: their rows, in the same order.
-      layers: the source layers of both.
+      layers: the layers whose attention both kept.
 
     Returns:
       `figures`: the magnitude of the change of log-probs (nats a token: mean and 99th percentile;
       of the difference between a pair's responses) and of verdicts (nats), and how many verdicts
-      change their letter. `points`, by source layer: the share of a response's weight that lies on
+      change their letter. `points`, by layer: the share of a response's weight that lies on
       other tokens (half the sum of the magnitudes), and the correlation of its weights.
     """
     logps, margins, verdicts, letters = [], [], [], []

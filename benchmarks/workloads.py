@@ -32,8 +32,8 @@ from attnpo_jax.judge.judge import Judge, compile_pass
 from attnpo_jax.judge.language_model import LanguageModel, load_model
 from attnpo_jax.judge.prompt import JudgePrompter, JudgeTemplate
 from attnpo_jax.models import decoder, flops
-from attnpo_jax.models.attention import implementations as attention_backends
-from attnpo_jax.models.io import hf_folder as checkpoints
+from attnpo_jax.models.attention import implementations
+from attnpo_jax.models.io import hf_folder
 from attnpo_jax.models.lm_head import token_logps
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.parallel.state import TrainState
@@ -76,10 +76,10 @@ def select(spec: Spec) -> dict[str, Any]:
         '    return from_json(pathlib.Path(__file__).with_suffix(".json").read_text())\n'
     )
 
-    folder = checkpoints.resolve(config.model.source)
+    folder = hf_folder.resolve(config.model.source)
     tokenizer = ChatTokenizer.load(folder)
     prompts = [_prompter(config, tokenizer).build(pair) for pair in pairs]
-    layers = checkpoints.load_config(folder).num_layers
+    layers = hf_folder.load_config(folder).num_layers
     peer_input = {
         "model": str(folder),
         "layers": config_lib.source_layers(config.judge.layers, layers),
@@ -240,8 +240,8 @@ class Training:
         for field in ("remat", "dtype", "param_dtype"):
             if spec.get(field) is not None:
                 config.model[field] = spec[field]
-        folder = checkpoints.resolve(config.model.source)
-        model = checkpoints.load_config(folder)
+        folder = hf_folder.resolve(config.model.source)
+        model = hf_folder.load_config(folder)
         # Prepared once, in one dtype: for the time it takes, the values do not matter.
         data = Run.resolve(_config(spec), pathlib.Path(spec["scratch"])).open_prepared("train")
         trainer = _Trainer(config, model, data.source_layers)
@@ -296,7 +296,7 @@ class Tokenization:
 
     def __init__(self, spec: Spec):
         self._config, self._pairs = _config(spec), _pairs(spec)
-        self._tokenizer = ChatTokenizer.load(checkpoints.resolve(self._config.model.source))
+        self._tokenizer = ChatTokenizer.load(hf_folder.resolve(self._config.model.source))
         self._prompter = _prompter(self._config, self._tokenizer)
         self.info = {"pairs": len(self._pairs), "tokens": self._run()}
 
@@ -322,8 +322,8 @@ class Curve:
 
     def __init__(self, spec: Spec):
         config = _config(spec)
-        folder = checkpoints.resolve(config.model.source)
-        model = checkpoints.load_config(folder)
+        folder = hf_folder.resolve(config.model.source)
+        model = hf_folder.load_config(folder)
         trainer = _Trainer(config, model, (model.num_layers - 1,))
         self._step, self._state = trainer.compiled.run, trainer.first_state(folder)
         self._batches = [trainer.random_batch(self.PROMPT, n) for n in spec["lengths"]]
@@ -349,7 +349,7 @@ class Compile:
     def __init__(self, spec: Spec):
         jax.config.update("jax_enable_compilation_cache", False)
         self._config, self._layers = _config(spec), spec["layers"]
-        self._model = checkpoints.load_config(checkpoints.resolve(self._config.model.source))
+        self._model = hf_folder.load_config(hf_folder.resolve(self._config.model.source))
         # The compiler's own start-up is not a matter of layers.
         self._compile_step(1)
         self._compile_judge(1)
@@ -395,7 +395,7 @@ class LogpsMemory:
 
     def __init__(self, spec: Spec):
         config = _config(spec)
-        model = checkpoints.load_config(checkpoints.resolve(config.model.source))
+        model = hf_folder.load_config(hf_folder.resolve(config.model.source))
         tokens, chunk = spec["tokens"], config.model.logps_chunk
         self._arrays = (
             jnp.zeros((1, tokens, model.hidden_size)),
@@ -485,7 +485,7 @@ class _Trainer:
         self._model, self._dtype = model, jnp.dtype(config.model.param_dtype)
 
     def first_state(self, folder: pathlib.Path) -> TrainState:
-        params = checkpoints.load_params(
+        params = hf_folder.load_params(
             folder,
             self._model,
             param_dtype=self._dtype,
@@ -500,10 +500,10 @@ class _Trainer:
 
 
 def _attention(config, model: decoder.ModelConfig, backend: backends.Backend) -> str:
-    choice = attention_backends.choose(
+    choice = implementations.choose(
         config.model.attention, model, config.model.dtype, backend.devices
     )
-    return choice.backend
+    return choice.implementation
 
 
 def _random_batch(model: decoder.ModelConfig, prompt: int, response: int, rows: int) -> PairBatch:

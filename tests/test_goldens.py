@@ -21,7 +21,7 @@ from attnpo_jax.data.tokenize import tokenize_pair
 from attnpo_jax.judge.judge import Judge
 from attnpo_jax.judge.language_model import load_model
 from attnpo_jax.models import decoder
-from attnpo_jax.models.attention import implementations as attention_backends
+from attnpo_jax.models.attention import implementations
 from attnpo_jax.models.scoring import response_logps
 from attnpo_jax.parallel.state import create
 from attnpo_jax.train import optim
@@ -231,7 +231,7 @@ def test_six_steps_of_training(model, prepared):
         objective=functools.partial(losses.get("sigmoid"), beta=0.1),
         beta=0.1,
         source_layers=prepared.source_layers,
-        attention=attention_backends.BLOCKS,
+        attention=implementations.BLOCKS,
     )
     step = jax.jit(make_train_step(settings, optimizer, schedule), donate_argnums=0)
     state = create(jax.tree.map(jnp.copy, model.params), optimizer)

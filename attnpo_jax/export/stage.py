@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from attnpo_jax.models import lora
 from attnpo_jax.models.decoder import abstract_params
-from attnpo_jax.models.io import embedded, hf_folder, peft
+from attnpo_jax.models.io import embedded, hf_folder, hf_save, peft
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.parallel import checkpoint, gathering, preemption, processes
 
@@ -48,10 +48,10 @@ def export(run: "Run", out: str | os.PathLike | None = None) -> pathlib.Path:
     out = run.workdir / "export" if out is None else pathlib.Path(out)
     checkpoints = run.checkpoint_folder  # all processes look whether it is theirs
     if processes.is_first():
-        hf_folder.clear_up(out)
+        hf_save.clear_up(out)
     adapted = bool(run.config.lora.rank)
     newest = _origin(run, checkpoints) if processes.is_first() and not adapted else None
-    written = newest is not None and hf_folder.read_origin(out) == newest
+    written = newest is not None and hf_save.read_origin(out) == newest
     if preemption.agreed(written):
         if written:
             _LOG.info("%s holds the model of step %d already", out, newest["step"])
@@ -78,7 +78,7 @@ def _export(run: "Run", out: pathlib.Path) -> None:
     origin = _origin(run, run.checkpoint_folder, step)
     with gathering.for_first(params) as readable:
         if readable is not None:
-            hf_folder.save(
+            hf_save.save(
                 out,
                 run.model,
                 readable,
@@ -110,7 +110,7 @@ def _export_adapted(run: "Run", out: pathlib.Path) -> None:
         params = lora.merge(policy, params, adapters)
         with gathering.for_first(params) as readable:
             if readable is not None:
-                hf_folder.save(
+                hf_save.save(
                     out, run.model, readable, source_folder=source, chat_template=run.chat_template
                 )
     if config.lora.export in ("adapter", "both"):

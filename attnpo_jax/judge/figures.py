@@ -8,7 +8,7 @@ from attnpo_jax.data import prepared
 
 
 def shares(attention_2ST: np.ndarray) -> np.ndarray:
-    """Each token's share of a response's raw attention (2, S, T), by source layer: float64 (S, T).
+    """Each token's share of a response's raw attention (2, S, T), by layer: float64 (S, T).
 
     Each judge order's, uniform where there is no attention, then the mean of both.
     """
@@ -27,9 +27,9 @@ class JudgeFigures:
         order, none); None if verdicts were not asked for.
       position_bias: mean log-odds for the letter A over both orders; 0 for a judge that does not
         care where an answer stands; None likewise.
-      entropy: per source layer, mean entropy of a response's weights before the sink fix, as a
+      entropy: per layer, mean entropy of a response's weights before the sink fix, as a
         share of the uniform weights' entropy (responses of one token left out).
-      first_token: per source layer, mean share of the weight that the first token has.
+      first_token: per layer, mean share of the weight that the first token has.
     """
 
     agreement: tuple[float, float, float] | None

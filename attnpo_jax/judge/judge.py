@@ -4,7 +4,8 @@ A row is `[prefix | order 0 | order 1]`: the two prompts share everything up to 
 begin, so that part runs once. What all prompts of a dataset begin with (the chat template's header
 and the instruction) runs once for all of them, and its keys and values are reused.
 
-Shapes: B rows, L row length, P length of that common beginning, S source layers, T response tokens.
+Shapes: B rows, L row length, P length of that common beginning, S attention layers, T response
+tokens.
 """
 
 import dataclasses
@@ -22,10 +23,8 @@ from attnpo_jax.data.sources import Pair
 from attnpo_jax.data.tokenize import TokenizedPair, tokenize_pair
 from attnpo_jax.judge.language_model import LanguageModel
 from attnpo_jax.judge.prompt import JudgePrompt, JudgePrompter, JudgeTemplate
-from attnpo_jax.models import decoder
-from attnpo_jax.models import lm_head as head
-from attnpo_jax.models import placement as rules
-from attnpo_jax.models.attention import implementations as attention_backends
+from attnpo_jax.models import decoder, lm_head, placement
+from attnpo_jax.models.attention import implementations
 from attnpo_jax.models.decoder import ModelConfig, Params, Past
 from attnpo_jax.parallel import backend as backends
 
@@ -41,8 +40,8 @@ class Judgement:
 
     Attributes:
       id: the pair's id.
-      chosen: float32 (2, S, T), raw attention by order, source layer and text token of the chosen
-        response as it is trained on.
+      chosen: float32 (2, S, T), raw attention by order, layer and text token of the chosen response
+        as it is trained on.
       rejected: float32 (2, S, T'), the same for the rejected response.
       verdict: float32 (2,), by order, log p(letter of the chosen response) - log p(other letter);
         NaN from a judge that was not asked for it.
@@ -84,10 +83,10 @@ class Judge:
       num_buckets: row lengths that are compiled for the sampled prompts, for one to four numbers of
         rows; longer rows than those add powers of two.
       backend: where to run; the model's parameters lie as it says. None for one device.
-      attention: `auto`, or one of `models.attention_backends.BACKENDS`.
+      attention: `auto`, or one of `models.attention.implementations.IMPLEMENTATIONS`.
 
     Raises:
-      AttentionError: that backend of attention cannot serve the model on these devices.
+      AttentionError: that implementation cannot serve the model on these devices.
     """
 
     def __init__(
@@ -121,13 +120,13 @@ class Judge:
         self._lengths: tuple[int, ...] = ()
         self._compiled: set[tuple[int, int]] = set()
         self._backend = backend or backends.one_device(model.config)
-        choice = attention_backends.choose(attention, model.config, dtype, self._backend.devices)
+        choice = implementations.choose(attention, model.config, dtype, self._backend.devices)
         if attention == "auto":
             _LOG.info("attention: %s", choice)
         self._static = {
             "config": model.config,
             "dtype": jnp.dtype(dtype),
-            "attention": choice.backend,
+            "attention": choice.implementation,
         }
         self._letters = self._backend.replicate(np.asarray(self.prompter.letter_ids, np.int32))
         self._pass = compile_pass(
@@ -230,49 +229,36 @@ class Judge:
         done = []
         for b, i in enumerate(batch):
             prompt, pair = prompts[i], tokenized[i]
-            skip = len(self._common) if self._begins_common(prompt) else 0
-            shift = len(prompt.ids[0]) - prompt.prefix_length
-
-            def by_order(tokens, spans, target_spans, target_ids, prompt=prompt, b=b, **at):
-                return np.stack(
-                    [
-                        align(
-                            rows_SBQL[:, b, order, _places(tokens[order], order, prompt, **at)],
-                            spans[order],
-                            target_spans,
-                            prompt.ids[order][tokens[order]],
-                            target_ids,
-                        )
-                        for order in (0, 1)
-                    ]
-                ).astype(np.float32)
-
-            at = {"skip": skip, "shift": shift}
-            done.append(
-                (
-                    i,
-                    Judgement(
-                        id=pair.id,
-                        chosen=by_order(
-                            prompt.chosen_tokens,
-                            prompt.chosen_spans,
-                            pair.chosen_spans,
-                            pair.chosen_ids[: pair.chosen_text_length],
-                            **at,
-                        ),
-                        rejected=by_order(
-                            prompt.rejected_tokens,
-                            prompt.rejected_spans,
-                            pair.rejected_spans,
-                            pair.rejected_ids[: pair.rejected_text_length],
-                            **at,
-                        ),
-                        verdict=verdict_BQ[b],
-                        answer_ids=answer_BQ[b],
-                    ),
-                )
+            carry_over = functools.partial(self._carried_over, rows_SBQL[:, b], prompt)
+            chosen = carry_over(
+                prompt.chosen_tokens,
+                prompt.chosen_spans,
+                pair.chosen_spans,
+                pair.chosen_ids[: pair.chosen_text_length],
             )
+            rejected = carry_over(
+                prompt.rejected_tokens,
+                prompt.rejected_spans,
+                pair.rejected_spans,
+                pair.rejected_ids[: pair.rejected_text_length],
+            )
+            done.append((i, Judgement(pair.id, chosen, rejected, verdict_BQ[b], answer_BQ[b])))
         return done
+
+    def _carried_over(
+        self, rows_SQL, prompt: JudgePrompt, tokens, spans, target_spans, target_ids
+    ) -> np.ndarray:
+        """An answer's attention (2, S, T) by order, on its tokens as they are trained on."""
+        skip = len(self._common) if self._begins_common(prompt) else 0
+        shift = len(prompt.ids[0]) - prompt.prefix_length
+        orders = []
+        for order, (at, its_spans, ids) in enumerate(zip(tokens, spans, prompt.ids, strict=True)):
+            # In the row, the second order's own tokens stand behind the first's.
+            places = at - skip + order * shift * (at >= prompt.prefix_length)
+            orders.append(
+                align(rows_SQL[:, order, places], its_spans, target_spans, ids[at], target_ids)
+            )
+        return np.stack(orders).astype(np.float32)
 
 
 def _sharable(prompt: JudgePrompt) -> int:
@@ -282,12 +268,6 @@ def _sharable(prompt: JudgePrompt) -> int:
     """
     answers = (*prompt.chosen_tokens, *prompt.rejected_tokens)
     return min([prompt.prefix_length, *(int(tokens[0]) for tokens in answers if len(tokens))])
-
-
-def _places(tokens: np.ndarray, order: int, prompt: JudgePrompt, *, skip: int, shift: int):
-    """Where in the row the tokens of one order stand."""
-    places = tokens - skip
-    return places if order == 0 else places + shift * (tokens >= prompt.prefix_length)
 
 
 def _common_beginning(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -315,7 +295,7 @@ def _shared_past(
 
 def compile_pass(
     backend: backends.Backend,
-    sources: tuple[int, ...],
+    layers: tuple[int, ...],
     *,
     verdict: bool = True,
     config: ModelConfig,
@@ -332,7 +312,7 @@ def compile_pass(
         _judge_rows,
         out_axes=(1, 0, 0),
         config=config,
-        sources=sources,
+        layers=layers,
         verdict=verdict,
         dtype=jnp.dtype(dtype),
         attention=attention,
@@ -344,7 +324,7 @@ def _judge_rows(
     rows: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
     *,
     config: ModelConfig,
-    sources: tuple[int, ...],
+    layers: tuple[int, ...],
     verdict: bool = True,
     dtype,
     attention: str,
@@ -362,7 +342,7 @@ def _judge_rows(
         positions_BL,
         branch_BL,
         read_B2,
-        sources=sources,
+        layers=layers,
         past=past,
         with_hidden=verdict,
         dtype=dtype,
@@ -371,10 +351,10 @@ def _judge_rows(
     if not verdict:
         shape = read_B2.shape
         return output.rows_SBQL, jnp.full(shape, jnp.nan), jnp.full(shape, -1, jnp.int32)
-    hidden_BQD, unembedding_VD = rules.split_logits(
+    hidden_BQD, unembedding_VD = placement.split_logits(
         output.hidden_BQD, decoder.unembedding(params).astype(dtype)
     )
-    logits_BQV = head.logits(hidden_BQD, unembedding_VD, softcap=config.final_logit_softcapping)
+    logits_BQV = lm_head.logits(hidden_BQD, unembedding_VD, softcap=config.final_logit_softcapping)
     # Sums, not indices: those would gather a vocabulary that is split over devices.
     tokens = jnp.arange(logits_BQV.shape[-1])
     a_BQ, b_BQ = (

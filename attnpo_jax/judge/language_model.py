@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from attnpo_jax.data.tokenize import ChatTokenizer
 from attnpo_jax.models.decoder import ModelConfig, Params
-from attnpo_jax.models.io import hf_folder as checkpoints
+from attnpo_jax.models.io import hf_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +38,10 @@ def load_model(
       chat_template: Jinja text that replaces the tokenizer's own template.
 
     Raises:
-      FileNotFoundError, ValueError: as `models.checkpoints` and `data.tokenize` say.
+      FileNotFoundError, ValueError: as `hf_folder` and `data.tokenize` say.
     """
-    folder = checkpoints.resolve(source)
-    config = checkpoints.load_config(folder)
+    folder = hf_folder.resolve(source)
+    config = hf_folder.load_config(folder)
     tokenizer = ChatTokenizer.load(folder, chat_template)
-    params = checkpoints.load_params(folder, config, param_dtype=param_dtype)
+    params = hf_folder.load_params(folder, config, param_dtype=param_dtype)
     return LanguageModel(folder, config, params, tokenizer)

@@ -24,11 +24,14 @@ _SLOT_RE = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 @dataclasses.dataclass(frozen=True)
 class JudgeTemplate:
-    """The text of the judge's request, with the slots {question}, {answer_a} and {answer_b}, each
-    once.
+    """The judge's request, with the slots {question}, {answer_a} and {answer_b}, each once.
 
-    A word in braces is a slot; any other brace is plain text. Raises ValueError, naming `origin`
-    and the slot, when a slot is missing, doubled or unknown.
+    Attributes:
+      text: what is asked; a word in braces is a slot, any other brace plain text.
+      origin: where the text is from, for messages.
+
+    Raises:
+      ValueError: a slot is missing, doubled or unknown.
     """
 
     text: str
@@ -50,9 +53,7 @@ class JudgeTemplate:
 
     @classmethod
     def load(cls, source: str | pathlib.Path) -> JudgeTemplate:
-        """The template named "default", or the one in a UTF-8 file, less the line end that closes
-        the file.
-        """
+        """The template "default", or that of a UTF-8 file, less its last line end."""
         if str(source) == "default":
             file = importlib.resources.files("attnpo_jax.judge") / "templates" / "judge_default.txt"
         else:
@@ -87,15 +88,17 @@ class JudgeTemplate:
 
 @dataclasses.dataclass(frozen=True)
 class JudgePrompt:
-    """A pair's judge prompts; every tuple holds order 0 (chosen at A) and order 1 (chosen at B).
+    """A pair's judge prompts; every pair of arrays is order 0 (chosen at A), order 1 (chosen at B).
 
-    ids: int32 (L,). chosen_tokens, rejected_tokens: int32 (T,), the places in `ids` of the tokens
-    that carry the answer. chosen_spans, rejected_spans: int32 (T, 2), these tokens' [start, end)
-    characters in the stripped response (a single space if that is empty). A token that also holds
-    template text is among them, with the part of its span that is the answer's; its attention
-    counts whole. letter_ids: ids of the letters A and B as the judge would answer them.
-    prefix_length: how many first tokens both orders share; at least the last one is left to each.
-    truncated: whether the over-long rule applied.
+    Attributes:
+      ids: int32 (L,), token ids.
+      chosen_tokens, rejected_tokens: int32 (T,), places in `ids` of the tokens of the answer. One
+        that holds template text too is among them, and its attention counts whole.
+      chosen_spans, rejected_spans: int32 (T, 2), these tokens' [start, end) characters in the
+        stripped response, or in a single space if that is empty.
+      letter_ids: ids of the letters A and B as the judge would answer them.
+      prefix_length: how many first tokens both orders share; each keeps one of its own at least.
+      truncated: whether it was too long, see `JudgePrompter.build`.
     """
 
     ids: tuple[np.ndarray, np.ndarray]
@@ -110,9 +113,7 @@ class JudgePrompt:
 
 @dataclasses.dataclass(frozen=True)
 class _Order:
-    """One order, tokenized: ids (L,), character offsets (L, 2), and the slots' characters in the
-    rendered text.
-    """
+    """One order's ids (L,) and character offsets (L, 2), and the slots' [start, end) characters."""
 
     ids: np.ndarray
     offsets: np.ndarray
@@ -129,10 +130,16 @@ class _Order:
 
 
 class JudgePrompter:
-    """Builds judge prompts of less than `max_length` tokens with one tokenizer and one template.
+    """Builds judge prompts of less than `max_length` tokens.
 
-    max_answer_length: how many tokens an answer keeps where the prompt would be longer. Raises
-    ValueError when the tokenizer cannot tell the answers A and B apart by their first token.
+    Args:
+      tokenizer: the judge's.
+      template: what the judge is asked.
+      max_length: a prompt stays below this many tokens.
+      max_answer_length: tokens that an answer keeps where the prompt would be longer.
+
+    Raises:
+      ValueError: the tokenizer begins the answers A and B with the same token.
     """
 
     def __init__(
@@ -154,12 +161,14 @@ class JudgePrompter:
             )
 
     def build(self, pair: Pair) -> JudgePrompt:
-        """Tokenize a pair for the judge.
+        """A pair's prompts.
 
-        When either order reaches `max_length` tokens, each answer keeps its first
-        `max_answer_length` tokens, then the question keeps its last tokens so that both orders fit;
-        both get the same texts. Raises UnfitPair naming the pair when not even an empty question
-        fits.
+        If either order has `max_length` tokens or more, each answer keeps its first
+        `max_answer_length` tokens, and then the question its last ones, as many as fit. Both orders
+        have the same texts.
+
+        Raises:
+          UnfitPair: not even an empty question fits.
         """
         question = conversation_text(pair.prompt)
         chosen = pair.chosen.strip() or " "
@@ -243,9 +252,7 @@ class JudgePrompter:
         return answer[: _boundary(offsets, self.max_answer_length)[0]]
 
     def _letter(self, letter: str) -> int:
-        """Id of the token that carries the letter where the assistant's answer is that letter
-        alone.
-        """
+        """Id of the token that carries the letter where it is all of the assistant's answer."""
         pieces = self.tokenizer.pieces(
             [{"role": "user", "content": "?"}, {"role": "assistant", "content": letter}],
             generation_prompt=False,

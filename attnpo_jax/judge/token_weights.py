@@ -25,8 +25,8 @@ def token_weights(
       pair: the pair.
       tokenized, judgement: what `judge.judge_pairs` gives for it.
       name: a registered weighting.
-      **hyperparameters: its hyperparameters. Layers are named by their place among the judge's
-        source layers, -1 for the last one.
+      **hyperparameters: its hyperparameters. Layers are named by their place among those that the
+        judge kept, -1 for the last one.
 
     Returns:
       For the chosen and for the rejected response: (text, weight) by token, closing template
@@ -38,25 +38,10 @@ def token_weights(
     """
     weigh = weighting.bind(name, hyperparameters)
     sides = []
-    for is_chosen, text, ids, text_length, spans, attention in (
-        (
-            True,
-            pair.chosen,
-            tokenized.chosen_ids,
-            tokenized.chosen_text_length,
-            tokenized.chosen_spans,
-            judgement.chosen,
-        ),
-        (
-            False,
-            pair.rejected,
-            tokenized.rejected_ids,
-            tokenized.rejected_text_length,
-            tokenized.rejected_spans,
-            judgement.rejected,
-        ),
-    ):
-        T = len(ids)
+    for side in ("chosen", "rejected"):
+        attention = getattr(judgement, side)
+        text_length = getattr(tokenized, f"{side}_text_length")
+        T = len(getattr(tokenized, f"{side}_ids"))
         judge_2ST = np.zeros((*attention.shape[:2], T), np.float32)
         judge_2ST[..., :text_length] = attention
         unknown_BT = jnp.full((1, T), jnp.nan)
@@ -68,11 +53,11 @@ def token_weights(
                 verdict_B2=jnp.asarray(judgement.verdict)[None],
                 reference_logps_BT=unknown_BT,
                 policy_logps_BT=unknown_BT,
-                is_chosen=jnp.array([is_chosen]),
+                is_chosen=jnp.array([side == "chosen"]),
             )
         )
-        stripped = text.strip()
+        text, spans = getattr(pair, side).strip(), getattr(tokenized, f"{side}_spans")
         weights = jax.device_get(weights_BT)[0, :text_length].tolist()
-        pieces = [stripped[start:end] for start, end in spans]
+        pieces = [text[start:end] for start, end in spans]
         sides.append(list(zip(pieces, weights, strict=True)))
     return sides[0], sides[1]

@@ -1,1 +1,1 @@
-"""The decoder, its token log-probs, and Hugging Face checkpoints in and out."""
+"""The decoder, its token log-probs, and HF folders in and out."""

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from attnpo_jax.models.config import PROJECTIONS, ModelConfig
-from attnpo_jax.models.decoder import num_inputs
+from attnpo_jax.models.layers import num_inputs
 
 SCALE = "_scale"
 

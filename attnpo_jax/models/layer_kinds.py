@@ -103,7 +103,7 @@ def _llama3_frequencies(frequency, scaling: RopeScaling):
 
 
 def rotate(x_BLNH, rope: tuple[jax.Array, jax.Array]):
-    """Rotates the pairs (i, i + H/2) of each head, the layout of Hugging Face checkpoints."""
+    """Rotates the pairs (i, i + H/2) of each head, as Hugging Face lays them out."""
     cos, sin = (t[:, :, None, :] for t in rope)
     first, second = jnp.split(x_BLNH.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from attnpo_jax.models import placement as rules
+from attnpo_jax.models import placement
 from attnpo_jax.models.attention.core import MASKED, soft_cap
 
 
@@ -59,7 +59,7 @@ def token_logps(
     """
     in_chunks = functools.partial(_in_chunks, softcap=softcap, chunk=chunk)
     unembedding_VD = unembedding_VD.astype(hidden_BMD.dtype)
-    return rules.over_vocabulary(in_chunks)(hidden_BMD, unembedding_VD, target_BM)
+    return placement.over_vocabulary(in_chunks)(hidden_BMD, unembedding_VD, target_BM)
 
 
 def _in_chunks(hidden_BMD, unembedding_VD, target_BM, vocabulary, *, softcap, chunk):

@@ -3,12 +3,18 @@
 Shapes: as in `data.batching`.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 
-from attnpo_jax.data.batching import PairBatch
 from attnpo_jax.models import decoder
 from attnpo_jax.models.lm_head import token_logps
+
+if TYPE_CHECKING:
+    from attnpo_jax.data.batching import PairBatch
 
 
 def response_logps(
@@ -32,7 +38,7 @@ def response_logps(
       batch: rows without a microbatch axis.
       dtype: what activations are computed in.
       remat: a key of `decoder.REMAT_POLICIES`.
-      attention: one of `models.attention_backends.BACKENDS`.
+      attention: one of `models.attention.implementations.IMPLEMENTATIONS`.
       chunk: tokens whose logits exist at a time.
 
     Returns:

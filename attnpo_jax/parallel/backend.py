@@ -1,4 +1,4 @@
-"""The two ways to run one step on many devices: `jax.jit` over a mesh, and `jax.pmap`.
+"""The two parallel backends: one step on many devices by `jax.jit` over a mesh, or by `jax.pmap`.
 
 Both take the same pure functions and the same batches, and keep parameters and state as ordinary
 global arrays, so that checkpoints and exports do not depend on which one wrote them.
@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# Of a device's memory, what parameters may take where each process prepares by itself.
-from attnpo_jax.models import placement as rules
+from attnpo_jax.models import placement
 from attnpo_jax.models.decoder import ModelConfig, Params, abstract_params
 from attnpo_jax.parallel import mesh as meshes
 from attnpo_jax.parallel import processes, sharding
 
+# Of a device's memory, what parameters may take where each process prepares by itself.
 _FULL = 0.5
 
 
@@ -71,8 +71,7 @@ class Backend(Protocol):
 
         Returns:
           The function, which takes NumPy arrays for `rows`, whose results every process of the
-          mesh can read. On a mesh, its `lower` takes shapes for
-          both.
+          mesh can read. On a mesh, its `lower` takes shapes for both.
         """
 
     def whole_pass(self, function: Callable, **static: Any) -> Callable:
@@ -153,7 +152,7 @@ def _memory(devices: Sequence[jax.Device]) -> int | None:
 
 def one_device(model: ModelConfig) -> Backend:
     """The first of this process's devices."""
-    return Sharded(model, dict.fromkeys(rules.AXES, 1), jax.local_devices()[:1])
+    return Sharded(model, dict.fromkeys(placement.AXES, 1), jax.local_devices()[:1])
 
 
 def _make(model: ModelConfig, backend: str, sizes: Mapping[str, int], devices) -> Backend:
@@ -177,10 +176,11 @@ class Sharded:
         self.mesh: Mesh = meshes.make_mesh(sizes, devices)
         self.devices = tuple(devices)
         self.row_shards = sizes["data"] * sizes["fsdp"]
-        listed = ", ".join(f"{axis} {sizes[axis]}" for axis in rules.AXES)
+        listed = ", ".join(f"{axis} {sizes[axis]}" for axis in placement.AXES)
         self.description = f"{len(devices)} {devices[0].device_kind} devices ({listed})"
         self._model = model
         self._whole = NamedSharding(self.mesh, PartitionSpec())
+        self._rows = sharding.row_sharding(self.mesh, axis=1)
 
     def parameter_shardings(self) -> Any:
         return sharding.parameter_shardings(self._model, self.mesh)
@@ -197,30 +197,16 @@ class Sharded:
         return jax.jit(create, out_shardings=shardings, donate_argnums=0)(params)
 
     def train_step(self, step: Callable[[Any, Any], tuple[Any, Any]], state: Any) -> Callable:
-        shardings = jax.tree.map(lambda x: x.sharding, state)
-        return self._on_mesh(
-            jax.jit(
-                step,
-                in_shardings=(shardings, sharding.row_sharding(self.mesh, axis=1)),
-                out_shardings=(shardings, self._whole),
-                donate_argnums=0,
-            )
-        )
+        placed = jax.tree.map(lambda x: x.sharding, state)
+        shardings = {"in_shardings": (placed, self._rows), "out_shardings": (placed, self._whole)}
+        return self._on_mesh(jax.jit(step, donate_argnums=0, **shardings))
 
     def eval_step(self, step: Callable[[Params, Any], Any]) -> Callable:
-        return self._on_mesh(
-            jax.jit(
-                step,
-                in_shardings=(
-                    self.parameter_shardings(),
-                    sharding.row_sharding(self.mesh, axis=1),
-                ),
-                out_shardings=self._whole,
-            )
-        )
+        placed = self.parameter_shardings(), self._rows
+        return self._on_mesh(jax.jit(step, in_shardings=placed, out_shardings=self._whole))
 
     def put_batch(self, batch: Any) -> Any:
-        return sharding.put(batch, sharding.row_sharding(self.mesh, axis=1))
+        return sharding.put(batch, self._rows)
 
     def row_pass(self, function: Callable, out_axes: Sequence[int], **static: Any) -> Callable:
         out = tuple(sharding.row_sharding(self.mesh, axis) for axis in out_axes)
@@ -322,12 +308,8 @@ class Replicated:
 
         def call(shared, rows):
             outputs = compiled(shared, sharding.put(self._by_device(rows, axis=0), self._split))
-            return tuple(
-                x.reshape(
-                    *x.shape[:axis], math.prod(x.shape[axis : axis + 2]), *x.shape[axis + 2 :]
-                )
-                for x, axis in zip(outputs, out_axes, strict=True)
-            )
+            pairs = zip(outputs, out_axes, strict=True)
+            return tuple(_rows_together(x, axis) for x, axis in pairs)
 
         return call
 
@@ -342,13 +324,8 @@ class Replicated:
         return np.repeat(local, num_rows // len(local))
 
     def _pmap(self, function: Callable, **options: Any) -> Callable:
-        return jax.pmap(
-            function,
-            axis_name=self.axis_name,
-            in_axes=(None, 0),
-            devices=self.devices,
-            **options,
-        )
+        common = {"axis_name": self.axis_name, "in_axes": (None, 0), "devices": self.devices}
+        return jax.pmap(function, **common, **options)
 
     def _by_device(self, tree: Any, axis: int) -> Any:
         """Rows on `axis` as rows of each device, devices first."""
@@ -359,6 +336,12 @@ class Replicated:
             return np.moveaxis(np.reshape(x, shape), axis, 0)
 
         return jax.tree.map(split, tree)
+
+
+def _rows_together(x: jax.Array, axis: int) -> jax.Array:
+    """Axes `axis`, devices, and `axis` + 1, the rows of each, as one."""
+    count = math.prod(x.shape[axis : axis + 2])
+    return x.reshape(*x.shape[:axis], count, *x.shape[axis + 2 :])
 
 
 def _with_shardings(tree: Any, shardings: Any) -> Any:

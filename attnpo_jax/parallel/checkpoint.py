@@ -12,6 +12,8 @@ background where the devices have memory of their own. Orbax writes under a temp
 that whatever has a final name was whole once; in a bucket, it adds a file at the end instead.
 """
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import hashlib
@@ -67,7 +69,7 @@ class Checkpoints:
             ),
         )
 
-    def __enter__(self) -> "Checkpoints":
+    def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, error_type, error, traceback) -> None:
@@ -176,7 +178,8 @@ class Checkpoints:
                     optimizer=ocp.args.StandardRestore(_placed(_optimizer_item(abstract))),
                 ),
             )
-            return TrainState(params=items["params"], **items["optimizer"]), metadata["sums"]
+            state = dataclasses.replace(abstract, params=items["params"], **items["optimizer"])
+            return state, metadata["sums"]
 
         # Every process reads its part alone: one that fails leaves no other in a barrier of Orbax.
         with _reader(self.folder) as reader:

@@ -16,9 +16,8 @@ import numpy as np
 
 from attnpo_jax import config as config_lib
 from attnpo_jax.judge import judge
-from attnpo_jax.models import flops as model_flops
-from attnpo_jax.models import int8, lora
-from attnpo_jax.models.attention import implementations as attention_backends
+from attnpo_jax.models import flops, int8, lora
+from attnpo_jax.models.attention import implementations
 from attnpo_jax.models.decoder import ModelConfig, abstract_params
 from attnpo_jax.parallel import mesh as meshes
 from attnpo_jax.parallel.backend import Sharded, prepares_together
@@ -68,7 +67,7 @@ class Compiled:
       mesh: sizes of their mesh's axes.
       coordinates: where in the slice the mesh's devices are, int (data, fsdp, tensor, 3).
       batching: what it takes at a time.
-      attention: what computes attention, one of `attention_backends.BACKENDS`.
+      attention: what computes attention, one of `models.attention.implementations.IMPLEMENTATIONS`.
       memory: bytes.
       model_flops: that the result needs, over all chips (see `attnpo_jax.models.flops`).
       flops: of a chip's matrix products, repeated work and padding included; without those inside
@@ -111,7 +110,7 @@ class Setting:
     lengths: Lengths
 
     @property
-    def sources(self) -> tuple[int, ...]:
+    def judge_layers(self) -> tuple[int, ...]:
         model = self.model
         return config_lib.judge_layers(self.config, model.num_layers, model.layer_windows)
 
@@ -147,10 +146,10 @@ class Setting:
         batching = Batching.training(config, backend.row_shards)
         attention = self._attention(backend)
         columns = self.weight_columns
-        settings = train.step_settings(config, policy, self.sources, attention, columns)
+        settings = train.step_settings(config, policy, self.judge_layers, attention, columns)
         step = train.compile_step(config, settings, backend, total_steps=100)
-        batch = lengths.train_batch(at, batching, len(self.sources), len(columns))
-        needed = batching.pairs * model_flops.training(self.model, at.prompt, (at.response,) * 2)
+        batch = lengths.train_batch(at, batching, len(self.judge_layers), len(columns))
+        needed = batching.pairs * flops.training(self.model, at.prompt, (at.response,) * 2)
         return self._compile(
             "train",
             self.topology,
@@ -167,7 +166,7 @@ class Setting:
         attention = self._attention(backend)
         call = reference.compile_pass(self.config, self._of_passes, backend, attention)
         batch = lengths.reference_batch(at, batching.rows)
-        needed = model_flops.response_logps(self.model, at.prompt, (at.response,) * 2)
+        needed = flops.response_logps(self.model, at.prompt, (at.response,) * 2)
         return self._compile(
             "reference",
             self.prepares_on,
@@ -186,7 +185,7 @@ class Setting:
         batching = Batching.preparing(self.config, at.judge_row, backend.row_shards)
         call = judge.compile_pass(
             backend,
-            self.sources,
+            self.judge_layers,
             verdict=self.config.judge.verdict,
             config=self._of_passes,
             dtype=jnp.dtype(self.config.model.dtype),
@@ -194,12 +193,12 @@ class Setting:
         )
         rows = lengths.judge_rows(at, batching.rows)
         letters = jax.ShapeDtypeStruct((2,), jnp.int32)
-        needed = model_flops.judge_row(
+        needed = flops.judge_row(
             self.model,
             0,
             at.judge_prefix,
             (at.judge_order,) * 2,
-            last_layer=None if self.config.judge.verdict else max(self.sources),
+            last_layer=None if self.config.judge.verdict else max(self.judge_layers),
         )
         return self._compile(
             "judge",
@@ -231,10 +230,10 @@ class Setting:
 
     def _attention(self, backend: Sharded) -> str:
         model = self.config.model
-        choice = attention_backends.choose(
+        choice = implementations.choose(
             model.attention, self.model, jnp.dtype(model.dtype), backend.devices
         )
-        return choice.backend
+        return choice.implementation
 
     def _params(self, backend: Sharded) -> Any:
         params = abstract_params(self._of_passes, jnp.dtype(self.config.model.param_dtype))

@@ -48,7 +48,7 @@ def plan(
     Raises:
       PlanError: unknown slice or lengths, libtpu is missing, or a program does not fit.
       MeshError: the chips or the model do not fit `parallel.mesh`.
-      CheckpointError: the model's shape can't be had.
+      FolderError: the model's shape can't be had.
     """
     config = run.config
     console = console or Console()
@@ -73,7 +73,7 @@ def plan(
         return
     setting.training_mesh()
     compile_all = [setting.training, setting.reference]
-    if setting.sources:
+    if setting.judge_layers:
         compile_all.append(setting.judge)
     programs = []
     for compile_one in compile_all:

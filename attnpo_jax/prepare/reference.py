@@ -44,7 +44,7 @@ class Reference:
       config: the run's config.
       model: the reference.
       backend: where to run; the model's parameters lie as it says.
-      attention: one of `models.attention_backends.BACKENDS`.
+      attention: one of `models.attention.implementations.IMPLEMENTATIONS`.
       sample: pairs like those to come, at least one.
     """
 

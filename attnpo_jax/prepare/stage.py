@@ -138,7 +138,7 @@ class _Passes:
         _LOG.info("attention: %s", attention)
         params = run.load_params(run.passes, backend.parameter_shardings(), keep=keep_params)
         model = LanguageModel(run.model_folder, run.passes, params, run.tokenizer)
-        return cls(model, backend, attention.backend)
+        return cls(model, backend, attention.implementation)
 
 
 def _fill(run: "Run", passes: _Passes, split: _Split) -> None:

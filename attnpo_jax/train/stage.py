@@ -150,7 +150,7 @@ def _attention(run: "Run", backend: backends.Backend) -> str:
         config.model.attention, run.model, config.model.dtype, backend.devices
     )
     _LOG.info("attention: %s", choice)
-    return choice.backend
+    return choice.implementation
 
 
 def _batches(

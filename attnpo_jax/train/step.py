@@ -35,7 +35,7 @@ class StepSettings:
       weight_columns: the names on the axis of the ready-made weights.
       dtype: what activations are computed in.
       remat: a key of `models.decoder.REMAT_POLICIES`.
-      attention: one of `models.attention_backends.BACKENDS`.
+      attention: one of `models.attention.implementations.IMPLEMENTATIONS`.
       logps_chunk: tokens whose logits exist at a time.
     """
 

@@ -9,6 +9,7 @@ from attnpo_jax import config as config_lib
 from attnpo_jax.export.stage import export
 from attnpo_jax.models import decoder
 from attnpo_jax.models.io import hf_folder as models
+from attnpo_jax.models.io import hf_save
 from attnpo_jax.parallel.checkpoint import CheckpointMismatch, Checkpoints
 from attnpo_jax.parallel.state import TrainState, create
 from attnpo_jax.run import Run
@@ -36,7 +37,7 @@ def write_model(folder, **changes):
     (source / "tokenizer_config.json").write_text('{"chat_template": "hello"}')
     model = models.load_config(source)
     params = decoder.init_params(model, jax.random.key(0))
-    models.save(folder / "model", model, params, source_folder=source)
+    hf_save.save(folder / "model", model, params, source_folder=source)
     return folder / "model"
 
 

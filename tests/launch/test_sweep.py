@@ -16,7 +16,7 @@ from tokenizers import pre_tokenizers
 from attnpo_jax import cli
 from attnpo_jax.config import rules as config_rules
 from attnpo_jax.models import decoder
-from attnpo_jax.models.io import hf_folder as checkpoints
+from attnpo_jax.models.io import hf_folder, hf_save
 from attnpo_jax.runtime import exit_codes
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -74,9 +74,9 @@ def config_file(tmp_path_factory):
         "tie_word_embeddings": True,
     }
     (source / "config.json").write_text(json.dumps(hf_config))
-    shape = checkpoints.load_config(source)
+    shape = hf_folder.load_config(source)
     params = decoder.init_params(shape, jax.random.key(0))
-    checkpoints.save(model, shape, params, source_folder=source)
+    hf_save.save(model, shape, params, source_folder=source)
     pairs = [
         {"prompt": f"Spell {word}.", "chosen": word, "rejected": word[::-1]}
         for word in ("house", "river", "cloud", "stone")

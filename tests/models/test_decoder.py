@@ -11,6 +11,7 @@ import pytest
 from attnpo_jax.models import decoder
 from attnpo_jax.models.attention.implementations import BLOCKS
 from attnpo_jax.models.config import ModelConfig, RopeScaling
+from attnpo_jax.models.io import hf_config
 
 TINY = ModelConfig(
     vocab_size=61,
@@ -119,7 +120,7 @@ def test_logits_and_attention_rows_equal_transformers(name):
     logits = hidden @ decoder.unembedding(params).T
     np.testing.assert_allclose(logits, want.logits.numpy(), atol=1e-4)
     reads = jnp.array([[39, 7]])
-    got = decoder.read(config, params, *plain_row(tokens), reads, sources=(0, 1, 2))
+    got = decoder.read(config, params, *plain_row(tokens), reads, layers=(0, 1, 2))
     rows = np.stack([a.mean(1).numpy()[:, [39, 7]] for a in want.attentions])
     np.testing.assert_allclose(got.rows_SBQL, rows, atol=1e-5)
     np.testing.assert_allclose(got.hidden_BQD, hidden[:, [39, 7]], atol=1e-4)
@@ -175,14 +176,14 @@ def test_past_replaces_a_common_beginning():
     prefix, first, second = (rng.integers(0, 61, n) for n in (9, 4, 6))
     whole = shared_row(prefix, first, second, pad=2)
     reads = jnp.array([[12, 18]])
-    want = decoder.read(TINY, params, *whole, reads, sources=(0, 2))
+    want = decoder.read(TINY, params, *whole, reads, layers=(0, 2))
     past = decoder.make_past(TINY, params, jnp.asarray(prefix[:6]))
     rest = tuple(a[:, 6:] for a in whole)
-    got = decoder.read(TINY, params, *rest, reads - 6, sources=(0, 2), past=past)
+    got = decoder.read(TINY, params, *rest, reads - 6, layers=(0, 2), past=past)
     np.testing.assert_allclose(got.rows_SBQL, want.rows_SBQL[..., 6:], atol=1e-5)
     np.testing.assert_allclose(got.hidden_BQD, want.hidden_BQD, atol=1e-4)
-    shallow = decoder.read(TINY, params, *whole, reads, sources=(1, 0), with_hidden=False)
-    full = decoder.read(TINY, params, *whole, reads, sources=(1, 0))
+    shallow = decoder.read(TINY, params, *whole, reads, layers=(1, 0), with_hidden=False)
+    full = decoder.read(TINY, params, *whole, reads, layers=(1, 0))
     assert shallow.hidden_BQD is None
     np.testing.assert_allclose(shallow.rows_SBQL, full.rows_SBQL, atol=1e-6)
 
@@ -230,12 +231,12 @@ def test_unsupported_features_are_refused_by_name():
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
     }
-    assert ModelConfig.from_hf(good).head_dim == 4
+    assert hf_config.read(good).head_dim == 4
     with pytest.raises(ValueError, match="model_type 'gpt2'"):
-        ModelConfig.from_hf({**good, "model_type": "gpt2"})
+        hf_config.read({**good, "model_type": "gpt2"})
     with pytest.raises(ValueError, match="hidden_act 'gelu'"):
-        ModelConfig.from_hf({**good, "hidden_act": "gelu"})
+        hf_config.read({**good, "hidden_act": "gelu"})
     with pytest.raises(ValueError, match="rope type 'yarn'"):
-        ModelConfig.from_hf({**good, "rope_scaling": {"rope_type": "yarn"}})
+        hf_config.read({**good, "rope_scaling": {"rope_type": "yarn"}})
     with pytest.raises(ValueError, match="lacks vocab_size"):
-        ModelConfig.from_hf({k: v for k, v in good.items() if k != "vocab_size"})
+        hf_config.read({k: v for k, v in good.items() if k != "vocab_size"})

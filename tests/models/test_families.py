@@ -1,6 +1,6 @@
 """Every model type held against torch in float32, on small models with all features on.
 
-Each model is written by transformers, read by `checkpoints`, and run over rows that transformers
+Each model is written by transformers, read by `hf_folder`, and run over rows that transformers
 sees as separate sequences.
 """
 
@@ -12,14 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from attnpo_jax import losses, weighting
 from attnpo_jax.data.batching import Example, RowShape, fill_rows
 from attnpo_jax.judge import judge
-from attnpo_jax.models import decoder
-from attnpo_jax.models import lm_head as head
-from attnpo_jax.models.io import hf_folder as checkpoints
+from attnpo_jax.models import decoder, lm_head
+from attnpo_jax.models.io import hf_folder, hf_save
 from attnpo_jax.train.step import StepSettings, pair_losses
 
 torch = pytest.importorskip("torch")
@@ -130,8 +129,8 @@ def models(tmp_path_factory):
         theirs = build(name)
         folder = tmp_path_factory.mktemp(name)
         theirs.save_pretrained(folder)
-        config = checkpoints.load_config(folder)
-        return Model(theirs, folder, config, checkpoints.load_params(folder, config))
+        config = hf_folder.load_config(folder)
+        return Model(theirs, folder, config, hf_folder.load_params(folder, config))
 
     return model
 
@@ -169,7 +168,7 @@ def test_logits_of_packed_rows_equal_those_of_separate_sequences_in_torch(models
     forward = jax.jit(decoder.forward, static_argnums=0)
     hidden = forward(m.config, m.params, tokens, positions, branch, segment_BL=segment)
     cap = m.config.final_logit_softcapping
-    logits = np.asarray(head.logits(hidden, decoder.unembedding(m.params), softcap=cap))[0]
+    logits = np.asarray(lm_head.logits(hidden, decoder.unembedding(m.params), softcap=cap))[0]
     assert np.isfinite(logits).all()
     for places in sequences:
         want, _ = run(m.theirs, tokens[0, places])
@@ -190,13 +189,13 @@ def test_attention_rows_and_verdicts_equal_those_of_torch(models, name):
     row = [np.pad(x[common:], (0, pad))[None] for x in (tokens, positions, branch)]
     read = np.array([[29, 45]]) - common
     letters = jnp.array([7, 40])
-    sources = tuple(range(m.config.num_layers))
+    layers = tuple(range(m.config.num_layers))
     past = jax.jit(decoder.make_past, static_argnums=0)(m.config, m.params, tokens[:common])
     judge_rows = jax.jit(
         functools.partial(
             judge._judge_rows,
             config=m.config,
-            sources=sources,
+            layers=layers,
             dtype=jnp.dtype("float32"),
             attention="xla",
         )
@@ -214,7 +213,7 @@ def test_attention_rows_and_verdicts_equal_those_of_torch(models, name):
         want_verdict = sign * (logits[-1, 7] - logits[-1, 40])
         np.testing.assert_allclose(verdict[0, order], want_verdict, atol=1e-4)
         assert answer[0, order] == logits[-1].argmax()
-    windows = m.config.layer_windows or [None] * len(sources)
+    windows = m.config.layer_windows or [None] * len(layers)
     for layer, window in enumerate(windows):
         seen = int((np.asarray(rows)[layer, 0, 0] > 0).sum())
         assert seen == (30 - common if window is None else WINDOW)
@@ -280,7 +279,7 @@ def test_gradients_of_a_dpo_loss_equal_those_of_torch(models, name, tmp_path):
     loss, grads = jax.jit(jax.value_and_grad(mean_loss))(m.params)
     np.testing.assert_allclose(loss, want_loss.item(), atol=1e-5)
     # Gradients in transformers' layout: exported as if they were weights.
-    checkpoints.save(tmp_path / "grads", m.config, grads, source_folder=m.folder)
+    hf_save.save(tmp_path / "grads", m.config, grads, source_folder=m.folder)
     got = load_file(tmp_path / "grads" / "model.safetensors")
     compared = 0
     for parameter_name, parameter in m.theirs.named_parameters():
@@ -316,11 +315,11 @@ def test_export_gives_back_every_tensor_in_the_sources_dtype(
         stored = {k: v.clone() for k, v in theirs.state_dict().items()}
     finally:
         theirs.to(torch.float32).load_state_dict(tensors)
-    config = checkpoints.load_config(source)
+    config = hf_folder.load_config(source)
     assert config == models(name).config
-    params = checkpoints.load_params(source, config, param_dtype=jnp.float32)
-    monkeypatch.setattr(checkpoints, "_SHARD_BYTES", shard_bytes)
-    checkpoints.save(tmp_path / "export", config, params, source_folder=source)
+    params = hf_folder.load_params(source, config, param_dtype=jnp.float32)
+    monkeypatch.setattr(hf_save, "_SHARD_BYTES", shard_bytes)
+    hf_save.save(tmp_path / "export", config, params, source_folder=source)
     files = sorted((tmp_path / "export").glob("*.safetensors"))
     assert (len(files) > 1) == (shard_bytes == 20_000)
     got = {k: v for file in files for k, v in load_file(file).items()}
@@ -347,10 +346,10 @@ def test_a_model_that_sees_images_can_lie_under_either_name(models, tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     (source / "config.json").write_bytes((m.folder / "config.json").read_bytes())
-    checkpoints.safetensors.numpy.save_file(renamed, source / "model.safetensors")
-    params = checkpoints.load_params(source, m.config)
+    save_file(renamed, source / "model.safetensors")
+    params = hf_folder.load_params(source, m.config)
     jax.tree.map(np.testing.assert_array_equal, params, m.params)
-    checkpoints.save(tmp_path / "export", m.config, params, source_folder=source)
+    hf_save.save(tmp_path / "export", m.config, params, source_folder=source)
     got = load_file(tmp_path / "export" / "model.safetensors")
     assert got.keys() == renamed.keys()
 

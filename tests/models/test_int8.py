@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from attnpo_jax.models import decoder, int8
-from attnpo_jax.models.io import hf_folder as checkpoints
+from attnpo_jax.models.io import hf_folder
 from attnpo_jax.parallel import backend as backends
 from tests.parallel import tiny
 
@@ -21,7 +21,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(folder):
-    return checkpoints.load_config(folder)
+    return hf_folder.load_config(folder)
 
 
 def test_a_channel_s_largest_weight_becomes_127_by_hand():
@@ -48,8 +48,8 @@ def test_a_channel_of_zeros_stays_zero():
 
 
 def test_loaded_projections_are_int8_and_all_else_is_as_it_was(folder, model):
-    whole = checkpoints.load_params(folder, model)
-    params = checkpoints.load_params(folder, int8.quantized(model))
+    whole = hf_folder.load_params(folder, model)
+    params = hf_folder.load_params(folder, int8.quantized(model))
     abstract = decoder.abstract_params(int8.quantized(model))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(
         lambda x: (x.shape, x.dtype), abstract
@@ -69,8 +69,8 @@ def hidden(model, params, dtype=jnp.float32):
 
 
 def test_the_forward_pass_is_that_of_the_dequantized_weights(folder, model):
-    params = checkpoints.load_params(folder, int8.quantized(model))
-    whole = checkpoints.load_params(folder, model)
+    params = hf_folder.load_params(folder, int8.quantized(model))
+    whole = hf_folder.load_params(folder, model)
     layers = dict(whole["layers"])
     for name in PROJECTIONS:
         axes = (1, 2) if name == "output" else (1,)
@@ -97,11 +97,11 @@ def test_biases_are_added_after_the_scales():
 
 
 def test_a_mesh_holds_the_same_values(folder, model):
-    one = checkpoints.load_params(folder, int8.quantized(model))
+    one = hf_folder.load_params(folder, int8.quantized(model))
     sizes = {"data": 1, "fsdp": 4, "tensor": 2}
     backend = backends.Sharded(int8.quantized(model), sizes, jax.devices())
     shardings = backend.parameter_shardings()
-    split = checkpoints.load_params(folder, int8.quantized(model), shardings=shardings)
+    split = hf_folder.load_params(folder, int8.quantized(model), shardings=shardings)
     assert jax.tree.map(lambda x: x.sharding, split) == shardings
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(split), jax.device_get(one))
     with jax.set_mesh(backend.mesh):

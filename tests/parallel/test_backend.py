@@ -14,7 +14,7 @@ from attnpo_jax import run
 from attnpo_jax.data.sources import load_pairs
 from attnpo_jax.judge.judge import judge_pairs
 from attnpo_jax.judge.language_model import load_model
-from attnpo_jax.models.decoder import ModelConfig
+from attnpo_jax.models.io import hf_config
 from attnpo_jax.models.lm_head import token_logps
 from attnpo_jax.parallel import backend as backends
 from tests.parallel import tiny
@@ -75,7 +75,7 @@ def test_loss_and_gradients_are_those_of_one_device(alone, name):
 
 def test_an_odd_vocabulary_gives_the_same():
     # 163 tokens over 2 x 4 devices: 21 each, the last 5 of them padding.
-    model = ModelConfig.from_hf(tiny.HF_CONFIG | {"vocab_size": 163})
+    model = hf_config.read(tiny.HF_CONFIG | {"vocab_size": 163})
     rng = np.random.default_rng(0)
     hidden = rng.normal(size=(8, 10, 64)).astype(np.float32)
     unembedding = rng.normal(size=(163, 64)).astype(np.float32)
@@ -200,7 +200,7 @@ def test_fsdp_moves_weights_layer_by_layer_and_nothing_big(remat):
 
 # Llama 3's two larger sizes, in float32: 32 and 282 GB.
 LLAMA_8B, LLAMA_70B = (
-    ModelConfig.from_hf(
+    hf_config.read(
         tiny.HF_CONFIG
         | {
             "vocab_size": 128256,

@@ -1,7 +1,7 @@
 import jax
 import pytest
 
-from attnpo_jax.models.decoder import ModelConfig
+from attnpo_jax.models.io import hf_config
 from attnpo_jax.parallel import mesh
 from tests.parallel import tiny
 
@@ -60,7 +60,7 @@ def test_mesh_has_all_devices_and_neighbours_on_tensor():
 
 def test_heads_that_tensor_does_not_divide():
     # As SmolLM2: 9 query heads on 3 key-value heads.
-    model = ModelConfig.from_hf(
+    model = hf_config.read(
         tiny.HF_CONFIG | {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72}
     )
     mesh.check_model(model, sizes(1, 8, 3))
@@ -72,4 +72,4 @@ def test_heads_that_tensor_does_not_divide():
 
 
 def test_an_odd_vocabulary_is_no_obstacle():
-    mesh.check_model(ModelConfig.from_hf(tiny.HF_CONFIG | {"vocab_size": 163}), sizes(1, 2, 4))
+    mesh.check_model(hf_config.read(tiny.HF_CONFIG | {"vocab_size": 163}), sizes(1, 2, 4))

@@ -14,7 +14,7 @@ from attnpo_jax import config as config_lib
 from attnpo_jax import losses, weighting
 from attnpo_jax.data.batching import Example, RowShape, fill_rows
 from attnpo_jax.models import decoder
-from attnpo_jax.models.io import hf_folder as models
+from attnpo_jax.models.io import hf_config, hf_folder, hf_save
 from attnpo_jax.parallel.state import create
 from attnpo_jax.train import optim
 from attnpo_jax.train.step import StepSettings, make_eval_step, make_train_step
@@ -31,7 +31,7 @@ HF_CONFIG = {
     "max_position_embeddings": 256,
     "tie_word_embeddings": False,
 }
-MODEL = decoder.ModelConfig.from_hf(HF_CONFIG)
+MODEL = hf_config.read(HF_CONFIG)
 SOURCES = (0, 2)
 
 CHATML = (
@@ -54,11 +54,11 @@ def write_folder(folder):
     source.mkdir(parents=True)
     fast.save_pretrained(source)
     (source / "config.json").write_text(json.dumps(HF_CONFIG | {"vocab_size": len(fast)}))
-    model = models.load_config(source)
+    model = hf_folder.load_config(source)
     weights = decoder.init_params(model, jax.random.key(0))
     # Larger than usual, so that attention is not nearly uniform.
     weights = jax.tree.map(lambda x: x if x.ndim < 3 else 6 * x, weights)
-    models.save(folder / "model", model, weights, source_folder=source)
+    hf_save.save(folder / "model", model, weights, source_folder=source)
     return folder / "model"
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from attnpo_jax import weighting
 from attnpo_jax.config import default_config, section_for
-from attnpo_jax.models.config import ModelConfig
+from attnpo_jax.models.io import hf_config
 from attnpo_jax.parallel.mesh import MeshError
 from attnpo_jax.plan import roofline, topologies
 from attnpo_jax.plan.lengths import Lengths
@@ -28,7 +28,7 @@ HF_CONFIG = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-MODEL = ModelConfig.from_hf(HF_CONFIG)
+MODEL = hf_config.read(HF_CONFIG)
 # Elements of a layer's seven matrices: query and output, key and value, gate, up and down.
 MATRICES = Counter({512 * 512: 2, 512 * 256: 2, 512 * 1024: 3})
 
@@ -202,7 +202,7 @@ def test_a_mesh_that_does_not_divide_is_refused():
 
 
 def test_what_does_not_fit_says_by_how_much_and_what_to_change():
-    wide = ModelConfig.from_hf({**HF_CONFIG, "intermediate_size": 1 << 20, "hidden_size": 2048})
+    wide = hf_config.read({**HF_CONFIG, "intermediate_size": 1 << 20, "hidden_size": 2048})
     with pytest.raises(DoesNotFit) as caught:
         setting(wide, **{"model.remat": "dots"}).training()
     message = str(caught.value)

@@ -5,13 +5,13 @@ import pytest
 from rich.console import Console
 
 from attnpo_jax.config import default_config
-from attnpo_jax.models.config import ModelConfig
+from attnpo_jax.models.io import hf_config
 from attnpo_jax.plan import search, topologies
 from attnpo_jax.plan.lengths import Lengths
 from attnpo_jax.plan.programs import DoesNotFit, Setting
 from attnpo_jax.plan.topologies import PlanError
 
-MODEL = ModelConfig.from_hf(
+MODEL = hf_config.read(
     {
         "model_type": "llama",
         "vocab_size": 64,

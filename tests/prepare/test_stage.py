@@ -37,6 +37,7 @@ from attnpo_jax.judge.judge import Judge, judge_pairs
 from attnpo_jax.judge.language_model import load_model
 from attnpo_jax.models import decoder
 from attnpo_jax.models.io import hf_folder as checkpoints
+from attnpo_jax.models.io import hf_save
 from attnpo_jax.prepare import stage as prepare_module
 from attnpo_jax.prepare.stage import prepare
 from attnpo_jax.run import Run
@@ -106,7 +107,7 @@ def write_model(folder):
     model = checkpoints.load_config(source)
     params = decoder.init_params(model, jax.random.key(0))
     params = jax.tree.map(lambda p: 6.0 * np.asarray(p) if np.std(p) > 0 else p, params)
-    checkpoints.save(folder / "model", model, params, source_folder=source)
+    hf_save.save(folder / "model", model, params, source_folder=source)
 
 
 def write_rows(file, rows):

@@ -15,6 +15,7 @@ from attnpo_jax.data.prepared import Prepared
 from attnpo_jax.export.stage import export
 from attnpo_jax.models import lora
 from attnpo_jax.models.io import hf_folder as models
+from attnpo_jax.models.io import hf_save
 from attnpo_jax.parallel.checkpoint import CheckpointMismatch
 from attnpo_jax.prepare import stage as prepare
 from attnpo_jax.run import Run
@@ -138,7 +139,7 @@ def test_resuming_and_exporting_need_the_same_adapters(workdir, folder, changes,
 def test_exporting_onto_another_base_is_refused(workdir, folder, tmp_path):
     model = models.load_config(folder / "model")
     other = jax.tree.map(lambda x: 2 * x, models.load_params(folder / "model", model))
-    models.save(tmp_path / "other", model, other, source_folder=folder / "model")
+    hf_save.save(tmp_path / "other", model, other, source_folder=folder / "model")
     config = make_config(folder)
     config.model.source = str(tmp_path / "other")
     with pytest.raises(CheckpointMismatch, match="prepared.model.weights: "):

@@ -18,6 +18,7 @@ from attnpo_jax import losses
 from attnpo_jax.data.prepared import Prepared, PreparedWriter
 from attnpo_jax.models import decoder
 from attnpo_jax.models.io import hf_folder as models
+from attnpo_jax.models.io import hf_save
 from attnpo_jax.parallel.checkpoint import CheckpointMismatch
 from attnpo_jax.run import Run
 from attnpo_jax.runtime import metrics
@@ -45,7 +46,7 @@ def write_model(folder, **changes):
     (source / "config.json").write_text(json.dumps(HF_CONFIG | changes))
     model = models.load_config(source)
     params = decoder.init_params(model, jax.random.key(0))
-    models.save(folder / "model", model, params, source_folder=source)
+    hf_save.save(folder / "model", model, params, source_folder=source)
     return folder / "model"
 
 

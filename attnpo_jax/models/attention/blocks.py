@@ -131,14 +131,7 @@ def attend(
     rule: ScoreRule,
     past: Past | None = None,
 ) -> jax.Array:
-    """Attention outputs (B, L, N, H) under the row's visibility rule; see `attention.attend`.
-
-    Args:
-      q_BLNH, k_BLKH, v_BLKH: queries, keys and values.
-      blocks: of the rows' layout and the past's length.
-      rule: how scores become probabilities.
-      past: keys and values of tokens that stand before every row, or None.
-    """
+    """As `core.attend`, with the blocks of the rows' layout and the past's length."""
     if past is not None:
         k_BLKH, v_BLKH = after(past, k_BLKH, v_BLKH)
     window = None if rule.window is None else jnp.asarray(rule.window, jnp.int32)

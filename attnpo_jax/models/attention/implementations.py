@@ -1,9 +1,9 @@
 """Which implementation of attention runs: XLA's, cuDNN's on GPUs, or tokamax's kernel on TPUs.
 
-All compute the same (see `attention.RowLayout` for who sees whom). `choose` decides once, before
+All compute the same (see `core.RowLayout` for who sees whom). `choose` decides once, before
 anything is compiled; `attend` then does as it is told.
 
-Shapes: as in `attention`; M and S are L and P + L, rounded up to what the kernel takes.
+Shapes: as in `core`; M and S are L and P + L, rounded up to what the kernel takes.
 """
 
 import dataclasses
@@ -15,43 +15,41 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attnpo_jax.models import placement as rules
-from attnpo_jax.models.attention import blocks as block_attention
-from attnpo_jax.models.attention import core as attention
-from attnpo_jax.models.attention import strips as strip_attention
+from attnpo_jax.models import placement
+from attnpo_jax.models.attention import blocks, core, strips
 from attnpo_jax.models.attention.core import Past, RowLayout, ScoreRule
 from attnpo_jax.models.config import ModelConfig
 
-BACKENDS = ("xla", "cudnn", "tokamax")
-# XLA's on one CPU, see `block_attention` and `strip_attention`.
+IMPLEMENTATIONS = ("xla", "cudnn", "tokamax")
+# XLA's on one CPU, see `blocks` and `strips`.
 BLOCKS = "xla in blocks"
 
-# The backend that "auto" means where it can serve; XLA on all other platforms.
+# The one that "auto" means where it can serve; XLA on all other platforms.
 _PREFERRED = {"gpu": "cudnn", "tpu": "tokamax"}
 
 # What tokamax's kernel needs to keep for its backward pass, as rematerialisation policies know it.
 ATTENDED = "attended"
-RESIDUALS = (ATTENDED, *block_attention.RESIDUALS)
+RESIDUALS = (ATTENDED, *blocks.RESIDUALS)
 
 
 class AttentionError(ValueError):
-    """`model.attention` names a backend that cannot serve; the message says why."""
+    """`model.attention` names an implementation that cannot serve; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A backend, and why it was chosen.
+    """An implementation, and why it was chosen.
 
     Attributes:
-      backend: one of `BACKENDS`, or `BLOCKS`.
+      implementation: one of `IMPLEMENTATIONS`, or `BLOCKS`.
       reason: the device and what decided, in words.
     """
 
-    backend: str
+    implementation: str
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.backend} ({self.reason})"
+        return f"{self.implementation} ({self.reason})"
 
 
 def choose(
@@ -60,13 +58,14 @@ def choose(
     """Decides what computes attention.
 
     Args:
-      wanted: the config's `model.attention`: `auto`, or one of `BACKENDS`; or an earlier choice.
+      wanted: the config's `model.attention`: `auto` or one of `IMPLEMENTATIONS`; or an earlier
+        choice.
       model: the model's shape.
       dtype: what activations are computed in.
       devices: those that the passes will run on, or be compiled for.
 
     Raises:
-      AttentionError: the named backend cannot serve this model on these devices.
+      AttentionError: the named implementation cannot serve this model on these devices.
     """
     device = devices[0]
     # Blocks that fit a cache, on one CPU; XLA partitions plain products over several devices.
@@ -83,19 +82,19 @@ def choose(
         return Choice(wanted, f"{device.device_kind}; as model.attention says")
     preferred = _PREFERRED.get(device.platform)
     if preferred is None:
-        return Choice(xla, f"{device.device_kind}; other backends are for GPU and TPU")
+        return Choice(xla, f"{device.device_kind}; other implementations are for GPU and TPU")
     obstacle = _obstacle(preferred, model, jnp.dtype(dtype), device)
     if obstacle is not None:
         return Choice("xla", f"{device.device_kind}; not {preferred}: {obstacle}")
     return Choice(preferred, f"{device.device_kind}; fastest there")
 
 
-def _obstacle(backend: str, model: ModelConfig, dtype, device: jax.Device) -> str | None:
-    """Why the backend cannot serve, with what is found and what is accepted; None if it can."""
-    platform = {"cudnn": "gpu", "tokamax": "tpu"}[backend]
+def _obstacle(implementation: str, model: ModelConfig, dtype, device: jax.Device) -> str | None:
+    """Why it cannot serve, with what is found and what is accepted; None if it can."""
+    platform = {"cudnn": "gpu", "tokamax": "tpu"}[implementation]
     if device.platform != platform:
         return f"it runs on {platform.upper()}, and the devices are {device.device_kind}"
-    if backend == "tokamax":
+    if implementation == "tokamax":
         if importlib.util.find_spec("tokamax") is None:
             return "tokamax is not installed (pip install '.[tokamax]' in a clone)"
         return None
@@ -122,7 +121,7 @@ def attend(
     *,
     rule: ScoreRule,
     past: Past | None = None,
-    backend: str = "xla",
+    implementation: str = "xla",
     masks: Any = None,
 ) -> jax.Array:
     """Attention outputs (B, L, N, H) under the row's visibility rule; what padding gets is open.
@@ -132,34 +131,34 @@ def attend(
       layout: who sees whom.
       rule: how scores become probabilities.
       past: keys and values that stand before every row.
-      backend: one of `BACKENDS`, or `BLOCKS`.
+      implementation: one of `IMPLEMENTATIONS`, or `BLOCKS`.
       masks: what `make_masks` gave for the same layout, rule and past; None where it gave that.
     """
-    if backend == "xla":
-        return attention.attend(q_BLNH, k_BLKH, v_BLKH, layout, rule=rule, past=past)
-    if isinstance(masks, block_attention.Blocks):
-        return block_attention.attend(q_BLNH, k_BLKH, v_BLKH, masks, rule=rule, past=past)
-    if backend == BLOCKS:
+    if implementation == "xla":
+        return core.attend(q_BLNH, k_BLKH, v_BLKH, layout, rule=rule, past=past)
+    if isinstance(masks, blocks.Blocks):
+        return blocks.attend(q_BLNH, k_BLKH, v_BLKH, masks, rule=rule, past=past)
+    if implementation == BLOCKS:
         if masks is None:
             masks = row_masks(layout, rule.window, 0 if past is None else past.keys.shape[0])
-        return strip_attention.attend(q_BLNH, k_BLKH, v_BLKH, masks, rule=rule, past=past)
+        return strips.attend(q_BLNH, k_BLKH, v_BLKH, masks, rule=rule, past=past)
     if past is None:
         past = Past(k_BLKH[0, :0], v_BLKH[0, :0])
-    run = functools.partial(_KERNELS[backend], rule=dataclasses.replace(rule, window=None))
+    run = functools.partial(_KERNELS[implementation], rule=dataclasses.replace(rule, window=None))
 
     def on_device(q, k, v, past, masks):
-        return run(q, *attention.after(past, k, v), masks)
+        return run(q, *core.after(past, k, v), masks)
 
     # Kernels are no business of the partitioner's: every device runs them on what it has.
-    headed, whole = rules.BY_ROWS_AND_HEADS, rules.BY_HEADS
-    run_everywhere = rules.per_device(
-        on_device, (headed, headed, headed, whole, rules.BY_ROWS), headed, rows=q_BLNH.shape[0]
+    headed, whole = placement.BY_ROWS_AND_HEADS, placement.BY_HEADS
+    run_everywhere = placement.per_device(
+        on_device, (headed, headed, headed, whole, placement.BY_ROWS), headed, rows=q_BLNH.shape[0]
     )
     if masks is not None:
         return run_everywhere(q_BLNH, k_BLKH, v_BLKH, past, masks)
 
     def masked_here(q, k, v, past, layout, rule):
-        masks = _masks(backend, layout, rule, past.keys.shape[0])
+        masks = _masks(implementation, layout, rule, past.keys.shape[0])
         return run_everywhere(q, k, v, past, masks)
 
     # A layer's masks are quadratic in L: made again in the backward pass, not kept.
@@ -168,11 +167,13 @@ def attend(
     return remade(q_BLNH, k_BLKH, v_BLKH, past, layout)
 
 
-def make_masks(backend: str, layout: RowLayout, rule: ScoreRule, past_length: int = 0) -> Any:
+def make_masks(
+    implementation: str, layout: RowLayout, rule: ScoreRule, past_length: int = 0
+) -> Any:
     """What `attend` needs to know of who sees whom, for all layers at once.
 
     Args:
-      backend: one of `BACKENDS`.
+      implementation: one of `IMPLEMENTATIONS`.
       layout: the rows.
       rule: of all layers; its window may be an array, where they differ in it.
       past_length: tokens that stand before every row.
@@ -180,20 +181,20 @@ def make_masks(backend: str, layout: RowLayout, rule: ScoreRule, past_length: in
     Returns:
       A pytree of arrays; None where each layer makes its own, or needs none.
     """
-    if backend == BLOCKS and past_length + layout.branch_BL.shape[1] > strip_attention.MOST_KEYS:
-        return block_attention.Blocks.of(layout, past_length)
-    if backend == "xla" or isinstance(rule.window, jax.Array):
+    if implementation == BLOCKS and past_length + layout.branch_BL.shape[1] > strips.MOST_KEYS:
+        return blocks.Blocks.of(layout, past_length)
+    if implementation == "xla" or isinstance(rule.window, jax.Array):
         return None
-    if backend == BLOCKS:
+    if implementation == BLOCKS:
         return row_masks(layout, rule.window, past_length)
-    return _masks(backend, layout, rule, past_length)
+    return _masks(implementation, layout, rule, past_length)
 
 
-def _masks(backend: str, layout: RowLayout, rule: ScoreRule, past_length: int) -> Any:
-    make = functools.partial(_MASKS[backend], softcap=rule.softcap, past_length=past_length)
-    specs = (rules.BY_ROWS, rules.WHOLE)
+def _masks(implementation: str, layout: RowLayout, rule: ScoreRule, past_length: int) -> Any:
+    make = functools.partial(_MASKS[implementation], softcap=rule.softcap, past_length=past_length)
+    specs = (placement.BY_ROWS, placement.WHOLE)
     rows = layout.branch_BL.shape[0]
-    return rules.per_device(make, specs, rules.BY_ROWS, rows=rows)(layout, rule.window)
+    return placement.per_device(make, specs, placement.BY_ROWS, rows=rows)(layout, rule.window)
 
 
 def row_masks(

@@ -2,7 +2,7 @@
 
 On a CPU, attention costs what its scores cost to write and to read again. Those of a strip of one
 row stay in the cache, and a strip takes a handful of operations: where rows are short, half the
-time of `block_attention`, which computes fewer scores with more operations. The backward pass
+time of `blocks`, which computes fewer scores with more operations. The backward pass
 computes the scores again from what the forward pass leaves (Dao et al. 2022, arXiv 2205.14135,
 algorithm 4).
 
@@ -38,14 +38,7 @@ def attend(
     rule: ScoreRule,
     past: Past | None = None,
 ) -> jax.Array:
-    """Attention outputs (B, L, N, H) under the row's visibility rule; see `attention.attend`.
-
-    Args:
-      q_BLNH, k_BLKH, v_BLKH: queries, keys and values.
-      mask_BLS: bool (B, L, P + L), who sees whom.
-      rule: how scores become probabilities; its window is the mask's business.
-      past: keys and values of tokens that stand before every row, or None.
-    """
+    """As `core.attend`, with who sees whom, windows too, as a mask: bool (B, L, P + L)."""
     if past is not None:
         k_BLKH, v_BLKH = after(past, k_BLKH, v_BLKH)
     H = q_BLNH.shape[-1]

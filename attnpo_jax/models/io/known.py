@@ -11,8 +11,7 @@ from typing import Any
 import huggingface_hub
 
 from attnpo_jax.models.config import ModelConfig
-from attnpo_jax.models.io import embedded
-from attnpo_jax.models.io import hf_folder as checkpoints
+from attnpo_jax.models.io import embedded, hf_config, hf_folder
 
 _LLAMA_3_8B = {
     "model_type": "llama",
@@ -155,20 +154,20 @@ def shape_of(source: str | os.PathLike) -> ModelConfig:
         is known here; or another hub id, of which config.json alone is downloaded.
 
     Raises:
-      CheckpointError: it is none of these, or its config.json can't be had or used.
+      FolderError: it is none of these, or its config.json can't be had or used.
     """
     text = os.fspath(source)
     folder = Path(text).expanduser()
     if folder.is_dir():
-        return checkpoints.load_config(folder)
+        return hf_folder.load_config(folder)
     if text in KNOWN:
-        return ModelConfig.from_hf(KNOWN[text])
+        return hf_config.read(KNOWN[text])
     try:
         file = huggingface_hub.hf_hub_download(text, "config.json")
     except Exception as error:
-        raise checkpoints.CheckpointError(
+        raise hf_folder.FolderError(
             f"model.source {text!r} is no local folder, and its config.json could not be "
             f"downloaded from the hub ({error}). Accepted without the hub: a folder with a "
             f"config.json, {', '.join(KNOWN)}"
         ) from error
-    return checkpoints.load_config(Path(file).parent)
+    return hf_folder.load_config(Path(file).parent)

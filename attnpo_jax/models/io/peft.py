@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from attnpo_jax.models.config import ModelConfig
 from attnpo_jax.models.decoder import abstract_params
-from attnpo_jax.models.io import hf_folder as checkpoints
+from attnpo_jax.models.io import hf_save
 from attnpo_jax.models.io.tensors import TEXT_PREFIXES, hf_shape, table
 
 _WEIGHTS = "adapter_model.safetensors"
@@ -127,7 +127,7 @@ def save_adapter(
       chat_template: Jinja text that takes the place of the tokenizer's own template.
 
     Raises:
-      CheckpointError: the target holds something else than an earlier export.
+      FolderError: the target holds something else.
       OSError: the place can't be written; what was at `folder` stays.
     """
     modules, tensors = _modules(model), {}
@@ -136,9 +136,9 @@ def save_adapter(
             name = f"base_model.model.{module.format(layer=layer)}"
             A, B = _factors(held, adapters["layers"], layer)
             tensors |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
-    with checkpoints.replacing(folder, overwrite=False) as temporary:
-        checkpoints.copy_companions(Path(source_folder), temporary, chat_template)
-        checkpoints.write_json(temporary / _CONFIG, _config(model, modules, base))
+    with hf_save.replacing(folder, overwrite=False) as temporary:
+        hf_save.copy_companions(Path(source_folder), temporary, chat_template)
+        hf_save.write_json(temporary / _CONFIG, _config(model, modules, base))
         try:
             safetensors.numpy.save_file(tensors, temporary / _WEIGHTS, metadata={"format": "pt"})
         except SafetensorError as error:

@@ -1,4 +1,4 @@
-"""How the decoder's parameters lie in a Hugging Face checkpoint: names, layouts, fused tensors."""
+"""How the decoder's parameters lie in an HF folder: names, layouts, fused tensors."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -80,7 +80,7 @@ class Part(NamedTuple):
 
 
 def text_prefix(names: Mapping[str, Any]) -> str:
-    """What the names of a checkpoint's text part begin with, told by where its embedding lies."""
+    """What the names of a model's text part begin with, told by where its embedding lies."""
     for prefix in TEXT_PREFIXES:
         if f"{prefix}embed_tokens.weight" in names:
             return prefix
@@ -88,7 +88,7 @@ def text_prefix(names: Mapping[str, Any]) -> str:
 
 
 def is_carried(config: ModelConfig, name: str) -> bool:
-    """Whether a tensor of a checkpoint belongs to a part that only goes from folder to folder."""
+    """Whether a tensor belongs to a part that only goes from folder to folder."""
     return config.model_type == "gemma3" and name.startswith(_CARRIED_PREFIXES)
 
 

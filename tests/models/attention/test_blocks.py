@@ -8,9 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnpo_jax.models.attention import blocks as block_attention
-from attnpo_jax.models.attention import implementations as attention_backends
-from attnpo_jax.models.attention import strips as strip_attention
+from attnpo_jax.models.attention import blocks, implementations, strips
 from attnpo_jax.models.attention.core import Past, RowLayout, ScoreRule
 from attnpo_jax.models.attention.implementations import BLOCKS
 
@@ -61,12 +59,12 @@ def random(seed, *shape):
 @pytest.fixture(params=["blocks", "strips"])
 def masks_of(request, monkeypatch):
     """`make_masks`, as for rows of more or of fewer keys."""
-    strips = request.param == "strips"
-    monkeypatch.setattr(strip_attention, "MOST_KEYS", 10**6 if strips else 0)
+    in_strips = request.param == "strips"
+    monkeypatch.setattr(strips, "MOST_KEYS", 10**6 if in_strips else 0)
 
     def make(*arguments):
-        masks = attention_backends.make_masks(BLOCKS, *arguments)
-        assert isinstance(masks, block_attention.Blocks) != strips
+        masks = implementations.make_masks(BLOCKS, *arguments)
+        assert isinstance(masks, blocks.Blocks) != in_strips
         return masks
 
     return make
@@ -89,10 +87,10 @@ def test_outputs_and_gradients_equal_those_of_the_whole_row(packed, softcap, win
 
     rule = ScoreRule(softcap=softcap, window=window)
     ours = functools.partial(
-        attention_backends.attend,
+        implementations.attend,
         layout=layout,
         rule=rule,
-        backend=BLOCKS,
+        implementation=BLOCKS,
         masks=masks_of(layout, rule),
     )
     theirs = functools.partial(whole_row, mask=jnp.asarray(visible), softcap=softcap)
@@ -112,7 +110,7 @@ def test_half_precision_stays_near(masks_of):
 
     def total(q, k, v):
         masks = masks_of(layout, rule)
-        out = attention_backends.attend(q, k, v, layout, rule=rule, backend=BLOCKS, masks=masks)
+        out = implementations.attend(q, k, v, layout, rule=rule, implementation=BLOCKS, masks=masks)
         assert out.dtype == jnp.bfloat16
         return jnp.sum(weight * out.astype(jnp.float32))
 
@@ -143,8 +141,8 @@ def test_a_shared_past_is_seen_by_every_row(window, masks_of):
         mask &= (positions + P)[:, :, None] - places[:, None, :] < window
     rule = ScoreRule(window=window)
     masks = masks_of(layout, rule, P)
-    got = attention_backends.attend(
-        q, k, v, layout, rule=rule, past=past, backend=BLOCKS, masks=masks
+    got = implementations.attend(
+        q, k, v, layout, rule=rule, past=past, implementation=BLOCKS, masks=masks
     )
     want = whole_row(q, keys, values, jnp.asarray(mask))
     np.testing.assert_allclose(got[real], want[real], atol=1e-5)
@@ -154,18 +152,18 @@ def test_layers_that_differ_in_their_window_make_masks_of_their_own():
     layout, visible, positions, real = make_rows(packed=True)
     q, k, v = random(0, 2, LENGTH, 6, H), random(1, 2, LENGTH, 2, H), random(2, 2, LENGTH, 2, H)
     rule = ScoreRule(window=jnp.asarray(30))
-    masks = attention_backends.make_masks(BLOCKS, layout, rule)
+    masks = implementations.make_masks(BLOCKS, layout, rule)
     assert masks is None
-    got = attention_backends.attend(q, k, v, layout, rule=rule, backend=BLOCKS, masks=masks)
+    got = implementations.attend(q, k, v, layout, rule=rule, implementation=BLOCKS, masks=masks)
     mask = visible & (positions[:, :, None] - positions[:, None, :] < 30)
     np.testing.assert_allclose(got[real], whole_row(q, k, v, jnp.asarray(mask))[real], atol=1e-5)
 
 
 def test_blocks_that_nobody_sees_are_skipped():
     branch = np.repeat(np.array([1, 2, 3], np.int32), 256)[None]
-    blocks = block_attention.Blocks.of(RowLayout(jnp.asarray(branch)))
+    cut = blocks.Blocks.of(RowLayout(jnp.asarray(branch)))
     # 1 is masked, 2 computed without a mask; the rest is skipped.
-    assert blocks.pairs[: blocks.count].tolist() == [
+    assert cut.pairs[: cut.count].tolist() == [
         [0, 0, 1],
         [1, 0, 2],
         [1, 1, 1],
@@ -179,8 +177,8 @@ def test_memory_is_linear_in_the_row():
         layout = RowLayout(jnp.ones((1, L), jnp.int32))
 
         def total(q, k, v):
-            blocks = block_attention.Blocks.of(layout)
-            return jnp.sum(block_attention.attend(q, k, v, blocks, rule=ScoreRule()))
+            cut = blocks.Blocks.of(layout)
+            return jnp.sum(blocks.attend(q, k, v, cut, rule=ScoreRule()))
 
         shapes = [jax.ShapeDtypeStruct((1, L, heads, H), jnp.float32) for heads in (4, 2, 2)]
         compiled = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(*shapes).compile()

@@ -1,4 +1,4 @@
-"""Backends of attention held against XLA's: forward, gradients, masks, and what is chosen."""
+"""Attention implementations held against XLA's: forward, gradients, masks; what is chosen."""
 
 import contextlib
 import dataclasses
@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from attnpo_jax.models import decoder
-from attnpo_jax.models.attention import core as attention
-from attnpo_jax.models.attention import implementations as backends
+from attnpo_jax.models.attention import core, implementations
 from attnpo_jax.models.attention.core import Past, RowLayout, ScoreRule
 from attnpo_jax.models.attention.implementations import (
     BLOCKS,
@@ -55,19 +54,19 @@ def installed(monkeypatch):
 
     def set_to(found):
         spec = types.SimpleNamespace() if found else None
-        monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: spec)
+        monkeypatch.setattr(implementations.importlib.util, "find_spec", lambda name: spec)
 
     set_to(True)
     return set_to
 
 
 def test_auto_takes_the_fastest_that_can_serve(installed):
-    assert choose("auto", MODEL, "bfloat16", [V5E]).backend == "tokamax"
-    assert choose("auto", MODEL, "float32", [V5E]).backend == "tokamax"
-    assert choose("auto", MODEL, "bfloat16", [H100]).backend == "cudnn"
-    assert choose("auto", MODEL, "float32", [CPU]).backend == BLOCKS
-    assert choose("auto", MODEL, "float32", [CPU, CPU]).backend == "xla"
-    assert choose(BLOCKS, MODEL, "float32", [CPU]).backend == BLOCKS
+    assert choose("auto", MODEL, "bfloat16", [V5E]).implementation == "tokamax"
+    assert choose("auto", MODEL, "float32", [V5E]).implementation == "tokamax"
+    assert choose("auto", MODEL, "bfloat16", [H100]).implementation == "cudnn"
+    assert choose("auto", MODEL, "float32", [CPU]).implementation == BLOCKS
+    assert choose("auto", MODEL, "float32", [CPU, CPU]).implementation == "xla"
+    assert choose(BLOCKS, MODEL, "float32", [CPU]).implementation == BLOCKS
     assert (
         str(choose("xla", MODEL, "float32", [V5E])) == "xla (TPU v5 lite; as model.attention says)"
     )
@@ -89,7 +88,7 @@ WIDE = dataclasses.replace(MODEL, head_dim=260)
 )
 def test_says_why_cudnn_cannot_serve(model, dtype, on, reason):
     chosen = choose("auto", model, dtype, [on])
-    assert (chosen.backend, chosen.reason) == ("xla", f"{on.device_kind}; not cudnn: {reason}")
+    assert str(chosen) == f"xla ({on.device_kind}; not cudnn: {reason})"
     with pytest.raises(AttentionError) as error:
         choose("cudnn", model, dtype, [on])
     assert str(error.value) == (
@@ -123,9 +122,9 @@ def rows(L, past_length=0):
 
 
 def check(
-    backend, L, *, past_length=0, rule, dtype=jnp.float32, context=None, atol=3e-5, rtol=1e-7
+    implementation, L, *, past_length=0, rule, dtype=jnp.float32, context=None, atol=3e-5, rtol=1e-7
 ):
-    """Output and gradients are those of `attention.attend`, padding left out."""
+    """Output and gradients are those of `core.attend`, padding left out."""
     layout = rows(L, past_length)
     shapes = [
         (2, L, 4, 16),
@@ -148,11 +147,11 @@ def check(
         return out, *grads
 
     def ours(q, k, v):
-        masks = make_masks(backend, layout, rule, past_length)
-        common = {"rule": rule, "past": past, "backend": backend, "masks": masks}
+        masks = make_masks(implementation, layout, rule, past_length)
+        common = {"rule": rule, "past": past, "implementation": implementation, "masks": masks}
         return attend(q, k, v, layout, **common)
 
-    want = run(lambda q, k, v: attention.attend(q, k, v, layout, rule=rule, past=past))
+    want = run(lambda q, k, v: core.attend(q, k, v, layout, rule=rule, past=past))
     with context or contextlib.nullcontext():
         got = run(ours)
     for name, a, b in zip(("out", "q", "k", "v"), want, got, strict=True):
@@ -175,8 +174,8 @@ RULES = {
 @pytest.mark.parametrize("rule", ["plain", "scaled", "window", "own-window"])
 def test_cudnn_gets_what_xla_computes(monkeypatch, rule, past_length):
     """Of cuDNN, what is given to it: an odd length, a past, masks. Computed by XLA here."""
-    as_xla = functools.partial(backends._cudnn, implementation="xla")
-    monkeypatch.setitem(backends._KERNELS, "cudnn", as_xla)
+    as_xla = functools.partial(implementations._cudnn, implementation="xla")
+    monkeypatch.setitem(implementations._KERNELS, "cudnn", as_xla)
     check("cudnn", 61, rule=RULES[rule], past_length=past_length)
 
 
@@ -188,7 +187,7 @@ def test_cudnn_lowers_for_cuda(monkeypatch):
 
     def gradients(q, k, v):
         masks = make_masks("cudnn", layout, ScoreRule())
-        common = {"rule": ScoreRule(), "backend": "cudnn", "masks": masks}
+        common = {"rule": ScoreRule(), "implementation": "cudnn", "masks": masks}
         return jax.grad(lambda *qkv: attend(*qkv, layout, **common).sum(), (0, 1, 2))(q, k, v)
 
     arrays = [jax.ShapeDtypeStruct((2, 61, heads, 16), jnp.bfloat16) for heads in (4, 2, 2)]
@@ -224,7 +223,7 @@ def test_tokamax_equals_xla(interpreted, L, past_length, rule):
 def simply_interpreted(monkeypatch):
     """A plainer emulation that `jax.checkpoint` can go through; good for up to three blocks."""
     pytest.importorskip("tokamax")
-    splash = backends._splash()
+    splash = implementations._splash()
     config = functools.partial(splash.SplashConfig, interpret=True)
     monkeypatch.setattr(splash, "SplashConfig", config)
 
@@ -267,7 +266,7 @@ def test_judge_reads_the_same_through_tokamax(simply_interpreted):
     def read(attention):
         past = decoder.make_past(MODEL, params, tokens[0, :6], attention=attention)
         row = (tokens[:, 6:], layout.positions_BL, layout.branch_BL, reads)
-        common = {"sources": (0, 2), "past": past, "attention": attention}
+        common = {"layers": (0, 2), "past": past, "attention": attention}
         output = decoder.read(MODEL, params, *row, **common)
         return output.rows_SBQL, output.hidden_BQD
 
@@ -281,7 +280,7 @@ def test_judge_reads_the_same_through_tokamax(simply_interpreted):
 
 def test_row_masks_by_hand():
     layout = RowLayout(jnp.asarray([[1, 2, 3, 0]]), None, jnp.asarray([[2, 3, 3, 0]]))
-    mask = backends.row_masks(layout, 2, 2, 4)[0].astype(int).tolist()
+    mask = implementations.row_masks(layout, 2, 2, 4)[0].astype(int).tolist()
     assert mask == [
         # past, past, prefix, branch 1, branch 2, padding, added, added
         [0, 1, 1, 0, 0, 0, 0, 0],
@@ -296,7 +295,7 @@ def test_row_masks_by_hand():
     [((512, 512), 512), ((500, 512), 512), ((640, 640), 128), ((700, 768), 256), ((512, 640), 128)],
 )
 def test_block_size_adds_no_padding(lengths, block):
-    assert backends.block_size(*lengths) == block
+    assert implementations.block_size(*lengths) == block
 
 
 def test_blocks_that_nobody_sees_are_skipped():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 
-from attnpo_jax.models import placement as rules
+from attnpo_jax.models import placement
 from attnpo_jax.models.attention.core import RowLayout, ScoreRule
 from attnpo_jax.models.attention.implementations import attend, choose, make_masks
 from attnpo_jax.models.config import ModelConfig
@@ -50,21 +50,21 @@ def compiled(chips, sizes, L, softcap=None):
     def loss(q, k, v, branch):
         layout, rule = RowLayout(branch), ScoreRule(softcap=softcap)
         masks = make_masks("tokamax", layout, rule)
-        out = attend(q, k, v, layout, rule=rule, backend="tokamax", masks=masks)
+        out = attend(q, k, v, layout, rule=rule, implementation="tokamax", masks=masks)
         return jnp.square(out.astype(jnp.float32))
 
     def gradients(q, k, v, branch):
         return jax.grad(lambda *qkv: loss(*qkv, branch).sum(), (0, 1, 2))(q, k, v)
 
-    headed = rules.BY_ROWS_AND_HEADS
+    headed = placement.BY_ROWS_AND_HEADS
     q, k, v = (array((4, L, n, MODEL.head_dim), jnp.bfloat16, headed) for n in (6, 2, 2))
     with jax.set_mesh(mesh):
-        lowered = jax.jit(gradients).lower(q, k, v, array((4, L), jnp.int32, rules.BY_ROWS))
+        lowered = jax.jit(gradients).lower(q, k, v, array((4, L), jnp.int32, placement.BY_ROWS))
         return lowered.compile()
 
 
 def test_auto_is_tokamax_for_these_chips(chips):
-    assert choose("auto", MODEL, "bfloat16", chips).backend == "tokamax"
+    assert choose("auto", MODEL, "bfloat16", chips).implementation == "tokamax"
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from attnpo_jax.models import decoder
-from attnpo_jax.models.io import embedded
-from attnpo_jax.models.io import hf_folder as checkpoints
+from attnpo_jax.models.io import embedded, hf_folder
 
 GOLDENS = json.loads((Path(__file__).parents[2] / "goldens" / "smollm2_logits.json").read_text())
 
@@ -51,7 +50,7 @@ def test_transformers_gives_the_golden_logits(smollm2_folder):
 
 
 def test_config_and_shapes_are_the_published_ones(smollm2_folder):
-    config = checkpoints.load_config(smollm2_folder)
+    config = hf_folder.load_config(smollm2_folder)
     assert (config.num_layers, config.hidden_size, config.intermediate_size) == (30, 576, 1536)
     assert (config.num_heads, config.num_kv_heads, config.head_dim) == (9, 3, 64)
     assert (config.vocab_size, config.tie_word_embeddings) == (49152, True)

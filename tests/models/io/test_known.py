@@ -5,8 +5,7 @@ import jax
 import pytest
 
 from attnpo_jax.models.decoder import abstract_params
-from attnpo_jax.models.io import embedded, known
-from attnpo_jax.models.io import hf_folder as checkpoints
+from attnpo_jax.models.io import embedded, hf_folder, known
 
 
 def parameters(source):
@@ -50,7 +49,7 @@ def test_gemma_is_local_but_for_every_sixth_layer():
 
 
 def test_the_embedded_model_is_as_its_folder_says(smollm2_folder):
-    assert known.shape_of(embedded.ALIAS) == checkpoints.load_config(smollm2_folder)
+    assert known.shape_of(embedded.ALIAS) == hf_folder.load_config(smollm2_folder)
 
 
 def test_a_folder_goes_before_a_known_name(tmp_path, monkeypatch):
@@ -67,5 +66,5 @@ def test_what_the_hub_cannot_deliver_is_refused_with_what_would_do(monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr(known.huggingface_hub, "hf_hub_download", offline)
-    with pytest.raises(checkpoints.CheckpointError, match="'a/b'.*no network.*Meta-Llama-3-8B"):
+    with pytest.raises(hf_folder.FolderError, match="'a/b'.*no network.*Meta-Llama-3-8B"):
         known.shape_of("a/b")

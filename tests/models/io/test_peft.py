@@ -6,12 +6,11 @@ import json
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
-from attnpo_jax.models import decoder, lora
-from attnpo_jax.models import lm_head as head
+from attnpo_jax.models import decoder, lm_head, lora
 from attnpo_jax.models.config import LoraConfig
-from attnpo_jax.models.io import hf_folder as checkpoints
-from attnpo_jax.models.io import peft
+from attnpo_jax.models.io import hf_folder, hf_save, peft
 
 torch = pytest.importorskip("torch")
 theirs = pytest.importorskip("peft")
@@ -44,9 +43,9 @@ def logits_in_torch(model, tokens):
 def test_peft_gives_the_logits_of_the_merged_export_and_ours(case, tmp_path):
     name = case.split("-")[0]
     families.build(name).save_pretrained(tmp_path / "base")
-    model = checkpoints.load_config(tmp_path / "base")
+    model = hf_folder.load_config(tmp_path / "base")
     policy = dataclasses.replace(model, lora=LoraConfig(3, 2.0, CASES[case]))
-    base = checkpoints.load_params(tmp_path / "base", model)
+    base = hf_folder.load_params(tmp_path / "base", model)
     rng = np.random.default_rng(0)
     adapters = jax.tree.map(
         lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(np.float32),
@@ -60,7 +59,7 @@ def test_peft_gives_the_logits_of_the_merged_export_and_ours(case, tmp_path):
         source_folder=tmp_path / "base",
     )
     merged = lora.merge(policy, base, adapters)
-    checkpoints.save(tmp_path / "merged", model, merged, source_folder=tmp_path / "base")
+    hf_save.save(tmp_path / "merged", model, merged, source_folder=tmp_path / "base")
 
     auto = transformers.AutoModelForCausalLM
     if name == "gemma3":
@@ -71,7 +70,7 @@ def test_peft_gives_the_logits_of_the_merged_export_and_ours(case, tmp_path):
     adapted = theirs.PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
     # All of the adapter found its place, and nothing else got one.
     factors = {n for n in adapted.state_dict() if "lora_" in n}
-    written = checkpoints.safetensors.numpy.load_file(tmp_path / "adapter" / peft._WEIGHTS)
+    written = load_file(tmp_path / "adapter" / peft._WEIGHTS)
     assert {n.replace(".default.", ".") for n in factors} == written.keys()
     got = logits_in_torch(adapted, tokens)
     assert np.abs(got - without).max() > 0.1
@@ -81,14 +80,14 @@ def test_peft_gives_the_logits_of_the_merged_export_and_ours(case, tmp_path):
         policy, lora.join(base, adapters), tokens, np.arange(20)[None], np.ones((1, 20), np.int32)
     )
     cap = policy.final_logit_softcapping
-    ours = head.logits(hidden, decoder.unembedding(base), softcap=cap)
+    ours = lm_head.logits(hidden, decoder.unembedding(base), softcap=cap)
     np.testing.assert_allclose(ours, got, atol=1e-4)
 
 
 def test_projections_that_share_a_module_become_one_adapter_of_the_sum_of_their_ranks(tmp_path):
     source = tmp_path / "base"
     families.build("phi3").save_pretrained(source)
-    model = checkpoints.load_config(source)
+    model = hf_folder.load_config(source)
     policy = dataclasses.replace(model, lora=LoraConfig(3, 2.0, ("query", "value", "down")))
     adapters = lora.init_adapters(policy, jax.random.key(0))
     peft.save_adapter(tmp_path / "out", policy, adapters, base="a/b", source_folder=source)

@@ -2,7 +2,8 @@
 
 import pytest
 
-from attnpo_jax.models.config import LinearRopeScaling, ModelConfig, RopeScaling
+from attnpo_jax.models.config import LinearRopeScaling, RopeScaling
+from attnpo_jax.models.io import hf_config
 
 SHAPE = {
     "vocab_size": 100,
@@ -15,7 +16,7 @@ SHAPE = {
 
 
 def read(model_type, **fields):
-    return ModelConfig.from_hf({"model_type": model_type, **SHAPE, **fields})
+    return hf_config.read({"model_type": model_type, **SHAPE, **fields})
 
 
 def test_mistral_has_a_window_unless_its_file_says_null():
@@ -60,7 +61,7 @@ def test_gemma2_takes_what_its_file_leaves_out_from_transformers():
 
 def test_gemma3_is_read_from_a_text_part_that_leaves_out_its_defaults():
     # The text part of Gemma-3-4B-it as it is published.
-    config = ModelConfig.from_hf(
+    config = hf_config.read(
         {
             "model_type": "gemma3",
             "vision_config": {"hidden_size": 1152},
@@ -172,7 +173,7 @@ def test_what_the_decoder_lacks_is_refused_by_name(model_type, fields, message):
 
 def test_a_model_with_eyes_needs_its_text_part():
     with pytest.raises(ValueError, match="lacks text_config"):
-        ModelConfig.from_hf({"model_type": "gemma3", "vision_config": {}})
+        hf_config.read({"model_type": "gemma3", "vision_config": {}})
     text = {**SHAPE, "final_logit_softcapping": 30.0}
     with pytest.raises(ValueError, match="final_logit_softcapping 30.0 .*null, for gemma3"):
-        ModelConfig.from_hf({"model_type": "gemma3", "text_config": text})
+        hf_config.read({"model_type": "gemma3", "text_config": text})

@@ -17,7 +17,7 @@ A folder that `datasets.load_from_disk` reads:
 
 `components` is a JSON object. Some of its entries have a meaning here: `source_layers`, a list of
 layer indices (S of them, none without a judge), `num_layers`, the model's number of layers, and
-`weight_columns`, if there are any: the names of the ready-made weights (K of them).
+`weight_columns`, if there are any: the names of the precomputed weights (K of them).
 """
 
 import dataclasses
@@ -34,7 +34,6 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-import attnpo_jax
 from attnpo_jax.data import shards
 from attnpo_jax.runtime import atomic
 
@@ -437,7 +436,7 @@ class Prepared:
 
     @property
     def weight_columns(self) -> tuple[str, ...]:
-        """The names of the ready-made weights (K of them) in the `ready` columns, in that order."""
+        """The names of the precomputed weights (K of them), in the order of the `ready` columns."""
         return tuple(self._meta["components"].get("weight_columns", ()))
 
     @property
@@ -450,7 +449,7 @@ class Prepared:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Row `index`: id (str), text lengths (int), int32 ids, float32 log-probs, and, where the
-        dataset has them, judge (2, S, T) and ready-made weights (K, T).
+        dataset has them, judge (2, S, T) and precomputed weights (K, T).
 
         Raises:
             IndexError: `index` is not within -len and len - 1.
@@ -547,5 +546,4 @@ def _file_digest(file: pathlib.Path) -> str:
 
 
 def _versions() -> dict[str, str]:
-    versions = {name: importlib.metadata.version(name) for name in RECORDED_VERSIONS}
-    return {"attnpo_jax": attnpo_jax.__version__} | versions
+    return {name: importlib.metadata.version(name) for name in ("attnpo_jax", *RECORDED_VERSIONS)}

@@ -8,15 +8,12 @@ import importlib.resources
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from attnpo_jax.data.align import close_gaps
-from attnpo_jax.data.tokenize import ChatTokenizer, Piece, UnfitPair
-
-if TYPE_CHECKING:
-    from attnpo_jax.data.sources import Pair
+from attnpo_jax.data.pair import BadExample, Pair
+from attnpo_jax.data.tokenize import ChatTokenizer, Piece
 
 SLOTS = ("question", "answer_a", "answer_b")
 _SLOT_RE = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
@@ -158,7 +155,7 @@ class JudgePrompter:
 
         When either order reaches `max_length` tokens, each answer keeps its first
         `max_answer_length` tokens, then the question keeps its last tokens so that both orders fit;
-        both get the same texts. Raises UnfitPair naming the pair when not even an empty question
+        both get the same texts. Raises BadExample naming the pair when not even an empty question
         fits.
         """
         question = conversation_text(pair.prompt)
@@ -215,12 +212,12 @@ class JudgePrompter:
             return orders
         bare = self._both("", chosen, rejected)
         if not self._fits(bare):
-            raise UnfitPair(
+            raise BadExample(
                 f"the judge prompt takes {max(len(order.ids) for order in bare)} tokens without "
                 f"any question, judge.max_length = {self.max_length} allows "
                 f"{self.max_length - 1}; lower judge.max_answer_length = {self.max_answer_length} "
                 "or raise judge.max_length",
-                pair.id,
+                id=pair.id,
             )
         _, offsets = self.tokenizer.encode_pieces([Piece(question, message=0)])
         keep = len(offsets)

@@ -44,7 +44,7 @@ def components(
       folder: the model's folder.
       tokenizer: the tokenizer in use.
       pairs_digest: that of the split's pairs; None leaves it out.
-      weight_columns: the names of the ready-made weights that they have.
+      weight_columns: the names of the precomputed weights that they have.
     """
     model = checkpoints.load_config(folder)
     data: dict[str, Any] = {"sources": mixture.names(config.data[split])}
@@ -124,7 +124,7 @@ def open_prepared(config: config_dict.ConfigDict, workdir: pathlib.Path, split: 
     Raises:
       FileNotFoundError: there is none, or it is not finished.
       PreparedMismatch: it was prepared with other settings.
-      ConfigError: it lacks the ready-made weights that `weighting.column` names.
+      ConfigError: it lacks the precomputed weights that `weighting.column` names.
       DamagedShard: a shard is not what was written.
     """
     path = split_path(workdir, split)

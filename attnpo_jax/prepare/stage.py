@@ -20,8 +20,8 @@ from rich.table import Table
 
 from attnpo_jax import config as config_lib
 from attnpo_jax.data import prepared
-from attnpo_jax.data.readers import ALONE, Team
-from attnpo_jax.data.sources import BadRow, LoadedPairs, Pairs, load_pairs
+from attnpo_jax.data.pair import BadExample
+from attnpo_jax.data.sources import LoadedPairs, Pairs, load_pairs
 from attnpo_jax.data.tokenize import ChatTokenizer
 from attnpo_jax.judge.figures import judge_figures
 from attnpo_jax.judge.judge import SAMPLE, Judge, Judgement
@@ -37,7 +37,8 @@ from attnpo_jax.prepare import provenance
 from attnpo_jax.prepare.pair_forms import PairForms, PairTokenizer
 from attnpo_jax.prepare.reference import Reference
 from attnpo_jax.runtime import atomic
-from attnpo_jax.runtime.progress import PairProgress
+from attnpo_jax.runtime.progress import CountProgress
+from attnpo_jax.runtime.team import ALONE, Team
 
 _LOG = logging.getLogger(__name__)
 
@@ -60,8 +61,8 @@ def prepare(
 
     Raises:
       ConfigError: the config is wrong; nothing was loaded.
-      BadRow: a row is no preference pair, or none that fits the tokenizer and the lengths, and the
-        config does not say to skip it.
+      BadExample: one is no preference pair, or none that fits the tokenizer and the lengths, and
+        the config does not say to skip it.
       PreparedMismatch: the dataset on disk was prepared with other settings.
       OSError: a shard could not be written; those before it stay.
       MeshError: the devices or the model do not fit `parallel.mesh`.
@@ -84,8 +85,8 @@ def prepare(
     todo = [
         _Split.check(config, split, workdir, folder, tokenizer, loaded[split]) for split in splits
     ]
-    # Nobody may finish a dataset that another process still takes for unfinished, or the reverse:
-    # it is as the first one sees it, who finished it if it is complete.
+    # All must agree on what is complete, or some would wait in vain for the others: what the first
+    # process sees counts, since it is the one that completes a dataset.
     seen = processes.exchange([split.status for split in todo])[0]
     todo = [
         dataclasses.replace(split, status=status) for split, status in zip(todo, seen, strict=True)
@@ -211,8 +212,11 @@ def _fill(
         reference = Reference(config, model, backend, attention, tokenized)
         total = sum(stop - start for _, start, stop in pending)
         with (
-            PairProgress(
-                f"prepare {split.name}", total, bar=config.log.progress and processes.is_first()
+            CountProgress(
+                f"prepare {split.name}",
+                total,
+                "pairs",
+                bar=config.log.progress and processes.is_first(),
             ) as progress,
             ThreadPoolExecutor(max_workers=1) as ahead,
             ThreadPoolExecutor(max_workers=1) as behind,
@@ -311,13 +315,13 @@ def _sample(tokenize: PairTokenizer, pairs: Pairs, team: Team) -> list[PairForms
 
 
 def _of_all(
-    team: Team, forms: list[PairForms], bad_rows: list[BadRow]
-) -> tuple[list[PairForms], list[BadRow]]:
+    team: Team, forms: list[PairForms], bad_rows: list[BadExample]
+) -> tuple[list[PairForms], list[BadExample]]:
     """What all of a team have tokenized, in the order of their parts."""
     parts = team.exchange((forms, [vars(bad_row) for bad_row in bad_rows]))
     return (
         [form for of_one, _ in parts for form in of_one],
-        [BadRow(**bad_row) for _, of_one in parts for bad_row in of_one],
+        [BadExample(**bad_row) for _, of_one in parts for bad_row in of_one],
     )
 
 
@@ -325,7 +329,7 @@ def _shard_rows(
     judge: Judge | None,
     reference: Reference,
     forms: Sequence[PairForms],
-    progress: PairProgress,
+    progress: CountProgress,
     preempted: Callable[[], bool],
 ) -> list[dict[str, Any]] | None:
     """The rows of a shard, or None if notice came before they were all there."""
@@ -362,8 +366,8 @@ def _shard_rows(
             row["judge_rejected"] = judgements[i].rejected
             if judge.verdict:
                 row["judge_verdict"] = judgements[i].verdict
-        if forms[i].ready is not None:
-            row["ready_chosen"], row["ready_rejected"] = forms[i].ready
+        if forms[i].precomputed is not None:
+            row["ready_chosen"], row["ready_rejected"] = forms[i].precomputed
         rows.append(row)
     return rows
 
@@ -374,7 +378,7 @@ def summary(split: str, dataset: prepared.Prepared) -> Table:
     table.add_row("pairs", str(len(dataset)))
     table.add_row("bad rows", str(dataset.meta["counts"]["bad_rows"]))
     if dataset.weight_columns:
-        table.add_row("ready-made weights", ", ".join(dataset.weight_columns))
+        table.add_row("precomputed weights", ", ".join(dataset.weight_columns))
     if not dataset.source_layers:
         return table
     figures = judge_figures(dataset)

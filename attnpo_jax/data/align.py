@@ -82,22 +82,31 @@ def align(
     out[..., copied_target] = mass[..., copied_source]
 
     spread = np.setdiff1d(np.arange(len(source)), copied_source)
-    if not len(spread):
-        return out
-    # From here on an empty source token stands on the character that inherits its mass.
-    spans = source[spread]
-    empty = spans[:, 0] == spans[:, 1]
-    start = np.minimum(spans[empty, 0], max(source_end, 1) - 1)
-    spans[empty] = np.stack([start, start + 1], axis=-1)
-    token, char, width = _characters(spans)
-    rows = mass[..., spread].reshape(-1, len(spread))
-    char_mass = _sum_by(rows[:, token] / width[token], char, num_chars)
-    # All wide targets take part: an empty source token may stand in a segment that was copied.
-    token, char, _ = _characters(target[wide_target])
-    owners = np.bincount(char, minlength=num_chars)
-    collected = _sum_by(char_mass[:, char] / owners[char], token, len(wide_target))
-    out[..., wide_target] += collected.reshape(*mass.shape[:-1], len(wide_target))
+    if len(spread):
+        # An empty source token stands on the character that inherits its mass.
+        spans = source[spread]
+        empty = spans[:, 0] == spans[:, 1]
+        start = np.minimum(spans[empty, 0], max(source_end, 1) - 1)
+        spans[empty] = np.stack([start, start + 1], axis=-1)
+        # All wide targets take part: an empty source token may stand in a segment that was copied.
+        collected = _by_characters(mass[..., spread], spans, target[wide_target], num_chars)
+        out[..., wide_target] += collected
     return out
+
+
+def _by_characters(
+    mass: np.ndarray, source: np.ndarray, target: np.ndarray, num_chars: int
+) -> np.ndarray:
+    """Mass (..., m) of target spans (m, 2) from the mass (..., n) of source spans (n, 2), spread
+    evenly over their characters; no span is empty.
+    """
+    rows = mass.reshape(-1, len(source))
+    token, char, width = _characters(source)
+    char_mass = _sum_by(rows[:, token] / width[token], char, num_chars)
+    token, char, _ = _characters(target)
+    owners = np.bincount(char, minlength=num_chars)
+    collected = _sum_by(char_mass[:, char] / owners[char], token, len(target))
+    return collected.reshape(*mass.shape[:-1], len(target))
 
 
 def close_gaps(spans: np.ndarray, length: int | None = None) -> np.ndarray:

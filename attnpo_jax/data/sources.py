@@ -120,8 +120,8 @@ def load_pairs(
     spread evenly over them, the same whenever they are the same.
 
     A pair's id is the example's `id`, else its `prompt_id`, else `NAME:NUMBER` with the source's
-    short name and the example's number. An id that was seen before gets `#2`,
-    `#3`, ... in order of appearance.
+    short name and the example's number. An id that was seen before gets `#2`, `#3`,
+    ... in order of appearance.
 
     Args:
         sources: one source or several, each as the module's docstring says.
@@ -176,21 +176,7 @@ def load_pairs(
 
     shares = [share for _, share in parsed if share is not None]
     if shares:
-        available = [len(places) for places in by_source]
-        counts = mixture.take(available, shares)
-        if 0 in counts:
-            found = ", ".join(
-                f"{name} has {n} pairs and gives {count}"
-                for name, n, count in zip(names, available, counts, strict=True)
-            )
-            raise ValueError(
-                f"no mixture has these shares and something of every source: {found}; accepted: "
-                "shares that the smallest source allows, or another source"
-            )
-        by_source = [
-            [places[i] for i in mixture.spread(len(places), count)]
-            for places, count in zip(by_source, counts, strict=True)
-        ]
+        by_source = _mixed(names, by_source, shares)
     places = list(itertools.chain.from_iterable(by_source))
 
     if bad_rows_path is not None and on_bad_row == "skip":
@@ -257,6 +243,27 @@ class _Source:
                 if stop_at_bad:
                     return good, bad
         return good, bad
+
+
+def _mixed(
+    names: Sequence[str], by_source: Sequence[list["_Place"]], shares: Sequence[float]
+) -> list[list["_Place"]]:
+    """What the largest mixture with these shares takes of each source."""
+    available = [len(places) for places in by_source]
+    counts = mixture.take(available, shares)
+    if 0 in counts:
+        found = ", ".join(
+            f"{name} has {n} pairs and gives {count}"
+            for name, n, count in zip(names, available, counts, strict=True)
+        )
+        raise ValueError(
+            f"no mixture has these shares and something of every source: {found}; accepted: "
+            "shares that the smallest source allows, or another source"
+        )
+    return [
+        [places[i] for i in mixture.spread(len(places), count)]
+        for places, count in zip(by_source, counts, strict=True)
+    ]
 
 
 def _first_columns(examples: Examples, team: Team) -> tuple[str, ...]:

@@ -10,7 +10,8 @@ from ml_collections import config_dict
 from attnpo_jax import config as config_lib
 from attnpo_jax.config.core import judge_layers
 from attnpo_jax.data import mixture
-from attnpo_jax.data.prepared import Prepared, PreparedMismatch, differences
+from attnpo_jax.data.manifest import PreparedMismatch, differences
+from attnpo_jax.data.prepared import Prepared
 from attnpo_jax.data.tokenize import ChatTokenizer
 from attnpo_jax.judge.prompt import JudgeTemplate
 from attnpo_jax.models.io import hf_folder as checkpoints

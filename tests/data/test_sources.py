@@ -227,7 +227,7 @@ BAD_ROWS = {
     "no chosen": ({"prompt": "p", "rejected": "a"}, "no `chosen`"),
     "equal": (GOOD | {"rejected": "Rivers. "}, "`chosen` equals `rejected`"),
     "white space": (GOOD | {"rejected": " \n\t"}, "`rejected` is empty or white space only"),
-    "row type": (["a", "b"], "a list; a row is an object"),
+    "row type": (["a", "b"], "a list; an example is an object"),
     "response type": (GOOD | {"chosen": 3}, "`chosen` is a number; accepted"),
     "prompt type": (GOOD | {"prompt": {"role": "user"}}, "`prompt` is an object"),
     "message type": (GOOD | {"prompt": ["Hi"]}, "message 1 of `prompt` is a string"),
@@ -372,7 +372,7 @@ def test_hub_id_without_split(source):
     ("name", "content", "message"),
     [
         ("rows.json", json.dumps(GOOD) + "\n" + json.dumps(GOOD), "ends in .jsonl"),
-        ("rows.json", '{"rows": []}', "a list of rows"),
+        ("rows.json", '{"rows": []}', "a list of examples"),
         ("rows.parquet", "no parquet", "not a Parquet file"),
         ("rows.arrow", "no arrow stream", "not an Arrow stream file"),
         ("rows.csv", "a,b", "'.csv'; accepted: .json, .jsonl"),
@@ -397,7 +397,7 @@ def test_single_file_with_split(tmp_path):
 
 def test_all_rows_bad(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [GOOD | {"chosen": ""}])
-    with pytest.raises(ValueError, match="all 1 rows are bad, the first one: `chosen` is empty"):
+    with pytest.raises(ValueError, match="all 1 examples are bad, the first one: `chosen` is empty"):
         load_pairs(path, on_bad_row="skip")
 
 

@@ -30,8 +30,9 @@ from tokenizers import models as tokenizer_models
 from attnpo_jax import config as config_lib
 from attnpo_jax.config.rules import ConfigError
 from attnpo_jax.data.batching import EvalBatches
+from attnpo_jax.data.manifest import PreparedMismatch
 from attnpo_jax.data.pair import BadExample
-from attnpo_jax.data.prepared import DamagedShard, Prepared, PreparedMismatch, PreparedWriter
+from attnpo_jax.data.prepared import DamagedShard, Prepared, PreparedWriter
 from attnpo_jax.data.sources import load_pairs
 from attnpo_jax.judge.figures import JudgeFigures, judge_figures
 from attnpo_jax.judge.judge import Judge, judge_pairs

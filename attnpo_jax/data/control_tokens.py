@@ -13,9 +13,11 @@ import tokenizers
 class Piece:
     """A stretch of a rendered conversation.
 
-    text: the characters. message: index of the message whose content this is; None for the
-    template's own text, the only text in which control tokens are recognised. trimmed: how many
-    characters the template cut off the content's left end.
+    Attributes:
+      text: the characters.
+      message: index of the message whose content this is; None for the template's own text, the
+        only text in which control tokens are recognised.
+      trimmed: how many characters the template cut off the content's left end.
     """
 
     text: str

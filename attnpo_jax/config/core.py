@@ -457,13 +457,13 @@ def _is_layer(config: config_dict.ConfigDict, num_layers: int) -> bool:
 
 
 def weight_columns(config: config_dict.ConfigDict) -> str | tuple[str, ...]:
-    """The ready-made weights to read: "all", or names, ready for `data.sources.load_pairs`."""
+    """The precomputed weights to read: "all", or names, ready for `data.sources.load_pairs`."""
     columns = config.data.weight_columns
     return "all" if columns == "all" else tuple(map(str, as_tuple(columns)))
 
 
 def check_columns(config: config_dict.ConfigDict, available: Sequence[str]) -> None:
-    """Checks `weighting.column` against the ready-made weights that there are.
+    """Checks `weighting.column` against the precomputed weights that there are.
 
     Raises:
       ConfigError: a column that the data lack.

@@ -39,15 +39,8 @@ def align(
         )
     if (source_ids is None) != (target_ids is None):
         raise ValueError("source_ids and target_ids are needed both or neither")
-    if source_ids is None:
-        source_ids, target_ids = np.zeros(len(source)), np.zeros(len(target))
-    source_ids, target_ids = np.asarray(source_ids), np.asarray(target_ids)
-    for name, ids, spans in (
-        ("source_ids", source_ids, source),
-        ("target_ids", target_ids, target),
-    ):
-        if ids.shape != (len(spans),):
-            raise ValueError(f"{name} has shape {ids.shape}, {(len(spans),)} is needed")
+    source_ids = _token_ids("source_ids", source_ids, source)
+    target_ids = _token_ids("target_ids", target_ids, target)
     if np.array_equal(source, target) and np.array_equal(source_ids, target_ids):
         return mass.copy()
 
@@ -59,10 +52,8 @@ def align(
         return out
     num_chars = max(source_end, target_end)
     segment_of_char = _segments(source, target, num_chars)
-    wide_source = np.flatnonzero(source[:, 1] > source[:, 0])
-    wide_target = np.flatnonzero(target[:, 1] > target[:, 0])
-    empty_source = np.flatnonzero(source[:, 1] == source[:, 0])
-    empty_target = np.flatnonzero(target[:, 1] == target[:, 0])
+    wide_source, empty_source = _wide_and_empty(source)
+    wide_target, empty_target = _wide_and_empty(target)
 
     copied_source, copied_target = _same_groups(
         segment_of_char[source[wide_source, 0]],
@@ -82,22 +73,45 @@ def align(
     out[..., copied_target] = mass[..., copied_source]
 
     spread = np.setdiff1d(np.arange(len(source)), copied_source)
-    if not len(spread):
-        return out
-    # From here on an empty source token stands on the character that inherits its mass.
-    spans = source[spread]
-    empty = spans[:, 0] == spans[:, 1]
-    start = np.minimum(spans[empty, 0], max(source_end, 1) - 1)
-    spans[empty] = np.stack([start, start + 1], axis=-1)
-    token, char, width = _characters(spans)
-    rows = mass[..., spread].reshape(-1, len(spread))
-    char_mass = _sum_by(rows[:, token] / width[token], char, num_chars)
-    # All wide targets take part: an empty source token may stand in a segment that was copied.
-    token, char, _ = _characters(target[wide_target])
-    owners = np.bincount(char, minlength=num_chars)
-    collected = _sum_by(char_mass[:, char] / owners[char], token, len(wide_target))
-    out[..., wide_target] += collected.reshape(*mass.shape[:-1], len(wide_target))
+    if len(spread):
+        # An empty source token stands on the character that inherits its mass.
+        spans = source[spread]
+        empty = spans[:, 0] == spans[:, 1]
+        start = np.minimum(spans[empty, 0], max(source_end, 1) - 1)
+        spans[empty] = np.stack([start, start + 1], axis=-1)
+        # All wide targets take part: an empty source token may stand in a segment that was copied.
+        collected = _by_characters(mass[..., spread], spans, target[wide_target], num_chars)
+        out[..., wide_target] += collected
     return out
+
+
+def _token_ids(name: str, ids: np.ndarray | None, spans: np.ndarray) -> np.ndarray:
+    """The ids (n,) of tokens with these spans (n, 2), all 0 where none are given."""
+    ids = np.zeros(len(spans)) if ids is None else np.asarray(ids)
+    if ids.shape != (len(spans),):
+        raise ValueError(f"{name} has shape {ids.shape}, {(len(spans),)} is needed")
+    return ids
+
+
+def _wide_and_empty(spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the spans (n, 2) with characters, and of those without."""
+    wide = spans[:, 1] > spans[:, 0]
+    return np.flatnonzero(wide), np.flatnonzero(~wide)
+
+
+def _by_characters(
+    mass: np.ndarray, source: np.ndarray, target: np.ndarray, num_chars: int
+) -> np.ndarray:
+    """Mass (..., m) of target spans (m, 2) from the mass (..., n) of source spans (n, 2), spread
+    evenly over their characters; no span is empty.
+    """
+    rows = mass.reshape(-1, len(source))
+    token, char, width = _characters(source)
+    char_mass = _sum_by(rows[:, token] / width[token], char, num_chars)
+    token, char, _ = _characters(target)
+    owners = np.bincount(char, minlength=num_chars)
+    collected = _sum_by(char_mass[:, char] / owners[char], token, len(target))
+    return collected.reshape(*mass.shape[:-1], len(target))
 
 
 def close_gaps(spans: np.ndarray, length: int | None = None) -> np.ndarray:

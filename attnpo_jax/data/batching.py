@@ -5,7 +5,7 @@ over. Short pairs share rows. A batch's shape is one of at most `num_buckets` (`
 from the data's own lengths, so that a run compiles its step no more often than that.
 
 Shapes: n microbatches, B rows, L row length, M scored tokens a row, G pairs a row, T response
-tokens, S source layers, K columns of ready-made weights; axes of size 2 are (chosen, rejected) or
+tokens, S source layers, K columns of precomputed weights; axes of size 2 are (chosen, rejected) or
 the judge's two orders.
 """
 
@@ -40,7 +40,7 @@ class PairBatch:
       judge_BG22ST: float32 raw judge attention by response, order, source layer, token.
       verdict_BG2: float32 log-odds, by order, that the judge prefers the chosen response; NaN
         where that was not asked for.
-      ready_BG2KT: float32 ready-made weights by response, column, token; None without any.
+      ready_BG2KT: float32 precomputed weights by response, column, token; None without any.
       valid_BG: bool, slots that hold a pair.
       pair_BG: int32 row of the prepared dataset, -1 for empty slots.
     """
@@ -135,7 +135,7 @@ def fill_rows(
     """Lays examples out in rows: `rows[b]` are the pairs of row b, one after another.
 
     The judge's attention has `num_sources` (S) layers; `num_columns` (K) is how many columns of
-    ready-made weights the pairs have.
+    precomputed weights the pairs have.
 
     Raises:
       ValueError: a row's pairs do not fit into the shape.

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from attnpo_jax.data import mixture
-from attnpo_jax.data.prepared import PreparedMismatch
+from attnpo_jax.data.manifest import PreparedMismatch
 
 # By component, the config's field that decides it, where that has another name.
 _FIELDS = {

@@ -1,19 +1,17 @@
 """Token weights that come with the data, and how they get to the tokens that are trained on.
 
-The form in which the method's authors publish their datasets: beside a pair's texts a row holds
-`chosen_tokens` and `rejected_tokens` (the response's tokens as the judge saw them: ids, texts, or
-the vocabulary's entries, as `Ġworld`, `▁world` and `<0x0A>`) and, for each source of weights,
-`chosen_weights_<name>` and `rejected_weights_<name>`, one number a token. A name is mostly a
-layer's number, counted from 0; `attention_rollout` is one too.
+The form in which the method's authors publish their datasets: beside a pair's texts an example
+holds `chosen_tokens` and `rejected_tokens` (the response's tokens as the judge saw them: ids,
+texts, or the vocabulary's entries, as `Ġworld`, `▁world` and `<0x0A>`) and, for each source of
+weights, `chosen_weights_<name>` and `rejected_weights_<name>`, one number a token. A name is mostly
+a layer's number, counted from 0; `attention_rollout` is one too.
 
 These tokens need not be those that are trained on: another tokenizer may have made them, and the
 judge may have seen only the beginning of a response, or the template's text behind it. So they are
 read as text, found in the response, and their weights carried over by characters.
 """
 
-import dataclasses
 import functools
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,10 +22,8 @@ import tokenizers
 from tokenizers import pre_tokenizers
 
 from attnpo_jax.data.align import align
-from attnpo_jax.data.formats import Unfit
-from attnpo_jax.data.tokenize import TokenizedPair, UnfitPair
-
-SIDES = ("chosen", "rejected")
+from attnpo_jax.data.pair import SIDES, BadExample, PrecomputedWeights
+from attnpo_jax.data.tokenize import TokenizedPair
 
 # After a difference, tokens and response are taken to agree again where this many characters do,
 # and nothing is looked for further off than that many.
@@ -36,32 +32,8 @@ _AGREEMENT, _REACH = 8, 48
 _LEAST_FOUND = 0.8
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class ReadyWeights:
-    """A pair's ready-made weights.
-
-    Attributes:
-      tokens: by side (`chosen`, `rejected`): ids, int32 (T,), or strings, the tokens' texts or the
-        vocabulary's entries.
-      weights: by side: float32 (K, T), one row a column.
-    """
-
-    tokens: Mapping[str, np.ndarray | tuple[str, ...]]
-    weights: Mapping[str, np.ndarray]
-
-    def digest(self) -> bytes:
-        """sha256 of tokens and weights."""
-        digest = hashlib.sha256()
-        for side in SIDES:
-            tokens = self.tokens[side]
-            ids = isinstance(tokens, np.ndarray)
-            digest.update(tokens.tobytes() if ids else json.dumps(tokens).encode())
-            digest.update(self.weights[side].tobytes())
-        return digest.digest()
-
-
 def names(fields: Iterable[str]) -> tuple[str, ...]:
-    """The names of the weights that a row or table of these fields has for both responses.
+    """The names of the weights that an example or table of these fields has for both responses.
 
     Numbers come last, in ascending order, so that the last name is the last layer's.
     """
@@ -78,43 +50,43 @@ def names(fields: Iterable[str]) -> tuple[str, ...]:
 
 
 def is_field(name: str) -> bool:
-    """Whether a field of this name belongs to some ready-made weights."""
+    """Whether a field of this name belongs to precomputed weights."""
     return name.startswith(
         tuple(f"{side}_{part}" for side in SIDES for part in ("weights_", "tokens"))
     )
 
 
 def fields(columns: Iterable[str]) -> list[str]:
-    """The fields of a row that hold these weights and their tokens."""
+    """The fields of an example that hold these weights and their tokens."""
     return [f"{side}_tokens" for side in SIDES] + [
         f"{side}_weights_{column}" for column in columns for side in SIDES
     ]
 
 
-def read(row: Mapping[str, Any], columns: Sequence[str]) -> ReadyWeights:
-    """The weights in a row of a source.
+def read(example: Mapping[str, Any], columns: Sequence[str]) -> PrecomputedWeights:
+    """The weights in an example of a source.
 
     Raises:
-      Unfit: a field is missing, or is not what it should be.
+      BadExample: a field is missing, or is not what it should be.
     """
     if not columns:
-        raise Unfit("no `chosen_weights_<name>` and `rejected_weights_<name>`")
+        raise BadExample("no `chosen_weights_<name>` and `rejected_weights_<name>`")
     tokens, weights = {}, {}
     for side in SIDES:
-        tokens[side] = _tokens(row.get(f"{side}_tokens"), f"{side}_tokens")
+        tokens[side] = _tokens(example.get(f"{side}_tokens"), f"{side}_tokens")
         length = len(tokens[side])
         weights[side] = np.stack(
             [
-                _numbers(row.get(f"{side}_weights_{c}"), f"{side}_weights_{c}", length)
+                _numbers(example.get(f"{side}_weights_{c}"), f"{side}_weights_{c}", length)
                 for c in columns
             ]
         )
-    return ReadyWeights(tokens, weights)
+    return PrecomputedWeights(tokens, weights)
 
 
 def _tokens(value: Any, field: str) -> np.ndarray | tuple[str, ...]:
     if not isinstance(value, list) or not value:
-        raise Unfit(
+        raise BadExample(
             f"`{field}` is {_found(value)}; accepted: a list of token ids, of their texts, or of "
             "the vocabulary's entries"
         )
@@ -122,7 +94,7 @@ def _tokens(value: Any, field: str) -> np.ndarray | tuple[str, ...]:
         return tuple(value)
     if all(_is_number(token, int) and 0 <= token < 2**31 for token in value):
         return np.array(value, np.int32)
-    raise Unfit(
+    raise BadExample(
         f"`{field}` holds something else than token ids, or than strings (the tokens' texts, or "
         "the vocabulary's entries)"
     )
@@ -130,11 +102,11 @@ def _tokens(value: Any, field: str) -> np.ndarray | tuple[str, ...]:
 
 def _numbers(value: Any, field: str, length: int) -> np.ndarray:
     if not isinstance(value, list):
-        raise Unfit(f"`{field}` is {_found(value)}; accepted: a list of numbers, one a token")
+        raise BadExample(f"`{field}` is {_found(value)}; accepted: a list of numbers, one a token")
     if len(value) != length:
-        raise Unfit(f"`{field}` has {len(value)} numbers for {length} tokens")
+        raise BadExample(f"`{field}` has {len(value)} numbers for {length} tokens")
     if not all(_is_number(x, (int, float)) and math.isfinite(x) and x >= 0 for x in value):
-        raise Unfit(f"`{field}` holds something else than numbers of 0 or more")
+        raise BadExample(f"`{field}` holds something else than numbers of 0 or more")
     return np.array(value, np.float32)
 
 
@@ -148,7 +120,7 @@ def _found(value: Any) -> str:
 
 
 class WeightReader:
-    """Carries ready-made weights over to the tokens that are trained on.
+    """Carries precomputed weights over to the tokens that are trained on.
 
     Args:
       tokenizer: what made the tokens, where they are ids or the vocabulary's entries.
@@ -163,29 +135,33 @@ class WeightReader:
     def _bytes(self) -> "_TokenBytes":
         return _TokenBytes(self._tokenizer, self._origin)
 
-    def carry(self, ready: ReadyWeights, chosen: str, rejected: str, pair: TokenizedPair):
+    def carry(
+        self, precomputed: PrecomputedWeights, chosen: str, rejected: str, pair: TokenizedPair
+    ):
         """Weights of the text tokens of a pair as it is trained on.
 
         Args:
-          ready: the pair's ready-made weights.
+          precomputed: the pair's precomputed weights.
           chosen, rejected: its responses.
           pair: as it is trained on.
 
         Returns:
           (chosen's, rejected's): float32 (K, text length). Their sums over the tokens are those of
-          the ready-made ones, as far as the text was not cut off for training. Where the tokens are
-          the same, so are the weights.
+          the precomputed ones, as far as the text was not cut off for training. Where the tokens
+          are the same, so are the weights.
 
         Raises:
-          UnfitPair: the tokens are not those of the responses.
+          BadExample: the tokens are not those of the responses.
         """
         return tuple(
-            self._carry(side, ready, text.strip() or " ", pair)
+            self._carry(side, precomputed, text.strip() or " ", pair)
             for side, text in zip(SIDES, (chosen, rejected), strict=True)
         )
 
-    def _carry(self, side: str, ready: ReadyWeights, text: str, pair: TokenizedPair) -> np.ndarray:
-        tokens, weights_KT = ready.tokens[side], ready.weights[side]
+    def _carry(
+        self, side: str, precomputed: PrecomputedWeights, text: str, pair: TokenizedPair
+    ) -> np.ndarray:
+        tokens, weights_KT = precomputed.tokens[side], precomputed.weights[side]
         ids = getattr(pair, f"{side}_ids")[: getattr(pair, f"{side}_text_length")]
         located = None
         if not isinstance(tokens, np.ndarray):
@@ -207,11 +183,11 @@ class WeightReader:
                 located = by_id
         if located is None:
             read = b"".join(pieces).decode(errors="replace")
-            raise UnfitPair(
+            raise BadExample(
                 f"`{side}_tokens` read {read[:40]!r}..., the response {text[:40]!r}...: they are "
                 f"of another text, or of another tokenizer than {self._origin} "
                 "(data.weights_tokenizer names the one that made them)",
-                pair.id,
+                id=pair.id,
             )
         spans, _ = located
         return align(weights_KT, spans, getattr(pair, f"{side}_spans")).astype(np.float32)
@@ -246,7 +222,7 @@ class _TokenBytes:
 
         Raises:
           ValueError: the tokenizer is of neither kind.
-          UnfitPair: it has no such token.
+          BadExample: it has no such token.
         """
         if not self._is_readable:
             raise ValueError(
@@ -260,10 +236,10 @@ class _TokenBytes:
     def _read(self, token_id: int, pair_id: str) -> bytes:
         token = self._token_of(token_id)
         if token is None:
-            raise UnfitPair(
+            raise BadExample(
                 f"token {token_id} is not in the vocabulary of {self._origin} "
                 "(data.weights_tokenizer names the tokenizer that made the tokens)",
-                pair_id,
+                id=pair_id,
             )
         if self._byte_of is not None:
             if token_id in self._added:

@@ -17,67 +17,36 @@ A folder that `datasets.load_from_disk` reads:
 
 `components` is a JSON object. Some of its entries have a meaning here: `source_layers`, a list of
 layer indices (S of them, none without a judge), `num_layers`, the model's number of layers, and
-`weight_columns`, if there are any: the names of the ready-made weights (K of them).
+`weight_columns`, if there are any: the names of the precomputed weights (K of them).
 """
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import os
 import pathlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
 
-import attnpo_jax
 from attnpo_jax.data import shards
-from attnpo_jax.runtime import atomic
-
-FORMAT = 1
-PLAN, METADATA = "plan.json", "prepared.json"
-RECORDED_VERSIONS = (
-    "datasets",
-    "flax",
-    "jax",
-    "numpy",
-    "pyarrow",
-    "tokenizers",
-    "transformers",
+from attnpo_jax.data.manifest import (
+    FORMAT,
+    METADATA,
+    PLAN,
+    canonical,
+    check_components,
+    features,
+    file_digest,
+    fingerprint,
+    read_json,
+    versions,
 )
-
-
-class PreparedMismatch(ValueError):
-    """The folder holds a dataset that was prepared from something else.
-
-    Attributes:
-        differences: component name (nested ones joined by dots) -> (value on disk, value wanted).
-        path: the folder.
-
-    Args:
-        named: turns a component's name into what a reader knows it by.
-    """
-
-    def __init__(
-        self,
-        path: pathlib.Path,
-        differences: dict[str, tuple[Any, Any]],
-        named: Callable[[str], str] = str,
-    ):
-        lines = [
-            f"  {named(name)}: on disk {_short(on_disk)}, config {_short(wanted)}"
-            for name, (on_disk, wanted) in differences.items()
-        ]
-        super().__init__(
-            f"{path} was prepared with other settings:\n"
-            + "\n".join(lines)
-            + "\nAccepted: the settings on disk, another workdir, or this folder deleted."
-        )
-        self.path, self.differences = path, differences
+from attnpo_jax.runtime import atomic
 
 
 class DamagedShard(ValueError):
@@ -90,18 +59,6 @@ class DamagedShard(ValueError):
         self.file = file
 
 
-def fingerprint(components: Mapping[str, Any]) -> str:
-    """sha256 (hex) of the components as canonical JSON; tuples count as lists.
-
-    Raises:
-        TypeError, ValueError: a component has no JSON form (NaN has none either).
-    """
-    text = json.dumps(
-        _canonical(components), sort_keys=True, separators=(",", ":"), ensure_ascii=True
-    )
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def status(path: str | os.PathLike, components: Mapping[str, Any]) -> str:
     """`absent`, `partial` (some shards or the metadata still to write) or `complete`.
 
@@ -111,10 +68,10 @@ def status(path: str | os.PathLike, components: Mapping[str, Any]) -> str:
         PreparedMismatch: the folder belongs to other components.
     """
     path = pathlib.Path(path)
-    _check_components(path, components)
-    metadata = _read_json(path / METADATA)
+    check_components(path, components)
+    metadata = read_json(path / METADATA)
     if metadata is None:
-        return "absent" if _read_json(path / PLAN) is None else "partial"
+        return "absent" if read_json(path / PLAN) is None else "partial"
     whole = all(
         (path / shard["file"]).is_file() and (path / shard["file"]).stat().st_size == shard["bytes"]
         for shard in metadata["shards"]
@@ -170,16 +127,16 @@ class PreparedWriter:
                 raise ValueError(f"components lack {name!r}; found: {', '.join(components)}")
 
         self.path = pathlib.Path(path)
-        self._components = _canonical(components)
+        self._components = canonical(components)
         self._num_rows = num_rows
         self._ids = ids
         self._process_index, self._process_count = process_index, process_count
-        self._features = _features(self._components)
+        self._features = features(self._components)
         self._digests: dict[str, str] = {}
 
         self.path.mkdir(parents=True, exist_ok=True)
-        _check_components(self.path, self._components, num_rows)
-        plan = _read_json(self.path / PLAN) or _read_json(self.path / METADATA)
+        check_components(self.path, self._components, num_rows)
+        plan = read_json(self.path / PLAN) or read_json(self.path / METADATA)
         if plan is None:
             if any(self.path.glob("*.arrow")):
                 raise FileExistsError(
@@ -191,7 +148,7 @@ class PreparedWriter:
                 "num_rows": num_rows,
                 "rows_per_shard": rows_per_shard,
             }
-            _write_json(self.path / PLAN, plan)
+            atomic.write_json(self.path / PLAN, plan)
         self.rows_per_shard: int = plan["rows_per_shard"]
         self.num_shards = -(-num_rows // self.rows_per_shard)
 
@@ -312,7 +269,7 @@ class PreparedWriter:
                     "file": file.name,
                     "rows": stop - start - len(self.bad_rows(shard)),
                     "bytes": file.stat().st_size,
-                    "sha256": self._digests.get(file.name) or _file_digest(file),
+                    "sha256": self._digests.get(file.name) or file_digest(file),
                 }
             )
         content_digest = hashlib.sha256(json.dumps(written).encode()).hexdigest()
@@ -334,14 +291,14 @@ class PreparedWriter:
             "planned_rows": self._num_rows,
             "rows_per_shard": self.rows_per_shard,
             "shards": written,
-            "counts": _canonical(counts),
-            "versions": _versions(),
+            "counts": canonical(counts),
+            "versions": versions(),
         }
         for leftover in self.path.glob(atomic.temporary_pattern("*")):
             leftover.unlink()
-        _write_json(self.path / "state.json", state)
-        _write_json(self.path / "dataset_info.json", info)
-        _write_json(self.path / METADATA, metadata)
+        atomic.write_json(self.path / "state.json", state)
+        atomic.write_json(self.path / "dataset_info.json", info)
+        atomic.write_json(self.path / METADATA, metadata)
 
     def _own_shards(self) -> range:
         return range(self._process_index, self.num_shards, self._process_count)
@@ -359,7 +316,7 @@ class PreparedWriter:
 
     def _recorded_digests(self) -> dict[str, str]:
         """File name -> sha256 of a finished dataset's shards, but for those written anew since."""
-        metadata = _read_json(self.path / METADATA) or {"shards": []}
+        metadata = read_json(self.path / METADATA) or {"shards": []}
         return {shard["file"]: shard["sha256"] for shard in metadata["shards"]} | self._digests
 
     def _fault(self, shard: int, recorded: Mapping[str, str]) -> str | None:
@@ -367,7 +324,7 @@ class PreparedWriter:
         file = self.path / self.shard_name(shard)
         if not file.is_file():
             return "missing"
-        if file.name in recorded and _file_digest(file) != recorded[file.name]:
+        if file.name in recorded and file_digest(file) != recorded[file.name]:
             return "not the bytes that were written"
         start, stop = self.row_range(shard)
         try:
@@ -402,18 +359,18 @@ class Prepared:
             DamagedShard: a shard is missing or its bytes have changed; the message says what to do.
         """
         path = pathlib.Path(path)
-        meta = _read_json(path / METADATA)
+        meta = read_json(path / METADATA)
         if meta is None:
             raise FileNotFoundError(f"{path} has no {METADATA}: not prepared, or not to the end")
         if meta["format"] != FORMAT:
             raise ValueError(f"{path / METADATA}: format {meta['format']}; accepted: {FORMAT}")
-        expected = _features(meta["components"])
+        expected = features(meta["components"])
         tables = []
         for shard in meta["shards"]:
             file = path / shard["file"]
             if not file.is_file():
                 raise DamagedShard(file, "missing", "")
-            found = _file_digest(file)
+            found = file_digest(file)
             if found != shard["sha256"]:
                 raise DamagedShard(
                     file,
@@ -437,7 +394,7 @@ class Prepared:
 
     @property
     def weight_columns(self) -> tuple[str, ...]:
-        """The names of the ready-made weights (K of them) in the `ready` columns, in that order."""
+        """The names of the precomputed weights (K of them), in the order of the `ready` columns."""
         return tuple(self._meta["components"].get("weight_columns", ()))
 
     @property
@@ -450,7 +407,7 @@ class Prepared:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Row `index`: id (str), text lengths (int), int32 ids, float32 log-probs, and, where the
-        dataset has them, judge (2, S, T) and ready-made weights (K, T).
+        dataset has them, judge (2, S, T) and precomputed weights (K, T).
 
         Raises:
             IndexError: `index` is not within -len and len - 1.
@@ -470,82 +427,3 @@ class Prepared:
             name: np.concatenate([shard.lengths(f"{name}_ids") for shard in self._shards])
             for name in ("prompt", "chosen", "rejected")
         }
-
-
-# Metadata.
-
-
-def _features(components: Mapping[str, Any]) -> datasets.Features:
-    return shards.features(
-        len(components["source_layers"]),
-        len(components.get("weight_columns", ())),
-        verdict=(components.get("judge") or {}).get("verdict", True),
-    )
-
-
-def _check_components(
-    path: pathlib.Path, components: Mapping[str, Any], num_rows: int | None = None
-) -> None:
-    wanted = {"format": FORMAT, **_canonical(components)}
-    if num_rows is not None:
-        wanted["num_rows"] = num_rows
-    for name in (METADATA, PLAN):
-        found = _read_json(path / name)
-        if found is None:
-            continue
-        on_disk = {"format": found["format"], **found["components"]}
-        if num_rows is not None:
-            on_disk["num_rows"] = found.get("planned_rows", found["num_rows"])
-        found_differences = differences(on_disk, wanted)
-        if found_differences:
-            raise PreparedMismatch(path, found_differences)
-
-
-def differences(
-    on_disk: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = ""
-) -> dict[str, tuple[Any, Any]]:
-    """Components that differ: name, nested ones joined by dots -> (on disk, wanted)."""
-    on_disk, wanted = _canonical(on_disk), _canonical(wanted)
-    found: dict[str, tuple[Any, Any]] = {}
-    for name in sorted(set(on_disk) | set(wanted)):
-        old, new = on_disk.get(name), wanted.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found |= differences(old, new, f"{prefix}{name}.")
-        elif old != new or (name in on_disk) != (name in wanted):
-            found[f"{prefix}{name}"] = (old, new)
-    return found
-
-
-def _canonical(value: Any) -> Any:
-    """The value as it comes back from JSON (tuples as lists, keys as strings)."""
-    return json.loads(json.dumps(value, allow_nan=False))
-
-
-def _short(value: Any, limit: int = 100) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
-
-
-def _read_json(file: pathlib.Path) -> dict[str, Any] | None:
-    """The file's content, or None if there is no such file."""
-    try:
-        return json.loads(file.read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise ValueError(f"{file}: not readable ({error}); delete it and prepare again") from error
-
-
-def _write_json(file: pathlib.Path, content: Any) -> None:
-    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
-    atomic.write_atomically(file, text.encode())
-
-
-def _file_digest(file: pathlib.Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def _versions() -> dict[str, str]:
-    versions = {name: importlib.metadata.version(name) for name in RECORDED_VERSIONS}
-    return {"attnpo_jax": attnpo_jax.__version__} | versions

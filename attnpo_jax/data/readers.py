@@ -1,10 +1,9 @@
-"""The rows of a source, whatever it is, each of which can be read without those before it.
+"""The examples of a source, whatever it is, each read without those before it.
 
 Several processes may read one source together: each looks at a part of it only.
 """
 
 import bisect
-import dataclasses
 import functools
 import itertools
 import json
@@ -19,7 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from attnpo_jax.data.formats import Unfit
+from attnpo_jax.data.pair import BadExample
+from attnpo_jax.runtime.team import Team
 
 ACCEPTED_SOURCES = (
     "builtin:train, builtin:eval, a .json, .jsonl, .parquet or .arrow file, a folder saved by "
@@ -37,37 +37,14 @@ _READ = mmap.ACCESS_READ
 _Fields = Callable[[str], bool]  # whether a column of a table is wanted
 
 
-@dataclasses.dataclass(frozen=True)
-class Team:
-    """The processes that read a source together.
-
-    Attributes:
-      index: this process among them, from 0.
-      count: how many they are.
-      exchange: takes what this process says, and gives what each says, in their order. All must
-        come to the same exchanges.
-    """
-
-    index: int = 0
-    count: int = 1
-    exchange: Callable[[Any], list[Any]] = lambda value: [value]
-
-    def part(self, total: int) -> range:
-        """The places of this process's part of a sequence; the parts follow one another."""
-        return range(total * self.index // self.count, total * (self.index + 1) // self.count)
-
-
-ALONE = Team()
-
-
-class Rows(Protocol):
-    """A source that is open. The place of a row is its number less 1."""
+class Examples(Protocol):
+    """A source that is open. The place of an example is its number less 1."""
 
     def __len__(self) -> int:
-        """How many places there are; some may hold no row."""
+        """How many places there are; some may hold no example."""
 
     def read(self, places: Sequence[int]) -> Iterator[tuple[int, Any]]:
-        """Rows with their numbers, a row being whatever was found.
+        """Examples with their numbers, an example being whatever was found.
 
         Args:
           places: in ascending order. What is read of a table is all held at once.
@@ -108,8 +85,8 @@ def _hub_id(source: str) -> HubSplit | None:
     return HubSplit(**{field: hub[field] for field in HubSplit._fields})
 
 
-def open_source(source: str, fields: _Fields, team: Team) -> tuple[str, Rows]:
-    """A source's short name (for fallback ids) and its rows.
+def open_source(source: str, fields: _Fields, team: Team) -> tuple[str, Examples]:
+    """A source's short name (for fallback ids) and its examples.
 
     Args:
       source: as `sources` describes it.
@@ -150,7 +127,7 @@ def open_source(source: str, fields: _Fields, team: Team) -> tuple[str, Rows]:
     return source, _Table(dataset, source, fields)
 
 
-def _open_file(path: pathlib.Path, source: str, fields: _Fields, team: Team) -> Rows:
+def _open_file(path: pathlib.Path, source: str, fields: _Fields, team: Team) -> Examples:
     match path.suffix:
         case ".jsonl":
             return _JsonLines(path, team)
@@ -169,7 +146,7 @@ def _open_file(path: pathlib.Path, source: str, fields: _Fields, team: Team) -> 
 
 
 class _JsonLines:
-    """A file of one object a line; blank lines are no rows."""
+    """A file of one object a line; blank lines are no examples."""
 
     def __init__(self, path: pathlib.Path, team: Team):
         self._path = path
@@ -198,7 +175,7 @@ class _JsonLines:
                     # utf-8-sig: some editors put a byte order mark before the first line.
                     yield place + 1, json.loads(line.decode("utf-8-sig"))
                 except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                    yield place + 1, Unfit(f"not a line of JSON ({error})")
+                    yield place + 1, BadExample(f"not a line of JSON ({error})")
 
 
 class _JsonList:
@@ -211,15 +188,15 @@ class _JsonList:
             raise ValueError(
                 f"{source}: not a JSON file ({error}); a file with one object a line ends in .jsonl"
             ) from error
-        self._rows = content.get("data") if isinstance(content, dict) else content
-        if not isinstance(self._rows, list):
-            raise ValueError(f'{source}: accepted is a list of rows or {{"data": [rows]}}')
+        self._examples = content.get("data") if isinstance(content, dict) else content
+        if not isinstance(self._examples, list):
+            raise ValueError(f'{source}: accepted is a list of examples or {{"data": [examples]}}')
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._examples)
 
     def read(self, places: Sequence[int]) -> Iterator[tuple[int, Any]]:
-        return ((place + 1, self._rows[place]) for place in places)
+        return ((place + 1, self._examples[place]) for place in places)
 
 
 class _Parquet:

@@ -39,7 +39,7 @@ _TEXT_LENGTHS = ("chosen_text_length", "rejected_text_length")
 
 def features(num_sources: int, num_columns: int = 0, verdict: bool = True) -> datasets.Features:
     """The columns of a prepared dataset with `num_sources` (S) source layers and `num_columns` (K)
-    columns of ready-made weights; of the judge's, `verdict` or none.
+    columns of precomputed weights; of the judge's, `verdict` or none.
     """
     int_list = datasets.List(datasets.Value("int32"))
     float_list = datasets.List(datasets.Value("float32"))

@@ -12,7 +12,7 @@ A source is named by one string:
 
 Several sources are read one after another; with shares (see `mixture`) they are mixed.
 
-A row holds `chosen`, `rejected` and perhaps `prompt`, `id` or `prompt_id`; other fields are
+An example holds `chosen`, `rejected` and perhaps `prompt`, `id` or `prompt_id`; other fields are
 ignored. Three forms are accepted:
 
 - explicit prompt: `prompt` is a string (one user turn), a list of chat messages, or an hh-rlhf
@@ -35,14 +35,15 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from attnpo_jax.data import mixture
-from attnpo_jax.data import precomputed_weights as ready_weights
-from attnpo_jax.data.formats import Pair, Unfit, own_id, pair_of_row
-from attnpo_jax.data.readers import ACCEPTED_SOURCES, ALONE, Rows, Team, check_alike, open_source
+from attnpo_jax.data import mixture, precomputed_weights
+from attnpo_jax.data.formats import own_id, pair_of_example
+from attnpo_jax.data.pair import BadExample, Pair
+from attnpo_jax.data.readers import ACCEPTED_SOURCES, Examples, check_alike, open_source
 from attnpo_jax.runtime import atomic
+from attnpo_jax.runtime.team import ALONE, Team
 
 _FIELDS = ("id", "prompt_id", "prompt", "chosen", "rejected")
-_AT_ONCE = 1024  # rows turned into Python objects at once, so that a big file is never held twice
+_AT_ONCE = 1024  # examples that are Python objects at once, so that no big file is held twice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +53,8 @@ class LoadedPairs:
     Attributes:
         pairs: in source order; read from there when they are asked for, so `list(pairs)` is the way
             to hold them all.
-        bad_rows: the skipped rows: `{"file", "row", "reason"}`, `"id"` if any.
-        weight_columns: names of the ready-made weights that every pair has.
+        bad_rows: the skipped examples: `{"file", "row", "reason"}`, `"id"` if any.
+        weight_columns: names of the precomputed weights that every pair has.
     """
 
     pairs: "Pairs"
@@ -97,39 +98,10 @@ class Pairs(Sequence[Pair]):
                 pair = found.get(place.place)
                 if not isinstance(pair, Pair) or _pair_digest(pair) != place.digest:
                     raise ValueError(
-                        f"{source.name}, row {place.place + 1}: another one than when the pairs "
-                        "were loaded; accepted: sources that stay as they are during a run"
+                        f"{source.name}, example {place.place + 1}: another one than when the "
+                        "pairs were loaded; accepted: sources that stay as they are during a run"
                     )
                 yield pair if pair.id == place.id else dataclasses.replace(pair, id=place.id)
-
-
-class BadRow(ValueError):
-    """A row that is no preference pair.
-
-    Attributes:
-        file: the source as the user named it.
-        row: 1-based; the line number in a `.jsonl` file, the place in the list or table elsewhere.
-        reason: what was found, and what would be accepted.
-        id: the row's id, or None when it has none.
-    """
-
-    def __init__(self, file: str, row: int, reason: str, id: str | None = None):
-        super().__init__(f"{file}, row {row}: {reason}")
-        self.file = file
-        self.row = row
-        self.reason = reason
-        self.id = id
-
-    @classmethod
-    def of(cls, pair: Pair, reason: str) -> "BadRow":
-        """The row of a pair that `load_pairs` took for good."""
-        file, row = pair.origin or (f"pair {pair.id}", 1)
-        return cls(file, row, reason, pair.id)
-
-    def as_record(self) -> dict[str, Any]:
-        """The line that `bad_rows.jsonl` holds for this row."""
-        record = {"file": self.file, "row": self.row, "reason": self.reason}
-        return record if self.id is None else record | {"id": self.id}
 
 
 def load_pairs(
@@ -147,21 +119,22 @@ def load_pairs(
     its share gives all its pairs, and makes the whole smaller. What is taken of the others is
     spread evenly over them, the same whenever they are the same.
 
-    A pair's id is the row's `id`, else its `prompt_id`, else `NAME:ROW` with the source's short
-    name and the row number. An id that was seen before gets `#2`, `#3`, ... in order of appearance.
+    A pair's id is the example's `id`, else its `prompt_id`, else `NAME:NUMBER` with the source's
+    short name and the example's number. An id that was seen before gets `#2`, `#3`,
+    ... in order of appearance.
 
     Args:
         sources: one source or several, each as the module's docstring says.
-        on_bad_row: `error` raises at the first bad row; `skip` leaves bad rows out and lists them.
-        bad_rows_path: where `skip` writes the bad rows, as JSON lines; an old file there is
-            replaced, or removed when no row is bad.
-        weight_columns: names of ready-made token weights to read (see `ready_weights`); `all` for
-            those of the first row that has any. A row without them is a bad one.
-        team: the processes that load the same sources together. Each reads a part of the rows, and
-            learns of the others' what their pairs are, but not their texts.
+        on_bad_row: `error` raises at the first bad example; `skip` leaves these out and lists them.
+        bad_rows_path: where `skip` writes the bad examples, as JSON lines; an old file there is
+            replaced, or removed when none is bad.
+        weight_columns: names of precomputed weights to read (see `precomputed_weights`); `all` for
+            those of the first example that has any. An example without them is a bad one.
+        team: the processes that load the same sources together. Each reads a part of the
+            examples, and gets the others' ids and digests, but not their texts.
 
     Raises:
-        BadRow: a row is no preference pair and `on_bad_row` is `error`.
+        BadExample: an example is no preference pair and `on_bad_row` is `error`.
         FileNotFoundError: a source is neither a file, a folder nor a hub id.
         ValueError: a file can't be parsed as what its ending says, a split or column is missing,
             or no pair is left.
@@ -175,53 +148,39 @@ def load_pairs(
 
     every_column = weight_columns == "all"
     columns = () if every_column else tuple(weight_columns)
-    wanted_fields = {*_FIELDS, *(ready_weights.fields(columns) if columns else ())}
+    wanted_fields = {*_FIELDS, *(precomputed_weights.fields(columns) if columns else ())}
 
     def fields(name: str) -> bool:
-        return name in wanted_fields or (every_column and ready_weights.is_field(name))
+        return name in wanted_fields or (every_column and precomputed_weights.is_field(name))
 
     opened: list[_Source] = []
     by_source: list[list[_Place]] = []
     bad_rows: list[dict[str, Any]] = []
     unique = _UniqueIds()
     for index, name in enumerate(names):
-        short_name, rows = open_source(name, fields, team)
-        check_alike(team, name, "rows", len(rows))
+        short_name, examples = open_source(name, fields, team)
+        check_alike(team, name, "examples", len(examples))
         if every_column and not columns:
-            columns = _first_columns(rows, team)
+            columns = _first_columns(examples, team)
         read = columns if columns or every_column else None
-        source = _Source(name, short_name, rows, read)
-        opened.append(source)
+        opened.append(_Source(name, short_name, examples, read))
         by_source.append([])
-        for good, bad in team.exchange(source.look(team, stop_at_bad=on_bad_row == "error")):
-            by_source[-1] += [_Place(index, row, unique(id), digest) for row, id, digest in good]
+        looked = opened[-1].look(team, stop_at_bad=on_bad_row == "error")
+        for good, bad in team.exchange(looked):
+            by_source[-1] += [_Place(index, at, unique(id), digest) for at, id, digest in good]
             if bad and on_bad_row == "error":
-                raise BadRow(**bad[0])
-            bad_rows += [BadRow(**row).as_record() for row in bad]
+                raise BadExample(**bad[0])
+            bad_rows += [BadExample(**of_bad).as_record() for of_bad in bad]
 
     shares = [share for _, share in parsed if share is not None]
     if shares:
-        available = [len(places) for places in by_source]
-        counts = mixture.take(available, shares)
-        if 0 in counts:
-            found = ", ".join(
-                f"{name} has {n} pairs and gives {count}"
-                for name, n, count in zip(names, available, counts, strict=True)
-            )
-            raise ValueError(
-                f"no mixture has these shares and something of every source: {found}; accepted: "
-                "shares that the smallest source allows, or another source"
-            )
-        by_source = [
-            [places[i] for i in mixture.spread(len(places), count)]
-            for places, count in zip(by_source, counts, strict=True)
-        ]
+        by_source = _mixed(names, by_source, shares)
     places = list(itertools.chain.from_iterable(by_source))
 
     if bad_rows_path is not None and on_bad_row == "skip":
         atomic.write_json_lines(bad_rows_path, bad_rows)
     if not places:
-        found = f"all {len(bad_rows)} rows are bad" if bad_rows else "no rows"
+        found = f"all {len(bad_rows)} examples are bad" if bad_rows else "no examples"
         first = f", the first one: {bad_rows[0]['reason']}" if bad_rows else ""
         raise ValueError(f"{', '.join(names)}: no preference pair found ({found}{first})")
     return LoadedPairs(Pairs(opened, places), bad_rows, columns)
@@ -233,7 +192,7 @@ def pairs_digest(pairs: Iterable[Pair]) -> str:
 
 
 class _Place(NamedTuple):
-    """Where a pair is, by its source's index and its row's place there, and which it is."""
+    """Where a pair is, by its source's index and its example's place there, and which it is."""
 
     source: int
     place: int
@@ -243,34 +202,37 @@ class _Place(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """An open source; `columns` names the ready-made weights to read, None for none."""
+    """An open source; `columns` names the precomputed weights to read, None for none."""
 
     name: str
     short_name: str
-    rows: Rows
+    examples: Examples
     columns: tuple[str, ...] | None
 
-    def read(self, places: Sequence[int]) -> Iterator[tuple[int, Pair | BadRow]]:
-        """What is in the rows at these places, each with its place."""
-        for number, row in self.rows.read(places):
+    def read(self, places: Sequence[int]) -> Iterator[tuple[int, Pair | BadExample]]:
+        """What is in the examples at these places, each with its place."""
+        for number, example in self.examples.read(places):
             try:
-                pair = pair_of_row(row, f"{self.short_name}:{number}", origin=(self.name, number))
+                origin = (self.name, number)
+                pair = pair_of_example(example, f"{self.short_name}:{number}", origin)
                 if self.columns is not None:
-                    pair = dataclasses.replace(pair, ready=ready_weights.read(row, self.columns))
-            except Unfit as unfit:
-                yield number - 1, BadRow(self.name, number, str(unfit), own_id(row))
+                    pair = dataclasses.replace(
+                        pair, precomputed=precomputed_weights.read(example, self.columns)
+                    )
+            except BadExample as bad:
+                yield number - 1, BadExample(bad.reason, self.name, number, own_id(example))
             else:
                 yield number - 1, pair
 
     def look(self, team: Team, *, stop_at_bad: bool) -> tuple[list[Any], list[Any]]:
-        """Looks at this process's part of the rows.
+        """Looks at this process's part of the examples.
 
         Returns:
-            Place, id and digest of the pairs, and the arguments that make a BadRow of the bad rows;
-            where `stop_at_bad`, up to the first bad row only.
+            Place, id and digest of the pairs, and the attributes of each BadExample; where
+            `stop_at_bad`, up to the first bad one only.
         """
         good, bad = [], []
-        for places in _chunks(team.part(len(self.rows))):
+        for places in _chunks(team.part(len(self.examples))):
             for place, found in self.read(places):
                 if isinstance(found, Pair):
                     good.append((place, found.id, _pair_digest(found)))
@@ -281,11 +243,33 @@ class _Source:
         return good, bad
 
 
-def _first_columns(rows: Rows, team: Team) -> tuple[str, ...]:
-    """The names of the ready-made weights that the first row with any has; () if none has."""
+def _mixed(
+    names: Sequence[str], by_source: Sequence[list["_Place"]], shares: Sequence[float]
+) -> list[list["_Place"]]:
+    """What the largest mixture with these shares takes of each source."""
+    available = [len(places) for places in by_source]
+    counts = mixture.take(available, shares)
+    if 0 in counts:
+        found = ", ".join(
+            f"{name} has {n} pairs and gives {count}"
+            for name, n, count in zip(names, available, counts, strict=True)
+        )
+        raise ValueError(
+            f"no mixture has these shares and something of every source: {found}; accepted: "
+            "shares that the smallest source allows, or another source"
+        )
+    return [
+        [places[i] for i in mixture.spread(len(places), count)]
+        for places, count in zip(by_source, counts, strict=True)
+    ]
+
+
+def _first_columns(examples: Examples, team: Team) -> tuple[str, ...]:
+    """The names of the precomputed weights that the first example with any has; () if none has."""
     found: tuple[str, ...] = ()
-    for places in _chunks(team.part(len(rows))):
-        named = (ready_weights.names(row) for _, row in rows.read(places) if isinstance(row, dict))
+    for places in _chunks(team.part(len(examples))):
+        found_here = (example for _, example in examples.read(places))
+        named = (precomputed_weights.names(e) for e in found_here if isinstance(e, dict))
         if found := next(filter(None, named), ()):
             break
     return tuple(next(filter(None, team.exchange(found)), ()))
@@ -312,8 +296,8 @@ def _pair_digest(pair: Pair) -> str:
     """sha256 (hex) of what a pair holds beside its id."""
     turns = [[message["role"], message["content"]] for message in pair.prompt]
     digest = hashlib.sha256(json.dumps([turns, pair.chosen, pair.rejected]).encode())
-    if pair.ready is not None:
-        digest.update(pair.ready.digest())
+    if pair.precomputed is not None:
+        digest.update(pair.precomputed.digest())
     return digest.hexdigest()
 
 

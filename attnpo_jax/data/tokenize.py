@@ -7,15 +7,13 @@ searched for in user text, and text that happens to read like a control token is
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import json
 import pathlib
 import re
-import uuid
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -23,9 +21,8 @@ import tokenizers
 import transformers
 
 from attnpo_jax.data.align import close_gaps
-
-if TYPE_CHECKING:
-    from attnpo_jax.data.sources import Pair
+from attnpo_jax.data.control_tokens import Piece, TextEncoder
+from attnpo_jax.data.pair import BadExample, Pair
 
 # Private-use characters: templates neither trim them nor branch on them. The letters betray a
 # template that changes case.
@@ -45,20 +42,6 @@ _FIXED_DATE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
-    """A stretch of a rendered conversation.
-
-    text: the characters. message: index of the message whose content this is; None for the
-    template's own text, the only text in which control tokens are recognised. trimmed: how many
-    characters the template cut off the content's left end.
-    """
-
-    text: str
-    message: int | None = None
-    trimmed: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
 class _Slot:
     """The place of a message in a rendered template, and the white space the template trims there.
 
@@ -74,28 +57,18 @@ class _Slot:
         return Piece(kept.rstrip(self.right), self.message, len(content) - len(kept))
 
 
-class UnfitPair(ValueError):
-    """A pair that this tokenizer, template or these lengths cannot hold: its row is a bad row.
-
-    Attributes:
-      reason: what was found, and what would be accepted.
-    """
-
-    def __init__(self, reason: str, pair_id: str | None = None):
-        super().__init__(reason if pair_id is None else f"pair {pair_id}: {reason}")
-        self.reason = reason
-
-
 @dataclasses.dataclass(frozen=True)
 class TokenizedPair:
     """A pair as it is trained on.
 
-    prompt_ids (P,), chosen_ids (T,), rejected_ids (T',): int32; a response carries its closing
-    template tokens. chosen_text_length, rejected_text_length: how many leading tokens of the
-    response are text. chosen_spans, rejected_spans: int32 (text length, 2), the text tokens'
-    [start, end) characters in the stripped response; empty for a token that is all surrounding
-    white space. prompt_truncated, chosen_truncated, rejected_truncated: whether tokens were cut
-    off to keep the lengths allowed.
+    Attributes:
+      prompt_ids: int32 (P,).
+      chosen_ids, rejected_ids: int32 (T,), closing template tokens included.
+      chosen_text_length, rejected_text_length: how many leading tokens of the response are text.
+      chosen_spans, rejected_spans: int32 (text length, 2), the text tokens' [start, end) characters
+        in the stripped response; empty for a token that is all surrounding white space.
+      prompt_truncated, chosen_truncated, rejected_truncated: whether tokens were cut off to keep
+        the allowed lengths.
     """
 
     id: str
@@ -144,7 +117,7 @@ class ChatTokenizer:
         self._is_control = np.zeros(max(self._backend.get_vocab().values()) + 1, bool)
         self._is_control[list(self._control)] = True
         self._skeletons: dict[tuple, tuple[str | _Slot, ...]] = {}
-        self._text_encoder: _TextEncoder | None = None
+        self._text_encoder: TextEncoder | None = None
         self._digest: str | None = None
 
     @classmethod
@@ -192,7 +165,7 @@ class ChatTokenizer:
 
         The pieces' texts, joined, are what the chat template renders, save that no template
         branches on the contents. Thinking is switched off, and the date is a fixed one. Raises
-        UnfitPair when the template refuses the conversation, and ValueError when it alters a
+        BadExample when the template refuses the conversation, and ValueError when it alters a
         message by more than trimming it.
         """
         roles = tuple(message["role"] for message in messages)
@@ -224,7 +197,7 @@ class ChatTokenizer:
         the joined text.
 
         The same as encoding the joined text, but a message's text never yields a control token.
-        Raises UnfitPair when that is impossible: a control token of a single character that the
+        Raises BadExample when that is impossible: a control token of a single character that the
         vocabulary has no other way to write.
         """
         text = "".join(piece.text for piece in pieces)
@@ -234,7 +207,7 @@ class ChatTokenizer:
         if not self._strays(ids, offsets, text, pieces):
             return ids, offsets
         if self._text_encoder is None:
-            self._text_encoder = _TextEncoder(self._backend, self._control)
+            self._text_encoder = TextEncoder(self._backend, self._control)
         breaks: set[int] = set()
         while True:
             ids, offsets = self._text_encoder.encode(pieces, breaks)
@@ -245,7 +218,7 @@ class ChatTokenizer:
                 start, end = map(int, offsets[i])
                 inside = set(range(start + 1, end)) - breaks
                 if not inside:
-                    raise UnfitPair(
+                    raise BadExample(
                         f"{self.origin}: {text[start:end]!r} in a message can only be encoded "
                         f"as the control token {self._control[int(ids[i])].content!r}"
                     )
@@ -296,7 +269,7 @@ class ChatTokenizer:
                     enable_thinking=False,
                 )
             except jinja2.TemplateError as error:
-                raise UnfitPair(
+                raise BadExample(
                     f"{self.origin}: the chat template refuses a conversation of the roles "
                     f"{', '.join(roles)}: {error}"
                 ) from error
@@ -334,93 +307,6 @@ class ChatTokenizer:
         )
 
 
-class _TextEncoder:
-    """Encodes pieces so that control tokens come from the template's text alone.
-
-    A copy of the tokenizer, in which every control token is switched off, and stands under an alias
-    that no text contains. The template's text is written with the aliases, so all is still encoded
-    in one go: segments encoded one by one would each be given the word-start mark that some
-    tokenizers put at the beginning.
-    """
-
-    def __init__(self, backend: tokenizers.Tokenizer, control: dict[int, tokenizers.AddedToken]):
-        self._plain = backend
-        self._control = control
-        self._nonce = uuid.uuid4().hex
-        self._backend = copy.deepcopy(backend)
-        self._backend.add_special_tokens(list(control.values()))
-        self._backend.encode_special_tokens = True
-        self._break = self._add_alias("break", tokenizers.AddedToken("", normalized=False))
-        self._aliases: dict[int, str] = {}
-        self._token_of_alias: dict[int, int] = {}
-        self._found: dict[str, list[tuple[int, int, int]]] = {}
-
-    def _add_alias(self, name: str, like: tokenizers.AddedToken) -> str:
-        alias = f"\ue002{self._nonce}.{name}\ue003"
-        token = tokenizers.AddedToken(
-            alias,
-            single_word=like.single_word,
-            lstrip=like.lstrip,
-            rstrip=like.rstrip,
-            normalized=like.normalized,
-            special=False,
-        )
-        self._backend.add_tokens([token])
-        return alias
-
-    def _controls(self, text: str) -> list[tuple[int, int, int]]:
-        """Start, end and id of every control token in a text of the template's own."""
-        if text not in self._found:
-            encoding = self._plain.encode(text, add_special_tokens=False)
-            found = []
-            for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-                if token_id in self._control:
-                    content = self._control[token_id].content
-                    at = text.find(content, start, end)
-                    if at >= 0:
-                        found.append((at, at + len(content), token_id))
-            self._found[text] = found
-        return self._found[text]
-
-    def encode(self, pieces: Sequence[Piece], breaks: set[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids (n,) and offsets (n, 2) as of the joined text; no token crosses the character places
-        in `breaks`.
-        """
-        # (start, end, replacement) in the joined text
-        edits = [(at, at, self._break) for at in breaks]
-        start = 0
-        for piece in pieces:
-            if piece.message is None:
-                for first, last, token_id in self._controls(piece.text):
-                    if token_id not in self._aliases:
-                        alias = self._add_alias(str(token_id), self._control[token_id])
-                        self._aliases[token_id] = alias
-                        self._token_of_alias[self._backend.token_to_id(alias)] = token_id
-                    edits.append((start + first, start + last, self._aliases[token_id]))
-            start += len(piece.text)
-        edits.sort()
-        text = "".join(piece.text for piece in pieces)
-        written, source = (
-            [],
-            [],
-        )  # the text with aliases, and each character's place in the joined text
-        done = 0
-        for first, last, replacement in edits:
-            written += [text[done:first], replacement]
-            source += [np.arange(done, first), np.full(len(replacement), first)]
-            done = last
-        written.append(text[done:])
-        source.append(np.arange(done, len(text) + 1))
-        place = np.concatenate(source)
-        encoding = self._backend.encode("".join(written), add_special_tokens=False)
-        ids = np.array(encoding.ids, np.int32)
-        offsets = place[np.array(encoding.offsets, np.int64).reshape(-1, 2)].astype(np.int32)
-        for alias_id, token_id in self._token_of_alias.items():
-            ids[ids == alias_id] = token_id
-        keep = ids != self._backend.token_to_id(self._break)
-        return ids[keep], offsets[keep]
-
-
 def load_backend(source: str) -> tokenizers.Tokenizer:
     """The fast tokenizer of a Hugging Face folder or hub id, without its chat template.
 
@@ -442,8 +328,8 @@ def tokenize_pair(
     template text, tokenized on its own. White space that the template puts between the two goes
     with the response; other text there (an empty thinking block) goes with the prompt. The prompt
     keeps its last `max_prompt_length` tokens, a response its first tokens up to `max_length`
-    together with the prompt. Raises UnfitPair naming the pair when a response would be left with no
-    token of its text.
+    together with the prompt. Raises BadExample naming the pair when a response would be left with
+    no token of its text.
     """
     prompt = tokenizer.pieces(pair.prompt, generation_prompt=True)
     responses = {}
@@ -460,11 +346,11 @@ def tokenize_pair(
         end = len(lead.text) + len(text.text)
         text_length = min(int(np.searchsorted(offsets[:, 0], end)), room)
         if text_length <= 0:
-            raise UnfitPair(
+            raise BadExample(
                 f"the {field} response is left with no token: the prompt takes "
                 f"{len(prompt_ids)} of data.max_length = {max_length} tokens, the response has "
                 f"{len(ids)}",
-                pair.id,
+                id=pair.id,
             )
         stripped = content.strip()
         shift = text.trimmed - len(lead.text) - (len(content) - len(content.lstrip()))

@@ -32,7 +32,7 @@ def export_weights(run: "Run", *, console: Console | None = None) -> None:
     attention divided by its sum, then the mean of both orders. So they sum to 1, and sink fix and
     scaling are left to whoever trains. `cr_last_token` and `rc_last_token` are the letter, A or B,
     that the judge prefers with the chosen response at A and at B. Pairs that were prepared without
-    a judge keep the ready-made weights that they came with.
+    a judge keep the precomputed weights that they came with.
 
     Args:
       run: the run that prepared the pairs.

@@ -19,7 +19,7 @@ import numpy as np
 
 from attnpo_jax.data.align import align
 from attnpo_jax.data.packing import choose_buckets, plan_batches
-from attnpo_jax.data.sources import Pair
+from attnpo_jax.data.pair import Pair
 from attnpo_jax.data.tokenize import TokenizedPair, tokenize_pair
 from attnpo_jax.judge.language_model import LanguageModel
 from attnpo_jax.judge.prompt import JudgePrompt, JudgePrompter, JudgeTemplate

@@ -8,15 +8,12 @@ import importlib.resources
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from attnpo_jax.data.align import close_gaps
-from attnpo_jax.data.tokenize import ChatTokenizer, Piece, UnfitPair
-
-if TYPE_CHECKING:
-    from attnpo_jax.data.sources import Pair
+from attnpo_jax.data.pair import BadExample, Pair
+from attnpo_jax.data.tokenize import ChatTokenizer, Piece
 
 SLOTS = ("question", "answer_a", "answer_b")
 _SLOT_RE = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
@@ -168,7 +165,7 @@ class JudgePrompter:
         have the same texts.
 
         Raises:
-          UnfitPair: not even an empty question fits.
+          BadExample: not even an empty question fits.
         """
         question = conversation_text(pair.prompt)
         chosen = pair.chosen.strip() or " "
@@ -224,12 +221,12 @@ class JudgePrompter:
             return orders
         bare = self._both("", chosen, rejected)
         if not self._fits(bare):
-            raise UnfitPair(
+            raise BadExample(
                 f"the judge prompt takes {max(len(order.ids) for order in bare)} tokens without "
                 f"any question, judge.max_length = {self.max_length} allows "
                 f"{self.max_length - 1}; lower judge.max_answer_length = {self.max_answer_length} "
                 "or raise judge.max_length",
-                pair.id,
+                id=pair.id,
             )
         _, offsets = self.tokenizer.encode_pieces([Piece(question, message=0)])
         keep = len(offsets)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnpo_jax import weighting
-from attnpo_jax.data.sources import Pair
+from attnpo_jax.data.pair import Pair
 from attnpo_jax.data.tokenize import TokenizedPair
 from attnpo_jax.judge.judge import Judgement
 

@@ -29,7 +29,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from attnpo_jax.data.readers import Team
+from attnpo_jax.runtime.team import Team
 
 _LOG = logging.getLogger(__name__)
 
@@ -217,7 +217,7 @@ def wait_until_seen(path: pathlib.Path) -> None:
 
 
 def team() -> Team:
-    """The processes of this run as those that read the data together."""
+    """The processes of this run as a team."""
     return Team(jax.process_index(), jax.process_count(), exchange)
 
 

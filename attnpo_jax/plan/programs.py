@@ -116,7 +116,7 @@ class Setting:
 
     @property
     def weight_columns(self) -> tuple[str, ...]:
-        """Ready-made weights that the run's data have.
+        """Precomputed weights that the run's data have.
 
         Raises:
           PlanError: the config leaves their names to the data.

@@ -12,10 +12,11 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from attnpo_jax.data.sources import Pair, load_pairs
+from attnpo_jax.data.pair import Pair
+from attnpo_jax.data.sources import load_pairs
 from attnpo_jax.data.tokenize import ChatTokenizer
 from attnpo_jax.prepare.pair_forms import PairForms, PairTokenizer
-from attnpo_jax.runtime.progress import PairProgress
+from attnpo_jax.runtime.progress import CountProgress
 
 if TYPE_CHECKING:
     from attnpo_jax.run import Run
@@ -40,7 +41,7 @@ class SplitReport:
       lengths: tokens by part: `prompt`, `chosen`, `rejected`, `row` (all three), as trained on, and
         `judge` (the longer order of the judge prompt), each at the `PERCENTILES`.
       truncated: pairs that lost tokens, by part: `prompt`, `chosen`, `rejected`, `judge`.
-      weight_columns: the ready-made weights that were read.
+      weight_columns: the precomputed weights that were read.
       examples: of a few pairs, `id`, and as text with all control tokens `chosen`, `rejected` (both
         with the prompt) and `judge` (order 0).
     """
@@ -88,7 +89,9 @@ def data_report(
         pairs = loaded[split].pairs
         forms: list[_Figures] = []
         bad_rows = list(loaded[split].bad_rows)
-        with PairProgress(f"tokenize {split}", len(pairs), bar=config.log.progress) as progress:
+        with CountProgress(
+            f"tokenize {split}", len(pairs), "pairs", bar=config.log.progress
+        ) as progress:
             for start in range(0, len(pairs), _AT_A_TIME):
                 some = pairs[start : start + _AT_A_TIME]
                 done, refused = tokenize(some)
@@ -178,7 +181,7 @@ def render(report: SplitReport) -> Group:
         counts.add_row(Text(source), str(count))
     counts.add_row("bad rows", str(len(report.bad_rows)))
     if report.weight_columns:
-        counts.add_row("ready-made weights", ", ".join(report.weight_columns))
+        counts.add_row("precomputed weights", ", ".join(report.weight_columns))
     parts: list[Any] = [counts]
     if report.lengths:
         lengths = Table(title="tokens")

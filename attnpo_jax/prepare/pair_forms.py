@@ -7,15 +7,9 @@ import numpy as np
 from ml_collections import config_dict
 
 from attnpo_jax.config.rules import as_tuple
+from attnpo_jax.data.pair import BadExample, Pair
 from attnpo_jax.data.precomputed_weights import WeightReader
-from attnpo_jax.data.sources import BadRow, Pair
-from attnpo_jax.data.tokenize import (
-    ChatTokenizer,
-    TokenizedPair,
-    UnfitPair,
-    load_backend,
-    tokenize_pair,
-)
+from attnpo_jax.data.tokenize import ChatTokenizer, TokenizedPair, load_backend, tokenize_pair
 from attnpo_jax.judge.prompt import JudgePrompt, JudgePrompter, JudgeTemplate
 
 
@@ -26,13 +20,13 @@ class PairForms:
     Attributes:
       tokenized: as it is trained on.
       prompt: as the judge reads it; None without a judge.
-      ready: by response, float32 (K, text length): the weights that came with the pair, on the text
-        tokens that are trained on; None where none were read.
+      precomputed: by response, float32 (K, text length): the weights that came with the pair, on
+        the text tokens that are trained on; None where none were read.
     """
 
     tokenized: TokenizedPair
     prompt: JudgePrompt | None
-    ready: tuple[np.ndarray, np.ndarray] | None = None
+    precomputed: tuple[np.ndarray, np.ndarray] | None = None
 
 
 class PairTokenizer:
@@ -101,28 +95,30 @@ class PairTokenizer:
             on_bad_row=on_bad_row or config.data.on_bad_row,
         )
 
-    def __call__(self, pairs: Sequence[Pair]) -> tuple[list[PairForms], list[BadRow]]:
+    def __call__(self, pairs: Sequence[Pair]) -> tuple[list[PairForms], list[BadExample]]:
         """The forms of the pairs that fit, in order, and the others.
 
         Raises:
-          BadRow: a pair does not fit, and bad rows are an error.
+          BadExample: a pair does not fit, and `on_bad_row` is `error`.
         """
-        forms, bad_rows = [], []
+        forms, bad_examples = [], []
         for pair in pairs:
             try:
                 forms.append(self.forms(pair))
-            except UnfitPair as unfit:
-                bad_row = BadRow.of(pair, unfit.reason)
+            except BadExample as error:
+                bad = BadExample.of(pair, error.reason)
                 if not self._skip:
-                    raise bad_row from unfit
-                bad_rows.append(bad_row)
-        return forms, bad_rows
+                    raise bad from error
+                bad_examples.append(bad)
+        return forms, bad_examples
 
     def forms(self, pair: Pair) -> PairForms:
-        """One pair's forms; raises UnfitPair."""
+        """One pair's forms; raises BadExample."""
         tokenized = tokenize_pair(self._tokenizer, pair, **self._lengths)
-        ready = None
-        if self._weight_reader is not None and pair.ready is not None:
-            ready = self._weight_reader.carry(pair.ready, pair.chosen, pair.rejected, tokenized)
+        precomputed = None
+        if self._weight_reader is not None and pair.precomputed is not None:
+            precomputed = self._weight_reader.carry(
+                pair.precomputed, pair.chosen, pair.rejected, tokenized
+            )
         prompt = None if self._prompter is None else self._prompter.build(pair)
-        return PairForms(tokenized, prompt, ready)
+        return PairForms(tokenized, prompt, precomputed)

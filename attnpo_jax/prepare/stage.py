@@ -19,8 +19,8 @@ from rich.table import Table
 from attnpo_jax import config as config_lib
 from attnpo_jax.data import prepared
 from attnpo_jax.data.cache_key import naming_fields
-from attnpo_jax.data.readers import ALONE, Team
-from attnpo_jax.data.sources import BadRow, LoadedPairs, Pairs, load_pairs
+from attnpo_jax.data.pair import BadExample
+from attnpo_jax.data.sources import LoadedPairs, Pairs, load_pairs
 from attnpo_jax.judge.figures import judge_figures
 from attnpo_jax.judge.judge import SAMPLE, Judge, Judgement
 from attnpo_jax.judge.language_model import LanguageModel
@@ -30,7 +30,8 @@ from attnpo_jax.parallel import preemption, processes
 from attnpo_jax.prepare.pair_forms import PairForms, PairTokenizer
 from attnpo_jax.prepare.reference import Reference
 from attnpo_jax.runtime import atomic
-from attnpo_jax.runtime.progress import PairProgress
+from attnpo_jax.runtime.progress import CountProgress
+from attnpo_jax.runtime.team import ALONE, Team
 
 if TYPE_CHECKING:
     from attnpo_jax.run import Run
@@ -53,8 +54,8 @@ def prepare(run: "Run", *, keep_params: bool = False, console: Console | None = 
       console: where the figures go; None for standard output.
 
     Raises:
-      BadRow: a row is no preference pair, or none that fits the tokenizer and the lengths, and the
-        config does not say to skip it.
+      BadExample: one is no preference pair, or none that fits the tokenizer and the lengths, and
+        the config does not say to skip it.
       PreparedMismatch: the dataset on disk was prepared with other settings.
       MeshError: the devices or the model do not fit `parallel.mesh`.
       AttentionError: `model.attention` cannot serve the model on these devices.
@@ -213,7 +214,7 @@ class _Shards:
         team = processes.team() if self.together else ALONE  # those that compute the same shards
         total = sum(stop - start for _, start, stop in pending)
         with (
-            PairProgress(f"prepare {self.split.name}", total, bar=bar) as progress,
+            CountProgress(f"prepare {self.split.name}", total, "pairs", bar=bar) as progress,
             ThreadPoolExecutor(max_workers=1) as ahead,
             ThreadPoolExecutor(max_workers=1) as behind,
             preemption.watch() as noticed,
@@ -291,13 +292,13 @@ def _sample(tokenize: PairTokenizer, pairs: Pairs, team: Team) -> list[PairForms
 
 
 def _of_all(
-    team: Team, forms: list[PairForms], bad_rows: list[BadRow]
-) -> tuple[list[PairForms], list[BadRow]]:
+    team: Team, forms: list[PairForms], bad_rows: list[BadExample]
+) -> tuple[list[PairForms], list[BadExample]]:
     """What all of a team have tokenized, in the order of their parts."""
     parts = team.exchange((forms, [vars(bad_row) for bad_row in bad_rows]))
     return (
         [form for of_one, _ in parts for form in of_one],
-        [BadRow(**bad_row) for _, of_one in parts for bad_row in of_one],
+        [BadExample(**bad_row) for _, of_one in parts for bad_row in of_one],
     )
 
 
@@ -305,7 +306,7 @@ def _shard_rows(
     judge: Judge | None,
     reference: Reference,
     forms: Sequence[PairForms],
-    progress: PairProgress,
+    progress: CountProgress,
     preempted: Callable[[], bool],
 ) -> list[dict[str, Any]] | None:
     """The rows of a shard, or None if notice came before they were all there."""
@@ -342,8 +343,8 @@ def _shard_rows(
             row["judge_rejected"] = judgements[i].rejected
             if judge.verdict:
                 row["judge_verdict"] = judgements[i].verdict
-        if forms[i].ready is not None:
-            row["ready_chosen"], row["ready_rejected"] = forms[i].ready
+        if forms[i].precomputed is not None:
+            row["ready_chosen"], row["ready_rejected"] = forms[i].precomputed
         rows.append(row)
     return rows
 
@@ -354,7 +355,7 @@ def summary(split: str, dataset: prepared.Prepared) -> Table:
     table.add_row("pairs", str(len(dataset)))
     table.add_row("bad rows", str(dataset.meta["counts"]["bad_rows"]))
     if dataset.weight_columns:
-        table.add_row("ready-made weights", ", ".join(dataset.weight_columns))
+        table.add_row("precomputed weights", ", ".join(dataset.weight_columns))
     if not dataset.source_layers:
         return table
     figures = judge_figures(dataset)

@@ -53,6 +53,12 @@ def write_atomically(
         os.close(folder)
 
 
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Write a JSON value, indented and with sorted keys, whole or not at all."""
+    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+    write_atomically(path, text.encode())
+
+
 def write_json_lines(path: str | os.PathLike, records: Iterable[Mapping[str, Any]]) -> None:
     """Write records as JSON lines, whole or not at all; without any, remove what is at `path`."""
     path = pathlib.Path(path)

@@ -1,4 +1,4 @@
-"""Progress bars, and one that counts pairs."""
+"""Progress bars, and one that counts what is done."""
 
 import logging
 import time
@@ -48,33 +48,36 @@ class Bar:
             self._bar.stop()
 
 
-class PairProgress(Bar):
-    """A bar with pairs per second and the time left; off a terminal, a line of log now and then.
+class CountProgress(Bar):
+    """A bar with units per second and the time left; off a terminal, a line of log now and then.
 
     Args:
       what: what is going on.
-      total: pairs to do.
+      total: units to do.
+      unit: their name in the plural, such as `pairs`.
       bar: whether a terminal is given a bar; without one, there are lines of log.
       console: where the bar goes; None for standard error.
     """
 
-    def __init__(self, what: str, total: int, *, bar: bool, console: Console | None = None):
+    def __init__(
+        self, what: str, total: int, unit: str, *, bar: bool, console: Console | None = None
+    ):
         super().__init__(
             "{task.description}",
-            "{task.completed:.0f}/{task.total} pairs",
-            "{task.fields[rate]} pairs/s",
+            f"{{task.completed:.0f}}/{{task.total}} {unit}",
+            f"{{task.fields[rate]}} {unit}/s",
             bar=bar,
             console=console,
             description=what,
             total=total,
             rate="-",
         )
-        self._what, self._total, self._done = what, total, 0.0
+        self._what, self._total, self._unit, self._done = what, total, unit, 0.0
         self._start = self._spoke = time.monotonic()
 
-    def add(self, pairs: float) -> None:
-        """Counts pairs that are done."""
-        self._done += pairs
+    def add(self, count: float) -> None:
+        """Counts units that are done."""
+        self._done += count
         now = time.monotonic()
         rate = self._done / max(now - self._start, 1e-9)
         if self._bar is not None:
@@ -83,10 +86,12 @@ class PairProgress(Bar):
             self._spoke = now
             left = (self._total - self._done) / rate
             _LOG.info(
-                "%s: %.0f of %d pairs, %.2f pairs/s, %.0f s left",
+                "%s: %.0f of %d %s, %.2f %s/s, %.0f s left",
                 self._what,
                 self._done,
                 self._total,
+                self._unit,
                 rate,
+                self._unit,
                 left,
             )

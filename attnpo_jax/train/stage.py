@@ -271,7 +271,7 @@ def step_settings(
       model: the model's shape.
       source_layers: the layers on the prepared dataset's source axis.
       attention: the backend that was chosen.
-      weight_columns: the ready-made weights that the prepared dataset has.
+      weight_columns: the precomputed weights that the prepared dataset has.
     """
     return StepSettings(
         model=model,

@@ -32,7 +32,7 @@ class StepSettings:
       objective: `(chosen, rejected: ResponseScores) -> loss_B`, hyperparameters bound.
       beta: scale of the reported rewards.
       source_layers: the layers on the judge arrays' source axis.
-      weight_columns: the names on the axis of the ready-made weights.
+      weight_columns: the names on the axis of the precomputed weights.
       dtype: what activations are computed in.
       remat: a key of `models.decoder.REMAT_POLICIES`.
       attention: one of `models.attention.implementations.IMPLEMENTATIONS`.

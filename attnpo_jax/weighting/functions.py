@@ -115,7 +115,7 @@ def select_sources(
 def select_columns(
     column: int | str | Sequence[int | str], weight_columns: Sequence[str]
 ) -> tuple[int, ...]:
-    """Places on the K axis of the columns of ready-made weights asked for.
+    """Places on the K axis of the columns of precomputed weights asked for.
 
     Args:
       column: one name or several; a negative number counts from the last column.
@@ -134,7 +134,8 @@ def select_columns(
             places.append(list(weight_columns).index(str(name)))
         else:
             raise ValueError(
-                f"column {name!r} is not among the data's ready-made weights; accepted: {available}"
+                f"column {name!r} is not among the data's precomputed weights; "
+                f"accepted: {available}"
             )
     if not places:
         raise ValueError(f"column is {column!r}; accepted: a column or a tuple of: {available}")
@@ -237,14 +238,14 @@ def column(
     fix_sink: bool = True,
     normalize: bool = True,
 ) -> jax.Array:
-    """Ready-made weights, which came with the data as columns `chosen_weights_<name>`, ....
+    """Precomputed weights, which came with the data as columns `chosen_weights_<name>`, ....
 
     With the columns that the authors of AttentionPO publish (each response's weights sum to 1, the
     first token's as it was found) the defaults give the weights that `attention` gives for the
     layer of that number.
 
     Args:
-      response: masks (B, T) and ready-made weights (B, K, T).
+      response: masks (B, T) and precomputed weights (B, K, T).
       column: the column's name, as 31 or "attention_rollout"; -1 for the last one, which is the
         highest number; a tuple means the mean of these columns' weights.
       fix_sink: as for `attention`.

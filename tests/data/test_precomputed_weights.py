@@ -1,4 +1,4 @@
-"""Ready-made weights: what a row may hold, and how its tokens find their place in the response."""
+"""Precomputed weights: what a row may hold, and how its tokens find their place in the response."""
 
 import json
 
@@ -7,11 +7,11 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from attnpo_jax.data import precomputed_weights as ready_weights
-from attnpo_jax.data.formats import Unfit
-from attnpo_jax.data.precomputed_weights import ReadyWeights, WeightReader
-from attnpo_jax.data.sources import BadRow, load_pairs, pairs_digest
-from attnpo_jax.data.tokenize import TokenizedPair, UnfitPair
+from attnpo_jax.data import precomputed_weights
+from attnpo_jax.data.pair import BadExample, PrecomputedWeights
+from attnpo_jax.data.precomputed_weights import WeightReader
+from attnpo_jax.data.sources import load_pairs, pairs_digest
+from attnpo_jax.data.tokenize import TokenizedPair
 
 ROW = {
     "prompt": "Why?",
@@ -39,23 +39,23 @@ def write(path, rows):
 
 
 def test_names_are_those_of_both_responses_the_highest_number_last():
-    assert ready_weights.names(ROW) == ("attention_rollout", "7", "31")
-    assert ready_weights.names(["chosen", "chosen_weights_2"]) == ()
+    assert precomputed_weights.names(ROW) == ("attention_rollout", "7", "31")
+    assert precomputed_weights.names(["chosen", "chosen_weights_2"]) == ()
 
 
 def test_columns_are_read_by_name_or_all(tmp_path):
     file = write(tmp_path / "a.jsonl", [ROW, ROW])
     loaded = load_pairs(file, weight_columns="all")
     assert loaded.weight_columns == ("attention_rollout", "7", "31")
-    ready = loaded.pairs[1].ready
+    ready = loaded.pairs[1].precomputed
     assert ready.tokens["chosen"].tolist() == [3, 4, 5]
     assert ready.weights["chosen"].tolist() == [[0, 0, 1], [0.5, 0.25, 0.25], [0.25, 0.75, 0]]
     assert ready.weights["rejected"].tolist() == [[1], [1], [1]]
 
     loaded = load_pairs(file, weight_columns=("7",))
     assert loaded.weight_columns == ("7",)
-    assert loaded.pairs[0].ready.weights["chosen"].tolist() == [[0.5, 0.25, 0.25]]
-    assert load_pairs(file).pairs[0].ready is None
+    assert loaded.pairs[0].precomputed.weights["chosen"].tolist() == [[0.5, 0.25, 0.25]]
+    assert load_pairs(file).pairs[0].precomputed is None
 
 
 def test_columns_of_a_table_are_read(tmp_path):
@@ -63,7 +63,7 @@ def test_columns_of_a_table_are_read(tmp_path):
 
     datasets.Dataset.from_list([ROW]).save_to_disk(str(tmp_path / "table"))
     for columns in ("all", ("31",)):
-        ready = load_pairs(str(tmp_path / "table"), weight_columns=columns).pairs[0].ready
+        ready = load_pairs(str(tmp_path / "table"), weight_columns=columns).pairs[0].precomputed
         assert ready.weights["chosen"][-1].tolist() == [0.25, 0.75, 0]
 
 
@@ -93,11 +93,11 @@ def test_the_digest_covers_the_weights(tmp_path):
 )
 def test_rows_without_sound_weights_are_bad_rows(tmp_path, change, reason):
     file = write(tmp_path / "a.jsonl", [ROW, {**ROW, **change}])
-    with pytest.raises(BadRow, match=f"a.jsonl, row 2: .*{reason}"):
+    with pytest.raises(BadExample, match=f"a.jsonl, example 2: .*{reason}"):
         load_pairs(file, weight_columns=("7",))
     assert len(load_pairs(file).pairs) == 2
-    with pytest.raises(Unfit, match="no `chosen_weights_<name>`"):
-        ready_weights.read(ROW, ())
+    with pytest.raises(BadExample, match="no `chosen_weights_<name>`"):
+        precomputed_weights.read(ROW, ())
 
 
 # --- Tokens to the response's characters ----------------------------------------------------------
@@ -105,7 +105,7 @@ def test_rows_without_sound_weights_are_bad_rows(tmp_path, change, reason):
 
 def byte_level(*words):
     """A byte-level tokenizer of single bytes (id = byte) and whole words (ids from 256 on)."""
-    byte_of = {b: c for c, b in ready_weights._bytes_of_characters().items()}
+    byte_of = {b: c for c, b in precomputed_weights._bytes_of_characters().items()}
     vocab = {byte_of[b]: b for b in range(256)}
     vocab |= {"".join(byte_of[b] for b in w.encode()): 256 + i for i, w in enumerate(words)}
     backend = tokenizers.Tokenizer(models.BPE(vocab, []))
@@ -135,7 +135,7 @@ def trained_on(ids, spans):
 def carried(backend, tokens, weights, text, pair):
     if all(isinstance(token, int) for token in tokens):
         tokens = np.array(tokens, np.int32)
-    ready = ReadyWeights(
+    ready = PrecomputedWeights(
         {"chosen": tokens, "rejected": np.array([7], np.int32)},
         {"chosen": np.array([weights], np.float32), "rejected": np.ones((1, 1), np.float32)},
     )
@@ -210,7 +210,7 @@ def test_what_looks_like_an_entry_is_text_where_the_response_has_it():
 
 def test_entries_of_another_vocabulary_are_refused():
     pair = trained_on([500, 501], [(0, 2), (2, 5)])
-    with pytest.raises(UnfitPair, match="read 'ĠnoĠpeĠx'.*another tokenizer than judge"):
+    with pytest.raises(BadExample, match="read 'ĠnoĠpeĠx'.*another tokenizer than judge"):
         carried(byte_level(), ("Ġno", "Ġpe", "Ġx"), [0.5, 0.25, 0.25], "aa bb cc", pair)
 
 
@@ -228,11 +228,11 @@ def test_small_differences_are_passed_over_and_mass_is_kept():
 
 def test_tokens_of_another_text_are_refused():
     pair = trained_on([500, 501], [(0, 2), (2, 5)])
-    with pytest.raises(UnfitPair, match="pair p: `chosen_tokens` read 'else'.*than judge"):
+    with pytest.raises(BadExample, match="pair p: `chosen_tokens` read 'else'.*than judge"):
         carried(byte_level("else"), [256], [1.0], "Nope.", pair)
-    with pytest.raises(UnfitPair, match="token 1000 is not in the vocabulary of judge"):
+    with pytest.raises(BadExample, match="token 1000 is not in the vocabulary of judge"):
         carried(byte_level(), [1000], [1.0], "Nope.", pair)
-    with pytest.raises(UnfitPair, match="pair p: `chosen_tokens` read"):
+    with pytest.raises(BadExample, match="pair p: `chosen_tokens` read"):
         carried(byte_level(), ["\ud83d"], [1.0], "Nope.", pair)  # half of a character, as JSON can
     words = tokenizers.Tokenizer(models.WordLevel({"Nope": 0, "?": 1}, "?"))
     with pytest.raises(ValueError, match="judge: neither a byte-level nor a SentencePiece"):

@@ -11,15 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from attnpo_jax.data import prepared, shards
-from attnpo_jax.data.prepared import (
-    DamagedShard,
-    Prepared,
-    PreparedMismatch,
-    PreparedWriter,
-    fingerprint,
-    status,
-)
+from attnpo_jax.data import shards
+from attnpo_jax.data.manifest import PreparedMismatch, fingerprint
+from attnpo_jax.data.prepared import DamagedShard, Prepared, PreparedWriter, status
 from attnpo_jax.runtime import atomic
 
 COMPONENTS = {
@@ -432,14 +426,14 @@ def test_small_disk_that_fills_up_and_gets_room_again(small_disk):
 def test_failed_metadata_leaves_the_dataset_unfinished_and_the_shards_usable(tmp_path, monkeypatch):
     writer = make_writer(tmp_path)
     write_pending(writer)
-    real_write = prepared._write_json
+    real_write = atomic.write_json
 
     def fail_at_the_end(file, content):
         if file.name == "prepared.json":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
         real_write(file, content)
 
-    monkeypatch.setattr(prepared, "_write_json", fail_at_the_end)
+    monkeypatch.setattr(atomic, "write_json", fail_at_the_end)
     with pytest.raises(OSError, match="prepared.json"):
         writer.finish({})
     monkeypatch.undo()

@@ -10,10 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from attnpo_jax.data import formats as rows
-from attnpo_jax.data import sources
-from attnpo_jax.data.readers import ALONE, Team, open_source
-from attnpo_jax.data.sources import BadRow, load_pairs, pairs_digest
+from attnpo_jax.data import formats, sources
+from attnpo_jax.data.pair import BadExample
+from attnpo_jax.data.readers import open_source
+from attnpo_jax.data.sources import load_pairs, pairs_digest
+from attnpo_jax.runtime.team import ALONE, Team
 
 NUM_ROWS = 40
 
@@ -102,11 +103,11 @@ def test_each_of_a_team_looks_at_its_part_only(tmp_path, monkeypatch, kind):
     file = write(tmp_path, kind)
     looked = []
 
-    def pair_of_row(row, fallback_id, origin):
+    def pair_of_example(example, fallback_id, origin):
         looked.append((threading.current_thread().name, origin[1]))
-        return rows.pair_of_row(row, fallback_id, origin)
+        return formats.pair_of_example(example, fallback_id, origin)
 
-    monkeypatch.setattr(sources, "pair_of_row", pair_of_row)
+    monkeypatch.setattr(sources, "pair_of_example", pair_of_example)
     pairs = of_team(3, lambda team: load_pairs(file, team=team))[0].pairs
     by_thread = {}
     for name, number in looked:
@@ -123,7 +124,7 @@ def test_each_of_a_team_looks_at_its_part_only(tmp_path, monkeypatch, kind):
 def test_a_team_names_the_first_bad_row_of_all(tmp_path):
     files = [write(tmp_path, "parquet"), write(tmp_path, "jsonl", bad=(39, 25))]
     for count in (1, 2, 4):
-        with pytest.raises(BadRow, match=r"rows.jsonl, row 51: no `rejected`"):
+        with pytest.raises(BadExample, match=r"rows.jsonl, example 51: no `rejected`"):
             of_team(count, lambda team: load_pairs(files, team=team))
 
 
@@ -154,7 +155,7 @@ def test_a_team_finds_the_weights_of_the_first_row_that_has_any(tmp_path):
     for loaded in of_team(20, load):
         assert loaded.weight_columns == ("7",) and loaded.bad_rows == alone.bad_rows
         assert loaded.pairs.digest == alone.pairs.digest
-        assert loaded.pairs[30].ready.weights["chosen"].tolist() == [[0.25, 35.0]]
+        assert loaded.pairs[30].precomputed.weights["chosen"].tolist() == [[0.25, 35.0]]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
@@ -165,7 +166,7 @@ def test_a_source_that_changes_during_a_run_is_refused(tmp_path, kind):
     random.Random(0).shuffle(lines)
     if kind == "jsonl":
         (tmp_path / "rows.jsonl").write_text("\n\n".join(json.dumps(line) for line in lines))
-        with pytest.raises(ValueError, match=r"rows.jsonl, row \d+: another one than when the pai"):
+        with pytest.raises(ValueError, match=r"rows.jsonl, example \d+: another one than when the"):
             list(pairs)
     else:
         # An open file stays what it is.
@@ -181,7 +182,7 @@ def test_processes_that_see_other_data_are_told(tmp_path, kind):
         folder = tmp_path / str(len(files))
         folder.mkdir()
         files.append(write(folder, kind, number=number))
-    found = r"bytes \(\d+, \d+, \d+\)" if kind == "jsonl" else r"rows \(40, 40, 37\)"
+    found = r"bytes \(\d+, \d+, \d+\)" if kind == "jsonl" else r"examples \(40, 40, 37\)"
     with pytest.raises(ValueError, match=f"different numbers of {found}; accepted: the same data"):
         of_team(3, lambda team: load_pairs(files[team.index], team=team))
 

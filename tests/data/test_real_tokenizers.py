@@ -15,7 +15,8 @@ import pytest
 
 from attnpo_jax.data.align import align
 from attnpo_jax.data.formats import Pair
-from attnpo_jax.data.precomputed_weights import ReadyWeights, WeightReader
+from attnpo_jax.data.pair import PrecomputedWeights
+from attnpo_jax.data.precomputed_weights import WeightReader
 from attnpo_jax.data.sources import load_pairs
 from attnpo_jax.data.tokenize import ChatTokenizer, tokenize_pair
 from attnpo_jax.judge.prompt import JudgePrompter, JudgeTemplate
@@ -156,7 +157,7 @@ def test_every_pair_is_aligned(tokenizer, pairs):
     assert same > (0.9 if os.environ.get("ATTNPO_PAIRS") else 0.7) * tokens
 
 
-def test_ready_weights_of_vocabulary_entries_are_those_of_ids(tokenizer, pairs):
+def test_precomputed_weights_of_vocabulary_entries_are_those_of_ids(tokenizer, pairs):
     reader = WeightReader(tokenizer.tokenizer.backend_tokenizer, tokenizer.origin)
     rng = np.random.default_rng(1)
     for pair in pairs:
@@ -170,7 +171,7 @@ def test_ready_weights_of_vocabulary_entries_are_those_of_ids(tokenizer, pairs):
             side: tuple(tokenizer.tokenizer.convert_ids_to_tokens(ids[side])) for side in ids
         }
         texts = pair.chosen, pair.rejected
-        found = reader.carry(ReadyWeights(entries, weights), *texts, trained)
+        found = reader.carry(PrecomputedWeights(entries, weights), *texts, trained)
         # They are the tokens that are trained on; ASCII without spaces reads the same either way.
         for side, got in zip(weights, found, strict=True):
             np.testing.assert_allclose(got, weights[side], rtol=1e-6, err_msg=pair.id)

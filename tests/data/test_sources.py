@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from attnpo_jax.data import mixture, readers, sources
-from attnpo_jax.data.sources import BadRow, load_pairs, pairs_digest
+from attnpo_jax.data.pair import BadExample
+from attnpo_jax.data.sources import load_pairs, pairs_digest
 
 
 def user(text):
@@ -226,7 +227,7 @@ BAD_ROWS = {
     "no chosen": ({"prompt": "p", "rejected": "a"}, "no `chosen`"),
     "equal": (GOOD | {"rejected": "Rivers. "}, "`chosen` equals `rejected`"),
     "white space": (GOOD | {"rejected": " \n\t"}, "`rejected` is empty or white space only"),
-    "row type": (["a", "b"], "a list; a row is an object"),
+    "row type": (["a", "b"], "a list; an example is an object"),
     "response type": (GOOD | {"chosen": 3}, "`chosen` is a number; accepted"),
     "prompt type": (GOOD | {"prompt": {"role": "user"}}, "`prompt` is an object"),
     "message type": (GOOD | {"prompt": ["Hi"]}, "message 1 of `prompt` is a string"),
@@ -294,17 +295,17 @@ BAD_ROWS = {
 def test_bad_row_is_named_with_file_row_and_reason(tmp_path, name):
     row, reason = BAD_ROWS[name]
     path = write_jsonl(tmp_path / "rows.jsonl", [GOOD, row])
-    with pytest.raises(BadRow, match=reason) as caught:
+    with pytest.raises(BadExample, match=reason) as caught:
         load_pairs(path)
-    assert (caught.value.file, caught.value.row) == (path, 2)
-    assert str(caught.value) == f"{path}, row 2: {caught.value.reason}"
+    assert (caught.value.file, caught.value.number) == (path, 2)
+    assert str(caught.value) == f"{path}, example 2: {caught.value.reason}"
 
 
 @pytest.mark.parametrize("line", [b'{"id": "x", ', b'{"id": "\xff"}'])
 def test_line_that_is_no_json(tmp_path, line):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(json.dumps(GOOD).encode() + b"\n\n" + line + b"\n")
-    with pytest.raises(BadRow, match="rows.jsonl, row 3: not a line of JSON"):
+    with pytest.raises(BadExample, match="rows.jsonl, example 3: not a line of JSON"):
         load_pairs(str(path))
 
 
@@ -333,7 +334,7 @@ def test_skip_leaves_bad_rows_out_and_writes_them(tmp_path):
 def test_bad_parquet_row_has_its_place_in_the_table(tmp_path):
     path = tmp_path / "rows.parquet"
     pq.write_table(pa.Table.from_pylist([GOOD, SECOND, GOOD | {"rejected": None}]), path)
-    with pytest.raises(BadRow, match="rows.parquet, row 3: no `rejected`"):
+    with pytest.raises(BadExample, match="rows.parquet, example 3: no `rejected`"):
         load_pairs(str(path))
 
 
@@ -371,7 +372,7 @@ def test_hub_id_without_split(source):
     ("name", "content", "message"),
     [
         ("rows.json", json.dumps(GOOD) + "\n" + json.dumps(GOOD), "ends in .jsonl"),
-        ("rows.json", '{"rows": []}', "a list of rows"),
+        ("rows.json", '{"rows": []}', "a list of examples"),
         ("rows.parquet", "no parquet", "not a Parquet file"),
         ("rows.arrow", "no arrow stream", "not an Arrow stream file"),
         ("rows.csv", "a,b", "'.csv'; accepted: .json, .jsonl"),
@@ -396,7 +397,7 @@ def test_single_file_with_split(tmp_path):
 
 def test_all_rows_bad(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [GOOD | {"chosen": ""}])
-    with pytest.raises(ValueError, match="all 1 rows are bad, the first one: `chosen` is empty"):
+    with pytest.raises(ValueError, match="all 1 examples are bad, the first one: `chosen` is e"):
         load_pairs(path, on_bad_row="skip")
 
 

@@ -76,7 +76,7 @@ def read_back(judged, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("read_back")
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Judge, "__init__", None)
-        assert "ready-made weights" in run(prepare, config, workdir)
+        assert "precomputed weights" in run(prepare, config, workdir)
     return config, workdir
 
 
@@ -155,8 +155,12 @@ def test_round_trip_gives_the_weights_and_the_loss_of_attention(judged, read_bac
     first = load_pairs(config.data.train, weight_columns="all").pairs
     for one, other in zip(first, again, strict=True):
         for side in ("chosen", "rejected"):
-            np.testing.assert_array_equal(one.ready.tokens[side], other.ready.tokens[side])
-            np.testing.assert_array_equal(one.ready.weights[side], other.ready.weights[side])
+            np.testing.assert_array_equal(
+                one.precomputed.tokens[side], other.precomputed.tokens[side]
+            )
+            np.testing.assert_array_equal(
+                one.precomputed.weights[side], other.precomputed.weights[side]
+            )
 
 
 def test_what_the_weights_come_from_is_part_of_what_was_prepared(judged, read_back, tmp_path):
@@ -193,7 +197,7 @@ def test_published_weights_of_the_embedded_model_are_the_identity(smollm2_folder
     rows = [json.loads(line) for line in GOLDENS.read_text().splitlines()]
     for pair, row in zip(loaded.pairs, rows, strict=True):
         tokenized = tokenize_pair(tokenizer, pair, max_length=2048, max_prompt_length=1800)
-        found = reader.carry(pair.ready, pair.chosen, pair.rejected, tokenized)
+        found = reader.carry(pair.precomputed, pair.chosen, pair.rejected, tokenized)
         for side, weights in zip(("chosen", "rejected"), found, strict=True):
             wanted = [row[f"{side}_weights_{layer}"] for layer in loaded.weight_columns]
             np.testing.assert_array_equal(weights, np.array(wanted, np.float32))

@@ -11,7 +11,7 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers
 
-from attnpo_jax.data.sources import Pair
+from attnpo_jax.data.pair import Pair
 from attnpo_jax.data.tokenize import ChatTokenizer, tokenize_pair
 from attnpo_jax.judge.judge import Judge, judge_pairs
 from attnpo_jax.judge.language_model import LanguageModel

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from attnpo_jax import weighting
-from attnpo_jax.data.sources import Pair
+from attnpo_jax.data.pair import Pair
 from attnpo_jax.data.tokenize import TokenizedPair
 from attnpo_jax.judge.judge import Judgement
 from attnpo_jax.judge.token_weights import token_weights

@@ -216,7 +216,7 @@ def test_what_does_not_fit_says_by_how_much_and_what_to_change():
     assert "\n" not in message
 
 
-def test_ready_made_weights_are_a_part_of_the_batch():
+def test_precomputed_weights_are_a_part_of_the_batch():
     ready = setting(**{"judge.layers": "none", "data.weight_columns": ("mine", "other")})
     ready.config.weighting = section_for(weighting, "column", column="other")
     assert ready.weight_columns == ("mine", "other")

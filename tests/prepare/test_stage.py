@@ -30,8 +30,10 @@ from tokenizers import models as tokenizer_models
 from attnpo_jax import config as config_lib
 from attnpo_jax.config.rules import ConfigError
 from attnpo_jax.data.batching import EvalBatches
-from attnpo_jax.data.prepared import DamagedShard, Prepared, PreparedMismatch, PreparedWriter
-from attnpo_jax.data.sources import BadRow, load_pairs
+from attnpo_jax.data.manifest import PreparedMismatch
+from attnpo_jax.data.pair import BadExample
+from attnpo_jax.data.prepared import DamagedShard, Prepared, PreparedWriter
+from attnpo_jax.data.sources import load_pairs
 from attnpo_jax.judge.figures import JudgeFigures, judge_figures
 from attnpo_jax.judge.judge import Judge, judge_pairs
 from attnpo_jax.judge.language_model import load_model
@@ -521,7 +523,7 @@ BAD_ROWS = [ROWS[0], {"prompt": "?", "chosen": "a"}, {**ROWS[1], "rejected": ROW
 
 def test_bad_rows_stop_preparation(inputs, tmp_path, no_model):
     write_rows(tmp_path / "bad.jsonl", BAD_ROWS)
-    with pytest.raises(BadRow, match="bad.jsonl, row 2: .*rejected"):
+    with pytest.raises(BadExample, match="bad.jsonl, example 2: .*rejected"):
         run(make_config(inputs, data__train=str(tmp_path / "bad.jsonl")), tmp_path / "work")
     assert not list((tmp_path / "work").rglob("*.arrow"))
 
@@ -562,7 +564,7 @@ def test_the_config_is_checked_first(inputs, tmp_path, no_model):
 def test_a_prompt_that_can_not_be_judged_is_named(inputs, tmp_path):
     # The template takes 38 tokens, row 0's answers 25.
     config = make_config(inputs, judge__max_length=60, judge__max_answer_length=29)
-    with pytest.raises(BadRow, match="train.jsonl, row 1: .*takes 63 .*judge.max_length = 60"):
+    with pytest.raises(BadExample, match="train.jsonl, example 1: .*takes 63 .*max_length = 60"):
         run(config, tmp_path)
 
 
@@ -623,7 +625,7 @@ def test_nothing_is_prepared_where_every_row_is_refused(few_fit, tmp_path):
     write_rows(tmp_path / "long.jsonl", rows)
     config = few_fit.copy_and_resolve_references()
     config.data.train = str(tmp_path / "long.jsonl")
-    with pytest.raises(ValueError, match="no pair can be prepared: .*long.jsonl, row 1: the judge"):
+    with pytest.raises(ValueError, match="no pair can be prepared: .*long.jsonl, example 1: the"):
         run(config, tmp_path)
 
 

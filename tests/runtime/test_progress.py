@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 
 from attnpo_jax.runtime import progress
-from attnpo_jax.runtime.progress import PairProgress
+from attnpo_jax.runtime.progress import CountProgress
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def clock(monkeypatch):
 def test_bar_on_a_terminal(clock):
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=120)
-    with PairProgress("prepare train", 8, bar=True, console=console) as bar:
+    with CountProgress("prepare train", 8, "pairs", bar=True, console=console) as bar:
         clock.now += 4
         bar.add(1.5)
         bar.add(0.5)
@@ -40,7 +40,7 @@ def test_lines_of_log_where_there_is_no_bar(clock, caplog, terminal):
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=terminal)
     caplog.set_level(logging.INFO, logger="attnpo_jax.runtime.progress")
-    with PairProgress("prepare eval", 12, bar=not terminal, console=console) as bar:
+    with CountProgress("prepare eval", 12, "pairs", bar=not terminal, console=console) as bar:
         for seconds in (20, 20, 20, 20):
             clock.now += seconds
             bar.add(3)

@@ -265,7 +265,7 @@ def test_examples_in_the_docstrings_run():
 
 
 def ready(weights, lengths, columns, **fields):
-    """Responses with ready-made weights (B, K, T) and no judge."""
+    """Responses with precomputed weights (B, K, T) and no judge."""
     weights = jnp.asarray(weights, jnp.float32)
     batch, _, length = weights.shape
     no_judge = response(jnp.zeros((batch, 2, 1, length)), lengths)

@@ -1,0 +1,110 @@
+"""Encoding of rendered conversations in which only the template writes control tokens."""
+
+import copy
+import dataclasses
+import uuid
+from collections.abc import Sequence
+
+import numpy as np
+import tokenizers
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A stretch of a rendered conversation.
+
+    Attributes:
+      text: the characters.
+      message: index of the message whose content this is; None for the template's own text, the
+        only text in which control tokens are recognised.
+      trimmed: how many characters the template cut off the content's left end.
+    """
+
+    text: str
+    message: int | None = None
+    trimmed: int = 0
+
+
+class TextEncoder:
+    """Encodes pieces so that control tokens come from the template's text alone.
+
+    A copy of the tokenizer, in which every control token is switched off, and stands under an alias
+    that no text contains. The template's text is written with the aliases, so all is still encoded
+    in one go: segments encoded one by one would each be given the word-start mark that some
+    tokenizers put at the beginning.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, control: dict[int, tokenizers.AddedToken]):
+        self._plain = backend
+        self._control = control
+        self._nonce = uuid.uuid4().hex
+        self._backend = copy.deepcopy(backend)
+        self._backend.add_special_tokens(list(control.values()))
+        self._backend.encode_special_tokens = True
+        self._break = self._add_alias("break", tokenizers.AddedToken("", normalized=False))
+        self._aliases: dict[int, str] = {}
+        self._token_of_alias: dict[int, int] = {}
+        self._found: dict[str, list[tuple[int, int, int]]] = {}
+
+    def _add_alias(self, name: str, like: tokenizers.AddedToken) -> str:
+        alias = f"\ue002{self._nonce}.{name}\ue003"
+        token = tokenizers.AddedToken(
+            alias,
+            single_word=like.single_word,
+            lstrip=like.lstrip,
+            rstrip=like.rstrip,
+            normalized=like.normalized,
+            special=False,
+        )
+        self._backend.add_tokens([token])
+        return alias
+
+    def _controls(self, text: str) -> list[tuple[int, int, int]]:
+        """Start, end and id of every control token in a text of the template's own."""
+        if text not in self._found:
+            encoding = self._plain.encode(text, add_special_tokens=False)
+            found = []
+            for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+                if token_id in self._control:
+                    content = self._control[token_id].content
+                    at = text.find(content, start, end)
+                    if at >= 0:
+                        found.append((at, at + len(content), token_id))
+            self._found[text] = found
+        return self._found[text]
+
+    def encode(self, pieces: Sequence[Piece], breaks: set[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids (n,) and offsets (n, 2) as of the joined text; no token crosses the character places
+        in `breaks`.
+        """
+        # (start, end, replacement) in the joined text
+        edits = [(at, at, self._break) for at in breaks]
+        start = 0
+        for piece in pieces:
+            if piece.message is None:
+                for first, last, token_id in self._controls(piece.text):
+                    if token_id not in self._aliases:
+                        alias = self._add_alias(str(token_id), self._control[token_id])
+                        self._aliases[token_id] = alias
+                        self._token_of_alias[self._backend.token_to_id(alias)] = token_id
+                    edits.append((start + first, start + last, self._aliases[token_id]))
+            start += len(piece.text)
+        edits.sort()
+        text = "".join(piece.text for piece in pieces)
+        # the text with aliases, and each character's place in the joined text
+        written, source = [], []
+        done = 0
+        for first, last, replacement in edits:
+            written += [text[done:first], replacement]
+            source += [np.arange(done, first), np.full(len(replacement), first)]
+            done = last
+        written.append(text[done:])
+        source.append(np.arange(done, len(text) + 1))
+        place = np.concatenate(source)
+        encoding = self._backend.encode("".join(written), add_special_tokens=False)
+        ids = np.array(encoding.ids, np.int32)
+        offsets = place[np.array(encoding.offsets, np.int64).reshape(-1, 2)].astype(np.int32)
+        for alias_id, token_id in self._token_of_alias.items():
+            ids[ids == alias_id] = token_id
+        keep = ids != self._backend.token_to_id(self._break)
+        return ids[keep], offsets[keep]

@@ -1,0 +1,28 @@
+"""Processes that share a piece of work, whatever they exchange their results by."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Team:
+    """Processes that do a piece of work together.
+
+    Attributes:
+      index: this process among them, from 0.
+      count: how many they are.
+      exchange: takes this process's value and returns everyone's, in order of their indices. All
+        processes must call it equally often, in the same order.
+    """
+
+    index: int = 0
+    count: int = 1
+    exchange: Callable[[Any], list[Any]] = lambda value: [value]
+
+    def part(self, total: int) -> range:
+        """This process's contiguous part of a sequence of `total` places."""
+        return range(total * self.index // self.count, total * (self.index + 1) // self.count)
+
+
+ALONE = Team()

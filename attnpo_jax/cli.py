@@ -325,7 +325,7 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> Any:
 
 
 def _unknown_field(field: str, known: Sequence[str]) -> str:
-    from attnpo_jax.config.rules import suggest
+    from attnpo_jax.config.checks import suggest
 
     inside = [k for k in known if k.startswith(f"{field}.")]
     if inside:

@@ -11,7 +11,7 @@ import pytest
 
 import attnpo_jax
 from attnpo_jax import cli
-from attnpo_jax.config import rules as config_rules
+from attnpo_jax.config import ConfigError
 
 CONFIG = """
 from attnpo_jax.config import default_config
@@ -215,7 +215,7 @@ def test_a_config_file_that_is_not_there_exits_with_1(calls, capsys):
 @pytest.mark.parametrize(
     "error",
     [
-        config_rules.ConfigError(["config.model.source: no such folder"]),
+        ConfigError(["config.model.source: no such folder"]),
         FileNotFoundError(errno.ENOENT, "No such file or directory", "pairs.jsonl"),
         OSError(errno.ENOSPC, "No space left on device", "prepared/0.arrow"),
     ],

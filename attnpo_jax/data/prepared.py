@@ -36,7 +36,7 @@ import pyarrow as pa
 
 import attnpo_jax
 from attnpo_jax.data import shards
-from attnpo_jax.runtime import atomic
+from attnpo_jax.runtime import atomic, nested
 
 FORMAT = 1
 PLAN, METADATA = "plan.json", "prepared.json"
@@ -502,18 +502,10 @@ def _check_components(
 
 
 def differences(
-    on_disk: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = ""
+    on_disk: Mapping[str, Any], wanted: Mapping[str, Any]
 ) -> dict[str, tuple[Any, Any]]:
-    """Components that differ: name, nested ones joined by dots -> (on disk, wanted)."""
-    on_disk, wanted = _canonical(on_disk), _canonical(wanted)
-    found: dict[str, tuple[Any, Any]] = {}
-    for name in sorted(set(on_disk) | set(wanted)):
-        old, new = on_disk.get(name), wanted.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found |= differences(old, new, f"{prefix}{name}.")
-        elif old != new or (name in on_disk) != (name in wanted):
-            found[f"{prefix}{name}"] = (old, new)
-    return found
+    """Components that differ in JSON: name, nested ones joined by dots -> (on disk, wanted)."""
+    return nested.differences(_canonical(on_disk), _canonical(wanted))
 
 
 def _canonical(value: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import config_dict
 
 from attnpo_jax import config as config_lib
-from attnpo_jax.config.core import judge_layers
+from attnpo_jax.config import judge_layers
 from attnpo_jax.data import mixture
 from attnpo_jax.data.prepared import Prepared, PreparedMismatch, differences
 from attnpo_jax.data.tokenize import ChatTokenizer

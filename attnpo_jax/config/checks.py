@@ -67,6 +67,10 @@ def problems(config: config_dict.ConfigDict) -> list[str]:
 
 def suggest(field: str, known: Sequence[str] | Mapping[str, Any]) -> str:
     """The words " (did you mean config.x?)" for the known fields of such a name, or ""."""
+    # A mistyped section, or a mistyped field of a section that there is.
+    close = difflib.get_close_matches(field, list(known), n=1, cutoff=0.85)
+    if close:
+        return f" (did you mean config.{close[0]}?)"
     last = field.split(".")[-1]
     close = [k for k in known if k.split(".")[-1] == last]
     if not close:

@@ -25,7 +25,6 @@ from attnpo_jax.config.sections import SECTIONS, any_type
 from attnpo_jax.runtime import python_file
 from attnpo_jax.runtime.nested import as_tuples, differences, flatten
 
-
 ABSENT = "(absent)"
 """Stands in `diff` for the value of a field that one of two configs lacks."""
 

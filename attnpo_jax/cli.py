@@ -4,6 +4,7 @@ Parses, checks, and calls; the work is in the modules it calls. Nothing heavy is
 command really runs, so that `attnpo --help` answers at once.
 """
 
+import argparse
 import dataclasses
 import difflib
 import importlib
@@ -14,7 +15,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import attnpo_jax
 from attnpo_jax.runtime import exit_codes
@@ -55,6 +56,15 @@ class Command:
 
 
 COMMANDS = {
+    "config": Command(
+        "attnpo_jax.config.show",
+        "show",
+        "Print what the config comes to, each field with what it means.",
+        {
+            "diff": Option("changed_only", bool, "Print only what differs from the defaults."),
+            "json": Option("as_json", bool, "Print JSON."),
+        },
+    ),
     "data": Command(
         "attnpo_jax.prepare.data_report",
         "data_report",
@@ -106,26 +116,20 @@ COMMANDS = {
         },
     ),
 }
+COMPLETION_SUMMARY = "Print a script that completes commands and options in bash or zsh."
 VERSION_SUMMARY = "Print the versions of attnpo_jax and of the libraries it computes with."
 
-OPTIONS = """\
-Options:
-  --config=FILE[:ARG]           Config file, a Python file with get_config(); ARG is its argument.
-  --config.SECTION.FIELD=VALUE  Set one field of the config; any number of these.
-  --workdir=DIR                 Folder of everything that is written: config.json, prepared/,
-                                checkpoints/, metrics.jsonl, export/.
-  --coordinator-address=HOST:PORT, --num-processes=N, --process-id=I
-                                Where process 0 of a run of N processes listens, and which one this
-                                is; needed only where the environment does not say.
-  --json                        Print JSON instead of tables (data only).
-  --verbosity=LEVEL             debug, info (default), warning or error.
-  --flagfile=FILE               Read further options from a file, one a line.
-  --help                        Print this.
-"""
 LEVELS = ("debug", "info", "warning", "error")
-VALUE_OPTIONS = ("config", "workdir", "verbosity", "flagfile")
 # Those of commands that several processes may run; named as `jax.distributed.initialize` has them.
-PROCESS_OPTIONS = ("coordinator-address", "num-processes", "process-id")
+PROCESS_OPTIONS = {
+    "coordinator-address": (
+        "HOST:PORT",
+        "Where process 0 of a run of several processes listens; this and the next two are needed "
+        "only where the environment does not say.",
+    ),
+    "num-processes": ("N", "How many processes the run has."),
+    "process-id": ("I", "Which one of them this is, from 0."),
+}
 
 
 class UsageError(ValueError):
@@ -211,15 +215,17 @@ def _main(argv: list[str]) -> int:
         return _say(_help())
     name, *arguments = argv
     if name in ("version", "--version"):
-        return _say(_versions())
+        return _version(arguments)
+    if name == "completion":
+        return _completion(arguments)
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         raise UsageError(f"unknown command {name!r}{hint}; commands: {', '.join(COMMANDS)}")
     command = COMMANDS[name]
-    options, overrides = _split(arguments, command.options)
+    options, overrides = parse(name, arguments)
     if "help" in options:
-        return _say(_help(name))
+        return _say(_parser(name).format_help())
     needed = {"config": "configs/quickstart.py"} | _needed(command)
     for required, example in needed.items():
         if not options.get(required):
@@ -234,13 +240,8 @@ def _main(argv: list[str]) -> int:
 
     run = Run.resolve(load_config(options["config"], overrides), workdir)
     use_compilation_cache()
-    function = getattr(importlib.import_module(command.module), command.function)
-    if command.options:
-        own = {key: options[key] for key in command.options if key in options}
-        keywords = {command.options[k].keyword: _value(command, k, text) for k, text in own.items()}
-        function(run, **keywords)
-    else:
-        function(run)
+    own = {option.keyword: options[k] for k, option in command.options.items() if k in options}
+    getattr(importlib.import_module(command.module), command.function)(run, **own)
     return 0
 
 
@@ -273,14 +274,6 @@ def workdir_path(text: str) -> pathlib.Path:
             "alone can go to a bucket: --config.train.checkpoint_dir=gs://BUCKET/FOLDER"
         )
     return pathlib.Path(text).expanduser()
-
-
-def _value(command: Command, name: str, text: str) -> Any:
-    """The value of a command's own option."""
-    kind = command.options[name].kind
-    if kind is int and not re.fullmatch(r"[1-9]\d*", text):
-        raise UsageError(f"--{name}={text}; accepted: a number from 1 up")
-    return True if kind is bool else kind(text)
 
 
 def load_config(spec: str, overrides: Sequence[str] = ()) -> Any:
@@ -323,7 +316,7 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> Any:
 
 
 def _unknown_field(field: str, known: Sequence[str]) -> str:
-    from attnpo_jax.config.rules import suggest
+    from attnpo_jax.config.checks import suggest
 
     inside = [k for k in known if k.startswith(f"{field}.")]
     if inside:
@@ -345,73 +338,191 @@ def _apply(config: Any, overrides: list[str]) -> Any:
     try:
         values(arguments)
     except flags.Error as error:
-        raise UsageError(str(error)) from error
+        if len(overrides) > 1:
+            # Which one it is, absl does not say.
+            for override in overrides:
+                _apply(config, [override])
+        raise UsageError(_refused(config, overrides[0], str(error))) from error
     return values["config"].value
+
+
+def _refused(config: Any, override: str, reason: str) -> str:
+    from attnpo_jax.config.checks import accepted_words
+
+    if "=" not in override:
+        return f"{override} needs a value; {reason}"
+    return f"{override}: accepted: {accepted_words(config, _field(override))}"
 
 
 def _field(override: str) -> str:
     return re.sub(r"^--?(no)?config\.", "", override.partition("=")[0])
 
 
-def _split(arguments: list[str], own: Mapping[str, Option]) -> tuple[dict[str, str], list[str]]:
-    """Separates the options from the overrides of config fields.
+def parse(name: str, arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Separates the options of a command from the overrides of config fields.
 
     Args:
-      arguments: what follows the command.
-      own: the options of that command alone.
+      name: the command.
+      arguments: what follows it.
 
     Returns:
-      Values of the options by name ("help" has ""), and overrides, each one string.
+      Values of the options that were given, by name ("help" too), and overrides, each one text.
+
+    Raises:
+      UsageError: an option that the command does not have, or a value that it does not accept.
     """
     from absl import flags
 
     try:
-        arguments = flags.FlagValues().read_flags_from_files(arguments)
+        arguments = flags.FlagValues().read_flags_from_files(list(arguments))
     except flags.Error as error:
         raise UsageError(str(error)) from error
-    options: dict[str, str] = {}
+    arguments, overrides = _without_overrides(arguments)
+    parser = _parser(name)
+    try:
+        options, unknown = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise UsageError(_reason(error)) from error
+    for text in unknown:
+        if not text.startswith("-") or not text.lstrip("-"):
+            raise UsageError(f"unexpected argument {text!r}; options start with --")
+        flag = text.partition("=")[0]
+        raise UsageError(f"unknown option {flag}{_similar_option(flag.lstrip('-'), name)}")
+    return {key.replace("_", "-"): value for key, value in vars(options).items()}, overrides
+
+
+def _without_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments that set no field of the config, and those that do, each as one text."""
+    others: list[str] = []
     overrides: list[str] = []
-    flags_ = [key for key, option in own.items() if option.kind is bool]
-    valued = [*VALUE_OPTIONS, *(key for key in own if key not in flags_)]
-    valued += () if own else PROCESS_OPTIONS
-    if own:
-        valued.remove("workdir")
     rest = iter(range(len(arguments)))
     for i in rest:
         flag, equals, value = arguments[i].partition("=")
-        if not flag.startswith("-") or not flag.lstrip("-"):
-            raise UsageError(f"unexpected argument {arguments[i]!r}; options start with --")
-        name = flag.lstrip("-")
-        # As absl has it, a value may follow as the next argument. A minus sign with a digit is a
-        # value too.
-        following = arguments[i + 1] if i + 1 < len(arguments) else "--"
-        takes_next = name in valued or name.startswith("config.")
-        if not equals and takes_next and re.match(r"[^-]|-\.?\d", following):
-            value, equals = following, "="
-            next(rest)
-        if re.match(r"(no)?config\.", name):
+        # As absl has it, one minus sign will do.
+        name = re.sub(r"^--?(?=[a-z]{2})", "", flag)
+        if name != flag and re.match(r"(no)?config\.", name):
+            # A value may follow as the next argument; a minus sign with a digit is a value too.
+            following = arguments[i + 1] if i + 1 < len(arguments) else "--"
+            if not equals and name.startswith("config.") and re.match(r"[^-]|-\.?\d", following):
+                value, equals = following, "="
+                next(rest)
             overrides.append(f"--{name}{equals}{value}")
-        elif name in ("help", "h"):
-            options["help"] = ""
-        elif name in flags_ and not equals:
-            options[name] = ""
-        elif name in flags_:
-            raise UsageError(f"{flag} takes no value")
-        elif name not in valued:
-            raise UsageError(f"unknown option {flag}{_similar_option(name, [*valued, *flags_])}")
-        elif not value:
-            raise UsageError(f"{flag} needs a value")
-        elif name == "verbosity" and value not in LEVELS:
-            raise UsageError(f"--verbosity={value}; accepted: {', '.join(LEVELS)}")
         else:
-            options[name] = value
-    return options, overrides
+            others.append(arguments[i] if name == flag else f"--{name}{equals}{value}")
+    return others, overrides
 
 
-def _similar_option(name: str, known: Sequence[str]) -> str:
+class _Parser(argparse.ArgumentParser):
+    """Raises what is wrong, for `exit_code` to tell."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Shows options as --option=VALUE, as they are written here."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=32, width=100)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        value = f"={action.metavar}" if action.nargs is None else ""
+        return ", ".join(f"{flag}{value}" for flag in action.option_strings)
+
+
+def _parser(name: str) -> argparse.ArgumentParser:
+    """The parser of one command's options; overrides of config fields are taken out before."""
+    command = COMMANDS[name]
+    needed = "".join(f" --{key}={key.upper()}" for key in _needed(command) if key != "workdir")
+    workdir = "" if command.options else " --workdir=DIR"
+    parser = _Parser(
+        f"attnpo {name}",
+        usage=f"attnpo {name} --config=FILE{workdir}{needed} [--config.SECTION.FIELD=VALUE ...]",
+        description=command.summary,
+        formatter_class=_Formatter,
+        argument_default=argparse.SUPPRESS,
+        add_help=False,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    _add_options(parser, command)
+    return parser
+
+
+def _add_options(parser: argparse.ArgumentParser, command: Command) -> None:
+    add = parser.add_argument_group("Options").add_argument
+    add(
+        "--config",
+        metavar="FILE[:ARG]",
+        type=_given,
+        help="Config file, a Python file with get_config(); ARG is its argument.",
+    )
+    # Shown here, and understood by `_without_overrides`.
+    add(
+        "--config.SECTION.FIELD",
+        metavar="VALUE",
+        help="Set one field of the config; any number of these.",
+    )
+    for key, option in command.options.items():
+        if option.kind is bool:
+            add(f"--{key}", action="store_true", help=option.summary)
+        else:
+            kind = _count if option.kind is int else _given
+            metavar = key.upper().rpartition("-")[2]
+            add(f"--{key}", metavar=metavar, type=kind, help=option.summary)
+    if not command.options:
+        add(
+            "--workdir",
+            metavar="DIR",
+            type=_given,
+            help="Folder of everything that is written: config.json, prepared/, checkpoints/, "
+            "metrics.jsonl, export/.",
+        )
+        for key, (metavar, summary) in PROCESS_OPTIONS.items():
+            add(f"--{key}", metavar=metavar, type=_given, help=summary)
+    add("--verbosity", metavar="LEVEL", type=_level, help=f"{', '.join(LEVELS)} [info].")
+    add(
+        "--flagfile",
+        metavar="FILE",
+        type=_given,
+        help="Read further options from a file, one a line.",
+    )
+    add("-h", "--help", action="store_true", help="Print this.")
+
+
+def _given(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("needs a value")
+    return text
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch(r"[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"={text}; accepted: a number from 1 up")
+    return int(text)
+
+
+def _level(text: str) -> str:
+    if _given(text) not in LEVELS:
+        raise argparse.ArgumentTypeError(f"={text}; accepted: {', '.join(LEVELS)}")
+    return text
+
+
+def _reason(error: argparse.ArgumentError) -> str:
+    """What is wrong with an option's value, in the words of the other messages."""
+    option = (error.argument_name or "").rpartition("/")[2]
+    if error.message.startswith("="):
+        return f"{option}{error.message}"
+    if error.message.startswith("ignored explicit argument"):
+        return f"{option} takes no value"
+    return f"{option} needs a value"
+
+
+def _similar_option(name: str, command: str) -> str:
     if "." in name:
         return f" (did you mean --config.{name}?)"
-    close = difflib.get_close_matches(name, (*known, "help"), n=1)
+    listed = re.findall(r"--([\w-]+)(?![\w.-])", _parser(command).format_help())
+    close = difflib.get_close_matches(name, listed, n=1)
     return f" (did you mean --{close[0]}?)" if close else ""
 
 
@@ -488,32 +599,61 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
 
 
-def _help(name: str | None = None) -> str:
-    if name is not None:
-        command = COMMANDS[name]
-        own, common = "", OPTIONS
-        for key, option in command.options.items():
-            shown = f"--{key}" if option.kind is bool else f"--{key}={key.upper()[:8]}"
-            own += f"  {shown:<30}{option.summary}\n"
-        if own:
-            # It writes nothing.
-            common = re.sub(r"  --workdir(.|\n)*?(?=  --)", "", OPTIONS)
-            common = re.sub(r"  --coordinator-address(.|\n)*?(?=  --json)", "", common)
-        needed = " ".join(f"--{key}={key.upper()}" for key in _needed(command))
-        needed = needed.replace("WORKDIR", "DIR") or "[--json]"
-        usage = f"Usage: attnpo {name} --config=FILE {needed} [--config.SECTION.FIELD=VALUE ...]"
-        return f"{usage}\n\n{command.summary}\n\n{common}{own}"
+def _help() -> str:
     summaries = {key: command.summary for key, command in COMMANDS.items()}
-    summaries["version"] = VERSION_SUMMARY
+    summaries |= {"completion": COMPLETION_SUMMARY, "version": VERSION_SUMMARY}
     listed = "\n".join(f"  {key:<15}{summary}" for key, summary in summaries.items())
+    options = _parser("run").format_help()
     return (
-        "Usage: attnpo COMMAND --config=FILE --workdir=DIR [--config.SECTION.FIELD=VALUE ...]\n\n"
+        "usage: attnpo COMMAND --config=FILE --workdir=DIR [--config.SECTION.FIELD=VALUE ...]\n\n"
         "Token-weighted direct preference optimization.\n\n"
-        f"Commands:\n{listed}\n\n{OPTIONS}\n"
+        f"Commands (attnpo COMMAND --help tells of each one's options):\n{listed}\n\n"
+        f"{options[options.index('Options:') :]}\n"
         "Example:\n"
         "  attnpo run --config=configs/quickstart.py --workdir=/tmp/attnpo \\\n"
         "      --config.objective.name=ipo --config.objective.beta=0.05\n"
     )
+
+
+def _completion(arguments: list[str]) -> int:
+    usage = "attnpo completion bash|zsh"
+    if arguments[:1] in (["-h"], ["-help"], ["--help"]):
+        how = '  eval "$(attnpo completion bash)"    # in ~/.bashrc'
+        return _say(f"usage: {usage}\n\n{COMPLETION_SUMMARY}\n\n{how}")
+    if arguments not in (["bash"], ["zsh"]):
+        raise UsageError(f"completion {' '.join(arguments)}; accepted: {usage}")
+    import shtab
+
+    from attnpo_jax.config.fields import FIELDS
+
+    program = argparse.ArgumentParser("attnpo", add_help=False)
+    commands = program.add_subparsers()
+    for name, command in COMMANDS.items():
+        parser = commands.add_parser(name, help=command.summary, add_help=False)
+        _add_options(parser, command)
+        for field, entry in FIELDS.items():
+            parser.add_argument(f"--config.{field}", help=entry.rule.accepted.replace("%", "%%"))
+        for action in parser._actions:
+            if action.dest in ("config", "flagfile"):
+                action.complete = shtab.FILE
+            elif action.dest == "workdir":
+                action.complete = shtab.DIRECTORY
+            elif action.dest == "verbosity":
+                action.choices = LEVELS
+            elif action.dest == "config.SECTION.FIELD":
+                action.help = argparse.SUPPRESS  # the fields themselves are there
+    shells = commands.add_parser("completion", help=COMPLETION_SUMMARY, add_help=False)
+    shells.add_argument("shell", choices=("bash", "zsh"))
+    commands.add_parser("version", help=VERSION_SUMMARY, add_help=False)
+    return _say(shtab.complete(program, shell=arguments[0]))
+
+
+def _version(arguments: list[str]) -> int:
+    if not arguments:
+        return _say(_versions())
+    if arguments[0] in ("-h", "-help", "--help"):
+        return _say(f"usage: attnpo version\n\n{VERSION_SUMMARY}")
+    raise UsageError(f"version takes no {arguments[0]}; accepted: --help")
 
 
 def _versions() -> str:

@@ -7,16 +7,15 @@ files, so that decorators in them can register more functions.
 """
 
 import functools
-import hashlib
-import importlib.util
 import inspect
 import os
 import pathlib
-import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+from attnpo_jax.runtime import python_file
 
 REQUIRED = inspect.Parameter.empty
 """Stands in `Registry.hyperparameters` for the default of a hyperparameter that has none."""
@@ -163,17 +162,9 @@ def load_plugins(files: Iterable[str | os.PathLike]) -> list[types.ModuleType]:
 def _import_file(path: pathlib.Path) -> types.ModuleType:
     if not path.is_file():
         raise PluginError(f"plugin {path}: no such file")
-    # The digest keeps two files of the same name in different folders apart.
-    digest = hashlib.sha256(str(path).encode()).hexdigest()[:12]
-    name = f"attnpo_plugin_{path.stem}_{digest}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise PluginError(f"plugin {path}: not a Python file (accepted: a path ending in .py)")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        return python_file.load(path)
+    except python_file.NotPythonError as error:
+        raise PluginError(f"plugin {error}") from error
     except Exception as error:
-        del sys.modules[name]
         raise PluginError(f"plugin {path}: {type(error).__name__}: {error}") from error
-    return module

@@ -1,6 +1,10 @@
+import ast
 import errno
 import importlib.metadata
+import json
 import pathlib
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -11,7 +15,7 @@ import pytest
 
 import attnpo_jax
 from attnpo_jax import cli
-from attnpo_jax.config import rules as config_rules
+from attnpo_jax.config import ConfigError, flatten
 from attnpo_jax.run import Run
 
 CONFIG = """
@@ -160,9 +164,18 @@ def test_a_plugin_s_required_hyperparameter_is_asked_for(calls, file, plugin, ca
         ),
         ("--config.optim=3", "is a section; set its fields: --config.optim.b1, "),
         ("--config.seed.x=3", "--config.seed.x: unknown field"),
-        ("--config.optim.learning_rate=fast", "--config.optim.learning_rate=fast: "),
-        ("--config.train.epochs=1.5", "--config.train.epochs=1.5: "),
-        ("--config.data.shuffle=maybe", "--config.data.shuffle=maybe: "),
+        (
+            "--config.optim.learning_rate=fast",
+            "--config.optim.learning_rate=fast: accepted: a number above 0",
+        ),
+        ("--config.train.epochs=1.5", "epochs=1.5: accepted: a whole number, 1 or more"),
+        ("--config.train.batch_size=eight", "batch_size=eight: accepted: a whole number, 1 or"),
+        ("--config.data.shuffle=maybe", "--config.data.shuffle=maybe: accepted: True or False"),
+        ("--config.objective.beta=big", "--config.objective.beta=big: accepted: a number above 0"),
+        ("--config.trian.batch_size=4", "(did you mean config.train.batch_size?)"),
+        ("--process-id=", "--process-id needs a value"),
+        ("--help=all", "--help takes no value"),
+        ("--json", "unknown option --json"),
         ("--optim.learning_rate=1", "did you mean --config.optim.learning_rate?"),
         ("--wrkdir=w", "unknown option --wrkdir (did you mean --workdir?)"),
         ("--verbosity=loud", "--verbosity=loud; accepted: debug, info, warning, error"),
@@ -183,7 +196,7 @@ def test_a_command_line_that_is_not_understood_exits_with_2(override, message, c
     [
         (
             ["prepar"],
-            "unknown command 'prepar' (did you mean prepare?); commands: data, prepare, train",
+            "unknown command 'prepar' (did you mean prepare?); commands: config, data, prepare",
         ),
         (["run", "--workdir=w"], "run needs --config=configs/quickstart.py"),
         (["run", "--config=x.py"], "run needs --workdir=DIR"),
@@ -217,7 +230,7 @@ def test_a_config_file_that_is_not_there_exits_with_1(calls, capsys):
 @pytest.mark.parametrize(
     "error",
     [
-        config_rules.ConfigError(["config.model.source: no such folder"]),
+        ConfigError(["config.model.source: no such folder"]),
         FileNotFoundError(errno.ENOENT, "No such file or directory", "pairs.jsonl"),
         OSError(errno.ENOSPC, "No space left on device", "prepared/0.arrow"),
     ],
@@ -257,6 +270,110 @@ def test_an_interruption_exits_with_130(calls, file, capsys, monkeypatch):
     assert "interrupted" in capsys.readouterr().err
 
 
+def test_the_wrong_one_of_several_values_is_named(calls, file, capsys):
+    values = ["--config.seed=3", "--config.train.steps=many", "--config.train.epochs=2"]
+    assert cli.main(["run", f"--config={file}", "--workdir=w", *values]) == 2
+    assert "steps=many: accepted: a whole number, 0 or more" in capsys.readouterr().err
+
+
+def test_parse_takes_values_after_an_equals_sign_or_as_the_next_argument():
+    options, overrides = cli.parse(
+        "run",
+        ["--config", "x.py", "-workdir=w", "--process-id", "0", "--config.optim.b1", "-.5"]
+        + ["--noconfig.data.shuffle", "-config.seed=3", "--num-processes=2"],
+    )
+    assert options == {"config": "x.py", "workdir": "w", "process-id": "0", "num-processes": "2"}
+    assert overrides == ["--config.optim.b1=-.5", "--noconfig.data.shuffle", "--config.seed=3"]
+    assert cli.parse("plan", ["--pairs=7", "--search"])[0] == {"pairs": 7, "search": True}
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_of_a_command_lists_what_it_accepts_and_nothing_else(command, capsys):
+    assert cli.main([command, "--help"]) == 0
+    out = capsys.readouterr().out
+    listed = re.findall(r"^  (?:-h, )?--([\w-]+)(?=[ =\[\n])", out, re.MULTILINE)
+    assert len(listed) == len(set(listed)) and set(cli.COMMANDS[command].options) <= set(listed)
+    writes = not cli.COMMANDS[command].options
+    assert ("workdir" in listed, "process-id" in listed) == (writes, writes)
+    for option in {*listed, "workdir", "json", "topology", "diff"} - {"flagfile"}:
+        try:
+            cli.parse(command, [f"--{option}"])
+        except cli.UsageError as error:
+            assert (option in listed) == (str(error) == f"--{option} needs a value")
+        else:
+            assert option in listed
+
+
+def test_help_of_version_is_no_version(capsys):
+    assert cli.main(["version", "--help"]) == 0
+    assert capsys.readouterr().out == f"usage: attnpo version\n\n{cli.VERSION_SUMMARY}\n"
+    assert cli.main(["version", "--json"]) == 2
+
+
+@pytest.mark.parametrize(
+    "words, completed",
+    [
+        (["pre"], ["prepare"]),
+        (["run", "--config.train.st"], ["--config.train.steps"]),
+        (["plan", "--topo"], ["--topology"]),
+        (["plan", "--work"], []),
+        (["train", "--verbosity", ""], ["debug", "info", "warning", "error"]),
+    ],
+)
+def test_completion_in_bash(words, completed, capsys, tmp_path):
+    assert cli.main(["completion", "bash"]) == 0
+    (tmp_path / "script").write_text(capsys.readouterr().out)
+    line = shlex.join(["attnpo", *words])
+    code = (
+        f"source {tmp_path}/script; COMP_WORDS=({line}); COMP_CWORD={len(words)}; "
+        '_shtab_attnpo; printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == completed
+
+
+def test_completion_in_zsh_and_in_no_other_shell(capsys):
+    assert cli.main(["completion", "zsh"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("#compdef attnpo") and "--config.train.steps[" in out
+    assert cli.main(["completion", "--help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: attnpo completion bash|zsh")
+    for arguments in (["fish"], [], ["bash", "zsh"]):
+        assert cli.main(["completion", *arguments]) == 2
+        assert "accepted: attnpo completion bash|zsh" in capsys.readouterr().err
+
+
+def test_config_prints_what_differs_from_the_defaults(file, capsys):
+    base = ["config", f"--config={file}:64", "--config.objective.name=ipo"]
+    assert cli.main([*base, "--diff"]) == 0
+    assert sorted(capsys.readouterr().out.splitlines()) == [
+        "# no objective.label_smoothing",
+        "objective.beta = 0.02  # default: 0.1",
+        "objective.length_normalize = False  # not in the default config",
+        "objective.name = 'ipo'  # default: 'sigmoid'",
+        "train.batch_size = 64  # default: 32",
+    ]
+    assert cli.main([*base, "--diff", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["train.batch_size"] == [32, 64]
+
+
+def test_config_prints_every_field_with_its_meaning_or_as_json(file, capsys):
+    assert cli.main(["config", f"--config={file}", "--config.judge.layers=(0, -1)"]) == 0
+    out = capsys.readouterr().out
+    config = cli.load_config(file, ["--config.judge.layers=(0, -1)"])
+    values = re.findall(r"^([\w.]+) = (.*)$", out, re.MULTILINE)
+    assert {name: ast.literal_eval(text) for name, text in values} == flatten(config)
+    assert "# passes over the training pairs\ntrain.epochs = 1\n" in out
+    assert "# strength of the pull towards the reference, > 0.\nobjective.beta = 0.02\n" in out
+    assert cli.main(["config", f"--config={file}", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["objective"]["beta"] == 0.02
+
+
+def test_config_refuses_what_a_run_would(file, capsys):
+    assert cli.main(["config", f"--config={file}", "--config.seed=-1"]) == 1
+    assert "config.seed = -1: accepted: a whole number, 0 or more" in capsys.readouterr().err
+
+
 def test_options_can_come_from_a_flagfile(calls, file, tmp_path):
     flagfile = tmp_path / "flags"
     flagfile.write_text(f"--config={file}\n--config.objective.name=hinge\n# a comment\n")
@@ -290,7 +407,7 @@ def test_help_lists_commands_and_options(arguments, capsys):
     if arguments == ["run", "--help"]:
         assert cli.COMMANDS["run"].summary in out
     else:
-        for name in (*cli.COMMANDS, "version"):
+        for name in (*cli.COMMANDS, "completion", "version"):
             assert f"\n  {name} " in out
 
 

@@ -1,24 +1,18 @@
 """Configs: fields, checks, files and overrides."""
 
-from attnpo_jax.config.core import (
-    SECTIONS,
-    ConfigError,
-    bind_section,
+from attnpo_jax.config.checks import validate
+from attnpo_jax.config.default import default_config
+from attnpo_jax.config.errors import ConfigError
+from attnpo_jax.config.files import diff, from_json, load_file, to_json
+from attnpo_jax.config.layers import (
     check_columns,
     check_layers,
-    complete_sections,
-    default_config,
-    diff,
-    flatten,
-    from_json,
     judge_layers,
-    load_file,
-    section_for,
     source_layers,
-    to_json,
-    validate,
     weight_columns,
 )
+from attnpo_jax.config.sections import SECTIONS, bind_section, complete_sections, section_for
+from attnpo_jax.runtime.nested import flatten
 
 __all__ = [
     "ConfigError",

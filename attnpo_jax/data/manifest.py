@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 
 from attnpo_jax.data import shards
+from attnpo_jax.runtime import nested
 
 FORMAT = 1
 PLAN, METADATA = "plan.json", "prepared.json"
@@ -92,18 +93,10 @@ def check_components(
 
 
 def differences(
-    on_disk: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = ""
+    on_disk: Mapping[str, Any], wanted: Mapping[str, Any]
 ) -> dict[str, tuple[Any, Any]]:
-    """Components that differ: name, nested ones joined by dots -> (on disk, wanted)."""
-    on_disk, wanted = canonical(on_disk), canonical(wanted)
-    found: dict[str, tuple[Any, Any]] = {}
-    for name in sorted(set(on_disk) | set(wanted)):
-        old, new = on_disk.get(name), wanted.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found |= differences(old, new, f"{prefix}{name}.")
-        elif old != new or (name in on_disk) != (name in wanted):
-            found[f"{prefix}{name}"] = (old, new)
-    return found
+    """Components that differ in JSON: name, nested ones joined by dots -> (on disk, wanted)."""
+    return nested.differences(canonical(on_disk), canonical(wanted))
 
 
 def canonical(value: Any) -> Any:

@@ -12,6 +12,7 @@ from ml_collections import config_dict
 
 from attnpo_jax import config as config_lib
 from attnpo_jax import losses, weighting
+from attnpo_jax.config.fields import DECISIVE
 from attnpo_jax.data.batching import EvalBatches, PairBatch, TrainBatches
 from attnpo_jax.data.prepared import Prepared
 from attnpo_jax.models import lora
@@ -32,25 +33,6 @@ if TYPE_CHECKING:
     from attnpo_jax.run import Run
 
 _LOG = logging.getLogger(__name__)
-
-# What decides the course of a run. The data and the judge's part are covered by what the prepared
-# dataset says of itself; anything else (how often to log or save, batch shapes, devices) may change
-# when a run is resumed.
-DECISIVE = (
-    "seed",
-    "model.dtype",
-    "model.param_dtype",
-    "data.shuffle",
-    "weighting",
-    "objective",
-    "lora.rank",
-    "lora.alpha",
-    "lora.targets",
-    "optim",
-    "train.batch_size",
-    "train.epochs",
-    "train.steps",
-)
 
 
 def train(run: "Run") -> None:

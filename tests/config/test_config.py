@@ -12,20 +12,23 @@ from attnpo_jax.config import (
     ConfigError,
     bind_section,
     check_layers,
+    checks,
     complete_sections,
-    core,
     default_config,
     diff,
+    files,
     flatten,
     from_json,
+    layers,
     load_file,
     section_for,
     source_layers,
     to_json,
     validate,
 )
-from attnpo_jax.config import rules as config_rules
+from attnpo_jax.config.fields import DECISIVE, FIELDS, SECTION_FIELDS
 from attnpo_jax.registry import RegistryError
+from attnpo_jax.runtime import nested
 
 PLUGIN = """
 from attnpo_jax import weighting
@@ -67,9 +70,42 @@ def test_default_config_is_valid_locked_and_the_paper_s():
         config.optim.lerning_rate = 1.0
 
 
-def test_every_field_has_a_rule_and_every_rule_a_field():
-    fields = {f for f in flatten(default_config()) if f.split(".")[0] not in config_lib.SECTIONS}
-    assert fields == set(config_rules.RULES)
+def test_the_default_config_is_the_table_of_fields():
+    flat = flatten(default_config())
+    values = {f: v for f, v in flat.items() if f.split(".")[0] not in config_lib.SECTIONS}
+    assert values == {name: field.default for name, field in FIELDS.items()}
+    assert SECTION_FIELDS == tuple(config_lib.SECTIONS)
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_field_accepts_its_default_and_refuses_what_no_field_can_mean(field):
+    assert FIELDS[field].rule.accepts(FIELDS[field].default)
+    assert not FIELDS[field].rule.accepts(object())
+
+
+def test_what_decides_a_run_s_course():
+    assert set(DECISIVE) == {
+        "seed",
+        "model.dtype",
+        "model.param_dtype",
+        "data.shuffle",
+        "weighting",
+        "objective",
+        "lora.rank",
+        "lora.alpha",
+        "lora.targets",
+        "optim.learning_rate",
+        "optim.schedule",
+        "optim.warmup_ratio",
+        "optim.b1",
+        "optim.b2",
+        "optim.eps",
+        "optim.weight_decay",
+        "optim.max_grad_norm",
+        "train.batch_size",
+        "train.epochs",
+        "train.steps",
+    }
 
 
 def test_remat_choices_are_the_decoder_s():
@@ -185,7 +221,7 @@ def test_pmap_takes_data_parallelism_only():
 def test_writers_need_their_package(monkeypatch):
     config = default_config()
     config.log.wandb = True
-    monkeypatch.setattr(config_rules.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"config.log.wandb = True: .*pip install '\.\[wandb\]'"):
         validate(config)
 
@@ -193,7 +229,7 @@ def test_writers_need_their_package(monkeypatch):
 def test_a_bucket_needs_its_package(monkeypatch):
     config = default_config()
     config.train.checkpoint_dir = "gs://bucket/run"
-    monkeypatch.setattr(config_rules.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="'gs://bucket/run': needs the package gcsfs"):
         validate(config)
 
@@ -389,8 +425,9 @@ def test_validation_loads_no_model_or_data_library():
 
 
 def test_examples_in_the_docstrings_run():
-    result = doctest.testmod(core)
-    assert result.attempted >= 4 and result.failed == 0
+    for module, examples in ((checks, 2), (files, 3), (layers, 3), (nested, 2)):
+        result = doctest.testmod(module)
+        assert (result.failed, result.attempted) == (0, examples), module
 
 
 def test_a_layer_that_may_not_see_both_answers_is_warned_of(caplog):

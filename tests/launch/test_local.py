@@ -47,7 +47,7 @@ def test_the_example_of_the_help_is_a_line_to_copy():
     *_, line = local("--help").stdout.splitlines()
     words = shlex.split(line)
     assert words[:5] == ["example:", "python", "launch/local.py", "--processes=2", "--"]
-    values, overrides = cli._split(words[7:], {})
+    values, overrides = cli.parse("run", words[7:])
     cli.load_config(str(ROOT / values["config"]), overrides)
     assert words[5:7] == ["attnpo", "run"] and values["workdir"]
 

@@ -55,7 +55,7 @@ def attnpo_arguments(text):
     words = shlex.split(text.replace("\\\n", " "))
     start = next(i for i, w in enumerate(words) if w.endswith("attnpo") and words[i + 1] == "run")
     end = next((i for i in range(start, len(words)) if words[i] in (">", "&")), len(words))
-    values, overrides = cli._split(words[start + 2 : end], {})
+    values, overrides = cli.parse("run", words[start + 2 : end])
     config = cli.load_config(str(LAUNCH.parent / values["config"]), overrides)
     return values, config
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from tokenizers import pre_tokenizers
 
 from attnpo_jax import cli
-from attnpo_jax.config import rules as config_rules
+from attnpo_jax.config import ConfigError
 from attnpo_jax.models import decoder
 from attnpo_jax.models.io import hf_folder, hf_save
 from attnpo_jax.runtime import exit_codes
@@ -187,12 +187,12 @@ def test_axes_that_cannot_be_swept(sweep, config_file, axes, message):
 
 
 def test_every_point_is_checked_before_anything_runs(sweep, config_file, tmp_path):
-    with pytest.raises(config_rules.ConfigError, match=r"objective.beta = -1.0"):
+    with pytest.raises(ConfigError, match=r"objective.beta = -1.0"):
         sweep.grid(config_file, ["objective.beta=0.1,-1.0"])
-    with pytest.raises(config_rules.ConfigError, match=r"data.eval"):
+    with pytest.raises(ConfigError, match=r"data.eval"):
         sweep.grid(config_file, ["seed=1,2"], ["--config.data.eval="])
     runs = sweep.grid(config_file, ["weighting.layer=0,5"])
-    with pytest.raises(config_rules.ConfigError, match="layer 5"):
+    with pytest.raises(ConfigError, match="layer 5"):
         sweep.sweep(runs, tmp_path / "work", Console(file=io.StringIO()))
     assert not (tmp_path / "work").exists()
 

@@ -28,7 +28,7 @@ from tokenizers import decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 
 from attnpo_jax import config as config_lib
-from attnpo_jax.config.rules import ConfigError
+from attnpo_jax.config import ConfigError
 from attnpo_jax.data.batching import EvalBatches
 from attnpo_jax.data.manifest import PreparedMismatch
 from attnpo_jax.data.pair import BadExample

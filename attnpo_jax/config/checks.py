@@ -1,0 +1,180 @@
+"""The search for everything that is wrong with a config."""
+
+import difflib
+import importlib.util
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import config_dict
+
+from attnpo_jax.config import rules
+from attnpo_jax.config.errors import ConfigError
+from attnpo_jax.config.fields import FIELDS
+from attnpo_jax.config.sections import SECTIONS
+from attnpo_jax.registry import REQUIRED, PluginError, RegistryError, load_plugins
+from attnpo_jax.runtime.nested import flatten
+
+_BUILTIN_HYPERPARAMETERS: dict[str, rules.Rule] = {
+    "objective.beta": rules.positive(),
+    "objective.label_smoothing": rules.share(0.5, inclusive=False),
+}
+
+_WRITERS = {"log.tensorboard": "tensorboardX", "log.wandb": "wandb"}
+
+
+def validate(config: config_dict.ConfigDict) -> None:
+    """Checks every field, alone and against the others, without loading model or data.
+
+    Loads the plugins the config names.
+
+    Raises:
+      ConfigError: lists all problems; each names the field, the value found and what is accepted.
+    """
+    found = problems(config)
+    if found:
+        raise ConfigError(found)
+
+
+def problems(config: config_dict.ConfigDict) -> list[str]:
+    """Everything that is wrong with a config, one sentence each; its plugins are loaded."""
+    found: list[str] = []
+    values = {
+        name: value for name, value in flatten(config).items() if name.split(".")[0] not in SECTIONS
+    }
+    for name, value in values.items():
+        if name not in FIELDS:
+            found.append(f"config.{name} = {value!r}: unknown field{suggest(name, FIELDS)}")
+        elif not FIELDS[name].rule.accepts(value):
+            found.append(f"config.{name} = {value!r}: accepted: {FIELDS[name].rule.accepted}")
+    found += [f"config.{name}: missing" for name in FIELDS if name not in values]
+    sound = not found
+    if sound:
+        found += _between_fields(values)
+
+    plugins = values.get("plugins", ())
+    if FIELDS["plugins"].rule.accepts(plugins):
+        try:
+            load_plugins(rules.as_tuple(plugins))
+        except PluginError as error:
+            return [*found, f"config.plugins: {error}"]
+    for section, registry in SECTIONS.items():
+        if not isinstance(config.get(section), config_dict.ConfigDict):
+            found.append(f"config.{section}: missing (a section with a name)")
+        else:
+            found += _section_problems(section, registry, config[section])
+    return found
+
+
+def suggest(field: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    """The words " (did you mean config.x?)" for the known fields of such a name, or ""."""
+    # A mistyped section, or a mistyped field of a section that there is.
+    close = difflib.get_close_matches(field, list(known), n=1, cutoff=0.85)
+    if close:
+        return f" (did you mean config.{close[0]}?)"
+    last = field.split(".")[-1]
+    close = [k for k in known if k.split(".")[-1] == last]
+    if not close:
+        lasts = {k.split(".")[-1]: k for k in known}
+        close = [lasts[k] for k in difflib.get_close_matches(last, list(lasts), n=1)]
+    return f" (did you mean {' or '.join(f'config.{k}' for k in close)}?)" if close else ""
+
+
+def _between_fields(values: Mapping[str, Any]) -> list[str]:
+    def named(field):
+        return f"config.{field} = {values[field]!r}"
+
+    found = []
+    if values["train.batch_size"] % values["train.microbatch_size"]:
+        found.append(
+            f"{named('train.microbatch_size')}: accepted: a divisor of {named('train.batch_size')}"
+        )
+    if values["data.max_prompt_length"] >= values["data.max_length"]:
+        found.append(
+            f"{named('data.max_prompt_length')}: accepted: less than {named('data.max_length')}"
+        )
+    if 2 * values["judge.max_answer_length"] >= values["judge.max_length"]:
+        found.append(
+            f"{named('judge.max_answer_length')}: accepted: less than half of "
+            f"{named('judge.max_length')}, which holds two answers and the question"
+        )
+    if values["lora.rank"] == 0 and values["lora.export"] != "merged":
+        found.append(
+            f"{named('lora.export')}: accepted: 'merged', since config.lora.rank = 0 trains the "
+            "model itself"
+        )
+    axes = {f: v for f, v in values.items() if f.startswith("parallel.mesh.")}
+    if list(axes.values()).count(-1) > 1:
+        listed = ", ".join(named(f) for f in axes)
+        found.append(f"{listed}: accepted: -1 for at most one of them")
+    if values["parallel.backend"] == "pmap":
+        found += [
+            f"{named(field)}: accepted: 1, since config.parallel.backend = 'pmap' only splits the "
+            "data"
+            for field in ("parallel.mesh.fsdp", "parallel.mesh.tensor")
+            if values[field] != 1
+        ]
+    bucket = values["train.checkpoint_dir"].startswith("gs://")
+    if bucket and importlib.util.find_spec("gcsfs") is None:
+        found.append(f"{named('train.checkpoint_dir')}: needs the package gcsfs: pip install gcsfs")
+    for field, package in _WRITERS.items():
+        if values[field] and importlib.util.find_spec(package) is None:
+            extra = field.split(".")[1]
+            found.append(
+                f"{named(field)}: needs the package {package}: pip install '.[{extra}]' in a clone"
+            )
+    return found
+
+
+def _section_problems(section: str, registry: Any, values: config_dict.ConfigDict) -> list[str]:
+    hyperparameters = dict(values.items())
+    name = hyperparameters.pop("name", None)
+    try:
+        defaults = registry.hyperparameters(name)
+    except RegistryError as error:
+        return [f"config.{section}.name = {name!r}: {error}"]
+    accepted = ", ".join(defaults) or "none"
+    found = []
+    for key, value in hyperparameters.items():
+        field = f"config.{section}.{key} = {value!r}"
+        if key not in defaults:
+            found.append(f"{field}: {name!r} has no such hyperparameter; accepted: {accepted}")
+        elif value is None and defaults[key] is REQUIRED:
+            found.append(f"config.{section}.{key}: {name!r} needs a value for it")
+        else:
+            for rule in _hyperparameter_rules(section, name, key):
+                if not rule.accepts(value):
+                    found.append(f"{field}: accepted: {rule.accepted}")
+                    break
+    found += [
+        f"config.{section}.{key}: {name!r} needs a value for it"
+        for key, default in defaults.items()
+        if default is REQUIRED and key not in hyperparameters
+    ]
+    return found
+
+
+def _hyperparameter_rules(section: str, name: str, key: str) -> list[rules.Rule]:
+    """What a hyperparameter of a registered function accepts; the strictest first."""
+    registry = SECTIONS[section]
+    hints = registry.annotations(name)
+    by_signature = rules.of_hyperparameter(
+        registry.hyperparameters(name)[key], *([hints[key]] if key in hints else [])
+    )
+    builtin = registry.get(name).__module__.startswith("attnpo_jax.")
+    own = _BUILTIN_HYPERPARAMETERS.get(f"{section}.{key}") if builtin else None
+    return [by_signature] if own is None else [own, by_signature]
+
+
+def accepted_words(config: config_dict.ConfigDict, field: str) -> str:
+    """What a field of a config accepts, in words.
+
+    >>> from attnpo_jax.config import default_config
+    >>> accepted_words(default_config(), "train.batch_size")
+    'a whole number, 1 or more'
+    """
+    section, _, key = field.partition(".")
+    if section in SECTIONS and key == "name":
+        return ", ".join(SECTIONS[section].names())
+    if section in SECTIONS:
+        return _hyperparameter_rules(section, config[section].name, key)[0].accepted
+    return FIELDS[field].rule.accepted

@@ -1,0 +1,71 @@
+"""The parts of docs/config.md that say what the table of fields says.
+
+    python -m attnpo_jax.config.docs
+
+rewrites the tables, and the sentence on what a resumed run must share, in a clone's page.
+"""
+
+import pathlib
+import re
+import textwrap
+
+from attnpo_jax.config.fields import DECISIVE, FIELDS
+
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "config.md"
+_HEAD = "| field | default | accepted | meaning |\n|---|---|---|---|\n"
+
+
+def rewritten(page: str) -> str:
+    """A page whose tables of fields are those of the table `FIELDS`.
+
+    Each table stands under a line `<!-- fields: SECTION -->`, whose section is "run" for the fields
+    that are in none. The sentence on resuming starts a paragraph.
+
+    Raises:
+      ValueError: the page lacks a section, or the sentence.
+    """
+    for section in dict.fromkeys(map(section_of, FIELDS)):
+        table = _HEAD + "".join(_row(name) for name in FIELDS if section_of(name) == section)
+        page = _replace(page, rf"(?<=<!-- fields: {section} -->\n)(\|.*\n)*", table)
+    return _replace(page, r"(?<=\n)A run resumes only with(.+\n)*", resuming())
+
+
+def section_of(name: str) -> str:
+    """The section that a field is listed in."""
+    return name.split(".")[0] if "." in name else "run"
+
+
+def resuming() -> str:
+    """What a resumed run must share; a section whose fields are all decisive is named as one."""
+    whole = [
+        section
+        for section in dict.fromkeys(map(section_of, FIELDS))
+        if all(FIELDS[name].decisive for name in FIELDS if section_of(name) == section)
+    ]
+    named = dict.fromkeys(
+        section_of(name) if name in FIELDS and section_of(name) in whole else name
+        for name in DECISIVE
+    )
+    *most, last = [f"`{name}`" for name in named]
+    sentence = (
+        f"A run resumes only with the same {', '.join(most)} and {last}, and the same prepared "
+        "data; the other fields may change."
+    )
+    lines = textwrap.wrap(sentence, 100, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines) + "\n"
+
+
+def _row(name: str) -> str:
+    field = FIELDS[name]
+    return f"| `{name}` | `{field.default!r}` | {field.rule.accepted} | {field.help} |\n"
+
+
+def _replace(page: str, pattern: str, text: str) -> str:
+    page, count = re.subn(pattern, lambda _: text, page)
+    if count != 1:
+        raise ValueError(f"{count} places of {pattern!r} in {PAGE.name}; accepted: one")
+    return page
+
+
+if __name__ == "__main__":
+    PAGE.write_text(rewritten(PAGE.read_text()))

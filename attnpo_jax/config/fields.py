@@ -1,0 +1,393 @@
+"""The fields of a config, each once: default, what it accepts, what it means.
+
+The default config, the checks, the help of the command line and the tables of docs/config.md come
+from here. The sections `weighting` and `objective` are not here: their fields are a name and that
+function's hyperparameters, see `attnpo_jax.config.sections`.
+"""
+
+import dataclasses
+from typing import Any
+
+from attnpo_jax.config import rules
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One field.
+
+    Attributes:
+      default: its value where nothing else is said.
+      rule: what it accepts.
+      help: what it means, as in docs/config.md, whose links and backticks it has.
+      mixed: whether it takes values of several types, so that a config holds it without one.
+      decisive: whether a run resumes only with the same value.
+    """
+
+    default: Any
+    rule: rules.Rule
+    help: str
+    mixed: bool = False
+    decisive: bool = False
+
+
+_PRECISIONS = ("float32", "bfloat16")
+
+FIELDS: dict[str, Field] = {
+    "seed": Field(
+        0,
+        rules.integer(0),
+        "order of the pairs in each epoch",
+        decisive=True,
+    ),
+    "plugins": Field(
+        (),
+        rules.texts("a Python file", empty=True),
+        "Python files that register weightings or objectives of your own "
+        "([research.md](research.md)); relative paths count from the current folder",
+    ),
+    "model.source": Field(
+        "smollm2-135m-instruct",
+        rules.text(),
+        "hub id, local Hugging Face folder, or `smollm2-135m-instruct` (fetched once, then "
+        "cached in `~/.cache/attnpo_jax` or `$ATTNPO_CACHE`)",
+    ),
+    "model.chat_template": Field(
+        None,
+        rules.file_or(None),
+        "Jinja file that replaces the tokenizer's own chat template",
+        mixed=True,
+    ),
+    "model.dtype": Field(
+        "float32",
+        rules.one_of(*_PRECISIONS),
+        "what the forward and backward passes compute in",
+        decisive=True,
+    ),
+    "model.param_dtype": Field(
+        "float32",
+        rules.one_of(*_PRECISIONS),
+        "what the parameters are kept in; bfloat16 loses updates as small as a learning "
+        "rate of 1e-6 makes",
+        decisive=True,
+    ),
+    "model.prepare_weights": Field(
+        "full",
+        rules.one_of("full", "int8"),
+        "what the judge's and the reference's passes hold the projections in: "
+        "`model.param_dtype`, or int8 ([performance.md](performance.md))",
+    ),
+    "model.remat": Field(
+        "dots",
+        rules.one_of("none", "dots", "layer"),
+        "what the backward pass recomputes: `none` takes most memory, `dots` keeps the "
+        "outputs of matrix products, `layer` keeps each layer's input and takes least",
+    ),
+    "model.attention": Field(
+        "auto",
+        rules.one_of("auto", "xla", "cudnn", "tokamax"),
+        "what computes attention: `xla` (everywhere), `cudnn` (NVIDIA GPUs, bfloat16), "
+        "`tokamax` (TPUs, extra `tokamax`); `auto` takes the last two where they can serve "
+        "([performance.md](performance.md#attention-backends))",
+    ),
+    "model.logps_chunk": Field(
+        2048,
+        rules.integer(1),
+        "tokens projected to the vocabulary at a time; bounds the memory of the logits",
+    ),
+    "data.train": Field(
+        "builtin:train",
+        rules.sources(empty=False),
+        "source of the training pairs, or several, or a mixture ([data.md](data.md))",
+        mixed=True,
+    ),
+    "data.eval": Field(
+        "builtin:eval",
+        rules.sources(empty=True),
+        "source of the held-out pairs; `''` for no evaluation",
+        mixed=True,
+    ),
+    "data.weight_columns": Field(
+        (),
+        rules.columns(),
+        "token weights to read from the pairs' rows for the weighting `column` "
+        "([data.md](data.md#ready-made-weights))",
+        mixed=True,
+    ),
+    "data.weights_tokenizer": Field(
+        None,
+        rules.optional_text(),
+        "Hugging Face folder or hub id of the tokenizer that made the tokens these weights "
+        "stand for; None: the model's",
+        mixed=True,
+    ),
+    "data.max_length": Field(
+        2048,
+        rules.integer(2),
+        "tokens of prompt and response; a longer response loses its last ones",
+    ),
+    "data.max_prompt_length": Field(
+        1800,
+        rules.integer(1),
+        "tokens of the prompt; a longer one loses its first ones. Less than `data.max_length`",
+    ),
+    "data.shuffle": Field(
+        True,
+        rules.boolean(),
+        "whether each epoch has an order of its own",
+        decisive=True,
+    ),
+    "data.on_bad_row": Field(
+        "error",
+        rules.one_of("error", "skip"),
+        "`error` stops at the first bad row; `skip` leaves bad rows out and lists them in "
+        "`prepared/SPLIT.bad_rows.jsonl`",
+    ),
+    "data.num_buckets": Field(
+        6,
+        rules.integer(1),
+        "how many row lengths batches are padded to; each is one compilation a pass",
+    ),
+    "judge.template": Field(
+        "default",
+        rules.file_or("default"),
+        "a text file with the slots `{question}`, `{answer_a}`, `{answer_b}`, or the one "
+        "that comes with the package",
+    ),
+    "judge.max_length": Field(
+        2048,
+        rules.integer(2),
+        "tokens of the rendered judge prompt; one that reaches it is shortened: answers "
+        "first, then the question",
+    ),
+    "judge.max_answer_length": Field(
+        768,
+        rules.integer(1),
+        "tokens an answer keeps in a prompt that is shortened. Less than half of "
+        "`judge.max_length`",
+    ),
+    "judge.layers": Field(
+        "quartiles",
+        rules.layers(),
+        "layers whose attention is kept for weightings to use. `quartiles`: the first, the "
+        "last and the last of each quarter (0, 6, 14, 21, 29 of 30), among the global "
+        "layers where a model has sliding windows; negative numbers count from the last; "
+        "`none`: nothing is judged",
+        mixed=True,
+    ),
+    "judge.verdict": Field(
+        True,
+        rules.boolean(),
+        "whether what the judge answers is kept too. Without it, layers above the last of "
+        "`judge.layers` do not run, and a weighting that reads `verdict_B2` gets NaN; the "
+        "built-in ones read attention alone",
+    ),
+    "judge.batch_size": Field(
+        8,
+        rules.integer(1),
+        "most pairs that are judged, or scored by the reference, at a time",
+    ),
+    "judge.token_budget": Field(
+        4096,
+        rules.integer(1),
+        "most tokens in such a batch (rows times padded length); a longer row goes alone",
+    ),
+    "judge.num_buckets": Field(
+        8,
+        rules.integer(1),
+        "how many row lengths these batches are padded to; each is one compilation a pass, "
+        "or up to four where batches are not full",
+    ),
+    "prepare.rows_per_shard": Field(
+        256,
+        rules.integer(1),
+        "pairs in one file of the prepared dataset; an interruption loses less than that",
+    ),
+    "prepare.devices": Field(
+        "auto",
+        rules.one_of("auto", "process", "all"),
+        "of several processes: each prepares shards of its own on its own devices, or all "
+        "prepare the same shards together on the mesh that training has. The first waits "
+        "for nobody; the second is for a model that one process's devices can't hold. "
+        "'auto': the first, unless the parameters would take more than half of these "
+        "devices' memory (as GPUs and TPUs tell it) and all devices together would share "
+        "them further",
+    ),
+    "optim.learning_rate": Field(
+        1e-06,
+        rules.positive(),
+        "AdamW's peak learning rate, reached at the end of the warm-up",
+        decisive=True,
+    ),
+    "optim.schedule": Field(
+        "cosine",
+        rules.one_of("cosine", "linear", "constant"),
+        "after the warm-up: down to 0 at the last step's end along half a cosine or a line, "
+        "or constant",
+        decisive=True,
+    ),
+    "optim.warmup_ratio": Field(
+        0.1,
+        rules.share(1.0, inclusive=True),
+        "share of the steps in which the learning rate rises from 0",
+        decisive=True,
+    ),
+    "optim.b1": Field(
+        0.9,
+        rules.share(1.0, inclusive=False),
+        "AdamW's decay rate of the first moment",
+        decisive=True,
+    ),
+    "optim.b2": Field(
+        0.999,
+        rules.share(1.0, inclusive=False),
+        "AdamW's decay rate of the second moment",
+        decisive=True,
+    ),
+    "optim.eps": Field(
+        1e-08,
+        rules.positive(),
+        "AdamW's epsilon",
+        decisive=True,
+    ),
+    "optim.weight_decay": Field(
+        0.0,
+        rules.not_negative(),
+        "AdamW's weight decay; norm scales and biases do not decay",
+        decisive=True,
+    ),
+    "optim.max_grad_norm": Field(
+        1.0,
+        rules.not_negative(),
+        "largest global norm of the gradient; 0: no limit",
+        decisive=True,
+    ),
+    "lora.rank": Field(
+        0,
+        rules.integer(0),
+        "rank of the adapters; 0 trains the model itself",
+        decisive=True,
+    ),
+    "lora.alpha": Field(
+        16.0,
+        rules.positive(),
+        "what adapters add is scaled by alpha / rank",
+        decisive=True,
+    ),
+    "lora.targets": Field(
+        "all",
+        rules.projections(),
+        "projections that have an adapter",
+        mixed=True,
+        decisive=True,
+    ),
+    "lora.export": Field(
+        "merged",
+        rules.one_of("merged", "adapter", "both"),
+        "what is exported: the model with the adapters added in, a folder for PEFT, or both",
+    ),
+    "train.batch_size": Field(
+        32,
+        rules.integer(1),
+        "pairs in one optimizer step, over all devices",
+        decisive=True,
+    ),
+    "train.microbatch_size": Field(
+        4,
+        rules.integer(1),
+        "pairs in one forward and backward pass, over all devices; divides `train.batch_size`",
+    ),
+    "train.epochs": Field(
+        1,
+        rules.integer(1),
+        "passes over the training pairs",
+        decisive=True,
+    ),
+    "train.steps": Field(
+        0,
+        rules.integer(0),
+        "optimizer steps; 0: as many as the epochs take",
+        decisive=True,
+    ),
+    "train.log_every": Field(
+        1,
+        rules.integer(1),
+        "steps between two lines of metrics",
+    ),
+    "train.eval_every": Field(
+        0,
+        rules.integer(0),
+        "steps between two evaluations; 0: only before the first step and after the last",
+    ),
+    "train.eval_batch_size": Field(
+        8,
+        rules.integer(1),
+        "pairs in one evaluation batch, over all devices",
+    ),
+    "train.save_every": Field(
+        100,
+        rules.integer(0),
+        "steps between two checkpoints; 0: only after the last step",
+    ),
+    "train.keep_checkpoints": Field(
+        2,
+        rules.integer(1),
+        "how many of the newest checkpoints are kept",
+    ),
+    "train.checkpoint_dir": Field(
+        "",
+        rules.folder_or_bucket(),
+        "where checkpoints go instead of `WORKDIR/checkpoints`; of one run alone. A bucket "
+        "needs the package gcsfs",
+    ),
+    "parallel.backend": Field(
+        "jit",
+        rules.one_of("jit", "pmap"),
+        "a mesh of devices, or plain data parallelism with everything replicated",
+    ),
+    "parallel.mesh.data": Field(
+        -1,
+        rules.axis_size(),
+        "copies of the model, each with its own pairs; -1 for the devices that are left",
+    ),
+    "parallel.mesh.fsdp": Field(
+        1,
+        rules.axis_size(),
+        "devices that share parameters and optimizer state",
+    ),
+    "parallel.mesh.tensor": Field(
+        1,
+        rules.axis_size(),
+        "devices that share the work of each layer",
+    ),
+    "log.progress": Field(
+        True,
+        rules.boolean(),
+        "progress bars on the terminal",
+    ),
+    "log.tensorboard": Field(
+        False,
+        rules.boolean(),
+        "event files in `WORKDIR/tensorboard`; needs the extra `tensorboard`",
+    ),
+    "log.wandb": Field(
+        False,
+        rules.boolean(),
+        "report to Weights & Biases; needs the extra `wandb`",
+    ),
+    "log.wandb_project": Field(
+        "attnpo_jax",
+        rules.text(),
+        "the project there",
+    ),
+}
+"""By dotted name, in the order in which they are shown."""
+
+SECTION_FIELDS = ("weighting", "objective")
+"""The sections whose fields are those of a registered function. All of them are decisive."""
+
+DECISIVE = (*(name for name, field in FIELDS.items() if field.decisive), *SECTION_FIELDS)
+"""Fields and sections that decide the course of a run: a run resumes only with the same.
+
+The data and the judge's part are covered by what the prepared dataset says of itself; anything else
+(how often to log or save, batch shapes, devices) may change when a run is resumed.
+"""

@@ -1,0 +1,52 @@
+"""Nested mappings: flattened to dotted names, and compared."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import config_dict
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """All values by dotted name, lists as tuples.
+
+    >>> flatten({"train": {"steps": 3}, "layers": [0, -1]})
+    {'train.steps': 3, 'layers': (0, -1)}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        # A ConfigDict is no Mapping.
+        if isinstance(value, (config_dict.ConfigDict, Mapping)):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = as_tuples(value)
+    return flat
+
+
+def as_tuples(value: Any) -> Any:
+    """The value with tuples for all lists in it."""
+    return tuple(map(as_tuples, value)) if isinstance(value, (list, tuple)) else value
+
+
+def differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], absent: Any = None, prefix: str = ""
+) -> dict[str, tuple[Any, Any]]:
+    """What differs, by dotted name: (value in `old`, value in `new`).
+
+    A mapping that only one side has is one difference.
+
+    Args:
+      old, new: mappings, nested or flat.
+      absent: stands for a value that one side does not have.
+      prefix: of all names.
+
+    >>> differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4})
+    {'a.c': (2, 3), 'd': (None, 4)}
+    """
+    found: dict[str, tuple[Any, Any]] = {}
+    for name in [*old, *(name for name in new if name not in old)]:
+        a, b = old.get(name, absent), new.get(name, absent)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found |= differences(a, b, absent, f"{prefix}{name}.")
+        elif a != b or (name in old) != (name in new):
+            found[f"{prefix}{name}"] = (a, b)
+    return found

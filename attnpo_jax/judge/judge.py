@@ -4,8 +4,7 @@ A row is `[prefix | order 0 | order 1]`: the two prompts share everything up to 
 begin, so that part runs once. What all prompts of a dataset begin with (the chat template's header
 and the instruction) runs once for all of them, and its keys and values are reused.
 
-Shapes: B rows, L row length, P length of that common beginning, S attention layers, T response
-tokens.
+Shapes: B rows, L row length, P length of that common beginning, S judge layers, T response tokens.
 """
 
 import dataclasses

@@ -4,12 +4,11 @@ A row is `[prefix | branch 1 | branch 2]`: two continuations of one beginning th
 other (see `RowLayout`). The same forward pass serves policy, reference and judge.
 
 Parameters are a nested dict of arrays; those of the layers are stacked on axis 0 and scanned, so
-that compile time does not grow with depth. What differs from layer to layer beside them (a sliding
-window, the kind of rotary positions) is scanned along, where anything does (see `layer_kinds`).
+that compile time does not grow with depth. What else differs from layer to layer, its window or its
+kind of rotary positions, is scanned along with them (see `layer_kinds`).
 
 Shapes: B rows, L row length, P length of a shared past, D width, N query heads, K key-value heads,
-H head dim, F feed-forward width, V vocabulary, S attention layers that are read, Q read
-positions.
+H head dim, F feed-forward width, V vocabulary, S judge layers, Q read positions.
 """
 
 import dataclasses

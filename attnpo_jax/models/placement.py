@@ -212,7 +212,7 @@ class Vocabulary:
 
     @staticmethod
     def constant(x: jax.Array) -> jax.Array:
-        """A constant as what a loop over this part's words starts with."""
+        """A constant that a loop over this part's words can start with."""
         return x
 
     def log_probs(self, picked_BM: jax.Array, log_sum_BM: jax.Array) -> jax.Array:

@@ -58,7 +58,7 @@ def row_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
 
 
 def put(tree: Any, sharding: NamedSharding) -> Any:
-    """NumPy arrays that every process has as global arrays; each puts its own devices' part there.
+    """Global arrays of NumPy arrays that every process has; each puts its own devices' part there.
 
     Args:
       tree: a pytree of NumPy arrays; of one that is split over processes, only this process's part

@@ -53,7 +53,7 @@ class Roofline:
 
 
 def links(program: Compiled, axes: tuple[str, ...]) -> int:
-    """Links over which a chip reaches those it shares mesh axes with; 1 where they are no axes."""
+    """Links over which a chip reaches its group along these mesh axes; 1 where there are none."""
     if not axes:
         return 1
     along = tuple(slice(None) if axis in axes else 0 for axis in program.mesh)

@@ -109,7 +109,7 @@ class Topology:
     def links(self, coordinates: Sequence[Sequence[int]]) -> int:
         """Links by which a chip reaches a group of chips: one a varying axis, two along a ring.
 
-        Of a part of a ring, the way round is the other parts' too.
+        Along a part of a ring it is one, since the way round belongs to the other parts too.
 
         Args:
           coordinates: where the group's chips are in the slice.

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 # Finite, unlike minus infinity: a padding query that sees nothing gets a uniform row, not NaN.
 MASKED = -1e30
 
-# Every block is compiled apart, which takes most of the time that a training step takes to compile
-# for a TPU.
+# Every block is compiled apart: most of what a training step takes to compile for a TPU.
 _MOST_BLOCKS = 8
 
 

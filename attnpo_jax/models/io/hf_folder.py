@@ -308,7 +308,7 @@ def load_params(
         # Transfers run in the background and would keep every host buffer until they end.
         params[path].block_until_ready()
         if config.int8 and int8.is_quantized(path):
-            # At once, so that one parameter at a time is there in full.
+            # At once: no more than one parameter is there in full.
             pair = path, path + int8.SCALE
             placed = None if shardings is None else tuple(flat_shardings[name] for name in pair)
             params |= dict(zip(pair, int8.quantize(path, params[path], placed), strict=True))

@@ -173,8 +173,7 @@ def to_hf(value: np.ndarray, layout: Layout) -> np.ndarray:
 def read_part(tensor: Any, shape: tuple[int, ...], layout: Layout, bounds, start: int):
     """The part within `bounds` of a parameter, in our layout, from a tensor of Hugging Face's.
 
-    Of a merged axis, the tensor is sliced along its outermost axis of ours, so that of a file's
-    slice only that range is read.
+    A merged axis is sliced along the outermost of our axes in it: no more of a file is read.
 
     Args:
       tensor: what gives an array when indexed with slices.

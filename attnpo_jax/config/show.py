@@ -14,6 +14,9 @@ from attnpo_jax.config.files import ABSENT, diff, to_json
 from attnpo_jax.config.sections import SECTIONS
 from attnpo_jax.runtime.nested import flatten
 
+if TYPE_CHECKING:
+    from attnpo_jax.run import Run
+
 
 def show(run: "Run", *, changed_only: bool = False, as_json: bool = False) -> None:
     """Prints the config of a run.

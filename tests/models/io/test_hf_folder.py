@@ -531,6 +531,7 @@ with checkpoints.replacing(target, overwrite=True) as temporary:
 """
 
 
+@pytest.mark.process
 def test_what_killed_exports_left_is_cleared_up_but_not_the_export_before_them(tmp_path):
     target, others = tmp_path / "export", tmp_path / f".export-adapter.{'0' * 32}.tmp"
     others.mkdir()

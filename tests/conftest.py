@@ -1,13 +1,25 @@
-"""Set the test platform before JAX starts: CPU, with eight virtual devices for sharding tests."""
+"""Set the test platform before JAX starts: CPU, with eight virtual devices for sharding tests.
 
+What they compile is kept for the session: test workers and the processes that tests launch
+inherit the variables that say where.
+"""
+
+import atexit
 import http.server
 import os
+import shutil
 import socket
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
+if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="attnpo-tests-xla-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+# Small programs count too: most of what tests wait for is thousands of them.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import hypothesis  # noqa: E402  after the platform is set
 import pytest  # noqa: E402
@@ -17,6 +29,27 @@ from attnpo_jax.models.io import embedded
 # How long an example takes says more about the machine than about the code.
 hypothesis.settings.register_profile("no_deadline", deadline=None)
 hypothesis.settings.load_profile("no_deadline")
+
+
+def pytest_configure(config):
+    # Workers take files in the order below, not those with the most tests first.
+    config.option.loadscopereorder = False
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Marks what needs the embedded model; puts the files that take longest first.
+
+    A long one that begins last would keep one worker busy while the others have nothing to do.
+    """
+    files = {item.path: 2 for item in items}
+    for item in items:
+        if "smollm2_folder" in item.fixturenames:
+            item.add_marker(pytest.mark.embedded)
+            files[item.path] = min(files[item.path], 1)
+        if item.get_closest_marker("process"):
+            files[item.path] = 0
+    items.sort(key=lambda item: files[item.path])
 
 
 @pytest.fixture(scope="session")

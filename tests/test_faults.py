@@ -22,7 +22,6 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from jax.experimental.compilation_cache import compilation_cache
 
 from attnpo_jax import cli
 from attnpo_jax import config as config_lib
@@ -34,6 +33,8 @@ from attnpo_jax.run import Run, run
 from attnpo_jax.runtime import metrics
 from attnpo_jax.train import loop
 from tests.parallel import tiny
+
+pytestmark = pytest.mark.process
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STEPS = 10
@@ -48,7 +49,7 @@ def get_config():
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
-    """A config of ten steps that saves at every other, and a cache of compiled programs."""
+    """A config of ten steps that saves at every other."""
     folder = tmp_path_factory.mktemp("faults")
     config = config_lib.default_config()
     config.model.source = str(tiny.write_folder(folder))
@@ -68,18 +69,7 @@ def setting(tmp_path_factory):
     config.log.progress = False
     (folder / "config.json").write_text(config_lib.to_json(config))
     (folder / "config.py").write_text(CONFIG.format(path=str(folder / "config.json")))
-
-    options = {
-        "jax_compilation_cache_dir": str(folder / "xla"),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    yield folder, config
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    return folder, config
 
 
 @pytest.fixture
@@ -158,10 +148,7 @@ def sigterm_at(monkeypatch, step):
 def killed(setting, workdir, fault):
     """`attnpo run` in a process of its own that SIGKILL ends at `fault`."""
     folder, _ = setting
-    environ = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "xla"),
-    }
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-m", "tests.test_faults", fault, str(folder / "config.py"), str(workdir)],
         cwd=ROOT,

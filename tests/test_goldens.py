@@ -27,6 +27,8 @@ from attnpo_jax.parallel.state import create
 from attnpo_jax.train import optim
 from attnpo_jax.train.step import StepSettings, make_train_step
 
+pytestmark = pytest.mark.golden
+
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 LAYERS = (0, 6, 14, 21, 29)
 

@@ -70,13 +70,13 @@ def test_two_commands_set_up_a_fresh_machine(checkout):
     quickstart = INSTALL.rpartition(" && ")[2]
     assert quickstart.startswith(".venv/bin/attnpo run ")
     assert resolved(quickstart).model.source == "smollm2-135m-instruct"
-    assert TEST == SETUP + "-e '.[test]' && .venv/bin/python -m pytest"
+    assert TEST == SETUP + "-e '.[test]' && .venv/bin/python -m pytest -n 2 --dist loadfile"
 
 
 def test_ci_runs_what_the_readme_says():
     script = (ROOT / ".ci" / "run").read_text()
     assert "\npip install -e '.[test]' " in script
-    assert "\npython -m pytest ||" in script
+    assert "\npython -m pytest -n 2 --dist loadfile ||" in script
 
 
 def test_api_block_judges_a_pair_and_shows_weights(smollm2_folder):

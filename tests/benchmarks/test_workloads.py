@@ -5,6 +5,8 @@ import pytest
 from benchmarks import suite
 from benchmarks.protocol import Worker
 
+pytestmark = pytest.mark.process
+
 PAIRS = 2
 
 

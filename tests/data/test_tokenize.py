@@ -360,6 +360,7 @@ def test_dates_in_templates_stand_still():
     assert text == "\n26 Jul 2024\n<|im_start|>user\nhi<|im_end|>\n"
 
 
+@pytest.mark.golden
 def test_golden_responses_of_the_embedded_model(smollm2_folder):
     tokenizer = ChatTokenizer.load(smollm2_folder)
     closing = tokenizer.encode("<|im_end|>\n")[0]
@@ -373,6 +374,7 @@ def test_golden_responses_of_the_embedded_model(smollm2_folder):
         assert tokenized.chosen_text_length == len(row["chosen_tokens"])
 
 
+@pytest.mark.golden
 def test_golden_prompts_of_the_embedded_model(smollm2_folder):
     tokenizer = ChatTokenizer.load(smollm2_folder)
     for row in json.loads((GOLDENS / "smollm2_logits.json").read_text()):

@@ -80,6 +80,7 @@ def read_back(judged, tmp_path_factory):
     return config, workdir
 
 
+@pytest.mark.golden
 def test_the_files_are_in_the_published_form(judged):
     config, workdir = judged
     lines = [json.loads(x) for x in (workdir / "weights" / "train.jsonl").read_text().splitlines()]
@@ -189,6 +190,7 @@ def test_other_pairs_than_were_prepared_are_refused(judged):
         file.write_text(before)
 
 
+@pytest.mark.golden
 def test_published_weights_of_the_embedded_model_are_the_identity(smollm2_folder):
     loaded = load_pairs(str(GOLDENS), weight_columns="all")
     assert loaded.weight_columns == ("0", "6", "14", "21", "29")

@@ -247,6 +247,7 @@ def test_conversations_are_written_out():
     assert decode(judge, prompt.ids[0]) == rendered(text, "good", "bad")
 
 
+@pytest.mark.golden
 def test_golden_tokens_of_the_embedded_model(smollm2_folder):
     tokenizer = ChatTokenizer.load(smollm2_folder)
     judge = JudgePrompter(tokenizer, JudgeTemplate.load("default"), 2048, 768)

@@ -1,5 +1,9 @@
 """The undisturbed run that runs of several processes are compared with."""
 
+import os
+import shutil
+
+import filelock
 import pytest
 
 pytest.register_assert_rewrite("tests.parallel.runs")
@@ -8,10 +12,30 @@ from attnpo_jax import config as config_lib  # noqa: E402  after it is known wha
 from tests.parallel import runs, tiny  # noqa: E402
 
 
+def once(folder, make):
+    """Has the first of the test workers that comes here make the folder's content; the others wait.
+
+    Where that failed, the next one tries again.
+    """
+    with filelock.FileLock(f"{folder}.lock"):
+        done = folder.with_name(f"{folder.name}.done")
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def setting(tmp_path_factory):
-    """A config of ten steps, and a compilation cache that all runs share."""
-    folder = tmp_path_factory.mktemp("processes")
+    """A folder with a config of ten steps, the same for all test workers."""
+    base = tmp_path_factory.getbasetemp()
+    # A worker has a folder of its own in that of all.
+    return once((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "processes", fill)
+
+
+def fill(folder):
     config = config_lib.default_config()
     config.model.source = str(tiny.write_folder(folder))
     config.data.train = str(tiny.write_pairs(folder / "train.jsonl", 20))
@@ -30,11 +54,11 @@ def setting(tmp_path_factory):
     config.parallel.mesh.data = 1
     config.parallel.mesh.fsdp = -1
     (folder / "config.json").write_text(config_lib.to_json(config))
-    return folder
 
 
 @pytest.fixture(scope="session")
 def single(setting):
-    workdir = setting / "single"
-    runs.run(setting, workdir, 1, "--config.train.save_every=4")
-    return workdir
+    def run(workdir):
+        runs.run(setting, workdir, 1, "--config.train.save_every=4")
+
+    return once(setting / "single", run)

@@ -24,14 +24,12 @@ def get_config():
 """
 
 
-def environment(setting):
-    """Variables of a process that shares the runs' compilation cache."""
+def environment():
+    """Variables of a process; the tests' compilation cache is among those that it inherits."""
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
-        "JAX_COMPILATION_CACHE_DIR": str(setting / "xla"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         # These models are too small for their compilation to pay.
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0",
     }
@@ -48,7 +46,7 @@ def start(setting, workdir, count, *arguments):
     return subprocess.Popen(
         [*command, str(setting / "config.json"), str(workdir), *arguments],
         cwd=ROOT,
-        env=environment(setting),
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

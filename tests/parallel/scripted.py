@@ -30,9 +30,13 @@ import orbax.checkpoint as ocp
 
 from attnpo_jax import cli
 from attnpo_jax import config as config_lib
+from attnpo_jax.parallel import processes
 
 
 def main(config_file, workdir, *arguments):
+    # Who is dead is missed sooner than on a cluster, or each test would wait half a minute more.
+    processes.HEARTBEAT_SECONDS = 10
+    processes.SHUTDOWN_SECONDS = 5
     cli._join_processes({})
     import jax
 

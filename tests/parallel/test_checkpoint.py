@@ -252,6 +252,7 @@ checkpoints.wait()
 """
 
 
+@pytest.mark.process
 def test_killed_while_saving_leaves_the_one_before(tmp_path):
     command = [sys.executable, "-c", KILLED_WHILE_SAVING, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -38,6 +38,7 @@ def assert_ended_soon(output, folder):
     assert time.time() - float((folder / "killed-at").read_text()) < 60, output
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "count, doing", [(2, "host"), (3, "host"), (2, "collective"), (3, "collective"), (3, "barrier")]
 )
@@ -52,6 +53,7 @@ def test_when_the_first_is_killed_the_others_say_so_and_end(tmp_path, count, doi
         assert f"[{k}] process {k} of {count} ended: exit code 76" in lines, output
 
 
+@pytest.mark.process
 def test_when_another_is_killed_that_nobody_waits_for_the_others_end_with_code_76(tmp_path):
     """The coordination service misses its heartbeats; JAX's line names it."""
     output = run(3, 128 + signal.SIGKILL, "host", 1, tmp_path)
@@ -64,6 +66,7 @@ def test_when_another_is_killed_that_nobody_waits_for_the_others_end_with_code_7
         assert f"[{k}] process {k} of 3 ended: exit code 76" in lines, output
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("doing", ["first-ends-first", "first-ends-last"])
 def test_whoever_is_done_first_is_not_taken_for_dead(tmp_path, doing):
     output = run(3, 0, doing, -1, tmp_path)

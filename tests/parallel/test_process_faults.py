@@ -23,6 +23,8 @@ from tests.parallel.runs import (
     run,
 )
 
+pytestmark = pytest.mark.process
+
 KILLED = 128 + signal.SIGKILL
 
 

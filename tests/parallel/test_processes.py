@@ -169,6 +169,7 @@ def test_hosts_of_a_cloud_tpu_slice_find_each_other(monkeypatch, endpoints, chan
 
 
 @pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.process
 def test_several_processes_end_as_one_does(setting, single, count):
     """All that `attnpo run` does: preparing, training, evaluating, exporting."""
     workdir = setting / f"by-{count}"
@@ -183,6 +184,7 @@ def test_several_processes_end_as_one_does(setting, single, count):
     assert sorted(set(owners)) == [str(i) for i in range(count)] and len(owners) == 9
 
 
+@pytest.mark.process
 def test_two_commands_that_say_by_options_who_they_are(setting, single, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -191,7 +193,7 @@ def test_two_commands_that_say_by_options_who_they_are(setting, single, tmp_path
     command = [sys.executable, "-m", "attnpo_jax.cli", "prepare", "--config.data.eval="]
     command += [f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path}"]
     command += [f"--coordinator-address={address}", "--num-processes=2"]
-    environ = environment(setting)
+    environ = environment()
     # The last one counts.
     environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=1"
     commands = [
@@ -212,6 +214,7 @@ def test_two_commands_that_say_by_options_who_they_are(setting, single, tmp_path
     assert_same_rows(tmp_path, single, ("train",))
 
 
+@pytest.mark.process
 def test_two_processes_prepare_with_a_model_that_is_split_over_both(setting, single, tmp_path):
     (tmp_path / "config.py").write_text(CONFIG.format(path=str(setting / "config.json")))
     command = [sys.executable, "launch/local.py", "--processes=2", "--devices=1", "--"]
@@ -220,7 +223,7 @@ def test_two_processes_prepare_with_a_model_that_is_split_over_both(setting, sin
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env=environment(setting),
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -229,6 +232,7 @@ def test_two_processes_prepare_with_a_model_that_is_split_over_both(setting, sin
     assert_same_rows(tmp_path, single)
 
 
+@pytest.mark.process
 def test_told_to_stop_at_any_time_it_saves_and_the_same_command_continues(setting, single):
     """Preparing and training by two processes, then the rest by one."""
     workdir = setting / "stopped"
@@ -247,6 +251,7 @@ def test_told_to_stop_at_any_time_it_saves_and_the_same_command_continues(settin
     assert_same_metrics(workdir, single)
 
 
+@pytest.mark.process
 def test_notice_while_a_resumed_run_starts_stops_it_after_its_first_step(setting, single):
     workdir = setting / "resumed"
     shutil.copytree(single, workdir)
@@ -256,6 +261,7 @@ def test_notice_while_a_resumed_run_starts_stops_it_after_its_first_step(setting
     assert sorted(int(p.name) for p in (workdir / "checkpoints").iterdir()) == [4, 8, 9]
 
 
+@pytest.mark.process
 def test_checkpoint_that_one_process_cannot_read_is_skipped_by_all(setting, single):
     workdir = setting / "unreadable"
     shutil.copytree(single, workdir)
@@ -270,6 +276,7 @@ def test_checkpoint_that_one_process_cannot_read_is_skipped_by_all(setting, sing
 
 
 @pytest.mark.parametrize("victim", [1, 0])
+@pytest.mark.process
 def test_when_one_dies_the_others_end_too_and_a_restart_continues(setting, single, victim):
     workdir = setting / f"killed-{victim}"
     options = [f"--victim={victim}", "--kill-at=5", "--config.train.save_every=2"]
@@ -280,6 +287,7 @@ def test_when_one_dies_the_others_end_too_and_a_restart_continues(setting, singl
     assert_same_metrics(workdir, single)
 
 
+@pytest.mark.process
 def test_a_workdir_that_is_not_shared_is_refused_at_once(setting, tmp_path):
     by_process = f"{tmp_path}/of-$ATTNPO_PROCESS_ID"
     module = f"{sys.executable} -m tests.parallel.scripted {setting / 'config.json'}"
@@ -288,7 +296,7 @@ def test_a_workdir_that_is_not_shared_is_refused_at_once(setting, tmp_path):
         process = subprocess.Popen(
             [*command, "sh", "-c", f"mkdir -p {other}; exec {module} {other} --parts={parts}"],
             cwd=ROOT,
-            env=environment(setting),
+            env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -310,6 +318,7 @@ def test_a_workdir_that_is_not_shared_is_refused_at_once(setting, tmp_path):
         ("KeyboardInterrupt", 130, "KeyboardInterrupt: interrupted"),
     ],
 )
+@pytest.mark.process
 def test_a_usage_error_or_ctrl_c_of_one_ends_all(tmp_path, how, code, why):
     script = tmp_path / "one.py"
     script.write_text(
@@ -339,6 +348,7 @@ def test_a_usage_error_or_ctrl_c_of_one_ends_all(tmp_path, how, code, why):
 
 
 @pytest.mark.parametrize("victim, other", [(1, 0), (0, 1)])
+@pytest.mark.process
 def test_when_one_fails_the_others_say_why_and_end(setting, tmp_path, victim, other):
     process = start(setting, tmp_path, 2, f"--victim={victim}", "--fail-at=2")
     output = finish(process, code=1)

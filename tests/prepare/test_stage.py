@@ -397,6 +397,7 @@ def test_goes_on_after_an_interruption(inputs, undisturbed, tmp_path, monkeypatc
     assert contents(tmp_path) == contents(undisturbed[0])
 
 
+@pytest.mark.process
 def test_goes_on_after_a_kill_in_the_middle_of_writing(inputs, undisturbed, tmp_path, judged):
     killed = subprocess.run(
         [sys.executable, __file__, str(inputs), str(tmp_path)], capture_output=True, text=True

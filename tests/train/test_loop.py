@@ -223,6 +223,7 @@ def test_log_every_does_not_change_the_run(tmp_path, model):
     assert without_clock(some) == kept
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kill_at", [1, 5])
 def test_killed_and_resumed_run_equals_the_undisturbed_one(tmp_path, model, kill_at):
     config = make_config(model, train__save_every=2, train__eval_every=3)

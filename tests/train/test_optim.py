@@ -30,6 +30,7 @@ def settings(**changes):
     return types.SimpleNamespace(**values | changes)
 
 
+@pytest.mark.golden
 def test_cosine_gives_the_golden_learning_rates():
     golden = [line["learning_rate"] for line in json.loads(GOLDEN.read_text())]
     schedule = optim.make_schedule(settings(warmup_ratio=1 / 6), len(golden))

@@ -151,6 +151,7 @@ def test_tiny_attention_is_normalized_without_overflow_and_nan_shows():
     assert np.isnan(attention(response(judge, [5]))).any()
 
 
+@pytest.mark.golden
 def test_goldens_order_means_are_reproduced_from_rows():
     # Attention rows of any scale whose two orders have the golden order-mean as their shares.
     layers = (0, 6, 14, 21, 29)

@@ -20,6 +20,7 @@ def no_wheel(monkeypatch):
     monkeypatch.delenv("ATTNPO_SMOLLM2_WHEEL", raising=False)
 
 
+@pytest.mark.golden
 def test_chat_template_and_tokenizer_give_the_golden_ids(smollm2_folder):
     tokenizer = AutoTokenizer.from_pretrained(smollm2_folder)
     for golden in GOLDENS:
@@ -34,6 +35,7 @@ def test_numbered_lists_are_cut_as_in_the_published_figures(smollm2_folder):
     assert tokenizer.tokenize("Steps:\n\n10. Go") == ["Steps", ":", "Ċ", "Ċ", "1", "0", ".", "ĠGo"]
 
 
+@pytest.mark.golden
 def test_transformers_gives_the_golden_logits(smollm2_folder):
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM

@@ -11,13 +11,12 @@ import pytest
 from attnpo_jax import config as config_lib
 from attnpo_jax.data.batching import Example, RowShape, fill_rows
 from attnpo_jax.judge import judge
-from attnpo_jax.models import decoder
+from attnpo_jax.models import decoder, int8
 from attnpo_jax.models.io import embedded, known
 from attnpo_jax.models.io.known import KNOWN, shape_of
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.parallel import mesh
 from attnpo_jax.prepare import reference
-from attnpo_jax.prepare import stage as prepare
 from attnpo_jax.train import stage
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
@@ -96,7 +95,7 @@ def test_programs_of_a_ready_config_compile_for_eight_devices(file):
     assert 3 * copy <= argument_bytes(step.run.lower(state, batch)) < 1.01 * 3 * copy
 
     # The passes of `prepare` have the parameters alone.
-    passes = prepare.shape_of_passes(config, model)
+    passes = int8.shape_of_passes(model, config.model.prepare_weights)
     backend = backends.for_preparing(passes, config)
     B, L = backend.row_shards, 32
     params = backend.abstract_state(decoder.abstract_params(passes))

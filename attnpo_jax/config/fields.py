@@ -87,7 +87,7 @@ FIELDS: dict[str, Field] = {
         rules.one_of("auto", "xla", "cudnn", "tokamax"),
         "what computes attention: `xla` (everywhere), `cudnn` (NVIDIA GPUs, bfloat16), "
         "`tokamax` (TPUs, extra `tokamax`); `auto` takes the last two where they can serve "
-        "([performance.md](performance.md#attention-backends))",
+        "([performance.md](performance.md#attention-implementations))",
     ),
     "model.logps_chunk": Field(
         2048,

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from attnpo_jax import config as config_lib
-from attnpo_jax import run
 from attnpo_jax.data.sources import load_pairs
 from attnpo_jax.judge.judge import judge_pairs
 from attnpo_jax.judge.language_model import load_model
 from attnpo_jax.models.io import hf_config
 from attnpo_jax.models.lm_head import token_logps
 from attnpo_jax.parallel import backend as backends
+from attnpo_jax.run import Run, run
 from tests.parallel import tiny
 from tests.parallel.runs import assert_same_exports, assert_same_metrics, assert_same_rows
 
@@ -151,7 +151,7 @@ def test_pmap_prepares_trains_and_exports_as_two_devices_of_a_mesh_do(setting, s
     config.parallel.backend = "pmap"
     config.parallel.mesh.update({"data": -1, "fsdp": 1, "tensor": 1})
     workdir = setting / "pmap"
-    run.run(config, workdir)
+    run(Run.resolve(config, workdir))
     assert_same_rows(workdir, single)
     assert_same_metrics(workdir, single)
     assert_same_exports(workdir, single)

@@ -6,7 +6,7 @@ import pytest
 
 from attnpo_jax import cli
 from attnpo_jax.parallel import preemption
-from attnpo_jax.train import loop
+from attnpo_jax.train import stage
 
 
 @contextlib.contextmanager
@@ -58,10 +58,10 @@ def test_sigterm_that_nobody_was_told_of_is_not_lost(watch):
     "error, code", [(preemption.Preempted("step 3 is saved"), 75), (OSError("no"), 1)]
 )
 def test_exit_code_of_a_run_told_to_stop(monkeypatch, capsys, tmp_path, error, code):
-    def train(config, workdir):
+    def train(run):
         raise error
 
-    monkeypatch.setattr(loop, "train", train)
+    monkeypatch.setattr(stage, "train", train)
     arguments = ["train", "--config=configs/quickstart.py", f"--workdir={tmp_path}"]
     assert cli.main(arguments) == code
     assert str(error) in capsys.readouterr().err

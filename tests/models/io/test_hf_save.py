@@ -204,6 +204,7 @@ with hf_save.replacing(target, overwrite=True) as temporary:
 """
 
 
+@pytest.mark.process
 def test_what_killed_exports_left_is_cleared_up_but_not_the_export_before_them(tmp_path):
     target, others = tmp_path / "export", tmp_path / f".export-adapter.{'0' * 32}.tmp"
     others.mkdir()

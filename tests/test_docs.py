@@ -205,3 +205,5 @@ def test_development_page_names_files_that_exist():
     (layout,) = blocks("development.md", "text")
     for word in re.findall(r"[\w/]+(?:\.py|/)", layout):
         assert (ROOT / word).exists() or (ROOT / "attnpo_jax" / word).exists(), word
+    for file in re.findall(r"`(attnpo_jax/[\w/]+\.py)`", (DOCS / "development.md").read_text()):
+        assert (ROOT / file).exists(), file

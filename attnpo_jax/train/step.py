@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from attnpo_jax import pair_loss
 from attnpo_jax.data.batching import PairBatch
 from attnpo_jax.losses.objectives import ResponseScores
 from attnpo_jax.models.decoder import ModelConfig, Params
 from attnpo_jax.models.scoring import response_logps
+from attnpo_jax.pair_loss import Metrics
 from attnpo_jax.parallel.state import TrainState, policy_params
 from attnpo_jax.weighting.functions import ResponseTokens
-
-Metrics = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +62,7 @@ def pair_losses(
       batch: rows without a microbatch axis.
 
     Returns:
-      loss_P, 0 for empty slots, and a dict of metrics (P,): `unweighted_loss` (what the loss would
-      be with uniform weights), and `rewards/*` and `logps/*`, plain and weighted, under the names
-      that TRL gives them.
+      loss_P and metrics (P,), as `pair_loss.pair_losses` gives them.
     """
     policy_BG2T = response_logps(
         settings.model,
@@ -75,71 +73,33 @@ def pair_losses(
         attention=settings.attention,
         chunk=settings.logps_chunk,
     )
-    T = policy_BG2T.shape[-1]
 
     def by_response(x):
         """(B, G, 2, ...) -> (2P, ...): the responses of a pair in turn."""
         return x.reshape(math.prod(x.shape[:3]), *x.shape[3:])
 
-    mask, policy, reference = (
-        by_response(x) for x in (batch.mask_BG2T, policy_BG2T, batch.reference_logps_BG2T)
+    mask, policy = by_response(batch.mask_BG2T), by_response(policy_BG2T)
+    responses = ResponseTokens(
+        mask_BT=mask,
+        text_mask_BT=by_response(batch.text_mask_BG2T),
+        judge_B2ST=by_response(batch.judge_BG22ST),
+        verdict_B2=jnp.repeat(batch.verdict_BG2.reshape(-1, 2), 2, axis=0),
+        reference_logps_BT=by_response(batch.reference_logps_BG2T),
+        policy_logps_BT=jax.lax.stop_gradient(policy),
+        is_chosen=jnp.tile(jnp.array([True, False]), mask.shape[0] // 2),
+        source_layers=settings.source_layers,
+        num_layers=settings.model.num_layers,
+        ready_BKT=None if batch.ready_BG2KT is None else by_response(batch.ready_BG2KT),
+        weight_columns=settings.weight_columns,
     )
-    weights = settings.weighting(
-        ResponseTokens(
-            mask_BT=mask,
-            text_mask_BT=by_response(batch.text_mask_BG2T),
-            judge_B2ST=by_response(batch.judge_BG22ST),
-            verdict_B2=jnp.repeat(batch.verdict_BG2.reshape(-1, 2), 2, axis=0),
-            reference_logps_BT=reference,
-            policy_logps_BT=jax.lax.stop_gradient(policy),
-            is_chosen=jnp.tile(jnp.array([True, False]), mask.shape[0] // 2),
-            source_layers=settings.source_layers,
-            num_layers=settings.model.num_layers,
-            ready_BKT=None if batch.ready_BG2KT is None else by_response(batch.ready_BG2KT),
-            weight_columns=settings.weight_columns,
-        )
+    return pair_loss.pair_losses(
+        settings.weighting,
+        settings.objective,
+        policy,
+        responses,
+        batch.valid_BG.reshape(-1),
+        beta=settings.beta,
     )
-    # The reference is frozen, and a weighting that reads the policy is not differentiated through.
-    weights, reference = jax.lax.stop_gradient((weights, reference))
-
-    valid_P = batch.valid_BG.reshape(-1)
-
-    def score(weights, side):
-        w, pi, rho, m = (x.reshape(-1, 2, T)[:, side] for x in (weights, policy, reference, mask))
-        return ResponseScores(
-            policy_B=jnp.sum(w * pi, axis=-1),
-            reference_B=jnp.sum(w * rho, axis=-1),
-            # An objective may divide by these. For empty slots they are 1: a NaN there would get
-            # into the gradient, although the slot's loss is left out.
-            weight_B=jnp.where(valid_P, jnp.sum(w, axis=-1), 1),
-            length_B=jnp.where(valid_P, jnp.sum(m, axis=-1), 1),
-        )
-
-    chosen, rejected = score(weights, 0), score(weights, 1)
-    loss_P = jnp.where(valid_P, settings.objective(chosen, rejected), 0.0)
-    ones = mask.astype(weights.dtype)
-    plain = score(ones, 0), score(ones, 1)
-    metrics = {
-        "unweighted_loss": settings.objective(*plain),
-        **_reports(settings.beta, *plain, ""),
-        **_reports(settings.beta, chosen, rejected, "weighted_"),
-    }
-    return loss_P, jax.tree.map(
-        lambda x: jnp.where(valid_P, x, 0.0), jax.lax.stop_gradient(metrics)
-    )
-
-
-def _reports(beta: float, chosen: ResponseScores, rejected: ResponseScores, prefix: str) -> Metrics:
-    reward_c = beta * (chosen.policy_B - chosen.reference_B)
-    reward_r = beta * (rejected.policy_B - rejected.reference_B)
-    return {
-        f"rewards/{prefix}chosen": reward_c,
-        f"rewards/{prefix}rejected": reward_r,
-        f"rewards/{prefix}accuracies": (reward_c > reward_r).astype(jnp.float32),
-        f"rewards/{prefix}margins": reward_c - reward_r,
-        f"logps/{prefix}chosen": chosen.policy_B,
-        f"logps/{prefix}rejected": rejected.policy_B,
-    }
 
 
 def make_train_step(

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 import attnpo_jax
 from attnpo_jax.runtime import exit_codes
+from attnpo_jax.runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +133,7 @@ PROCESS_OPTIONS = {
 }
 
 
-class UsageError(ValueError):
+class UsageError(UserError):
     """A command line that cannot be understood."""
 
 
@@ -532,18 +533,8 @@ def _is_preempted(error: Exception) -> bool:
 
 
 def _is_expected(error: Exception) -> bool:
-    """Whether the message alone tells the user what to mend.
-
-    So it is for the errors this package defines, those of files and network, and the ValueErrors
-    it raises itself. A ValueError from inside a library is a bug here, and keeps its traceback.
-    """
-    if isinstance(error, OSError) or type(error).__module__.split(".")[0] == "attnpo_jax":
-        return True
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    raised_in = frame.tb_frame.f_globals.get("__name__", "") if frame is not None else ""
-    return isinstance(error, ValueError) and raised_in.split(".")[0] == "attnpo_jax"
+    """Whether the message alone tells the user what to mend."""
+    return isinstance(error, (UserError, OSError))
 
 
 def start_logging(level: str = "info") -> None:

@@ -21,6 +21,7 @@ import rich.progress
 from safetensors import SafetensorError
 
 from attnpo_jax.models.io import gguf
+from attnpo_jax.runtime.errors import UserError
 
 ALIAS = "smollm2-135m-instruct"
 
@@ -39,7 +40,7 @@ _WAY_OUT = (
 )
 
 
-class FetchError(RuntimeError):
+class FetchError(UserError, RuntimeError):
     """The embedded model could not be fetched or converted; the message says what to do."""
 
 

@@ -30,7 +30,7 @@ from attnpo_jax.parallel import preemption, processes
 from attnpo_jax.prepare.pair_forms import PairForms, PairTokenizer
 from attnpo_jax.prepare.reference import Reference
 from attnpo_jax.runtime import atomic
-from attnpo_jax.runtime.errors import UserError
+from attnpo_jax.runtime.errors import Preempted, UserError
 from attnpo_jax.runtime.progress import CountProgress
 from attnpo_jax.runtime.team import ALONE, Team
 
@@ -179,7 +179,7 @@ def _fill(run: "Run", passes: _Passes, split: _Split) -> None:
     # Who has been told to stop comes here too: the others learn of it and do not wait in vain.
     processes.barrier(f"prepare: shards of {split.name} written")
     if preemption.agreed(stops):
-        raise preemption.Preempted(
+        raise Preempted(
             f"told to stop: shards of {split.path} that were finished stay; the same command goes "
             "on from there"
         )

@@ -144,7 +144,7 @@ def select_columns(
 
 @register
 def uniform(response: ResponseTokens) -> jax.Array:
-    """Weight 1 on every token of the response, closing template tokens included.
+    """Weight 1 on every token of the response, closing template tokens included: DPO.
 
     TwDPO with these weights is DPO (https://arxiv.org/abs/2305.18290).
 
@@ -185,8 +185,8 @@ def attention(
       response: masks (B, T) and attention (B, 2, S, T).
       layer: source layer, -1 for the last; a tuple means the mean of these layers' weights.
       fix_sink: in texts of 5 tokens or more, give the first token the mean weight, whatever its
-        attention, and scale the others so that the sum stays n. The first token soaks up
-        attention for its place, not for what it says.
+        attention, and scale the others so that the sum stays the number of text tokens. The first
+        token soaks up attention for its place, not for what it says.
 
     Returns:
       Weights (B, T), float32, no gradient flows through them; 0 off `text_mask_BT`, and for a
@@ -238,7 +238,7 @@ def column(
     fix_sink: bool = True,
     normalize: bool = True,
 ) -> jax.Array:
-    """Precomputed weights, which came with the data as columns `chosen_weights_<name>`, ....
+    """Precomputed weights, from the data's columns `chosen_weights_<name>` and `rejected_...`.
 
     With the columns that the authors of AttentionPO publish (each response's weights sum to 1, the
     first token's as it was found) the defaults give the weights that `attention` gives for the

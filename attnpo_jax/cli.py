@@ -9,16 +9,16 @@ import dataclasses
 import difflib
 import importlib
 import importlib.metadata
-import logging
 import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import attnpo_jax
-from attnpo_jax.runtime import exit_codes
+from attnpo_jax.runtime import cache, program
+from attnpo_jax.runtime.errors import UsageError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,10 +132,6 @@ PROCESS_OPTIONS = {
 }
 
 
-class UsageError(ValueError):
-    """A command line that cannot be understood."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line.
 
@@ -143,71 +139,13 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the arguments after the program's name; None: the process's own.
 
     Returns:
-      Exit code: 0, or one of `runtime.exit_codes`: 1 for an error that the user can mend (told in
-      one message on stderr), 2 for a command line that cannot be understood, 75 when preparing
-      or training was told to stop (SIGTERM) and its work is saved, 130 when interrupted. With 76,
-      since another process of the run is gone, it does not come back here.
+      Exit code, as `runtime.program.exit_code` says.
 
     Raises:
       Exception: whatever is not expected, with its traceback.
     """
-    return exit_code("attnpo", lambda: _main(sys.argv[1:] if argv is None else list(argv)))
-
-
-def exit_code(program: str, body: Callable[[], int]) -> int:
-    """Runs a program, and tells what stopped it in one message where that says what to mend.
-
-    Args:
-      program: its name, for the message.
-      body: the program; returns an exit code.
-
-    Returns:
-      As `main`.
-
-    Raises:
-      Exception: whatever is not expected.
-    """
-    try:
-        try:
-            code = body()
-        except Exception as error:
-            if not _is_preempted(error):
-                raise
-            print(f"{program}: {error}", file=sys.stderr)
-            code = exit_codes.PREEMPTED
-        if processes := _several():
-            # JAX's own farewell gives up, and ends those that work, after half a minute.
-            processes.barrier("all are done")
-        return code
-    except UsageError as error:
-        _fail_with_others(program, error, expected=True, code=exit_codes.USAGE)
-        print(f"{program}: error: {error}\n(see {program} --help)", file=sys.stderr)
-        return exit_codes.USAGE
-    except KeyboardInterrupt:
-        error = KeyboardInterrupt("interrupted")
-        _fail_with_others(program, error, expected=True, code=exit_codes.INTERRUPTED)
-        print(f"{program}: interrupted", file=sys.stderr)
-        return exit_codes.INTERRUPTED
-    except Exception as error:
-        _fail_with_others(program, error, expected=_is_expected(error), code=exit_codes.FAILED)
-        if not _is_expected(error):
-            raise
-        print(f"{program}: error: {error}", file=sys.stderr)
-        return exit_codes.FAILED
-
-
-def _several() -> Any:
-    """`attnpo_jax.parallel.processes` where this is one of several processes, else None."""
-    processes = sys.modules.get("attnpo_jax.parallel.processes")
-    return processes if processes is not None and processes.are_several() else None
-
-
-def _fail_with_others(program: str, error: BaseException, **how: Any) -> None:
-    """Of several processes, ends this one and tells the others why; else returns."""
-    if _several():
-        from attnpo_jax.parallel import failures
-
-        failures.fail(program, error, **how)
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    return program.exit_code("attnpo", lambda: _main(arguments))
 
 
 def _main(argv: list[str]) -> int:
@@ -231,15 +169,18 @@ def _main(argv: list[str]) -> int:
         if not options.get(required):
             raise UsageError(f"{name} needs --{required}={example}")
     workdir = None if command.options else workdir_path(options["workdir"])
-    start_logging(options.get("verbosity") or "info")
+    program.start_logging(options.get("verbosity") or "info")
     if not command.options:
         # Before config files and plugins, which may ask for devices.
-        _join_processes({name: options[name] for name in PROCESS_OPTIONS if name in options})
+        from attnpo_jax.parallel import failures
 
+        failures.join({name: options[name] for name in PROCESS_OPTIONS if name in options})
+
+    from attnpo_jax import config
     from attnpo_jax.run import Run
 
-    run = Run.resolve(load_config(options["config"], overrides), workdir)
-    use_compilation_cache()
+    run = Run.resolve(config.load_config(options["config"], overrides), workdir)
+    cache.keep_compiled_programs()
     own = {option.keyword: options[k] for k, option in command.options.items() if k in options}
     getattr(importlib.import_module(command.module), command.function)(run, **own)
     return 0
@@ -274,88 +215,6 @@ def workdir_path(text: str) -> pathlib.Path:
             "alone can go to a bucket: --config.train.checkpoint_dir=gs://BUCKET/FOLDER"
         )
     return pathlib.Path(text).expanduser()
-
-
-def load_config(spec: str, overrides: Sequence[str] = ()) -> Any:
-    """The config of a file, changed as a command line says.
-
-    Overrides of `weighting.name` and `objective.name` come first, whatever their place: they
-    switch the section to that function's hyperparameters, which others may then set. Values of
-    hyperparameters that the old and the new function share are kept.
-
-    Args:
-      spec: path of a config file, or `path:argument`.
-      overrides: `--config.section.field=value`, as on the command line.
-
-    Returns:
-      A ConfigDict, not validated yet.
-
-    Raises:
-      UsageError: a field that does not exist, or a value that is not of its type.
-      ConfigError, FileNotFoundError: see `attnpo_jax.config.load_file` and `complete_sections`.
-    """
-    from attnpo_jax import config as config_lib
-
-    config = config_lib.load_file(spec)
-    by_field: dict[str, list[str]] = {}
-    for override in overrides:
-        by_field.setdefault(_field(override), []).append(override)
-
-    config = _apply(config, by_field.get("plugins", []))
-    switched = {}
-    for section in config_lib.SECTIONS:
-        for override in by_field.get(f"{section}.name", []):
-            switched[section] = override.partition("=")[2]
-    config = config_lib.complete_sections(config, **switched)
-
-    known = list(config_lib.flatten(config))
-    for field in by_field:
-        if field not in known:
-            raise UsageError(_unknown_field(field, known))
-    return _apply(config, list(overrides))
-
-
-def _unknown_field(field: str, known: Sequence[str]) -> str:
-    from attnpo_jax.config.checks import suggest
-
-    inside = [k for k in known if k.startswith(f"{field}.")]
-    if inside:
-        listed = ", ".join(f"--config.{k}" for k in inside)
-        return f"--config.{field} is a section; set its fields: {listed}"
-    section = field.rpartition(".")[0]
-    beside = [k for k in known if section and k.rpartition(".")[0] == section]
-    listed = f"; fields of config.{section}: " + ", ".join(k.rpartition(".")[2] for k in beside)
-    return f"--config.{field}: unknown field{suggest(field, known)}{listed if beside else ''}"
-
-
-def _apply(config: Any, overrides: list[str]) -> Any:
-    from absl import flags
-    from ml_collections import config_flags
-
-    arguments = ["attnpo", *overrides]
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
-    try:
-        values(arguments)
-    except flags.Error as error:
-        if len(overrides) > 1:
-            # Which one it is, absl does not say.
-            for override in overrides:
-                _apply(config, [override])
-        raise UsageError(_refused(config, overrides[0], str(error))) from error
-    return values["config"].value
-
-
-def _refused(config: Any, override: str, reason: str) -> str:
-    from attnpo_jax.config.checks import accepted_words
-
-    if "=" not in override:
-        return f"{override} needs a value; {reason}"
-    return f"{override}: accepted: {accepted_words(config, _field(override))}"
-
-
-def _field(override: str) -> str:
-    return re.sub(r"^--?(no)?config\.", "", override.partition("=")[0])
 
 
 def parse(name: str, arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
@@ -413,7 +272,7 @@ def _without_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises what is wrong, for `exit_code` to tell."""
+    """Raises what is wrong, for `program.exit_code` to tell."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
@@ -526,79 +385,6 @@ def _similar_option(name: str, command: str) -> str:
     return f" (did you mean --{close[0]}?)" if close else ""
 
 
-def _is_preempted(error: Exception) -> bool:
-    preemption = sys.modules.get("attnpo_jax.parallel.preemption")
-    return preemption is not None and isinstance(error, preemption.Preempted)
-
-
-def _is_expected(error: Exception) -> bool:
-    """Whether the message alone tells the user what to mend.
-
-    So it is for the errors this package defines, those of files and network, and the ValueErrors
-    it raises itself. A ValueError from inside a library is a bug here, and keeps its traceback.
-    """
-    if isinstance(error, OSError) or type(error).__module__.split(".")[0] == "attnpo_jax":
-        return True
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    raised_in = frame.tb_frame.f_globals.get("__name__", "") if frame is not None else ""
-    return isinstance(error, ValueError) and raised_in.split(".")[0] == "attnpo_jax"
-
-
-def start_logging(level: str = "info") -> None:
-    """Lines of log on stderr: the package's own from `level` on, others' from warnings on."""
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.WARNING,
-        format="%(asctime)s %(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
-    )
-    # That it found no PyTorch, which nothing here needs, is no news.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    # The libraries' own notes would drown ours; their warnings are wanted.
-    logging.getLogger("attnpo_jax").setLevel(level.upper())
-
-
-def _join_processes(options: Mapping[str, str]) -> None:
-    """Makes this process one of several where options or environment say so; the first speaks.
-
-    Args:
-      options: those of `PROCESS_OPTIONS` that were given.
-
-    Raises:
-      ProcessesError: see `attnpo_jax.parallel.processes.find`.
-    """
-    from attnpo_jax.parallel import failures, processes
-
-    processes.initialize(options=options)
-    if processes.are_several():
-        failures.watch()
-        if not processes.is_first():
-            # What all would say, the first one says; what this one alone knows, it says itself.
-            logging.getLogger("attnpo_jax").setLevel(logging.WARNING)
-
-
-def use_compilation_cache() -> None:
-    """Keeps compiled programs between runs, where `$JAX_COMPILATION_CACHE_DIR` says or at home."""
-    import jax
-
-    from attnpo_jax.models.io import embedded
-
-    if jax.config.jax_compilation_cache_dir is None:
-        folder = embedded.default_cache_dir() / "xla"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            logging.getLogger("attnpo_jax").warning(
-                "compiled programs are not kept (%s); $JAX_COMPILATION_CACHE_DIR or $ATTNPO_CACHE "
-                "may name a folder that can be written",
-                error,
-            )
-            return
-        jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
-
-
 def _help() -> str:
     summaries = {key: command.summary for key, command in COMMANDS.items()}
     summaries |= {"completion": COMPLETION_SUMMARY, "version": VERSION_SUMMARY}
@@ -626,8 +412,8 @@ def _completion(arguments: list[str]) -> int:
 
     from attnpo_jax.config.fields import FIELDS
 
-    program = argparse.ArgumentParser("attnpo", add_help=False)
-    commands = program.add_subparsers()
+    whole = argparse.ArgumentParser("attnpo", add_help=False)
+    commands = whole.add_subparsers()
     for name, command in COMMANDS.items():
         parser = commands.add_parser(name, help=command.summary, add_help=False)
         _add_options(parser, command)
@@ -645,22 +431,18 @@ def _completion(arguments: list[str]) -> int:
     shells = commands.add_parser("completion", help=COMPLETION_SUMMARY, add_help=False)
     shells.add_argument("shell", choices=("bash", "zsh"))
     commands.add_parser("version", help=VERSION_SUMMARY, add_help=False)
-    return _say(shtab.complete(program, shell=arguments[0]))
+    return _say(shtab.complete(whole, shell=arguments[0]))
 
 
 def _version(arguments: list[str]) -> int:
-    if not arguments:
-        return _say(_versions())
-    if arguments[0] in ("-h", "-help", "--help"):
+    if arguments[:1] in (["-h"], ["-help"], ["--help"]):
         return _say(f"usage: attnpo version\n\n{VERSION_SUMMARY}")
-    raise UsageError(f"version takes no {arguments[0]}; accepted: --help")
-
-
-def _versions() -> str:
+    if arguments:
+        raise UsageError(f"version takes no {arguments[0]}; accepted: --help")
     lines = [f"attnpo_jax {attnpo_jax.__version__}", f"python {sys.version.split()[0]}"]
     for package in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers"):
         lines.append(f"{package} {importlib.metadata.version(package)}")
-    return "\n".join(lines)
+    return _say("\n".join(lines))
 
 
 if __name__ == "__main__":

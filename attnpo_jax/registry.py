@@ -16,16 +16,17 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from attnpo_jax.runtime import python_file
+from attnpo_jax.runtime.errors import UserError
 
 REQUIRED = inspect.Parameter.empty
 """Stands in `Registry.hyperparameters` for the default of a hyperparameter that has none."""
 
 
-class RegistryError(ValueError):
+class RegistryError(UserError):
     """An unknown name, a hyperparameter that does not fit, or a function that cannot register."""
 
 
-class PluginError(ValueError):
+class PluginError(UserError):
     """A plugin file that is missing or fails while it is imported."""
 
 

@@ -71,7 +71,7 @@ class Run:
 
         Raises:
           ConfigError: lists all that is wrong; nothing was loaded.
-          ValueError: the judge's template lacks a slot.
+          UserError: the judge's template lacks a slot.
           ProcessesError: of several processes, some have another workdir than the rest.
         """
         config_lib.validate(config)

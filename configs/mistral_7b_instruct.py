@@ -9,28 +9,14 @@ Parameters, gradients and AdamW's moments take 116 GB in float32: eight devices 
 with 16 GB. Unlike v0.1, this version has no sliding window.
 """
 
-from attnpo_jax.config import default_config
+import pathlib
+
+from attnpo_jax.config import load_file
 
 
 def get_config():
-    config = default_config()
-    config.model.source = "mistralai/Mistral-7B-Instruct-v0.2"
-    # float32 parameters: at 1e-6, bfloat16 ones would lose most updates.
-    config.model.dtype = "bfloat16"
-    config.model.remat = "layer"
-    # The published sets may hold pairs of equal responses; what is skipped is counted.
-    config.data.on_bad_row = "skip"
+    shared = pathlib.Path(__file__).with_name("ultrafeedback.py")
+    config = load_file(f"{shared}:mistralai/Mistral-7B-Instruct-v0.2")
     config.data.train = "princeton-nlp/mistral-instruct-ultrafeedback@train"
     config.data.eval = "princeton-nlp/mistral-instruct-ultrafeedback@test"
-    # The paper's, found for Llama-3-8B; not tuned on this model.
-    config.judge.layers = (-1,)
-    config.objective.beta = 0.005
-    config.optim.learning_rate = 1e-6
-    # Parameters and optimizer state are split over all devices.
-    config.parallel.mesh.data = 1
-    config.parallel.mesh.fsdp = -1
-    config.train.batch_size = 32
-    config.train.microbatch_size = 16
-    config.train.eval_batch_size = 16
-    config.train.eval_every = 500
     return config

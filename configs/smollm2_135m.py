@@ -9,25 +9,22 @@ Beta is DPO's usual 0.1 and the learning rate the quickstart's, which was tuned 
 other pairs; neither was tuned on these.
 """
 
-from attnpo_jax.config import default_config
+import pathlib
+
+from attnpo_jax.config import load_file
 
 
 def get_config():
-    config = default_config()
-    config.model.source = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    # float32 parameters: at these learning rates bfloat16 ones would lose most updates.
-    config.model.dtype = "bfloat16"
-    # The published sets may hold pairs of equal responses; what is skipped is counted.
-    config.data.on_bad_row = "skip"
-    config.data.train = "HuggingFaceH4/ultrafeedback_binarized@train_prefs"
-    config.data.eval = "HuggingFaceH4/ultrafeedback_binarized@test_prefs"
-    config.judge.layers = (-1,)
+    shared = pathlib.Path(__file__).with_name("ultrafeedback.py")
+    config = load_file(f"{shared}:HuggingFaceTB/SmolLM2-135M-Instruct")
+    config.model.remat = "dots"
     config.objective.beta = 0.1
     config.optim.learning_rate = 5e-6
     # Shorter rows than the default's: a model this small says little of use beyond.
     config.data.max_length = 1024
     config.data.max_prompt_length = 512
-    config.train.microbatch_size = 16
     config.train.eval_batch_size = 32
-    config.train.eval_every = 500
+    # It fits on each device whole.
+    config.parallel.mesh.data = -1
+    config.parallel.mesh.fsdp = 1
     return config

@@ -29,7 +29,8 @@ from attnpo_jax import cli, prepare, train
 from attnpo_jax import config as config_lib
 from attnpo_jax.parallel import processes
 from attnpo_jax.run import Run
-from attnpo_jax.runtime import atomic, metrics
+from attnpo_jax.runtime import atomic, cache, metrics, program
+from attnpo_jax.runtime.errors import UsageError
 from attnpo_jax.train.hooks import NonFiniteError
 
 # What a prepared dataset does not depend on.
@@ -83,9 +84,9 @@ def parse_axis(text: str) -> tuple[str, list[str]]:
     values = re.findall(r"""(?:\([^)]*\)|\[[^]]*\]|"[^"]*"|'[^']*'|[^,])+""", rest)
     values = [value.strip() for value in values]
     if not field or not equals or not all(values) or not values:
-        raise cli.UsageError(f"--set {text!r}; accepted: FIELD=VALUE,VALUE,...")
+        raise UsageError(f"--set {text!r}; accepted: FIELD=VALUE,VALUE,...")
     if len(set(values)) < len(values):
-        raise cli.UsageError(f"--set {text!r}: a value is there twice")
+        raise UsageError(f"--set {text!r}: a value is there twice")
     return field, values
 
 
@@ -105,9 +106,9 @@ def grid(config: str, axes: Sequence[str], overrides: Sequence[str] = ()) -> lis
     fields = [field for field, _ in parsed]
     for field in fields:
         if fields.count(field) > 1:
-            raise cli.UsageError(f"--set {field} is there twice")
+            raise UsageError(f"--set {field} is there twice")
         if field.split(".")[0] not in SWEPT:
-            raise cli.UsageError(
+            raise UsageError(
                 f"--set {field}: all runs of a sweep share one prepared dataset; accepted: fields "
                 f"of {', '.join(SWEPT)} (another --workdir for another dataset)"
             )
@@ -115,7 +116,7 @@ def grid(config: str, axes: Sequence[str], overrides: Sequence[str] = ()) -> lis
     for chosen in itertools.product(*(values for _, values in parsed)):
         values = dict(zip(fields, chosen, strict=True))
         settings = [f"--config.{field}={value}" for field, value in values.items()]
-        resolved = cli.load_config(config, [*overrides, *settings])
+        resolved = config_lib.load_config(config, [*overrides, *settings])
         config_lib.validate(resolved)
         if not resolved.data.eval:
             raise config_lib.ConfigError(["config.data.eval: a sweep is ranked on held-out pairs"])
@@ -207,19 +208,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = [text for text in overrides if not re.match(r"--(no)?config\.", text)]
     if unknown:
         parser.error(f"unknown arguments: {' '.join(unknown)}")
-    return cli.exit_code("sweep", lambda: _main(options, overrides))
+    return program.exit_code("sweep", lambda: _main(options, overrides))
 
 
 def _main(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     workdir = cli.workdir_path(options.workdir)
     if processes.find(os.environ) is not None:
-        raise cli.UsageError(
+        raise UsageError(
             "the environment announces several processes; a sweep runs in one, which "
             "ATTNPO_DISTRIBUTED=0 makes it"
         )
-    cli.start_logging()
+    program.start_logging()
     points = grid(options.config, options.axes, overrides)
-    cli.use_compilation_cache()
+    cache.keep_compiled_programs()
     console = Console()
     outcomes = sweep(points, workdir, console)
     console.print(ranking(outcomes))

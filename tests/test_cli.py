@@ -15,8 +15,9 @@ import pytest
 
 import attnpo_jax
 from attnpo_jax import cli
-from attnpo_jax.config import ConfigError, flatten
+from attnpo_jax.config import ConfigError, flatten, load_config
 from attnpo_jax.run import Run
+from attnpo_jax.runtime.errors import UsageError
 
 CONFIG = """
 from attnpo_jax.config import default_config
@@ -298,7 +299,7 @@ def test_help_of_a_command_lists_what_it_accepts_and_nothing_else(command, capsy
     for option in {*listed, "workdir", "json", "topology", "diff"} - {"flagfile"}:
         try:
             cli.parse(command, [f"--{option}"])
-        except cli.UsageError as error:
+        except UsageError as error:
             assert (option in listed) == (str(error) == f"--{option} needs a value")
         else:
             assert option in listed
@@ -360,7 +361,7 @@ def test_config_prints_what_differs_from_the_defaults(file, capsys):
 def test_config_prints_every_field_with_its_meaning_or_as_json(file, capsys):
     assert cli.main(["config", f"--config={file}", "--config.judge.layers=(0, -1)"]) == 0
     out = capsys.readouterr().out
-    config = cli.load_config(file, ["--config.judge.layers=(0, -1)"])
+    config = load_config(file, ["--config.judge.layers=(0, -1)"])
     values = re.findall(r"^([\w.]+) = (.*)$", out, re.MULTILINE)
     assert {name: ast.literal_eval(text) for name, text in values} == flatten(config)
     assert "# passes over the training pairs\ntrain.epochs = 1\n" in out

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnpo_jax import cli, losses, registry, weighting
 from attnpo_jax import config as config_lib
+from attnpo_jax import losses, registry, weighting
 from attnpo_jax.config import docs as config_docs
 from attnpo_jax.config.fields import FIELDS
 from attnpo_jax.data import shards, sources
@@ -141,7 +141,7 @@ def test_research_page_s_command_resolves(plugins, monkeypatch):
     monkeypatch.chdir(plugins)
     (plugins / "configs").symlink_to(ROOT / "configs")
     overrides = [a for a in arguments if a.startswith("--config.")]
-    config = cli.load_config(
+    config = config_lib.load_config(
         "configs/quickstart.py", [*overrides, "--config.weighting.name=surprise"]
     )
     config_lib.validate(config)

@@ -27,10 +27,11 @@ from attnpo_jax import cli
 from attnpo_jax import config as config_lib
 from attnpo_jax.data.prepared import Prepared, PreparedWriter
 from attnpo_jax.parallel import backend as backends
-from attnpo_jax.parallel import checkpoint, preemption
+from attnpo_jax.parallel import checkpoint
 from attnpo_jax.prepare import stage as prepare
 from attnpo_jax.run import Run, run
 from attnpo_jax.runtime import metrics
+from attnpo_jax.runtime.errors import Preempted
 from attnpo_jax.train import loop
 from tests.parallel import tiny
 
@@ -41,6 +42,7 @@ STEPS = 10
 CONFIG = """
 import pathlib
 from attnpo_jax import config
+from attnpo_jax.runtime.errors import Preempted
 
 def get_config():
     return config.from_json(pathlib.Path({path!r}).read_text())
@@ -237,7 +239,7 @@ def test_sigterm_while_preparing(setting, undisturbed, use_devices, monkeypatch,
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(PreparedWriter, "write", write_and_signal)
-    with pytest.raises(preemption.Preempted, match="prepared/train that were finished stay"):
+    with pytest.raises(Preempted, match="prepared/train that were finished stay"):
         prepare.prepare(Run.resolve(setting[1], workdir))
     # The shard that was computed while that one was written may be there too.
     there = len(list((workdir / "prepared" / "train").glob("*.arrow")))
@@ -251,7 +253,7 @@ def test_sigterm_when_evaluation_is_due(setting, undisturbed, use_devices, monke
     """It is left to the resumed run, also after the last step."""
     workdir = setting[0] / "stopped-at-the-end"
     sigterm_at(monkeypatch, STEPS)
-    with pytest.raises(preemption.Preempted, match="step 10 of 10 is saved"):
+    with pytest.raises(Preempted, match="step 10 of 10 is saved"):
         run(Run.resolve(setting[1], workdir))
     assert [line["step"] for line in metrics.read(workdir)] == list(range(STEPS + 1))
     assert saved_steps(workdir)[-1] == STEPS and not (workdir / "export").exists()
@@ -278,7 +280,7 @@ def test_sigterm_during_an_evaluation(
             yield batch
 
     monkeypatch.setattr(loop, "read_ahead", read_and_signal)
-    with pytest.raises(preemption.Preempted, match=f"step {step} of 10"):
+    with pytest.raises(Preempted, match=f"step {step} of 10"):
         run(Run.resolve(setting[1], workdir))
     assert len(batches_made) == 3 * (evaluation - 1) + 2  # its third was not even made
     evaluated = [line["step"] for line in metrics.read(workdir) if "eval_loss" in line]
@@ -291,7 +293,7 @@ def test_sigterm_during_an_evaluation(
 def test_newest_checkpoint_truncated(setting, undisturbed, use_devices, monkeypatch):
     workdir = setting[0] / "truncated"
     sigterm_at(monkeypatch, 7)
-    with pytest.raises(preemption.Preempted, match="step 7 of 10 is saved"):
+    with pytest.raises(Preempted, match="step 7 of 10 is saved"):
         run(Run.resolve(setting[1], workdir))
     assert saved_steps(workdir) == [4, 6, 7]
     files = [p for p in (workdir / "checkpoints" / "7" / "params").rglob("*") if p.is_file()]
@@ -320,7 +322,7 @@ def test_checkpoints_in_a_bucket(setting, undisturbed, use_devices, monkeypatch,
         return {name.split("/")[2] for name in objects("run/checkpoints")}
 
     sigterm_at(monkeypatch, 7)
-    with pytest.raises(preemption.Preempted, match="step 7 of 10 is saved"):
+    with pytest.raises(Preempted, match="step 7 of 10 is saved"):
         run(Run.resolve(config, workdir))
     assert steps() == {"4", "6", "7"}
     sizes = objects("run/checkpoints/7/params")
@@ -344,7 +346,7 @@ def test_resumed_on_1_then_4_then_2_devices(setting, undisturbed, use_devices, m
         use_devices(devices)
         sigterm_at(monkeypatch, stop)
         if stop:
-            with pytest.raises(preemption.Preempted, match=f"step {stop} of 10 is saved"):
+            with pytest.raises(Preempted, match=f"step {stop} of 10 is saved"):
                 run(Run.resolve(setting[1], workdir))
         else:
             with warnings.catch_warnings():

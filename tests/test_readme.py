@@ -52,7 +52,7 @@ def resolved(command: str) -> config_dict.ConfigDict:
     assert name in cli.COMMANDS
     (file,) = (a.removeprefix("--config=") for a in arguments if a.startswith("--config="))
     assert any(a.startswith("--workdir=") for a in arguments)
-    config = cli.load_config(file, [a for a in arguments if a.startswith("--config.")])
+    config = config_lib.load_config(file, [a for a in arguments if a.startswith("--config.")])
     config_lib.validate(config)
     return config
 

@@ -11,6 +11,7 @@ from attnpo_jax.config.layers import (
     source_layers,
     weight_columns,
 )
+from attnpo_jax.config.overrides import load_config
 from attnpo_jax.config.sections import SECTIONS, bind_section, complete_sections, section_for
 from attnpo_jax.runtime.nested import flatten
 
@@ -26,6 +27,7 @@ __all__ = [
     "flatten",
     "from_json",
     "judge_layers",
+    "load_config",
     "load_file",
     "section_for",
     "source_layers",

@@ -1,4 +1,4 @@
-"""The parts of docs/config.md that say what the table of fields says.
+"""The parts of docs/config.md that say what the table of fields and the functions' docstrings say.
 
     python -m attnpo_jax.config.docs
 
@@ -10,16 +10,20 @@ import re
 import textwrap
 
 from attnpo_jax.config.fields import DECISIVE, FIELDS
+from attnpo_jax.config.sections import SECTIONS
+from attnpo_jax.config.show import meanings_of
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "config.md"
 _HEAD = "| field | default | accepted | meaning |\n|---|---|---|---|\n"
+_FUNCTIONS_HEAD = "| function | hyperparameters | is |\n|---|---|---|\n"
 
 
 def rewritten(page: str) -> str:
     """A page whose tables of fields are those of the table `FIELDS`.
 
     Each table stands under a line `<!-- fields: SECTION -->`, whose section is "run" for the fields
-    that are in none. The sentence on resuming starts a paragraph.
+    that are in none; that of weightings and objectives under `<!-- functions -->`. The sentence on
+    resuming starts a paragraph.
 
     Raises:
       ValueError: the page lacks a section, or the sentence.
@@ -27,7 +31,23 @@ def rewritten(page: str) -> str:
     for section in dict.fromkeys(map(section_of, FIELDS)):
         table = _HEAD + "".join(_row(name) for name in FIELDS if section_of(name) == section)
         page = _replace(page, rf"(?<=<!-- fields: {section} -->\n)(\|.*\n)*", table)
+    page = _replace(page, r"(?<=<!-- functions -->\n)(\|.*\n)*", functions())
     return _replace(page, r"(?<=\n)A run resumes only with(.+\n)*", resuming())
+
+
+def functions() -> str:
+    """The table of the package's own weightings and objectives, in the docstrings' words."""
+    table = _FUNCTIONS_HEAD
+    for section, registry in SECTIONS.items():
+        for name in registry.names():
+            if registry.get(name).__module__.startswith(f"{registry.__name__}."):
+                defaults = registry.hyperparameters(name).items()
+                listed = ", ".join(f"`{key}={default!r}`" for key, default in defaults) or "none"
+                summary, *others = meanings_of(section, name).items()
+                told = [f"`{field.partition('.')[2]}`: {text}" for field, text in others]
+                told = " ".join([summary[1], *told])
+                table += f"| `{section}.{name}` | {listed} | {told} |\n"
+    return table
 
 
 def section_of(name: str) -> str:

@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 
+from attnpo_jax.runtime.errors import UserError
 
-class ConfigError(ValueError):
+
+class ConfigError(UserError):
     """A config that cannot be used.
 
     Attributes:

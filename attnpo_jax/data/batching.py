@@ -19,6 +19,7 @@ import numpy as np
 
 from attnpo_jax.data.packing import choose_buckets, pack, round_up, split_evenly
 from attnpo_jax.data.prepared import Prepared
+from attnpo_jax.runtime.errors import UserError
 
 
 @jax.tree_util.register_dataclass
@@ -361,7 +362,7 @@ class TrainBatches(_Batches):
         (B,); the others are left empty. None for all.
 
     Raises:
-      ValueError: the dataset is empty.
+      UserError: the dataset is empty.
     """
 
     def __init__(
@@ -379,7 +380,7 @@ class TrainBatches(_Batches):
         local_rows: Callable[[int], np.ndarray] | None = None,
     ):
         if not len(dataset):
-            raise ValueError("the prepared dataset holds no pair to train on")
+            raise UserError("the prepared dataset holds no pair to train on")
         self.steps_per_epoch = -(-len(dataset) // batch_size)
         total = steps or max(1, round(epochs * self.steps_per_epoch))
         order: list[np.ndarray] = []
@@ -410,7 +411,7 @@ class EvalBatches(_Batches):
         local_rows: Callable[[int], np.ndarray] | None = None,
     ):
         if not len(dataset):
-            raise ValueError("the prepared dataset holds no pair to evaluate on")
+            raise UserError("the prepared dataset holds no pair to evaluate on")
         lengths = dataset.lengths()
         items = np.argsort(
             lengths["prompt"] + lengths["chosen"] + lengths["rejected"], kind="stable"

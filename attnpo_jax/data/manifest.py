@@ -11,6 +11,7 @@ import datasets
 
 from attnpo_jax.data import shards
 from attnpo_jax.runtime import nested
+from attnpo_jax.runtime.errors import UserError
 
 FORMAT = 1
 PLAN, METADATA = "plan.json", "prepared.json"
@@ -25,7 +26,7 @@ RECORDED_VERSIONS = (
 )
 
 
-class PreparedMismatch(ValueError):
+class PreparedMismatch(UserError):
     """The folder holds a dataset that was prepared from something else.
 
     Attributes:
@@ -116,7 +117,7 @@ def read_json(file: pathlib.Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise ValueError(f"{file}: not readable ({error}); delete it and prepare again") from error
+        raise UserError(f"{file}: not readable ({error}); delete it and prepare again") from error
 
 
 def file_digest(file: pathlib.Path) -> str:

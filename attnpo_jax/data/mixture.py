@@ -5,6 +5,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from attnpo_jax.runtime.errors import UserError
+
 ACCEPTED = (
     "a source, or a tuple of sources, all of them or none with a share: 'a.jsonl*0.7' or "
     "('a.jsonl', 0.7)"
@@ -17,7 +19,7 @@ def parse(sources: Any) -> list[tuple[str, float | None]]:
     """The sources that `data.train` or `data.eval` names, each with its share or None.
 
     Raises:
-      ValueError: neither of the forms, a share that is not above 0, or shares for some only.
+      UserError: neither of the forms, a share that is not above 0, or shares for some only.
 
     >>> parse(("a.jsonl*0.7", ("b.jsonl", 0.3)))
     [('a.jsonl', 0.7), ('b.jsonl', 0.3)]
@@ -27,10 +29,10 @@ def parse(sources: Any) -> list[tuple[str, float | None]]:
     if isinstance(sources, str):
         sources = (sources,) if sources else ()
     if not isinstance(sources, (tuple, list)):
-        raise ValueError(f"{sources!r}; accepted: {ACCEPTED}")
+        raise UserError(f"{sources!r}; accepted: {ACCEPTED}")
     parsed = [_parse_one(source) for source in sources]
     if len({share is None for _, share in parsed}) > 1:
-        raise ValueError(f"{sources!r}: a share for some sources only; accepted: {ACCEPTED}")
+        raise UserError(f"{sources!r}: a share for some sources only; accepted: {ACCEPTED}")
     return parsed
 
 
@@ -39,13 +41,13 @@ def _parse_one(source: Any) -> tuple[str, float | None]:
     if isinstance(source, (tuple, list)) and len(source) == 2:
         source, share = source
         if isinstance(share, bool) or not isinstance(share, (int, float)):
-            raise ValueError(f"share {share!r} of {source!r}; accepted: a number above 0")
+            raise UserError(f"share {share!r} of {source!r}; accepted: a number above 0")
     elif isinstance(source, str) and (match := _SHARE.fullmatch(source)):
         source, share = match["source"], float(match["share"])
     if not isinstance(source, str) or not source:
-        raise ValueError(f"{source!r} is no source; accepted: {ACCEPTED}")
+        raise UserError(f"{source!r} is no source; accepted: {ACCEPTED}")
     if share is not None and not (share > 0 and math.isfinite(share)):
-        raise ValueError(f"share {share!r} of {source!r}; accepted: a number above 0")
+        raise UserError(f"share {share!r} of {source!r}; accepted: a number above 0")
     return source, None if share is None else float(share)
 
 

@@ -11,6 +11,8 @@ from typing import Any, Self
 
 import numpy as np
 
+from attnpo_jax.runtime.errors import UserError
+
 SIDES = ("chosen", "rejected")
 
 Message = dict[str, str]
@@ -61,7 +63,7 @@ class Pair:
     precomputed: PrecomputedWeights | None = dataclasses.field(default=None, compare=False)
 
 
-class BadExample(ValueError):
+class BadExample(UserError):
     """An example that is no pair, or a pair that cannot be tokenized as the config asks.
 
     Attributes:

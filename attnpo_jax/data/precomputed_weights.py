@@ -24,6 +24,7 @@ from tokenizers import pre_tokenizers
 from attnpo_jax.data.align import align
 from attnpo_jax.data.pair import SIDES, BadExample, PrecomputedWeights
 from attnpo_jax.data.tokenize import TokenizedPair
+from attnpo_jax.runtime.errors import UserError
 
 # After a difference, tokens and response are taken to agree again where this many characters do,
 # and nothing is looked for further off than that many.
@@ -221,11 +222,11 @@ class _TokenBytes:
         """The bytes of a token.
 
         Raises:
-          ValueError: the tokenizer is of neither kind.
+          UserError: the tokenizer is of neither kind.
           BadExample: it has no such token.
         """
         if not self._is_readable:
-            raise ValueError(
+            raise UserError(
                 f"{self._origin}: neither a byte-level nor a SentencePiece tokenizer; accepted "
                 "beside weights: tokens of these, or the tokens' texts instead of their ids"
             )

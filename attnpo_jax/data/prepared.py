@@ -47,9 +47,10 @@ from attnpo_jax.data.manifest import (
     versions,
 )
 from attnpo_jax.runtime import atomic
+from attnpo_jax.runtime.errors import UserError
 
 
-class DamagedShard(ValueError):
+class DamagedShard(UserError):
     """A shard of a complete dataset is missing or is not what was written."""
 
     def __init__(self, file: pathlib.Path, found: str, remedy: str):
@@ -363,7 +364,7 @@ class Prepared:
         if meta is None:
             raise FileNotFoundError(f"{path} has no {METADATA}: not prepared, or not to the end")
         if meta["format"] != FORMAT:
-            raise ValueError(f"{path / METADATA}: format {meta['format']}; accepted: {FORMAT}")
+            raise UserError(f"{path / METADATA}: format {meta['format']}; accepted: {FORMAT}")
         expected = features(meta["components"])
         tables = []
         for shard in meta["shards"]:

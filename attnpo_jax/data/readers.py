@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from attnpo_jax.data.pair import BadExample
+from attnpo_jax.runtime.errors import UserError
 from attnpo_jax.runtime.team import Team
 
 ACCEPTED_SOURCES = (
@@ -95,12 +96,12 @@ def open_source(source: str, fields: _Fields, team: Team) -> tuple[str, Examples
 
     Raises:
       FileNotFoundError: it is neither a file, a folder nor a hub id.
-      ValueError: a file can't be parsed as what its ending says, or a split or column is missing.
+      UserError: a file can't be parsed as what its ending says, or a split or column is missing.
     """
     if source.startswith("builtin:"):
         split = source.removeprefix("builtin:")
         if split not in ("train", "eval"):
-            raise ValueError(f"no builtin data {source!r}; accepted: builtin:train, builtin:eval")
+            raise UserError(f"no builtin data {source!r}; accepted: builtin:train, builtin:eval")
         return f"builtin-{split}", _JsonLines(_BUILTIN / f"{split}.jsonl", team)
 
     path = pathlib.Path(source).expanduser()
@@ -114,7 +115,7 @@ def open_source(source: str, fields: _Fields, team: Team) -> tuple[str, Examples
         dataset = _saved_dataset(folder, split, source)
         return f"{folder.name}@{split}", _Table(dataset, source, fields)
     if at and folder.is_file():
-        raise ValueError(f"{source}: a single file has no splits; write {str(folder)!r}")
+        raise UserError(f"{source}: a single file has no splits; write {str(folder)!r}")
 
     hub = _hub_id(source)
     if hub is None:
@@ -139,8 +140,8 @@ def _open_file(path: pathlib.Path, source: str, fields: _Fields, team: Team) -> 
             try:
                 return _Table(datasets.Dataset.from_file(str(path)), source, fields)
             except pa.ArrowInvalid as error:
-                raise ValueError(f"{source}: not an Arrow stream file ({error})") from error
-    raise ValueError(
+                raise UserError(f"{source}: not an Arrow stream file ({error})") from error
+    raise UserError(
         f"{source}: a file ending in {path.suffix!r}; accepted: {', '.join(_FILE_ENDINGS)}"
     )
 
@@ -185,12 +186,12 @@ class _JsonList:
         try:
             content = json.loads(path.read_text(encoding="utf-8-sig"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{source}: not a JSON file ({error}); a file with one object a line ends in .jsonl"
             ) from error
         self._examples = content.get("data") if isinstance(content, dict) else content
         if not isinstance(self._examples, list):
-            raise ValueError(f'{source}: accepted is a list of examples or {{"data": [examples]}}')
+            raise UserError(f'{source}: accepted is a list of examples or {{"data": [examples]}}')
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -206,7 +207,7 @@ class _Parquet:
         try:
             self._file = pq.ParquetFile(path)
         except pa.ArrowInvalid as error:
-            raise ValueError(f"{source}: not a Parquet file ({error})") from error
+            raise UserError(f"{source}: not a Parquet file ({error})") from error
         self._columns = _needed_columns(fields, self._file.schema_arrow.names, source)
         metadata = self._file.metadata
         sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
@@ -246,11 +247,11 @@ class _Table:
 
 
 def check_alike(team: Team, source: Any, unit: str, found: int) -> None:
-    """Checks that a source is as long for each of a team; ValueError if it is not."""
+    """Checks that a source is as long for each of a team; UserError if it is not."""
     everyones = team.exchange(found)
     if len(set(everyones)) > 1:
         listed = ", ".join(map(str, everyones))
-        raise ValueError(
+        raise UserError(
             f"{source}: the processes find different numbers of {unit} ({listed}); accepted: the "
             "same data for all of them"
         )
@@ -260,28 +261,28 @@ def _saved_dataset(folder: pathlib.Path, split: str | None, source: str) -> data
     known = ("dataset_dict.json", "dataset_info.json")
     if not any((folder / name).is_file() for name in known):
         if split is None:
-            raise ValueError(
+            raise UserError(
                 f"{source}: a folder without {' or '.join(known)}; accepted: a folder written by "
                 f"datasets' save_to_disk, or a copy of a hub dataset with its split, {folder}@train"
             )
         try:
             return datasets.load_dataset(str(folder), split=split)
         except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
+            raise UserError(f"{source}: {error}") from error
     dataset = datasets.load_from_disk(str(folder))
     if isinstance(dataset, datasets.DatasetDict):
         if split not in dataset:
             found = "no split named" if split is None else f"no split {split!r}"
             choices = ", ".join(f"{folder}@{name}" for name in dataset)
-            raise ValueError(f"{source}: {found}; accepted: {choices}")
+            raise UserError(f"{source}: {found}; accepted: {choices}")
         return dataset[split]
     if split is not None:
-        raise ValueError(f"{source}: this folder has no splits; write {str(folder)!r}")
+        raise UserError(f"{source}: this folder has no splits; write {str(folder)!r}")
     return dataset
 
 
 def _needed_columns(fields: _Fields, columns: Sequence[str], source: str) -> list[str]:
     for needed in ("chosen", "rejected"):
         if needed not in columns:
-            raise ValueError(f"{source}: no column `{needed}`; columns found: {', '.join(columns)}")
+            raise UserError(f"{source}: no column `{needed}`; columns found: {', '.join(columns)}")
     return [name for name in columns if fields(name)]

@@ -29,6 +29,8 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
+from attnpo_jax.runtime.errors import UserError
+
 _RESPONSES = ("chosen", "rejected")
 _INT_LISTS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _FLOAT_LISTS = ("ref_chosen_logps", "ref_rejected_logps")
@@ -101,7 +103,7 @@ def to_table(rows: Sequence[Mapping[str, Any]], columns: datasets.Features) -> p
 def _list_array(lengths: Sequence[int] | np.ndarray, parts: Sequence[np.ndarray]) -> pa.Array:
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     if offsets[-1] > np.iinfo(np.int32).max:
-        raise ValueError(f"{offsets[-1]} values in a column of one shard; lower rows_per_shard")
+        raise UserError(f"{offsets[-1]} values in a column of one shard; lower rows_per_shard")
     return pa.ListArray.from_arrays(
         pa.array(offsets.astype(np.int32)), pa.array(np.concatenate(parts))
     )
@@ -160,7 +162,7 @@ def _checked_array(
             f"{accepted}"
         )
     if not np.isfinite(value).all():
-        raise ValueError(f"row {row['id']!r}: `{name}` holds a value that is not finite")
+        raise UserError(f"row {row['id']!r}: `{name}` holds a value that is not finite")
     return value
 
 

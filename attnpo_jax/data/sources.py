@@ -40,6 +40,7 @@ from attnpo_jax.data.formats import own_id, pair_of_example
 from attnpo_jax.data.pair import BadExample, Pair
 from attnpo_jax.data.readers import ACCEPTED_SOURCES, Examples, check_alike, open_source
 from attnpo_jax.runtime import atomic
+from attnpo_jax.runtime.errors import UserError
 from attnpo_jax.runtime.team import ALONE, Team
 
 _FIELDS = ("id", "prompt_id", "prompt", "chosen", "rejected")
@@ -90,14 +91,14 @@ class Pairs(Sequence[Pair]):
         return self._read(self._places)
 
     def _read(self, places: Sequence["_Place"]) -> Iterator[Pair]:
-        """The pairs at these places; ValueError if one has changed since it was loaded."""
+        """The pairs at these places; UserError if one has changed since it was loaded."""
         for run in _runs(places):
             source = self._sources[run[0].source]
             found = dict(source.read([place.place for place in run]))
             for place in run:
                 pair = found.get(place.place)
                 if not isinstance(pair, Pair) or _pair_digest(pair) != place.digest:
-                    raise ValueError(
+                    raise UserError(
                         f"{source.name}, example {place.place + 1}: another one than when the "
                         "pairs were loaded; accepted: sources that stay as they are during a run"
                     )
@@ -136,7 +137,7 @@ def load_pairs(
     Raises:
         BadExample: an example is no preference pair and `on_bad_row` is `error`.
         FileNotFoundError: a source is neither a file, a folder nor a hub id.
-        ValueError: a file can't be parsed as what its ending says, a split or column is missing,
+        UserError: a file can't be parsed as what its ending says, a split or column is missing,
             or no pair is left.
     """
     if on_bad_row not in ("error", "skip"):
@@ -144,7 +145,7 @@ def load_pairs(
     parsed = mixture.parse(sources)
     names = [source for source, _ in parsed]
     if not names:
-        raise ValueError(f"no data source given; accepted: {ACCEPTED_SOURCES}")
+        raise UserError(f"no data source given; accepted: {ACCEPTED_SOURCES}")
 
     every_column = weight_columns == "all"
     columns = () if every_column else tuple(weight_columns)
@@ -182,7 +183,7 @@ def load_pairs(
     if not places:
         found = f"all {len(bad_rows)} examples are bad" if bad_rows else "no examples"
         first = f", the first one: {bad_rows[0]['reason']}" if bad_rows else ""
-        raise ValueError(f"{', '.join(names)}: no preference pair found ({found}{first})")
+        raise UserError(f"{', '.join(names)}: no preference pair found ({found}{first})")
     return LoadedPairs(Pairs(opened, places), bad_rows, columns)
 
 
@@ -254,7 +255,7 @@ def _mixed(
             f"{name} has {n} pairs and gives {count}"
             for name, n, count in zip(names, available, counts, strict=True)
         )
-        raise ValueError(
+        raise UserError(
             f"no mixture has these shares and something of every source: {found}; accepted: "
             "shares that the smallest source allows, or another source"
         )

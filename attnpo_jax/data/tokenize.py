@@ -23,6 +23,7 @@ import transformers
 from attnpo_jax.data.align import close_gaps
 from attnpo_jax.data.control_tokens import Piece, TextEncoder
 from attnpo_jax.data.pair import BadExample, Pair
+from attnpo_jax.runtime.errors import UserError
 
 # Private-use characters: templates neither trim them nor branch on them. The letters betray a
 # template that changes case.
@@ -90,15 +91,15 @@ class ChatTokenizer:
     def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase, *, origin: str):
         """Wrap a transformers tokenizer; `origin` names it in errors.
 
-        Raises ValueError when the tokenizer is not a fast one, or has no chat template.
+        Raises UserError when the tokenizer is not a fast one, or has no chat template.
         """
         if not tokenizer.is_fast:
-            raise ValueError(
+            raise UserError(
                 f"{origin}: {type(tokenizer).__name__} is a slow tokenizer without character "
                 "offsets; a fast one (tokenizer.json) is needed"
             )
         if not tokenizer.chat_template:
-            raise ValueError(
+            raise UserError(
                 f"{origin}: the tokenizer has no chat template; give one in model.chat_template"
             )
         self.tokenizer = tokenizer
@@ -125,7 +126,7 @@ class ChatTokenizer:
         """Load the tokenizer of a Hugging Face folder; `chat_template` (Jinja text) replaces its
         own.
 
-        Raises ValueError when the tokenizer is not a fast one, or has no chat template.
+        Raises UserError when the tokenizer is not a fast one, or has no chat template.
         """
         if not any((pathlib.Path(folder) / name).is_file() for name in _TOKENIZER_FILES):
             raise FileNotFoundError(
@@ -165,7 +166,7 @@ class ChatTokenizer:
 
         The pieces' texts, joined, are what the chat template renders, save that no template
         branches on the contents. Thinking is switched off, and the date is a fixed one. Raises
-        BadExample when the template refuses the conversation, and ValueError when it alters a
+        BadExample when the template refuses the conversation, and UserError when it alters a
         message by more than trimming it.
         """
         roles = tuple(message["role"] for message in messages)
@@ -301,8 +302,8 @@ class ChatTokenizer:
             )
         return tuple(skeleton)
 
-    def _altered(self, whose: str) -> ValueError:
-        return ValueError(
+    def _altered(self, whose: str) -> UserError:
+        return UserError(
             f"{self.origin}: the chat template alters a {whose} text by more than trimming its ends"
         )
 
@@ -311,11 +312,11 @@ def load_backend(source: str) -> tokenizers.Tokenizer:
     """The fast tokenizer of a Hugging Face folder or hub id, without its chat template.
 
     Raises:
-      ValueError: it is not a fast one.
+      UserError: it is not a fast one.
     """
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     if not tokenizer.is_fast:
-        raise ValueError(f"{source}: not a fast tokenizer (tokenizer.json)")
+        raise UserError(f"{source}: not a fast tokenizer (tokenizer.json)")
     return tokenizer.backend_tokenizer
 
 
@@ -371,7 +372,7 @@ def _split_response(
     full = tokenizer.pieces(messages, generation_prompt=False)
     places = [i for i, piece in enumerate(full) if piece.message == len(pair.prompt)]
     if len(places) != 1:
-        raise ValueError(
+        raise UserError(
             f"{tokenizer.origin}: the chat template writes the last assistant message "
             f"{len(places)} times; once is needed to train on it"
         )

@@ -15,6 +15,7 @@ from attnpo_jax.data.sources import load_pairs
 from attnpo_jax.judge.figures import shares
 from attnpo_jax.parallel import processes
 from attnpo_jax.runtime import atomic
+from attnpo_jax.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from attnpo_jax.run import Run
@@ -39,7 +40,7 @@ def export_weights(run: "Run", *, console: Console | None = None) -> None:
       console: where the files' names go; None for standard output.
 
     Raises:
-      ValueError: the sources hold other pairs than were prepared, or there are no weights to write.
+      UserError: the sources hold other pairs than were prepared, or there are no weights to write.
       FileNotFoundError, PreparedMismatch: see `Run.open_prepared`.
     """
     if not processes.is_first():
@@ -48,14 +49,14 @@ def export_weights(run: "Run", *, console: Console | None = None) -> None:
     prepared = {split: run.open_prepared(split) for split in run.splits}
     for split, dataset in prepared.items():
         if not dataset.source_layers and not dataset.weight_columns:
-            raise ValueError(f"{dataset.path} holds no weights: it was prepared without a judge")
+            raise UserError(f"{dataset.path} holds no weights: it was prepared without a judge")
         pairs = load_pairs(
             run.config.data[split],
             on_bad_row=run.config.data.on_bad_row,
             weight_columns=run.weight_columns,
         ).pairs
         if pairs.digest != dataset.meta["components"]["data"]["digest"]:
-            raise ValueError(
+            raise UserError(
                 f"config.data.{split} = {run.config.data[split]!r} holds other pairs than those "
                 f"that {dataset.path} was prepared from; accepted: the same pairs"
             )

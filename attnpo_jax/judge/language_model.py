@@ -38,7 +38,7 @@ def load_model(
       chat_template: Jinja text that replaces the tokenizer's own template.
 
     Raises:
-      FileNotFoundError, ValueError: as `hf_folder` and `data.tokenize` say.
+      FileNotFoundError, UserError: as `hf_folder` and `data.tokenize` say.
     """
     folder = hf_folder.resolve(source)
     config = hf_folder.load_config(folder)

@@ -14,6 +14,7 @@ import numpy as np
 from attnpo_jax.data.align import close_gaps
 from attnpo_jax.data.pair import BadExample, Pair
 from attnpo_jax.data.tokenize import ChatTokenizer, Piece
+from attnpo_jax.runtime.errors import UserError
 
 SLOTS = ("question", "answer_a", "answer_b")
 _SLOT_RE = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
@@ -28,7 +29,7 @@ class JudgeTemplate:
       origin: where the text is from, for messages.
 
     Raises:
-      ValueError: a slot is missing, doubled or unknown.
+      UserError: a slot is missing, doubled or unknown.
     """
 
     text: str
@@ -39,14 +40,14 @@ class JudgeTemplate:
         needed = "each of {question}, {answer_a} and {answer_b} is needed exactly once"
         for name in found:
             if name not in SLOTS:
-                raise ValueError(
+                raise UserError(
                     f"{self.origin}: unknown slot {{{name}}}; {needed}, and any word in braces is "
                     "taken for a slot: put a space inside the braces to have it as text"
                 )
         for name in SLOTS:
             if found.count(name) != 1:
                 state = "missing" if name not in found else f"there {found.count(name)} times"
-                raise ValueError(f"{self.origin}: slot {{{name}}} is {state}; {needed}")
+                raise UserError(f"{self.origin}: slot {{{name}}} is {state}; {needed}")
 
     @classmethod
     def load(cls, source: str | pathlib.Path) -> JudgeTemplate:
@@ -136,7 +137,7 @@ class JudgePrompter:
       max_answer_length: tokens that an answer keeps where the prompt would be longer.
 
     Raises:
-      ValueError: the tokenizer begins the answers A and B with the same token.
+      UserError: the tokenizer begins the answers A and B with the same token.
     """
 
     def __init__(
@@ -152,7 +153,7 @@ class JudgePrompter:
         self.max_answer_length = max_answer_length
         self.letter_ids = (self._letter("A"), self._letter("B"))
         if self.letter_ids[0] == self.letter_ids[1]:
-            raise ValueError(
+            raise UserError(
                 f"{tokenizer.origin}: the answers A and B start with the same token "
                 f"{self.letter_ids[0]}, so there is no verdict to read"
             )
@@ -258,7 +259,7 @@ class JudgePrompter:
         ids, offsets = self.tokenizer.encode_pieces(pieces)
         inside = np.flatnonzero((offsets[:, 0] <= place) & (offsets[:, 1] > place))
         if not len(inside):
-            raise ValueError(f"{self.tokenizer.origin}: the letter {letter} has no token")
+            raise UserError(f"{self.tokenizer.origin}: the letter {letter} has no token")
         return int(ids[inside[0]])
 
 
@@ -282,7 +283,7 @@ def _message(tokenizer: ChatTokenizer, pieces: Sequence[Piece], index: int) -> t
         if piece.message == index:
             return start, piece
         start += len(piece.text)
-    raise ValueError(f"{tokenizer.origin}: the chat template leaves out a message's text")
+    raise UserError(f"{tokenizer.origin}: the chat template leaves out a message's text")
 
 
 def _boundary(offsets: np.ndarray, k: int) -> tuple[int, int]:

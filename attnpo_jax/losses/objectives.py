@@ -110,7 +110,7 @@ def sigmoid(
 
 @register
 def hinge(chosen: ResponseScores, rejected: ResponseScores, *, beta: float = 0.1) -> jax.Array:
-    """Hinge loss on the difference of the log-ratios.
+    """Hinge loss on the difference of the log-ratios, as in SLiC.
 
     With h = s(chosen) - s(rejected): loss = max(0, 1 - beta h). Where policy and reference agree,
     it is 1.
@@ -146,7 +146,7 @@ def ipo(
     beta: float = 0.1,
     length_normalize: bool = False,
 ) -> jax.Array:
-    """Squared distance of the difference of the log-ratios to 1 / (2 beta).
+    """Squared distance of the difference of the log-ratios to 1 / (2 beta): IPO.
 
     With h = s(chosen) - s(rejected): loss = (h - 1 / (2 beta))^2. Where policy and reference
     agree, it is 1 / (4 beta^2).

@@ -14,8 +14,10 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from attnpo_jax.runtime.errors import UserError
 
-class CheckpointMismatch(ValueError):
+
+class CheckpointMismatch(UserError):
     """The newest checkpoint belongs to another run.
 
     Attributes:
@@ -37,7 +39,7 @@ class CheckpointMismatch(ValueError):
         self.differences = differences
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint could not be written, or none of those there are can be read."""
 
 

@@ -17,6 +17,8 @@ again. It is 76 on all that are left where one is gone without a word: starting 
 
 import atexit
 import ctypes
+import functools
+import logging
 import os
 import pathlib
 import re
@@ -26,11 +28,14 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Mapping
 
 import jax
 from jax._src import distributed  # the coordination service's key-value store has no public name
 
+from attnpo_jax.parallel import processes
 from attnpo_jax.runtime import exit_codes
+from attnpo_jax.runtime import program as programs
 
 _FOLDER = "attnpo_jax/failed/"
 POLL_SECONDS = 1
@@ -49,6 +54,25 @@ _LOST = re.compile(
 )
 
 _ending = threading.Lock()
+
+
+def join(options: Mapping[str, str] | None = None) -> None:
+    """Makes this process one of several where options or environment say so; the first speaks.
+
+    Args:
+      options: those of `attnpo_jax.parallel.processes.find` that were given.
+
+    Raises:
+      ProcessesError: see `attnpo_jax.parallel.processes.find`.
+    """
+    processes.initialize(options=options)
+    if processes.are_several():
+        meet = functools.partial(processes.barrier, "all are done")
+        programs.others = programs.Others(meet, fail)
+        watch()
+        if not processes.is_first():
+            # What all would say, the first one says; what this one alone knows, it says itself.
+            logging.getLogger("attnpo_jax").setLevel(logging.WARNING)
 
 
 def watch(program: str = "attnpo") -> None:

@@ -16,6 +16,7 @@ from jax._src import distributed  # the coordination service's key-value store h
 from jax.sharding import NamedSharding, PartitionSpec
 
 from attnpo_jax.parallel import processes
+from attnpo_jax.runtime.errors import UserError
 
 _FOLDER = "attnpo_jax/gather/"
 _DONE, _FAILED = "done", "failed"
@@ -23,7 +24,7 @@ _DONE, _FAILED = "done", "failed"
 _QUESTIONS = itertools.count()
 
 
-class FirstProcessFailed(RuntimeError):
+class FirstProcessFailed(UserError, RuntimeError):
     """The first process gave up on what all were gathering for; it says itself why."""
 
 

@@ -8,9 +8,10 @@ from jax.sharding import AxisType, Mesh
 
 from attnpo_jax.models.decoder import ModelConfig, abstract_params, logical_axes
 from attnpo_jax.models.placement import AXES, RULES
+from attnpo_jax.runtime.errors import UserError
 
 
-class MeshError(ValueError):
+class MeshError(UserError):
     """A mesh that the devices or the model do not fit; the message names the config's fields."""
 
 

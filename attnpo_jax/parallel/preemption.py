@@ -25,10 +25,6 @@ from jax.experimental import multihost_utils
 _NOTICE = "RECEIVED_PREEMPTION_NOTICE"
 
 
-class Preempted(RuntimeError):
-    """The run has stopped on notice, its work is saved, and the same command continues it."""
-
-
 @contextlib.contextmanager
 def watch() -> Iterator[Callable[[], bool]]:
     """Takes SIGTERM as a notice, inside of the `with` block.

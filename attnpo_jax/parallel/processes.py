@@ -29,6 +29,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from attnpo_jax.runtime.errors import UserError
 from attnpo_jax.runtime.team import Team
 
 _LOG = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ METADATA_SECONDS = 5
 _BARRIERS = itertools.count()
 
 
-class ProcessesError(ValueError):
+class ProcessesError(UserError):
     """The environment does not say, or contradicts itself on, which processes there are."""
 
 

@@ -21,7 +21,7 @@ def count(config: config_dict.ConfigDict) -> int | None:
     taken, all rows counted as usable pairs.
 
     Raises:
-      ValueError, FileNotFoundError: as `data.sources.load_pairs` does, for data that are here.
+      UserError, FileNotFoundError: as `data.sources.load_pairs` does, for data that are here.
     """
     parsed = mixture.parse(config.data.train)
     counts = [_of_source(source) for source, _ in parsed]

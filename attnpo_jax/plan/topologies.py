@@ -19,10 +19,12 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
+from attnpo_jax.runtime.errors import UserError
+
 GIB = 2**30
 
 
-class PlanError(ValueError):
+class PlanError(UserError):
     """A plan that cannot be made; the message says what to change."""
 
 

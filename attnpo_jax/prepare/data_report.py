@@ -72,7 +72,7 @@ def data_report(
       One report a split.
 
     Raises:
-      ValueError, OSError: a source or the tokenizer can't be read.
+      UserError, OSError: a source or the tokenizer can't be read.
     """
     config, splits = run.config, run.splits
     loaded = {

@@ -70,7 +70,7 @@ class PairTokenizer:
         `on_bad_row` replaces the config's.
 
         Raises:
-          ValueError, OSError: `data.weights_tokenizer` can't be used.
+          UserError, OSError: `data.weights_tokenizer` can't be used.
         """
         prompter = reader = None
         if config.judge.layers != "none":

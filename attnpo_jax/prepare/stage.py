@@ -30,6 +30,7 @@ from attnpo_jax.parallel import preemption, processes
 from attnpo_jax.prepare.pair_forms import PairForms, PairTokenizer
 from attnpo_jax.prepare.reference import Reference
 from attnpo_jax.runtime import atomic
+from attnpo_jax.runtime.errors import Preempted, UserError
 from attnpo_jax.runtime.progress import CountProgress
 from attnpo_jax.runtime.team import ALONE, Team
 
@@ -178,7 +179,7 @@ def _fill(run: "Run", passes: _Passes, split: _Split) -> None:
     # Who has been told to stop comes here too: the others learn of it and do not wait in vain.
     processes.barrier(f"prepare: shards of {split.name} written")
     if preemption.agreed(stops):
-        raise preemption.Preempted(
+        raise Preempted(
             f"told to stop: shards of {split.path} that were finished stay; the same command goes "
             "on from there"
         )
@@ -280,7 +281,7 @@ def _sample(tokenize: PairTokenizer, pairs: Pairs, team: Team) -> list[PairForms
     """Pairs from all over the data, the same for all of a team, of which each tokenizes a part.
 
     Raises:
-      ValueError: every one of the data's pairs is bad.
+      UserError: every one of the data's pairs is bad.
     """
     few = np.linspace(0, len(pairs) - 1, min(SAMPLE, len(pairs)), dtype=int)
     for places in (few, np.arange(len(pairs))):
@@ -288,7 +289,7 @@ def _sample(tokenize: PairTokenizer, pairs: Pairs, team: Team) -> list[PairForms
         forms, bad_rows = _of_all(team, *tokenize(mine))
         if forms:
             return forms
-    raise ValueError(f"no pair can be prepared: all are bad rows, the first: {bad_rows[0]}")
+    raise UserError(f"no pair can be prepared: all are bad rows, the first: {bad_rows[0]}")
 
 
 def _of_all(

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from attnpo_jax.runtime import atomic
+from attnpo_jax.runtime.errors import UserError
 
 FILE = "metrics.jsonl"
 
@@ -42,7 +43,7 @@ class MetricsWriter:
       writes: whether anything is written: by one process of a run, not by the others.
 
     Raises:
-      ValueError: a line of `metrics.jsonl` other than an unfinished last one is not one of ours.
+      UserError: a line of `metrics.jsonl` other than an unfinished last one is not one of ours.
       ImportError: a writer's package is missing.
     """
 
@@ -87,7 +88,7 @@ def read(workdir: str | os.PathLike) -> list[Line]:
     """The lines of a run's `metrics.jsonl`; none if there is no file.
 
     Raises:
-      ValueError: a line other than an unfinished last one is not one of ours.
+      UserError: a line other than an unfinished last one is not one of ours.
     """
     path = pathlib.Path(workdir) / FILE
     if not path.exists():
@@ -100,7 +101,7 @@ def read(workdir: str | os.PathLike) -> list[Line]:
             if not isinstance(line, dict) or not isinstance(line.get("step"), int):
                 raise ValueError("no JSON object with a whole number `step`")
         except ValueError as error:
-            raise ValueError(
+            raise UserError(
                 f"{path}:{number}: not a line of metrics ({error}); delete or mend it"
             ) from error
         lines.append({name: _from_json(value) for name, value in line.items()})

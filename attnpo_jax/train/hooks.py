@@ -16,6 +16,7 @@ from attnpo_jax.data.batching import EvalBatches, PairBatch
 from attnpo_jax.data.prepared import Prepared
 from attnpo_jax.parallel import preemption, processes
 from attnpo_jax.parallel.checkpoint import Checkpoints
+from attnpo_jax.runtime.errors import Preempted, UserError
 from attnpo_jax.runtime.metrics import read as read_metrics
 from attnpo_jax.train import loop as loops
 from attnpo_jax.train.loop import TrainLoop
@@ -31,7 +32,7 @@ class Hook(Protocol):
     def __call__(self, loop: TrainLoop) -> None: ...
 
 
-class NonFiniteError(FloatingPointError):
+class NonFiniteError(UserError, FloatingPointError):
     """A step whose loss or gradient is not finite; the run has stopped.
 
     Attributes:
@@ -119,7 +120,7 @@ class Evaluate:
         if due and not preemption.agreed(evaluated):
             self(loop)
             if loop.stops:
-                raise preemption.Preempted(
+                raise Preempted(
                     f"told to stop while evaluating, after step {loop.step} of {loop.total_steps}, "
                     "where this run began; the same command goes on from there"
                 )
@@ -179,7 +180,7 @@ class Stop:
 
     def __call__(self, loop: TrainLoop) -> None:
         self._checkpoints.wait()
-        raise preemption.Preempted(
+        raise Preempted(
             f"told to stop: step {loop.step} of {loop.total_steps} is saved; the same command goes "
             "on from there"
         )

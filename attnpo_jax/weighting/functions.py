@@ -20,7 +20,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from attnpo_jax.registry import Registry
+from attnpo_jax.registry import Registry, RegistryError
 
 registry = Registry("weighting", inputs=("response",))
 register = registry.register
@@ -86,26 +86,26 @@ def select_sources(
       num_layers: how many layers the model has; needed for negative layers only.
 
     Raises:
-      ValueError: no layer, one that is not a whole number, or one that is not on the axis; the
+      RegistryError: no layer, one that is not a whole number, or one that is not on the axis; the
         message lists the layers that are.
     """
     available = ", ".join(map(str, source_layers))
     layers = tuple(layer) if isinstance(layer, (tuple, list)) else (layer,)
     if not layers or any(isinstance(x, bool) or not isinstance(x, int) for x in layers):
-        raise ValueError(
+        raise RegistryError(
             f"layer is {layer!r}; accepted: a layer number or a tuple of them, of {available}"
         )
     places = []
     for wanted in layers:
         if wanted < 0 and num_layers is None:
-            raise ValueError(
+            raise RegistryError(
                 f"layer {wanted} counts from the last one, but the number of layers is not known; "
                 f"accepted: {available}"
             )
         resolved = wanted + num_layers if wanted < 0 else wanted
         if resolved not in source_layers:
             of = "" if num_layers is None else f" (the model has {num_layers} layers)"
-            raise ValueError(
+            raise RegistryError(
                 f"layer {wanted} is not among the judge's source layers; accepted: {available}{of}"
             )
         places.append(list(source_layers).index(resolved))
@@ -122,7 +122,7 @@ def select_columns(
       weight_columns: the names on the axis, in its order.
 
     Raises:
-      ValueError: no column, or one that the data lack; the message lists those there are.
+      RegistryError: no column, or one that the data lack; the message lists those there are.
     """
     wanted = tuple(column) if isinstance(column, (tuple, list)) else (column,)
     available = ", ".join(weight_columns) or "none, for config.data.weight_columns names none"
@@ -133,18 +133,18 @@ def select_columns(
         elif str(name) in weight_columns:
             places.append(list(weight_columns).index(str(name)))
         else:
-            raise ValueError(
+            raise RegistryError(
                 f"column {name!r} is not among the data's precomputed weights; "
                 f"accepted: {available}"
             )
     if not places:
-        raise ValueError(f"column is {column!r}; accepted: a column or a tuple of: {available}")
+        raise RegistryError(f"column is {column!r}; accepted: a column or a tuple of: {available}")
     return tuple(places)
 
 
 @register
 def uniform(response: ResponseTokens) -> jax.Array:
-    """Weight 1 on every token of the response, closing template tokens included.
+    """Weight 1 on every token of the response, closing template tokens included: DPO.
 
     TwDPO with these weights is DPO (https://arxiv.org/abs/2305.18290).
 
@@ -185,15 +185,15 @@ def attention(
       response: masks (B, T) and attention (B, 2, S, T).
       layer: source layer, -1 for the last; a tuple means the mean of these layers' weights.
       fix_sink: in texts of 5 tokens or more, give the first token the mean weight, whatever its
-        attention, and scale the others so that the sum stays n. The first token soaks up
-        attention for its place, not for what it says.
+        attention, and scale the others so that the sum stays the number of text tokens. The first
+        token soaks up attention for its place, not for what it says.
 
     Returns:
       Weights (B, T), float32, no gradient flows through them; 0 off `text_mask_BT`, and for a
       response without text.
 
     Raises:
-      ValueError: a layer that the judge's sources lack.
+      RegistryError: a layer that the judge's sources lack.
 
     >>> import jax.numpy as jnp
     >>> mask = jnp.array([[True, True, True, False]])
@@ -238,7 +238,7 @@ def column(
     fix_sink: bool = True,
     normalize: bool = True,
 ) -> jax.Array:
-    """Precomputed weights, which came with the data as columns `chosen_weights_<name>`, ....
+    """Precomputed weights, from the data's columns `chosen_weights_<name>` and `rejected_...`.
 
     With the columns that the authors of AttentionPO publish (each response's weights sum to 1, the
     first token's as it was found) the defaults give the weights that `attention` gives for the
@@ -256,7 +256,7 @@ def column(
       Weights (B, T), float32, no gradient flows through them; 0 off `text_mask_BT`.
 
     Raises:
-      ValueError: a column that the data lack.
+      RegistryError: a column that the data lack.
 
     >>> import jax.numpy as jnp
     >>> mask = jnp.array([[True, True, True, False]])

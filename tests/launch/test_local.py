@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from attnpo_jax import cli
+from attnpo_jax import cli, config
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -48,7 +48,7 @@ def test_the_example_of_the_help_is_a_line_to_copy():
     words = shlex.split(line)
     assert words[:5] == ["example:", "python", "launch/local.py", "--processes=2", "--"]
     values, overrides = cli.parse("run", words[7:])
-    cli.load_config(str(ROOT / values["config"]), overrides)
+    config.load_config(str(ROOT / values["config"]), overrides)
     assert words[5:7] == ["attnpo", "run"] and values["workdir"]
 
 

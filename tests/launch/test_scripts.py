@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from attnpo_jax import cli
+from attnpo_jax import config as config_lib
 from attnpo_jax.runtime import exit_codes
 
 LAUNCH = pathlib.Path(__file__).parents[2] / "launch"
@@ -56,7 +57,7 @@ def attnpo_arguments(text):
     start = next(i for i, w in enumerate(words) if w.endswith("attnpo") and words[i + 1] == "run")
     end = next((i for i in range(start, len(words)) if words[i] in (">", "&")), len(words))
     values, overrides = cli.parse("run", words[start + 2 : end])
-    config = cli.load_config(str(LAUNCH.parent / values["config"]), overrides)
+    config = config_lib.load_config(str(LAUNCH.parent / values["config"]), overrides)
     return values, config
 
 

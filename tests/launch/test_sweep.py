@@ -13,11 +13,11 @@ import transformers
 from rich.console import Console
 from tokenizers import pre_tokenizers
 
-from attnpo_jax import cli
 from attnpo_jax.config import ConfigError
 from attnpo_jax.models import decoder
 from attnpo_jax.models.io import hf_folder, hf_save
 from attnpo_jax.runtime import exit_codes
+from attnpo_jax.runtime.errors import UsageError
 
 ROOT = pathlib.Path(__file__).parents[2]
 CHATML = (
@@ -182,7 +182,7 @@ def test_what_stops_a_sweep_is_told_as_attnpo_tells_it(
     ],
 )
 def test_axes_that_cannot_be_swept(sweep, config_file, axes, message):
-    with pytest.raises(cli.UsageError, match=message):
+    with pytest.raises(UsageError, match=message):
         sweep.grid(config_file, axes)
 
 

@@ -28,16 +28,16 @@ import time
 
 import orbax.checkpoint as ocp
 
-from attnpo_jax import cli
 from attnpo_jax import config as config_lib
-from attnpo_jax.parallel import processes
+from attnpo_jax.parallel import failures, processes
+from attnpo_jax.runtime import program
 
 
 def main(config_file, workdir, *arguments):
     # Who is dead is missed sooner than on a cluster, or each test would wait half a minute more.
     processes.HEARTBEAT_SECONDS = 10
     processes.SHUTDOWN_SECONDS = 5
-    cli._join_processes({})
+    failures.join()
     import jax
 
     options = dict(argument.removeprefix("--").split("=", 1) for argument in arguments)
@@ -242,4 +242,4 @@ def _record_what_is_fed(file):
 
 
 if __name__ == "__main__":
-    sys.exit(cli.exit_code("attnpo", lambda: main(*sys.argv[1:])))
+    sys.exit(program.exit_code("attnpo", lambda: main(*sys.argv[1:])))

@@ -11,8 +11,8 @@ import time
 import jax
 import pytest
 
-from attnpo_jax import cli
 from attnpo_jax.parallel import failures
+from attnpo_jax.runtime import program
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -105,7 +105,7 @@ def main(doing, victim, folder):
 
     processes.HEARTBEAT_SECONDS = 5  # or a test would take half a minute more
     processes.SHUTDOWN_SECONDS = 3
-    cli._join_processes({})
+    failures.join()
     from jax.experimental import multihost_utils
 
     mine = jax.process_index()
@@ -130,4 +130,4 @@ def main(doing, victim, folder):
 
 
 if __name__ == "__main__":
-    sys.exit(cli.exit_code("attnpo", lambda: main(*sys.argv[1:])))
+    sys.exit(program.exit_code("attnpo", lambda: main(*sys.argv[1:])))

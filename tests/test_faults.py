@@ -32,7 +32,7 @@ from attnpo_jax.prepare import stage as prepare
 from attnpo_jax.run import Run, run
 from attnpo_jax.runtime import metrics
 from attnpo_jax.train import loop
-from tests.parallel import tiny
+from tests import tiny
 
 pytestmark = pytest.mark.process
 

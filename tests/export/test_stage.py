@@ -14,7 +14,7 @@ from attnpo_jax.parallel.checkpoint import CheckpointMismatch, Checkpoints
 from attnpo_jax.parallel.state import TrainState, create
 from attnpo_jax.run import Run
 from attnpo_jax.train import optim
-from tests.parallel import tiny
+from tests import tiny
 
 HF_CONFIG = {
     "architectures": ["LlamaForCausalLM"],

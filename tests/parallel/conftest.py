@@ -9,7 +9,8 @@ import pytest
 pytest.register_assert_rewrite("tests.parallel.runs")
 
 from attnpo_jax import config as config_lib  # noqa: E402  after it is known what to rewrite
-from tests.parallel import runs, tiny  # noqa: E402
+from tests import tiny  # noqa: E402
+from tests.parallel import runs  # noqa: E402
 
 
 def once(folder, make):

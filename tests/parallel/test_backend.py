@@ -17,7 +17,7 @@ from attnpo_jax.models.io import hf_config
 from attnpo_jax.models.lm_head import token_logps
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.run import Run, run
-from tests.parallel import tiny
+from tests import tiny
 from tests.parallel.runs import assert_same_exports, assert_same_metrics, assert_same_rows
 
 MESHES = {

@@ -21,7 +21,7 @@ from attnpo_jax.prepare import stage as prepare
 from attnpo_jax.run import Run
 from attnpo_jax.runtime import metrics
 from attnpo_jax.train import stage
-from tests.parallel import tiny
+from tests import tiny
 from tests.train import test_loop as whole
 from tests.train.test_loop import compile_once  # noqa: F401  a fixture that all tests here use
 

@@ -60,6 +60,6 @@ def fill(folder):
 @pytest.fixture(scope="session")
 def single(setting):
     def run(workdir):
-        runs.run(setting, workdir, 1, "--config.train.save_every=4")
+        runs.run_here(setting, workdir, "--config.train.save_every=4")
 
     return once(setting / "single", run)

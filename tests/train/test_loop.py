@@ -1,12 +1,7 @@
-"""The loop on a tiny random model. Run as a script, this file is a run that kills itself."""
+"""The loop on a tiny random model."""
 
 import json
 import math
-import os
-import pathlib
-import signal
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -223,26 +218,25 @@ def test_log_every_does_not_change_the_run(tmp_path, model):
     assert without_clock(some) == kept
 
 
-@pytest.mark.process
-@pytest.mark.parametrize("kill_at", [1, 5])
-def test_killed_and_resumed_run_equals_the_undisturbed_one(tmp_path, model, kill_at):
+@pytest.mark.parametrize("step", [1, 5])
+def test_interrupted_and_resumed_run_equals_the_undisturbed_one(tmp_path, model, step):
+    """Before the first checkpoint, and after the second; tests/test_faults.py kills runs."""
     config = make_config(model, train__save_every=2, train__eval_every=3)
     undisturbed = run(tmp_path / "undisturbed", config)
+    workdir = tmp_path / "interrupted"
+    write = metrics.MetricsWriter.write
 
-    workdir = tmp_path / "killed"
-    write_prepared(workdir)
-    (workdir / "wanted.json").write_text(config_lib.to_json(config))
-    package = pathlib.Path(config_lib.__file__).parents[2]
-    paths = os.pathsep.join([str(package), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, __file__, str(workdir), str(kill_at)],
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert steps_of(metrics.read(workdir), "train") == list(range(1, kill_at + 1))
-    assert saved_steps(workdir) == [step for step in (2, 4) if step < kill_at]
+    def write_and_stop(self, number, values):
+        write(self, number, values)
+        if number == step and "loss" in values:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics.MetricsWriter, "write", write_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(workdir, config)
+    assert steps_of(metrics.read(workdir), "train") == list(range(1, step + 1))
+    assert saved_steps(workdir) == [saved for saved in (2, 4) if saved < step]
 
     resumed = run(workdir, config)
     assert without_clock(resumed) == without_clock(undisturbed)
@@ -331,20 +325,3 @@ def test_config_is_checked_before_anything_is_loaded(tmp_path):
 def test_prepared_dataset_must_be_there(tmp_path, model):
     with pytest.raises(FileNotFoundError, match="prepared/train: .*`attnpo prepare`"):
         stage.train(Run.resolve(make_config(model), tmp_path))
-
-
-def killed_run(workdir: pathlib.Path, kill_at: int):
-    Run.open_prepared = open_unchecked
-    write = metrics.MetricsWriter.write
-
-    def write_and_die(self, step, values):
-        write(self, step, values)
-        if step == kill_at and "loss" in values:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    metrics.MetricsWriter.write = write_and_die
-    stage.train(Run.resolve(config_lib.from_json((workdir / "wanted.json").read_text()), workdir))
-
-
-if __name__ == "__main__":
-    killed_run(pathlib.Path(sys.argv[1]), int(sys.argv[2]))

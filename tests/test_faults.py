@@ -52,19 +52,8 @@ def get_config():
 def setting(tmp_path_factory):
     """A config of ten steps that saves at every other."""
     folder = tmp_path_factory.mktemp("faults")
-    config = config_lib.default_config()
-    config.model.source = str(tiny.write_folder(folder))
-    config.data.train = str(tiny.write_pairs(folder / "train.jsonl", 20))
-    config.data.eval = str(tiny.write_pairs(folder / "eval.jsonl", 5))
-    config.data.num_buckets = 1
-    config.judge.template = str(folder / "template.txt")
-    (folder / "template.txt").write_text("{question} A {answer_a} B {answer_b} Which?")
-    config.judge.layers = (0, 2)
+    config = tiny.write_inputs(folder)
     config.prepare.rows_per_shard = 4
-    config.optim.learning_rate = 1e-3
-    config.train.batch_size = 4
-    config.train.eval_batch_size = 2
-    config.train.epochs = 2
     config.train.save_every = 2
     config.train.keep_checkpoints = 3
     config.log.progress = False

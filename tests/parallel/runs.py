@@ -31,13 +31,7 @@ def get_config():
 
 def environment():
     """Variables of a process; the tests' compilation cache is among those that it inherits."""
-    return {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
-        # These models are too small for their compilation to pay.
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0",
-    }
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
 
 
 def run(setting, workdir, count, *arguments, code=0):

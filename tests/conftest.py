@@ -20,8 +20,11 @@ if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 # Small programs count too: most of what tests wait for is thousands of them.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# Tiny models are too small for it to pay that their machine code is made fast.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import hypothesis  # noqa: E402  after the platform is set
+import jax  # noqa: E402
 import pytest  # noqa: E402
 
 from attnpo_jax.models.io import embedded
@@ -50,6 +53,14 @@ def pytest_collection_modifyitems(items):
         if item.get_closest_marker("process"):
             files[item.path] = 0
     items.sort(key=lambda item: files[item.path])
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """The embedded model is not too small."""
+    tiny = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1"
+    embedded_ = item.get_closest_marker("embedded")
+    jax.config.update("jax_disable_most_optimizations", tiny and embedded_ is None)
 
 
 @pytest.fixture(scope="session")

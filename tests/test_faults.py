@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,7 +34,7 @@ from attnpo_jax.run import Run, run
 from attnpo_jax.runtime import metrics
 from attnpo_jax.runtime.errors import Preempted
 from attnpo_jax.train import loop
-from tests.parallel import tiny
+from tests import tiny
 
 pytestmark = pytest.mark.process
 
@@ -53,19 +54,8 @@ def get_config():
 def setting(tmp_path_factory):
     """A config of ten steps that saves at every other."""
     folder = tmp_path_factory.mktemp("faults")
-    config = config_lib.default_config()
-    config.model.source = str(tiny.write_folder(folder))
-    config.data.train = str(tiny.write_pairs(folder / "train.jsonl", 20))
-    config.data.eval = str(tiny.write_pairs(folder / "eval.jsonl", 5))
-    config.data.num_buckets = 1
-    config.judge.template = str(folder / "template.txt")
-    (folder / "template.txt").write_text("{question} A {answer_a} B {answer_b} Which?")
-    config.judge.layers = (0, 2)
+    config = tiny.write_inputs(folder)
     config.prepare.rows_per_shard = 4
-    config.optim.learning_rate = 1e-3
-    config.train.batch_size = 4
-    config.train.eval_batch_size = 2
-    config.train.epochs = 2
     config.train.save_every = 2
     config.train.keep_checkpoints = 3
     config.log.progress = False
@@ -100,14 +90,24 @@ def undisturbed(setting):
     return folder / "undisturbed"
 
 
-def assert_same(workdir, expected, rtol=1e-6):
-    """Rows, metrics and model of two workdirs; looser where the numbers of devices differ."""
+def prepared_before(workdir, undisturbed):
+    """A run that finds the rows prepared."""
+    shutil.copytree(undisturbed / "prepared", workdir / "prepared")
+    return workdir
+
+
+def assert_same_rows(workdir, expected):
     for split, number in (("train", 20), ("eval", 5)):
         ours, theirs = (Prepared.open(w / "prepared" / split) for w in (workdir, expected))
         assert [row["id"] for row in ours] == [f"p{i}" for i in range(number)]
         for row, other in zip(ours, theirs, strict=True):
             for name in ("judge_chosen", "judge_verdict", "ref_rejected_logps", "chosen_ids"):
                 np.testing.assert_allclose(row[name], other[name], atol=1e-5, rtol=0)
+
+
+def assert_same(workdir, expected, rtol=1e-6):
+    """Rows, metrics and model of two workdirs; looser where the numbers of devices differ."""
+    assert_same_rows(workdir, expected)
     lines, wanted = metrics.read(workdir), metrics.read(expected)
     assert [line["step"] for line in lines] == [0, *range(1, STEPS + 1), STEPS]
     for line, other in zip(lines, wanted, strict=True):
@@ -175,7 +175,7 @@ def test_sigkill_while_preparing(setting, undisturbed, use_devices):
 
 
 def test_sigkill_while_training(setting, undisturbed, use_devices):
-    workdir = setting[0] / "killed-training"
+    workdir = prepared_before(setting[0] / "killed-training", undisturbed)
     killed(setting, workdir, "training")
     assert train_lines(workdir) == [1, 2, 3, 4, 5] and saved_steps(workdir) == [2, 4]
     run(Run.resolve(setting[1], workdir))
@@ -183,7 +183,7 @@ def test_sigkill_while_training(setting, undisturbed, use_devices):
 
 
 def test_sigkill_while_saving(setting, undisturbed, use_devices):
-    workdir = setting[0] / "killed-saving"
+    workdir = prepared_before(setting[0] / "killed-saving", undisturbed)
     killed(setting, workdir, "saving")
     assert train_lines(workdir) == [1, 2, 3, 4] and saved_steps(workdir) == [2]
     assert len(list((workdir / "checkpoints").iterdir())) == 2  # the whole one and the torso
@@ -194,7 +194,7 @@ def test_sigkill_while_saving(setting, undisturbed, use_devices):
 
 def test_sigkill_while_saving_in_the_background(setting, undisturbed, use_devices, monkeypatch):
     """As on accelerators: training goes on while a checkpoint is written."""
-    workdir = setting[0] / "killed-saving-in-the-background"
+    workdir = prepared_before(setting[0] / "killed-saving-in-the-background", undisturbed)
     killed(setting, workdir, "saving-in-the-background")
     # It goes on until the next save, which waits for this one.
     assert train_lines(workdir) in ([1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6])
@@ -209,7 +209,7 @@ def test_sigkill_while_saving_in_the_background(setting, undisturbed, use_device
 def test_a_write_in_the_background_that_fails_ends_the_run(
     setting, undisturbed, use_devices, monkeypatch
 ):
-    workdir = setting[0] / "full-disk"
+    workdir = prepared_before(setting[0] / "full-disk", undisturbed)
     rename = os.rename
 
     def rename_or_fail(source, target, *arguments, **options):
@@ -245,13 +245,13 @@ def test_sigterm_while_preparing(setting, undisturbed, use_devices, monkeypatch,
     there = len(list((workdir / "prepared" / "train").glob("*.arrow")))
     assert last + 1 <= there <= min(last + 2, 5)
     monkeypatch.setattr(PreparedWriter, "write", write)
-    run(Run.resolve(setting[1], workdir))
-    assert_same(workdir, undisturbed)
+    prepare.prepare(Run.resolve(setting[1], workdir))
+    assert_same_rows(workdir, undisturbed)
 
 
 def test_sigterm_when_evaluation_is_due(setting, undisturbed, use_devices, monkeypatch):
     """It is left to the resumed run, also after the last step."""
-    workdir = setting[0] / "stopped-at-the-end"
+    workdir = prepared_before(setting[0] / "stopped-at-the-end", undisturbed)
     sigterm_at(monkeypatch, STEPS)
     with pytest.raises(Preempted, match="step 10 of 10 is saved"):
         run(Run.resolve(setting[1], workdir))
@@ -267,7 +267,7 @@ def test_sigterm_during_an_evaluation(
     setting, undisturbed, use_devices, monkeypatch, evaluation, step
 ):
     """It is left off at once, and done again, whole, by the resumed run."""
-    workdir = setting[0] / f"stopped-evaluating-{evaluation}"
+    workdir = prepared_before(setting[0] / f"stopped-evaluating-{evaluation}", undisturbed)
     batches_made, read = [], loop.read_ahead
 
     def read_and_signal(batches, start=0):
@@ -291,7 +291,7 @@ def test_sigterm_during_an_evaluation(
 
 
 def test_newest_checkpoint_truncated(setting, undisturbed, use_devices, monkeypatch):
-    workdir = setting[0] / "truncated"
+    workdir = prepared_before(setting[0] / "truncated", undisturbed)
     sigterm_at(monkeypatch, 7)
     with pytest.raises(Preempted, match="step 7 of 10 is saved"):
         run(Run.resolve(setting[1], workdir))
@@ -308,7 +308,7 @@ def test_newest_checkpoint_truncated(setting, undisturbed, use_devices, monkeypa
 def test_checkpoints_in_a_bucket(setting, undisturbed, use_devices, monkeypatch, bucket):
     """Stopped, with the newest checkpoint truncated, then continued."""
     name, server = bucket
-    workdir = setting[0] / "bucket"
+    workdir = prepared_before(setting[0] / "bucket", undisturbed)
     config = copy.deepcopy(setting[1])
     config.train.checkpoint_dir = f"gs://{name}/run/checkpoints"
 
@@ -341,7 +341,7 @@ def test_checkpoints_in_a_bucket(setting, undisturbed, use_devices, monkeypatch,
 
 
 def test_resumed_on_1_then_4_then_2_devices(setting, undisturbed, use_devices, monkeypatch):
-    workdir = setting[0] / "moved"
+    workdir = prepared_before(setting[0] / "moved", undisturbed)
     for devices, stop in ((1, 3), (4, 7), (2, 0)):
         use_devices(devices)
         sigterm_at(monkeypatch, stop)

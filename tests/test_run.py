@@ -13,7 +13,7 @@ from attnpo_jax.judge.prompt import JudgeTemplate
 from attnpo_jax.models.io import hf_folder
 from attnpo_jax.run import Run
 from attnpo_jax.runtime import metrics
-from tests.prepare.test_stage import ROWS, make_config, write_model, write_rows
+from tests import tiny
 
 
 def eval_line(**changes):
@@ -86,11 +86,8 @@ def test_without_held_out_pairs_only_the_artefacts_are_listed(tmp_path, monkeypa
 
 
 def test_everything_is_resolved_once(tmp_path, monkeypatch):
-    write_model(tmp_path)
-    write_rows(tmp_path / "train.jsonl", ROWS)
-    write_rows(tmp_path / "eval.jsonl", ROWS[2:4])
-    (tmp_path / "judge.txt").write_text("Q {question} [A] {answer_a} [B] {answer_b} Which?")
-    config = make_config(tmp_path, train__batch_size=4, train__microbatch_size=2)
+    tiny.write_small_inputs(tmp_path)
+    config = tiny.small_config(tmp_path, train__batch_size=4, train__microbatch_size=2)
     (tmp_path / "config.json").write_text(config_lib.to_json(config))
     (tmp_path / "config.py").write_text(
         "import pathlib\nfrom attnpo_jax import config\n"

@@ -4,15 +4,13 @@ import functools
 
 import hypothesis
 import numpy as np
-import tokenizers
-import transformers
 from hypothesis import strategies as st
-from tokenizers import models, pre_tokenizers
 
 from attnpo_jax.data.batching import Example, RowShape, fill_rows
 from attnpo_jax.data.formats import Pair
 from attnpo_jax.data.packing import pack
 from attnpo_jax.data.tokenize import ChatTokenizer, tokenize_pair
+from tests import tiny
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -24,14 +22,9 @@ TEXT = st.text(st.sampled_from("ab é\n\u0301😀今<|>"), min_size=1, max_size=
 @functools.cache
 def chat_tokenizer(merges):
     """A byte-level tokenizer with the first `merges` of some merges of bytes."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pairs = [("a", "b"), ("Ġ", "a"), ("ab", "ab"), ("Ã", "©"), ("ð", "Ł"), ("a", "a")][:merges]
-    vocab = {token: i for i, token in enumerate(alphabet + ["".join(pair) for pair in pairs])}
-    backend = tokenizers.Tokenizer(models.BPE(vocab, pairs))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.add_special_tokens(["<|user|>", "<|assistant|>", "<|end|>"])
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
-    fast.chat_template = TEMPLATE
+    marks = ["<|user|>", "<|assistant|>", "<|end|>"]
+    fast = tiny.byte_tokenizer(marks, TEMPLATE, pairs, use_regex=True)
     return ChatTokenizer(fast, origin="random")
 
 

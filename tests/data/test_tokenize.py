@@ -13,6 +13,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from attnpo_jax.data import align as alignment
 from attnpo_jax.data import sources
 from attnpo_jax.data.tokenize import ChatTokenizer, Piece, tokenize_pair
+from tests.tiny import CHATML
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
 
@@ -23,10 +24,6 @@ CORPUS = [
 ]
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] + '\n' + m['content'] }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 TRIMMING = CHATML.replace("m['content']", "m['content'] | trim")
 # A space before the answer and one after, as in Llama 2's.
 SPACED = (

@@ -9,16 +9,13 @@ from attnpo_jax import config as config_lib
 from attnpo_jax.export.stage import export
 from attnpo_jax.models import decoder
 from attnpo_jax.models.io import hf_folder as models
-from attnpo_jax.models.io import hf_save
 from attnpo_jax.parallel.checkpoint import CheckpointMismatch, Checkpoints
 from attnpo_jax.parallel.state import TrainState, create
 from attnpo_jax.run import Run
 from attnpo_jax.train import optim
-from tests.parallel import tiny
+from tests import tiny
 
-HF_CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
+SHAPE = tiny.HF_CONFIG | {
     "vocab_size": 32,
     "hidden_size": 8,
     "intermediate_size": 12,
@@ -26,19 +23,14 @@ HF_CONFIG = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "max_position_embeddings": 64,
-    "tie_word_embeddings": False,
 }
 
 
 def write_model(folder, **changes):
     source = folder / "source"
     source.mkdir(parents=True)
-    (source / "config.json").write_text(json.dumps(HF_CONFIG | changes))
     (source / "tokenizer_config.json").write_text('{"chat_template": "hello"}')
-    model = models.load_config(source)
-    params = decoder.init_params(model, jax.random.key(0))
-    hf_save.save(folder / "model", model, params, source_folder=source)
-    return folder / "model"
+    return tiny.write_model(folder, SHAPE | changes)
 
 
 def make_config(model_folder, param_dtype="float32"):

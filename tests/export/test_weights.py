@@ -25,7 +25,7 @@ from attnpo_jax.prepare.stage import prepare
 from attnpo_jax.run import Run
 from attnpo_jax.train.stage import step_settings
 from attnpo_jax.train.step import pair_losses
-from tests.prepare.test_stage import ROWS, make_config, write_model, write_rows
+from tests import tiny
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens" / "judge_weights.jsonl"
 
@@ -40,15 +40,12 @@ def run(function, config, workdir):
 def judged(tmp_path_factory):
     """A config, and a workdir where its pairs are judged and their weights exported."""
     folder = tmp_path_factory.mktemp("judged")
-    write_model(folder)
     # A multi-turn prompt with a system message, too.
     turns = ("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Bye")
     talk = {"prompt": [{"role": role, "content": text} for role, text in turns]}
-    rows = [*ROWS[:3], {"id": "talk", **talk, "chosen": " Good bye, then. ", "rejected": "Hm"}]
-    write_rows(folder / "train.jsonl", rows)
-    write_rows(folder / "eval.jsonl", ROWS[3:4])
-    (folder / "judge.txt").write_text("Q {question}\n[A]\n{answer_a}\n[B]\n{answer_b}\nWhich?")
-    config = make_config(folder)
+    rows = [*tiny.ROWS[:3], {"id": "talk", **talk, "chosen": " Good bye, then. ", "rejected": "Hm"}]
+    tiny.write_small_inputs(folder, rows, tiny.ROWS[3:4])
+    config = tiny.small_config(folder)
     run(prepare, config, folder / "work")
     run(export_weights, config, folder / "work")
     return config, folder / "work"
@@ -56,17 +53,14 @@ def judged(tmp_path_factory):
 
 def unjudged(workdir, **changes):
     """The config for the files exported to a workdir."""
-    config = make_config(workdir.parent)
+    config = tiny.small_config(workdir.parent)
     config.data.train = str(workdir / "weights" / "train.jsonl")
     config.data.eval = str(workdir / "weights" / "test.jsonl")
     config.data.weight_columns = "all"
     config.judge.layers = "none"
     with config.unlocked():
         config.weighting = section_for(weighting, "column")
-    for name, value in changes.items():
-        section, field = name.split("__")
-        config[section][field] = value
-    return config
+    return tiny.changed(config, changes)
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +169,7 @@ def test_what_the_weights_come_from_is_part_of_what_was_prepared(judged, read_ba
     with pytest.raises(ConfigError, match="weighting.column: .*data.weight_columns names none"):
         prepare(Run.resolve(unjudged(judged[1], data__weight_columns=()), tmp_path))
     with pytest.raises(ConfigError, match="judge.layers = 'none': the weighting 'attention' reads"):
-        prepare(Run.resolve(make_config(judged[1].parent, judge__layers="none"), tmp_path))
+        prepare(Run.resolve(tiny.small_config(judged[1].parent, judge__layers="none"), tmp_path))
 
 
 def test_other_pairs_than_were_prepared_are_refused(judged):
@@ -183,7 +177,7 @@ def test_other_pairs_than_were_prepared_are_refused(judged):
     file = pathlib.Path(config.data.eval)
     before = file.read_text()
     try:
-        write_rows(file, ROWS[4:5])
+        tiny.write_lines(file, tiny.ROWS[4:5])
         with pytest.raises(ValueError, match="config.data.eval .* holds other pairs"):
             export_weights(Run.resolve(config, workdir))
     finally:

@@ -7,9 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tokenizers
-import transformers
-from tokenizers import decoders, models, pre_tokenizers
 
 from attnpo_jax.data.pair import Pair
 from attnpo_jax.data.tokenize import ChatTokenizer, tokenize_pair
@@ -17,11 +14,8 @@ from attnpo_jax.judge.judge import Judge, judge_pairs
 from attnpo_jax.judge.language_model import LanguageModel
 from attnpo_jax.models import decoder
 from attnpo_jax.models.config import ModelConfig
+from tests import tiny
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] + '\n' + m['content'] }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 TINY = ModelConfig(
     vocab_size=260,
     hidden_size=24,
@@ -38,16 +32,8 @@ LENGTHS = {"max_length": 200, "max_prompt_length": 60}
 @pytest.fixture(scope="module")
 def model():
     """A random model over bytes, its weights far from zero so that attention is not uniform."""
-    vocab = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(vocab)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
-    fast.chat_template = CHATML
-    params = decoder.init_params(TINY, jax.random.key(0))
-    params = jax.tree.map(lambda p: 8.0 * np.asarray(p) if np.std(p) > 0 else p, params)
-    tokenizer = ChatTokenizer(fast, origin="test")
+    params = tiny.larger(decoder.init_params(TINY, jax.random.key(0)), 8.0)
+    tokenizer = ChatTokenizer(tiny.byte_tokenizer(), origin="test")
     return LanguageModel(pathlib.Path("test"), TINY, jax.device_put(params), tokenizer)
 
 

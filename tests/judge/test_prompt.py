@@ -5,18 +5,15 @@ import numpy as np
 import pytest
 import tokenizers
 import transformers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import models, pre_tokenizers
 
 from attnpo_jax.data import sources
 from attnpo_jax.data.tokenize import ChatTokenizer
 from attnpo_jax.judge.prompt import JudgePrompter, JudgeTemplate, conversation_text
+from tests import tiny
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] + '\n' + m['content'] }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 SPACED = (
     "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'].strip() }} [/INST]"
     "{% else %}{{ ' ' + m['content'].strip() + '<|im_end|>' }}{% endif %}{% endfor %}"
@@ -25,17 +22,9 @@ TEXT = "Q {question}\n[A]\n{answer_a}\n[B]\n{answer_b}\nWhich?"
 TEMPLATE = JudgeTemplate(TEXT, "test template")
 
 
-def chat_tokenizer(*merges: tuple[str, str], chat_template: str = CHATML) -> ChatTokenizer:
+def chat_tokenizer(*merges: tuple[str, str], chat_template: str = tiny.CHATML) -> ChatTokenizer:
     """A byte-level tokenizer of single bytes and the given merges."""
-    vocab = sorted(pre_tokenizers.ByteLevel.alphabet()) + ["".join(merge) for merge in merges]
-    backend = tokenizers.Tokenizer(
-        models.BPE({token: i for i, token in enumerate(vocab)}, list(merges))
-    )
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
-    fast.chat_template = chat_template
+    fast = tiny.byte_tokenizer(chat_template=chat_template, merges=merges)
     return ChatTokenizer(fast, origin="test")
 
 
@@ -166,7 +155,7 @@ def test_letters_that_start_alike_are_refused():
     words = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
-    fast.chat_template = CHATML
+    fast.chat_template = tiny.CHATML
     with pytest.raises(ValueError, match="answers A and B start with the same token 0"):
         prompter(ChatTokenizer(fast, origin="test"))
 

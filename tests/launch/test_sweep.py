@@ -6,24 +6,15 @@ import json
 import pathlib
 import sys
 
-import jax
 import pytest
-import tokenizers
-import transformers
 from rich.console import Console
-from tokenizers import pre_tokenizers
 
 from attnpo_jax.config import ConfigError
-from attnpo_jax.models import decoder
-from attnpo_jax.models.io import hf_folder, hf_save
 from attnpo_jax.runtime import exit_codes
 from attnpo_jax.runtime.errors import UsageError
+from tests import tiny
 
 ROOT = pathlib.Path(__file__).parents[2]
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] + '\n' + m['content'] }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 CONFIG = """
 from attnpo_jax.config import default_config
 
@@ -51,32 +42,18 @@ def sweep():
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep")
-    source, model = folder / "source", folder / "model"
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(
-        tokenizers.models.BPE({letter: i for i, letter in enumerate(alphabet)}, [])
-    )
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
-    fast.chat_template = CHATML
-    fast.save_pretrained(source)
-    hf_config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+    shape = tiny.HF_CONFIG | {
         "vocab_size": 258,
         "hidden_size": 16,
         "intermediate_size": 16,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
+        "num_key_value_heads": 2,
         "max_position_embeddings": 4096,
         "tie_word_embeddings": True,
     }
-    (source / "config.json").write_text(json.dumps(hf_config))
-    shape = hf_folder.load_config(source)
-    params = decoder.init_params(shape, jax.random.key(0))
-    hf_save.save(model, shape, params, source_folder=source)
+    tokenizer = tiny.byte_tokenizer(use_regex=True, eos_token="<|im_end|>")
+    model = tiny.write_model(folder, shape, tokenizer)
     pairs = [
         {"prompt": f"Spell {word}.", "chosen": word, "rejected": word[::-1]}
         for word in ("house", "river", "cloud", "stone")

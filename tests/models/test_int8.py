@@ -9,7 +9,7 @@ import pytest
 from attnpo_jax.models import decoder, int8
 from attnpo_jax.models.io import hf_folder
 from attnpo_jax.parallel import backend as backends
-from tests.parallel import tiny
+from tests import tiny
 
 PROJECTIONS = ("query", "key", "value", "output", "gate", "up", "down")
 

@@ -1,18 +1,23 @@
 """Runs of several processes: how tests start them, and how they compare what came of them."""
 
+import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from attnpo_jax.data.prepared import Prepared
+from attnpo_jax.parallel import backend as backends
 from attnpo_jax.runtime import metrics
+from tests.parallel import scripted
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = """
@@ -26,24 +31,18 @@ def get_config():
 
 def environment():
     """Variables of a process; the tests' compilation cache is among those that it inherits."""
-    return {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
-        # These models are too small for their compilation to pay.
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0",
-    }
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
 
 
-def start(setting, workdir, count, *arguments):
+def run(setting, workdir, count, *arguments, code=0):
     """The local launcher with `count` processes, at least two virtual devices in all.
 
-    For the arguments, see `tests.parallel.scripted`.
+    For the arguments, see `tests.parallel.scripted`. Returns what was printed.
     """
     devices = max(1, 2 // count)
     command = [sys.executable, "launch/local.py", f"--processes={count}", f"--devices={devices}"]
     command += ["--", sys.executable, "-m", "tests.parallel.scripted"]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [*command, str(setting / "config.json"), str(workdir), *arguments],
         cwd=ROOT,
         env=environment(),
@@ -51,6 +50,7 @@ def start(setting, workdir, count, *arguments):
         stderr=subprocess.STDOUT,
         text=True,
     )
+    return finish(process, code)
 
 
 def finish(process, code=0):
@@ -63,8 +63,23 @@ def finish(process, code=0):
     return output
 
 
-def run(setting, workdir, count, *arguments, code=0):
-    return finish(start(setting, workdir, count, *arguments), code)
+def run_here(setting, workdir, *arguments):
+    """What `run` with one process does, by this process: on two of its devices."""
+
+    def on_two_devices(model, _):
+        return backends.Sharded(model, {"data": 1, "fsdp": 2, "tensor": 1}, jax.devices()[:2])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends, "for_training", on_two_devices)
+        patch.setattr(backends, "for_preparing", on_two_devices)
+        scripted.record_what_is_fed(workdir / "fed-1-0.jsonl", patch.setattr)
+        scripted.run_parts(setting / "config.json", workdir, scripted.read(arguments))
+
+
+def prepared_before(workdir, single):
+    """A run that finds the rows prepared."""
+    shutil.copytree(single / "prepared", workdir / "prepared")
+    return workdir
 
 
 def assert_same_metrics(found, expected):
@@ -100,6 +115,18 @@ def assert_same_exports(found, expected):
     assert ours.keys() == theirs.keys()
     for name, array in ours.items():
         np.testing.assert_allclose(array, theirs[name], rtol=0, atol=1e-4, err_msg=name)
+
+
+def fed(workdir, count):
+    """(step, pairs) in the order in which `count` processes had them, the pairs of all together."""
+    files = [workdir / f"fed-{count}-{process}.jsonl" for process in range(count)]
+    records = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    found = []
+    for of_all in zip(*records, strict=True):
+        assert len({record["step"] for record in of_all}) == 1
+        pairs = sorted(tuple(pair) for record in of_all for pair in record["pairs"])
+        found.append((of_all[0]["step"], pairs))
+    return found
 
 
 def assert_ended_by_itself(output, workdir, victim):

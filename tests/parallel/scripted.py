@@ -40,12 +40,7 @@ def main(config_file, workdir, *arguments):
     failures.join()
     import jax
 
-    options = dict(argument.removeprefix("--").split("=", 1) for argument in arguments)
-    config = config_lib.from_json(pathlib.Path(config_file).read_text())
-    for name, value in options.items():
-        if name.startswith("config."):
-            _, section, field = name.split(".")
-            config[section][field] = type(config[section][field])(value)
+    options = read(arguments)
     workdir = pathlib.Path(workdir)
     last = jax.process_index() == jax.process_count() - 1
     told = Told(options, workdir, jax.process_index() == int(options.get("victim", -1)))
@@ -54,21 +49,35 @@ def main(config_file, workdir, *arguments):
     _while_training(told, last)
     _while_saving(told, jax.process_index())
     _while_restoring(told, jax.process_index())
-    _record_what_is_fed(workdir / f"fed-{jax.process_count()}-{jax.process_index()}.jsonl")
+    record_what_is_fed(workdir / f"fed-{jax.process_count()}-{jax.process_index()}.jsonl")
+    if told.at("sigterm-at", 0) and last:
+        terminate()
+    run_parts(config_file, workdir, options)
+    return 0
 
+
+def read(arguments):
+    """Options by name."""
+    return dict(argument.removeprefix("--").split("=", 1) for argument in arguments)
+
+
+def run_parts(config_file, workdir, options):
+    """What the options ask for: all of `attnpo run`, or parts of it."""
     from attnpo_jax import export, prepare, train
     from attnpo_jax.run import Run, run
 
-    if told.at("sigterm-at", 0) and last:
-        terminate()
+    config = config_lib.from_json(pathlib.Path(config_file).read_text())
+    for name, value in options.items():
+        if name.startswith("config."):
+            _, section, field = name.split(".")
+            config[section][field] = type(config[section][field])(value)
+    resolved = Run.resolve(config, workdir)
     if "parts" not in options:
-        run(Run.resolve(config, workdir))
-    else:
-        resolved = Run.resolve(config, workdir)
-        by_name = {"prepare": prepare.prepare, "train": train.train, "export": export.export}
-        for part in options["parts"].split(","):
-            by_name[part](resolved)
-    return 0
+        run(resolved)
+        return
+    by_name = {"prepare": prepare.prepare, "train": train.train, "export": export.export}
+    for part in options["parts"].split(","):
+        by_name[part](resolved)
 
 
 class Told:
@@ -208,7 +217,7 @@ def _while_restoring(told, process):
     checkpoint._read_metadata = read_or_fail
 
 
-def _record_what_is_fed(file):
+def record_what_is_fed(file, set_attribute=setattr):
     """A JSON line for each training batch: its step, and the pairs on this process's devices.
 
     Of each pair: its microbatch, row, place in the row, and number in the dataset.
@@ -237,8 +246,8 @@ def _record_what_is_fed(file):
                 record.write(json.dumps({"step": step[0], "pairs": pairs}) + "\n")
         return placed
 
-    loop.read_ahead = read_and_count
-    backends.Sharded.put_batch = put_and_record
+    set_attribute(loop, "read_ahead", read_and_count)
+    set_attribute(backends.Sharded, "put_batch", put_and_record)
 
 
 if __name__ == "__main__":

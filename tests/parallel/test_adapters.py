@@ -11,7 +11,7 @@ from attnpo_jax.models.config import LoraConfig
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.parallel.state import create_adapted
 from attnpo_jax.train.step import make_eval_step, make_train_step
-from tests.parallel import tiny
+from tests import tiny
 
 EVERY = ("query", "key", "value", "output", "gate", "up", "down")
 POLICY = dataclasses.replace(tiny.MODEL, lora=LoraConfig(3, 6.0, EVERY))

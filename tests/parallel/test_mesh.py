@@ -3,7 +3,7 @@ import pytest
 
 from attnpo_jax.models.io import hf_config
 from attnpo_jax.parallel import mesh
-from tests.parallel import tiny
+from tests import tiny
 
 
 def sizes(data, fsdp, tensor):

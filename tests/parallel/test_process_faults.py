@@ -1,10 +1,8 @@
 """Runs of several processes that something befalls, restarted, against the undisturbed run."""
 
 import functools
-import itertools
 import json
 import re
-import shutil
 import signal
 import time
 import urllib.request
@@ -20,7 +18,10 @@ from tests.parallel.runs import (
     assert_same_exports,
     assert_same_metrics,
     assert_same_rows,
+    fed,
+    prepared_before,
     run,
+    run_here,
 )
 
 pytestmark = pytest.mark.process
@@ -51,11 +52,12 @@ def test_sigkill_of_one_while_each_prepares_shards_of_its_own(setting, single):
     # Process 0 has the even ones of seven; the victim had finished its first.
     finished = train_shards(workdir)
     assert {1} <= finished.keys() <= {0, 1, 2, 4, 6} and 3 in torsos(workdir)
-    run(setting, workdir, 2, "--parts=prepare,train")
+    run(setting, workdir, 2)
     assert finished.items() <= train_shards(workdir).items()  # none was computed again
     assert train_shards(workdir).keys() == set(range(7)) and not torsos(workdir)
     assert_same_rows(workdir, single)
     assert_same_metrics(workdir, single)
+    assert_same_exports(workdir, single)
 
 
 def test_faults_while_all_prepare_the_same_shards(setting, single):
@@ -72,15 +74,9 @@ def test_faults_while_all_prepare_the_same_shards(setting, single):
     assert sorted(told) == ["0", "1"], output
     stopped = train_shards(workdir)
     assert killed.items() <= stopped.items() and stopped.keys() == {0, 1, 2, 3}
-    run_on()
+    run_here(setting, workdir, together, "--parts=prepare")
     assert stopped.items() <= train_shards(workdir).items() and not torsos(workdir)
     assert_same_rows(workdir, single)
-
-
-def prepared_before(workdir, single):
-    """A run that finds the rows prepared."""
-    shutil.copytree(single / "prepared", workdir / "prepared")
-    return workdir
 
 
 @pytest.mark.parametrize("victim, background, step", [(1, 0, 4), (0, 1, 4), (1, 1, 10)])
@@ -104,9 +100,14 @@ def test_sigkill_of_one_while_saving(setting, single, victim, background, step):
     assert done[:step] == list(range(1, step + 1)) and (step == 10 or 10 not in done)
     for record in workdir.glob("fed-*"):
         record.unlink()
-    run(setting, workdir, 2, *options)
+    # What is on the disk is the same for any number of processes.
+    count = 2 if victim and not background else 1
+    if count == 2:
+        run(setting, workdir, 2, *options)
+    else:
+        run_here(setting, workdir, *options)
     # From the step after the last whole one on.
-    assert [number for number, _ in fed(workdir, 2)] == list(range(step - 1, 11))
+    assert [number for number, _ in fed(workdir, count)] == list(range(step - 1, 11))
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"2", "4", "6", "8", "10"}
     assert_same_metrics(workdir, single)
 
@@ -122,7 +123,7 @@ def test_when_one_cannot_write_its_part_in_the_background_all_say_so(setting, si
     told = rf"^\[{1 - victim}\] attnpo: error: process {victim} of 2 failed: CheckpointError: {why}"
     assert re.search(told, output, re.MULTILINE), output
     assert "did not end by itself" not in output
-    run(setting, workdir, 2, *options)
+    run_here(setting, workdir, *options)
     assert_same_metrics(workdir, single)
 
 
@@ -155,53 +156,11 @@ def steps(workdir):
     return [line["step"] for line in metrics.read(workdir) if "loss" in line]
 
 
-def fed(workdir, count):
-    """(step, pairs) in the order in which `count` processes had them, the pairs of all together."""
-    files = [workdir / f"fed-{count}-{process}.jsonl" for process in range(count)]
-    records = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
-    found = []
-    for of_all in zip(*records, strict=True):
-        assert len({record["step"] for record in of_all}) == 1
-        pairs = sorted(tuple(pair) for record in of_all for pair in record["pairs"])
-        found.append((of_all[0]["step"], pairs))
-    return found
-
-
-def test_2_then_4_then_1_processes_have_the_batches_of_one(setting, single):
-    workdir = prepared_before(setting / "moved", single)
-    run(setting, workdir, 2, "--parts=train", "--sigterm-at=3", code=75)
-    first = steps(workdir)[-1]
-    run(setting, workdir, 4, "--parts=train", "--sigterm-at=6", code=75)
-    second = steps(workdir)[-1]
-    assert 3 <= first < 6 <= second < 10
-    run(setting, workdir, 1, "--parts=train")
-
-    wanted = dict(fed(single, 1))
-    # Both epochs have each of the 20 pairs once, each in an order of its own.
-    epochs = [[pair[-1] for s in range(e + 1, e + 6) for pair in wanted[s]] for e in (0, 5)]
-    assert all(sorted(epoch) == list(range(20)) for epoch in epochs) and epochs[0] != epochs[1]
-    parts = [fed(workdir, count) for count in (2, 4, 1)]
-    ends = [0, first, second, 10]
-    for part, begin, end in zip(parts, ends, ends[1:], strict=False):
-        assert [step for step, _ in part] == list(range(begin + 1, end + 1))
-    for step, pairs in itertools.chain(*parts):
-        if first < step <= second:
-            # With four devices a microbatch has more rows, and pairs may share them otherwise.
-            assert in_microbatches(pairs) == in_microbatches(wanted[step]), step
-        else:
-            assert pairs == wanted[step], step
-    assert_same_metrics(workdir, single)
-
-
-def in_microbatches(pairs):
-    return sorted((microbatch, pair) for microbatch, _, _, pair in pairs)
-
-
 def test_adapters_of_two_processes_are_those_of_one(setting, single):
     options = ["--config.lora.rank=3", "--config.lora.export=both", "--config.train.epochs=1"]
     workdirs = [prepared_before(setting / f"adapters-of-{count}", single) for count in (1, 2)]
-    for workdir, count in zip(workdirs, (1, 2), strict=True):
-        run(setting, workdir, count, *options, "--parts=train,export")
+    run_here(setting, workdirs[0], *options, "--parts=train,export")
+    run(setting, workdirs[1], 2, *options, "--parts=train,export")
     ours, theirs = (
         safetensors.numpy.load_file(w / "export-adapter" / "adapter_model.safetensors")
         for w in reversed(workdirs)

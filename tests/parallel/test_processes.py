@@ -3,7 +3,6 @@
 import http.server
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -24,9 +23,11 @@ from tests.parallel.runs import (
     assert_same_metrics,
     assert_same_rows,
     environment,
+    fed,
     finish,
+    prepared_before,
     run,
-    start,
+    run_here,
 )
 
 
@@ -168,12 +169,11 @@ def test_hosts_of_a_cloud_tpu_slice_find_each_other(monkeypatch, endpoints, chan
         server.shutdown()
 
 
-@pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.process
-def test_several_processes_end_as_one_does(setting, single, count):
+def test_four_processes_end_as_one_does(setting, single):
     """All that `attnpo run` does: preparing, training, evaluating, exporting."""
-    workdir = setting / f"by-{count}"
-    output = run(setting, workdir, count)
+    workdir = setting / "by-4"
+    output = run(setting, workdir, 4)
     assert_same_rows(workdir, single)
     assert_same_metrics(workdir, single)
     assert_same_exports(workdir, single)
@@ -181,16 +181,38 @@ def test_several_processes_end_as_one_does(setting, single, count):
     assert re.findall(r"\[(\d)\] model \(Hugging Face\)", output) == ["0"]
     # Every process wrote shards of its own: 7 of the training pairs, 2 of the held-out ones.
     owners = re.findall(r"\[(\d)\] shard \d is written", output)
-    assert sorted(set(owners)) == [str(i) for i in range(count)] and len(owners) == 9
+    assert sorted(set(owners)) == ["0", "1", "2", "3"] and len(owners) == 9
+
+    wanted = fed(single, 1)
+    # Both epochs have each of the 20 pairs once, each in an order of its own.
+    epochs = [[pair[-1] for _, pairs in wanted[e : e + 5] for pair in pairs] for e in (0, 5)]
+    assert all(sorted(epoch) == list(range(20)) for epoch in epochs) and epochs[0] != epochs[1]
+    assert_same_batches(fed(workdir, 4), wanted, more_rows=True)
+
+
+def assert_same_batches(found, wanted, more_rows=False):
+    """That all steps have the pairs of one process, in the same places.
+
+    With more devices a microbatch has `more_rows`, and pairs may share them otherwise.
+    """
+    assert [step for step, _ in found] == [step for step, _ in wanted]
+    for (step, pairs), (_, expected) in zip(found, wanted, strict=True):
+        if more_rows:
+            pairs, expected = in_microbatches(pairs), in_microbatches(expected)
+        assert pairs == expected, step
+
+
+def in_microbatches(pairs):
+    return sorted((microbatch, pair) for microbatch, _, _, pair in pairs)
 
 
 @pytest.mark.process
-def test_two_commands_that_say_by_options_who_they_are(setting, single, tmp_path):
+def test_two_commands_that_say_by_options_who_they_are_share_a_model(setting, single, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     (tmp_path / "config.py").write_text(CONFIG.format(path=str(setting / "config.json")))
-    command = [sys.executable, "-m", "attnpo_jax.cli", "prepare", "--config.data.eval="]
+    command = [sys.executable, "-m", "attnpo_jax.cli", "prepare", "--config.prepare.devices=all"]
     command += [f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path}"]
     command += [f"--coordinator-address={address}", "--num-processes=2"]
     environ = environment()
@@ -210,105 +232,88 @@ def test_two_commands_that_say_by_options_who_they_are(setting, single, tmp_path
     outputs = [finish(process) for process in commands]
     for index, output in enumerate(outputs):
         assert f"process {index} of 2, 1 of 2 devices" in output
+    assert "preparing on 2 cpu devices (data 1, fsdp 2, tensor 1)" in outputs[0]
     assert "prepared: train" in outputs[0] and "prepared: train" not in outputs[1]
-    assert_same_rows(tmp_path, single, ("train",))
+    assert_same_rows(tmp_path, single)
 
 
 @pytest.mark.process
-def test_two_processes_prepare_with_a_model_that_is_split_over_both(setting, single, tmp_path):
-    (tmp_path / "config.py").write_text(CONFIG.format(path=str(setting / "config.json")))
-    command = [sys.executable, "launch/local.py", "--processes=2", "--devices=1", "--"]
-    command += [sys.executable, "-m", "attnpo_jax.cli", "prepare", f"--workdir={tmp_path}"]
-    command += [f"--config={tmp_path / 'config.py'}", "--config.prepare.devices=all"]
+def test_told_to_stop_at_any_time_it_saves_and_the_same_command_continues(setting, single):
+    """By two processes, by four, by two again, one of which can't read all, then by one."""
+    workdir = setting / "stopped"
+
+    def checkpoints():
+        return {path.name for path in (workdir / "checkpoints").iterdir()}
+
+    stopped = run(setting, workdir, 2, "--sigterm-after-shard=1", code=75)
+    assert stopped.count("shards of") == 2, stopped  # by both processes, though one was told
+    assert 1 <= len(list((workdir / "prepared" / "train").glob("*.arrow"))) < 7
+    assert not (workdir / "metrics.jsonl").exists()
+
+    stopped = run(setting, workdir, 2, "--sigterm-at=3", code=75)
+    first = [line["step"] for line in metrics.read(workdir) if "loss" in line][-1]
+    assert 3 <= first < 9
+    assert checkpoints() == {str(first)}
+
+    # Notice while a resumed run starts stops it after its first step.
+    run(setting, workdir, 4, "--sigterm-at=0", code=75)
+    second = first + 1
+    assert checkpoints() == {str(first), str(second)}
+
+    # What one process cannot read is skipped by all.
+    unreadable = f"--process-1-cannot-read={second}"
+    stopped = run(setting, workdir, 2, unreadable, "--sigterm-in-last-evaluation=1", code=75)
+    damaged = rf"^\[(\d)\].*checkpoints/{second} is damaged and will be skipped"
+    assert sorted(re.findall(damaged, stopped, re.MULTILINE)) == ["0", "1"], stopped
+    assert "(CheckpointError: process 1 could not read its part)" in stopped
+    assert "(ValueError: not what was written)" in stopped
+    assert "step 10 of 10 is saved" in stopped
+    assert checkpoints() == {str(first), f"damaged-{second}", "10"}
+    assert [line["step"] for line in metrics.read(workdir)] == list(range(11))
+
+    run_here(setting, workdir)
+    assert_same_metrics(workdir, single)
+    assert_same_exports(workdir, single)
+    wanted = fed(single, 1)
+    assert_same_batches(fed(workdir, 2), wanted)
+    assert_same_batches(fed(workdir, 4), wanted[first:second], more_rows=True)
+
+
+@pytest.mark.process
+def test_when_the_first_one_dies_the_other_ends_too_and_a_restart_continues(setting, single):
+    workdir = prepared_before(setting / "killed", single)
+    options = ["--parts=train,export", "--config.train.save_every=2"]
+    output = run(
+        setting, workdir, 2, *options, "--victim=0", "--kill-at=5", code=128 + signal.SIGKILL
+    )
+    assert_ended_by_itself(output, workdir, victim=0)
+    assert (workdir / "checkpoints" / "4").is_dir()
+    run_here(setting, workdir, *options)
+    assert_same_metrics(workdir, single)
+
+
+@pytest.mark.process
+def test_a_workdir_that_is_not_shared_is_refused_at_once(setting, tmp_path):
+    workdir = f"{tmp_path}/of-$ATTNPO_PROCESS_ID/x"
+    script = f"{sys.executable} -m tests.parallel.scripted {setting / 'config.json'} {workdir}"
     process = subprocess.Popen(
-        command,
+        [
+            *(sys.executable, "launch/local.py", "--processes=2", "--devices=1", "--"),
+            *("sh", "-c", f"mkdir -p {workdir}; exec {script}"),
+        ],
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    assert "preparing on 2 cpu devices (data 1, fsdp 2, tensor 1)" in finish(process)
-    assert_same_rows(tmp_path, single)
-
-
-@pytest.mark.process
-def test_told_to_stop_at_any_time_it_saves_and_the_same_command_continues(setting, single):
-    """Preparing and training by two processes, then the rest by one."""
-    workdir = setting / "stopped"
-    stopped = run(setting, workdir, 2, "--sigterm-after-shard=1", code=75)
-    assert stopped.count("shards of") == 2, stopped  # by both processes, though one was told
-    assert 1 <= len(list((workdir / "prepared" / "train").glob("*.arrow"))) < 7
-    assert not (workdir / "metrics.jsonl").exists()
-    stopped = run(setting, workdir, 2, "--sigterm-at=3", code=75)
-    done = [line["step"] for line in metrics.read(workdir) if "loss" in line]
-    assert 3 <= done[-1] < 10
-    assert (workdir / "checkpoints" / str(done[-1])).is_dir()
-    stopped = run(setting, workdir, 2, "--sigterm-in-last-evaluation=1", code=75)
-    assert "step 10 of 10 is saved" in stopped
-    assert [line["step"] for line in metrics.read(workdir)] == list(range(11))
-    run(setting, workdir, 1)
-    assert_same_metrics(workdir, single)
-
-
-@pytest.mark.process
-def test_notice_while_a_resumed_run_starts_stops_it_after_its_first_step(setting, single):
-    workdir = setting / "resumed"
-    shutil.copytree(single, workdir)
-    # Back to the checkpoint of step 8.
-    shutil.rmtree(workdir / "checkpoints" / "10")
-    run(setting, workdir, 2, "--sigterm-at=0", code=75)
-    assert sorted(int(p.name) for p in (workdir / "checkpoints").iterdir()) == [4, 8, 9]
-
-
-@pytest.mark.process
-def test_checkpoint_that_one_process_cannot_read_is_skipped_by_all(setting, single):
-    workdir = setting / "unreadable"
-    shutil.copytree(single, workdir)
-    output = run(setting, workdir, 2, "--process-1-cannot-read=10")
-    said = re.findall(r"^\[(\d)\].*checkpoints/10 is damaged and will be skipped", output, re.M)
-    assert sorted(said) == ["0", "1"], output
-    assert "(CheckpointError: process 1 could not read its part)" in output
-    assert "(ValueError: not what was written)" in output
-    names = {p.name for p in (workdir / "checkpoints").iterdir()}
-    assert names == {"4", "8", "10", "damaged-10"}
-    assert_same_metrics(workdir, single)
-
-
-@pytest.mark.parametrize("victim", [1, 0])
-@pytest.mark.process
-def test_when_one_dies_the_others_end_too_and_a_restart_continues(setting, single, victim):
-    workdir = setting / f"killed-{victim}"
-    options = [f"--victim={victim}", "--kill-at=5", "--config.train.save_every=2"]
-    output = run(setting, workdir, 2, *options, code=128 + signal.SIGKILL)
-    assert_ended_by_itself(output, workdir, victim)
-    assert (workdir / "checkpoints" / "4").is_dir()
-    run(setting, workdir, 2, "--config.train.save_every=2")
-    assert_same_metrics(workdir, single)
-
-
-@pytest.mark.process
-def test_a_workdir_that_is_not_shared_is_refused_at_once(setting, tmp_path):
-    by_process = f"{tmp_path}/of-$ATTNPO_PROCESS_ID"
-    module = f"{sys.executable} -m tests.parallel.scripted {setting / 'config.json'}"
-    command = [sys.executable, "launch/local.py", "--processes=2", "--devices=1", "--"]
-    for parts, other in (("prepare", f"{by_process}"), ("train", f"{by_process}/x")):
-        process = subprocess.Popen(
-            [*command, "sh", "-c", f"mkdir -p {other}; exec {module} {other} --parts={parts}"],
-            cwd=ROOT,
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        output = finish(process, code=1)
-        assert re.search(
-            r"attnpo: error: workdir = '.*of-0.*' is another folder for process 1 than for process "
-            "0; accepted: a folder on a disk that the hosts of all 2 processes mount",
-            output,
-        ), output
-        left = [path for path in tmp_path.rglob("*") if path.is_file() and "fed-" not in path.name]
-        assert left == []
+    output = finish(process, code=1)
+    assert re.search(
+        r"attnpo: error: workdir = '.*of-0.*' is another folder for process 1 than for process "
+        "0; accepted: a folder on a disk that the hosts of all 2 processes mount",
+        output,
+    ), output
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 @pytest.mark.parametrize(
@@ -350,9 +355,10 @@ def test_a_usage_error_or_ctrl_c_of_one_ends_all(tmp_path, how, code, why):
 
 @pytest.mark.parametrize("victim, other", [(1, 0), (0, 1)])
 @pytest.mark.process
-def test_when_one_fails_the_others_say_why_and_end(setting, tmp_path, victim, other):
-    process = start(setting, tmp_path, 2, f"--victim={victim}", "--fail-at=2")
-    output = finish(process, code=1)
+def test_when_one_fails_the_others_say_why_and_end(setting, single, tmp_path, victim, other):
+    prepared_before(tmp_path, single)
+    faults = [f"--victim={victim}", "--fail-at=2"]
+    output = run(setting, tmp_path, 2, "--parts=train", *faults, code=1)
     ended = time.time()
     assert ended - float((tmp_path / "killed-at").read_text()) < 30, output
     lines = output.splitlines()

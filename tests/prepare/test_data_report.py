@@ -4,10 +4,7 @@ import io
 import json
 
 import pytest
-import tokenizers
-import transformers
 from rich.console import Console
-from tokenizers import decoders, models, pre_tokenizers
 
 from attnpo_jax import cli, weighting
 from attnpo_jax import config as config_lib
@@ -15,6 +12,7 @@ from attnpo_jax.config import section_for
 from attnpo_jax.prepare.data_report import data_report
 from attnpo_jax.run import Run
 from attnpo_jax.runtime import exit_codes
+from tests import tiny
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m['role'][0] }}]{{ m['content'] }}[/]{% endfor %}"
@@ -32,15 +30,9 @@ ROWS = [
 
 @pytest.fixture
 def config(tmp_path):
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["[u]", "[a]", "[s]", "[/]"])
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
-    fast.chat_template = TEMPLATE
-    fast.save_pretrained(tmp_path / "tokenizer")
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    tokenizer = tiny.byte_tokenizer(["[u]", "[a]", "[s]", "[/]"], TEMPLATE)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    tiny.write_lines(tmp_path / "rows.jsonl", ROWS)
     (tmp_path / "judge.txt").write_text("{question}{answer_a}|{answer_b}")
     config = config_lib.default_config()
     config.model.source = str(tmp_path / "tokenizer")

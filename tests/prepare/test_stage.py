@@ -20,14 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tokenizers
-import transformers
-from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
-from tokenizers import decoders, pre_tokenizers
-from tokenizers import models as tokenizer_models
 
-from attnpo_jax import config as config_lib
 from attnpo_jax.config import ConfigError
 from attnpo_jax.data.batching import EvalBatches
 from attnpo_jax.data.manifest import PreparedMismatch
@@ -39,113 +33,18 @@ from attnpo_jax.judge.judge import Judge, judge_pairs
 from attnpo_jax.judge.language_model import load_model
 from attnpo_jax.models import decoder
 from attnpo_jax.models.io import hf_folder as checkpoints
-from attnpo_jax.models.io import hf_save
 from attnpo_jax.prepare import stage as prepare_module
 from attnpo_jax.prepare.stage import prepare
 from attnpo_jax.run import Run
 from attnpo_jax.runtime import atomic
-
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] + '\n' + m['content'] }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-HF_CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 260,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": True,
-}
-ROWS = [
-    {"id": f"row-{i}", "prompt": prompt, "chosen": chosen, "rejected": rejected}
-    for i, (prompt, chosen, rejected) in enumerate(
-        [
-            ("Why?", "Because it rained.", "No idea"),
-            ("Count to three.", "One, two, three", "Three!"),
-            ("Name a colour", "Blue", "Blue is the sky and the sea"),
-            ("Say yes", "yes", "no"),
-            ("Where is the key?", "Under the mat.", "It is a key."),
-            ("Spell cat", "c a t", "k a t"),
-        ]
-    )
-]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """These runs compile the same passes again and again; a cache saves most of their time."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
-def write_model(folder):
-    """A random model over bytes as a Hugging Face folder."""
-    vocab = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe = tokenizer_models.BPE({token: i for i, token in enumerate(vocab)}, [])
-    backend = tokenizers.Tokenizer(bpe)
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
-    fast.chat_template = CHATML
-    source = folder / "source"
-    fast.save_pretrained(source)
-    (source / "config.json").write_text(json.dumps(HF_CONFIG))
-    model = checkpoints.load_config(source)
-    params = decoder.init_params(model, jax.random.key(0))
-    params = jax.tree.map(lambda p: 6.0 * np.asarray(p) if np.std(p) > 0 else p, params)
-    hf_save.save(folder / "model", model, params, source_folder=source)
-
-
-def write_rows(file, rows):
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def make_config(inputs, **changes):
-    """Three training shards of two pairs and a held-out one; `changes` have __ for the dots."""
-    config = config_lib.default_config()
-    config.model.source = str(inputs / "model")
-    config.data.train = str(inputs / "train.jsonl")
-    config.data.eval = str(inputs / "eval.jsonl")
-    config.data.max_length = 200
-    config.data.max_prompt_length = 100
-    config.data.num_buckets = config.judge.num_buckets = 1
-    config.judge.template = str(inputs / "judge.txt")
-    config.judge.layers = (0, 2)
-    config.judge.max_length = 200
-    config.judge.max_answer_length = 60
-    config.weighting.layer = -1
-    config.prepare.rows_per_shard = 2
-    config.log.progress = False
-    for name, value in changes.items():
-        section, field = name.split("__")
-        config[section][field] = value
-    return config
+from tests import tiny
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     """A folder with the model, the data and the template."""
     folder = tmp_path_factory.mktemp("inputs")
-    write_model(folder)
-    write_rows(folder / "train.jsonl", ROWS)
-    write_rows(folder / "eval.jsonl", ROWS[2:4])
-    (folder / "judge.txt").write_text("Q {question}\n[A]\n{answer_a}\n[B]\n{answer_b}\nWhich?")
+    tiny.write_small_inputs(folder)
     return folder
 
 
@@ -159,7 +58,7 @@ def run(config, workdir):
 @pytest.fixture(scope="module")
 def undisturbed(inputs, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("undisturbed")
-    printed = run(make_config(inputs), workdir)
+    printed = run(tiny.small_config(inputs), workdir)
     return workdir, printed
 
 
@@ -208,7 +107,7 @@ def no_model(monkeypatch):
 
 
 def test_rows_hold_what_judge_and_reference_say(inputs, undisturbed):
-    config = make_config(inputs)
+    config = tiny.small_config(inputs)
     dataset = Run.resolve(config, undisturbed[0]).open_prepared("train")
     model = load_model(config.model.source)
     pairs = load_pairs(config.data.train).pairs
@@ -260,13 +159,13 @@ def test_the_dataset_on_disk(undisturbed):
 
 
 def test_without_held_out_pairs(inputs, tmp_path, judged):
-    run(make_config(inputs, data__eval="", data__train=str(inputs / "eval.jsonl")), tmp_path)
+    run(tiny.small_config(inputs, data__eval="", data__train=str(inputs / "eval.jsonl")), tmp_path)
     assert sorted(judged) == ["row-2", "row-3"]
     assert not (tmp_path / "prepared" / "eval").exists()
 
 
 def test_int8_weights_give_nearly_the_same_rows(inputs, undisturbed, tmp_path):
-    run(make_config(inputs, data__eval="", model__prepare_weights="int8"), tmp_path)
+    run(tiny.small_config(inputs, data__eval="", model__prepare_weights="int8"), tmp_path)
     full, quantized = (
         Prepared.open(folder / "prepared" / "train") for folder in (undisturbed[0], tmp_path)
     )
@@ -283,13 +182,13 @@ def test_int8_weights_give_nearly_the_same_rows(inputs, undisturbed, tmp_path):
 
 def test_finished_work_is_used_without_loading_weights(inputs, finished, no_model):
     before = shards_of(finished)
-    printed = run(make_config(inputs), finished)
+    printed = run(tiny.small_config(inputs), finished)
     assert printed.count("complete, used as it is") == 2 and "both orders" in printed
     assert shards_of(finished) == before
 
 
 def test_what_does_not_change_the_rows_may_change(inputs, finished, no_model):
-    config = make_config(
+    config = tiny.small_config(
         inputs,
         judge__batch_size=1,
         judge__token_budget=100,
@@ -321,33 +220,33 @@ def test_other_settings_are_refused_with_the_difference(
     change = {field.replace(".", "__"): wanted}
     before = shards_of(finished)
     with pytest.raises(PreparedMismatch) as caught:
-        run(make_config(inputs, **change), finished)
+        run(tiny.small_config(inputs, **change), finished)
     assert list(caught.value.differences) == [component]
     message = f"  {field}: on disk {json.dumps(on_disk)}, config {json.dumps(wanted)}"
     assert message in str(caught.value)
     assert str(finished / "prepared" / "train") in str(caught.value)
     assert shards_of(finished) == before
     with pytest.raises(PreparedMismatch, match=re.escape(message)):
-        Run.resolve(make_config(inputs, **change), finished).open_prepared("train")
+        Run.resolve(tiny.small_config(inputs, **change), finished).open_prepared("train")
 
 
 def test_other_templates_are_refused(inputs, finished, tmp_path, no_model):
     template = tmp_path / "other.txt"
     template.write_text("{question} {answer_a} {answer_b}")
     with pytest.raises(PreparedMismatch) as caught:
-        run(make_config(inputs, judge__template=str(template)), finished)
+        run(tiny.small_config(inputs, judge__template=str(template)), finished)
     assert list(caught.value.differences) == ["judge.template"]
-    template.write_text(CHATML.replace("user", "USER").replace("assistant", "model"))
+    template.write_text(tiny.CHATML.replace("user", "USER").replace("assistant", "model"))
     with pytest.raises(PreparedMismatch) as caught:
-        run(make_config(inputs, model__chat_template=str(template)), finished)
+        run(tiny.small_config(inputs, model__chat_template=str(template)), finished)
     assert list(caught.value.differences) == ["tokenizer"]
 
 
 def test_other_pairs_are_refused(inputs, finished, tmp_path, no_model):
-    rows = [*ROWS[:5], {**ROWS[5], "chosen": "C A T"}]
-    write_rows(tmp_path / "train.jsonl", rows)
+    rows = [*tiny.ROWS[:5], {**tiny.ROWS[5], "chosen": "C A T"}]
+    tiny.write_lines(tmp_path / "train.jsonl", rows)
     with pytest.raises(PreparedMismatch) as caught:
-        run(make_config(inputs, data__train=str(tmp_path / "train.jsonl")), finished)
+        run(tiny.small_config(inputs, data__train=str(tmp_path / "train.jsonl")), finished)
     assert caught.value.differences.keys() == {"data.digest", "data.sources"}
     assert "  data.train (its pairs): on disk" in str(caught.value)
     assert "  data.train: on disk" in str(caught.value)
@@ -356,21 +255,21 @@ def test_other_pairs_are_refused(inputs, finished, tmp_path, no_model):
 def test_no_split_is_computed_when_another_is_refused(inputs, finished, no_model):
     shutil.rmtree(finished / "prepared" / "train")
     with pytest.raises(PreparedMismatch) as caught:
-        run(make_config(inputs, data__eval=str(inputs / "train.jsonl")), finished)
+        run(tiny.small_config(inputs, data__eval=str(inputs / "train.jsonl")), finished)
     assert "prepared/eval" in str(caught.value)
     assert not (finished / "prepared" / "train").exists()
 
 
 def test_opening_checks_the_source_and_that_all_is_there(inputs, finished):
-    assert len(Run.resolve(make_config(inputs), finished).open_prepared("eval")) == 2
-    elsewhere = make_config(inputs, data__eval="builtin:eval")
+    assert len(Run.resolve(tiny.small_config(inputs), finished).open_prepared("eval")) == 2
+    elsewhere = tiny.small_config(inputs, data__eval="builtin:eval")
     with pytest.raises(PreparedMismatch) as caught:
         Run.resolve(elsewhere, finished).open_prepared("eval")
     on_disk = [str(inputs / "eval.jsonl")]
     assert caught.value.differences == {"data.sources": (on_disk, ["builtin:eval"])}
     (finished / "prepared" / "eval" / "prepared.json").unlink()
     with pytest.raises(FileNotFoundError, match="prepared/eval.* not to the end"):
-        Run.resolve(make_config(inputs), finished).open_prepared("eval")
+        Run.resolve(tiny.small_config(inputs), finished).open_prepared("eval")
 
 
 # --- Interruptions ------------------------------------------------------------------------------
@@ -386,11 +285,11 @@ def test_goes_on_after_an_interruption(inputs, undisturbed, tmp_path, monkeypatc
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(PreparedWriter, "write", write)
-        run(make_config(inputs), tmp_path)
+        run(tiny.small_config(inputs), tmp_path)
     before = shards_of(tmp_path)
     assert list(before) == SHARDS[:2]
     judged.clear()
-    run(make_config(inputs), tmp_path)
+    run(tiny.small_config(inputs), tmp_path)
     assert judged == ["row-4", "row-5", "row-2", "row-3"]  # the rest, and the held-out pairs
     after = shards_of(tmp_path)
     assert {name: after[name] for name in before} == before
@@ -399,16 +298,16 @@ def test_goes_on_after_an_interruption(inputs, undisturbed, tmp_path, monkeypatc
 
 @pytest.mark.process
 def test_goes_on_after_a_kill_in_the_middle_of_writing(inputs, undisturbed, tmp_path, judged):
-    killed = subprocess.run(
-        [sys.executable, __file__, str(inputs), str(tmp_path)], capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "tests.prepare.test_stage", str(inputs), str(tmp_path)]
+    root = pathlib.Path(__file__).parents[2]
+    killed = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     before = shards_of(tmp_path)
     assert list(before) == SHARDS[:1]
     folder = tmp_path / "prepared" / "train"
     assert len(list(folder.glob(".*.tmp"))) == 1  # the second shard, written but not named
     assert not (folder / "prepared.json").exists()
-    run(make_config(inputs), tmp_path)
+    run(tiny.small_config(inputs), tmp_path)
     assert judged[:4] == ["row-2", "row-3", "row-4", "row-5"]
     assert shards_of(tmp_path)[SHARDS[0]] == before[SHARDS[0]]
     assert not list(folder.glob(".*.tmp"))
@@ -426,7 +325,7 @@ def test_an_unfinished_dataset_of_other_settings_is_refused(inputs, finished, no
     for split in ("train", "eval"):
         (finished / "prepared" / split / "prepared.json").unlink()
     with pytest.raises(PreparedMismatch, match="judge.max_length: on disk 200, config 150"):
-        run(make_config(inputs, judge__max_length=150), finished)
+        run(tiny.small_config(inputs, judge__max_length=150), finished)
 
 
 def test_a_shard_is_written_while_the_next_one_is_judged(inputs, tmp_path, monkeypatch):
@@ -445,12 +344,12 @@ def test_a_shard_is_written_while_the_next_one_is_judged(inputs, tmp_path, monke
 
     monkeypatch.setattr(Judge, "run", run_judge)
     monkeypatch.setattr(PreparedWriter, "write", wait_and_write)
-    run(make_config(inputs), tmp_path)
+    run(tiny.small_config(inputs), tmp_path)
     assert met == [True]
 
 
 def test_without_the_verdict_the_rest_is_the_same(inputs, undisturbed, tmp_path):
-    config = make_config(inputs, judge__verdict=False)
+    config = tiny.small_config(inputs, judge__verdict=False)
     assert "verdict" not in run(config, tmp_path)
     want = Prepared.open(undisturbed[0] / "prepared" / "train")
     got = Run.resolve(config, tmp_path).open_prepared("train")
@@ -460,7 +359,7 @@ def test_without_the_verdict_the_rest_is_the_same(inputs, undisturbed, tmp_path)
     batch = EvalBatches(got, batch_size=2)[0]
     assert np.isnan(batch.verdict_BG2[batch.valid_BG]).all()
     with pytest.raises(PreparedMismatch, match="judge.verdict: on disk false, config true"):
-        run(make_config(inputs), tmp_path)
+        run(tiny.small_config(inputs), tmp_path)
 
 
 def test_a_full_disk_leaves_what_was_finished(inputs, undisturbed, tmp_path, monkeypatch, judged):
@@ -477,14 +376,14 @@ def test_a_full_disk_leaves_what_was_finished(inputs, undisturbed, tmp_path, mon
 
     with monkeypatch.context() as patched, pytest.raises(OSError) as caught:
         patched.setattr(atomic.os, "write", write)
-        run(make_config(inputs), tmp_path)
+        run(tiny.small_config(inputs), tmp_path)
     assert caught.value.errno == errno.ENOSPC
     assert caught.value.filename == str(tmp_path / "prepared" / "train" / SHARDS[1])
     assert "shard 1 of 3 was not written; finished shards stay" in str(caught.value)
     before = shards_of(tmp_path)
     assert list(before) == SHARDS[:1]
     judged.clear()
-    run(make_config(inputs), tmp_path)
+    run(tiny.small_config(inputs), tmp_path)
     assert judged[0] == "row-2" and contents(tmp_path) == contents(undisturbed[0])
     assert shards_of(tmp_path)[SHARDS[0]] == before[SHARDS[0]]
 
@@ -499,11 +398,11 @@ def test_a_damaged_shard_is_named_and_alone_computed_again(inputs, undisturbed, 
     content[-100] ^= 0xFF
     shard.write_bytes(content)
     with pytest.raises(DamagedShard, match=f"{SHARDS[1]}: damaged .* delete this file and run"):
-        run(make_config(inputs), finished)
+        run(tiny.small_config(inputs), finished)
     with pytest.raises(DamagedShard, match=SHARDS[1]):
-        Run.resolve(make_config(inputs), finished).open_prepared("train")
+        Run.resolve(tiny.small_config(inputs), finished).open_prepared("train")
     shard.unlink()
-    run(make_config(inputs), finished)
+    run(tiny.small_config(inputs), finished)
     assert judged == ["row-2", "row-3"]
     after = shards_of(finished)
     assert all(after[name] == before[name] for name in (SHARDS[0], SHARDS[2]))
@@ -514,24 +413,28 @@ def test_a_shard_cut_short_is_computed_again(inputs, undisturbed, finished, judg
     shard = finished / "prepared" / "train" / SHARDS[2]
     shard.write_bytes(shard.read_bytes()[:-200])
     with pytest.warns(RuntimeWarning, match=f"{SHARDS[2]}: .* will be computed again"):
-        run(make_config(inputs), finished)
+        run(tiny.small_config(inputs), finished)
     assert judged == ["row-4", "row-5"]
     assert contents(finished) == contents(undisturbed[0])
 
 
-BAD_ROWS = [ROWS[0], {"prompt": "?", "chosen": "a"}, {**ROWS[1], "rejected": ROWS[1]["chosen"]}]
+BAD_ROWS = [
+    tiny.ROWS[0],
+    {"prompt": "?", "chosen": "a"},
+    {**tiny.ROWS[1], "rejected": tiny.ROWS[1]["chosen"]},
+]
 
 
 def test_bad_rows_stop_preparation(inputs, tmp_path, no_model):
-    write_rows(tmp_path / "bad.jsonl", BAD_ROWS)
+    tiny.write_lines(tmp_path / "bad.jsonl", BAD_ROWS)
     with pytest.raises(BadExample, match="bad.jsonl, example 2: .*rejected"):
-        run(make_config(inputs, data__train=str(tmp_path / "bad.jsonl")), tmp_path / "work")
+        run(tiny.small_config(inputs, data__train=str(tmp_path / "bad.jsonl")), tmp_path / "work")
     assert not list((tmp_path / "work").rglob("*.arrow"))
 
 
 def test_bad_rows_are_skipped_counted_and_written_down(inputs, tmp_path):
-    write_rows(tmp_path / "bad.jsonl", BAD_ROWS)
-    config = make_config(
+    tiny.write_lines(tmp_path / "bad.jsonl", BAD_ROWS)
+    config = tiny.small_config(
         inputs, data__train=str(tmp_path / "bad.jsonl"), data__on_bad_row="skip", data__eval=""
     )
     printed = run(config, tmp_path)
@@ -548,23 +451,23 @@ def test_a_template_without_a_slot(inputs, tmp_path, no_model):
     template = tmp_path / "half.txt"
     template.write_text("{question} {answer_a}")
     with pytest.raises(ValueError, match=r"half.txt: slot \{answer_b\} is missing"):
-        run(make_config(inputs, judge__template=str(template)), tmp_path)
+        run(tiny.small_config(inputs, judge__template=str(template)), tmp_path)
     assert not list(tmp_path.rglob("*.arrow"))
 
 
 def test_the_config_is_checked_first(inputs, tmp_path, no_model):
     with pytest.raises(ConfigError, match="judge.layers"):
-        run(make_config(inputs, judge__layers=(0, 7)), tmp_path / "work")
+        run(tiny.small_config(inputs, judge__layers=(0, 7)), tmp_path / "work")
     with pytest.raises(ConfigError, match="weighting.layer: layer 1 .*accepted: 0, 2"):
-        run(make_config(inputs, weighting__layer=1), tmp_path / "work")
+        run(tiny.small_config(inputs, weighting__layer=1), tmp_path / "work")
     with pytest.raises(ConfigError, match="data.on_bad_row"):
-        run(make_config(inputs, data__on_bad_row="ignore"), tmp_path / "work")
+        run(tiny.small_config(inputs, data__on_bad_row="ignore"), tmp_path / "work")
     assert not (tmp_path / "work").exists()
 
 
 def test_a_prompt_that_can_not_be_judged_is_named(inputs, tmp_path):
     # The template takes 38 tokens, row 0's answers 25.
-    config = make_config(inputs, judge__max_length=60, judge__max_answer_length=29)
+    config = tiny.small_config(inputs, judge__max_length=60, judge__max_answer_length=29)
     with pytest.raises(BadExample, match="train.jsonl, example 1: .*takes 63 .*max_length = 60"):
         run(config, tmp_path)
 
@@ -575,8 +478,10 @@ def few_fit(inputs, tmp_path_factory):
     answers of more than 18 in all (25, 21, 31, 26), and so has a row whose `rejected` is missing.
     """
     folder = tmp_path_factory.mktemp("few_fit")
-    write_rows(folder / "some.jsonl", [*ROWS[:5], {"prompt": "?", "chosen": "a"}, ROWS[5]])
-    return make_config(
+    tiny.write_lines(
+        folder / "some.jsonl", [*tiny.ROWS[:5], {"prompt": "?", "chosen": "a"}, tiny.ROWS[5]]
+    )
+    return tiny.small_config(
         inputs,
         data__train=str(folder / "some.jsonl"),
         data__eval="",
@@ -622,8 +527,8 @@ def test_rows_refused_by_the_judge_prompt_are_bad_rows(few_fit, tmp_path, judged
 
 
 def test_nothing_is_prepared_where_every_row_is_refused(few_fit, tmp_path):
-    rows = [{**row, "chosen": "a longer answer than fits: " + row["chosen"]} for row in ROWS]
-    write_rows(tmp_path / "long.jsonl", rows)
+    rows = [{**row, "chosen": "a longer answer than fits: " + row["chosen"]} for row in tiny.ROWS]
+    tiny.write_lines(tmp_path / "long.jsonl", rows)
     config = few_fit.copy_and_resolve_references()
     config.data.train = str(tmp_path / "long.jsonl")
     with pytest.raises(ValueError, match="no pair can be prepared: .*long.jsonl, example 1: the"):
@@ -677,7 +582,7 @@ def _prepare_and_die(inputs, workdir):
         original(source, target)
 
     atomic.os.replace = replace
-    prepare_module.prepare(Run.resolve(make_config(pathlib.Path(inputs)), workdir))
+    prepare_module.prepare(Run.resolve(tiny.small_config(pathlib.Path(inputs)), workdir))
 
 
 if __name__ == "__main__":

@@ -21,9 +21,8 @@ from attnpo_jax.prepare import stage as prepare
 from attnpo_jax.run import Run
 from attnpo_jax.runtime import metrics
 from attnpo_jax.train import stage
-from tests.parallel import tiny
+from tests import tiny
 from tests.train import test_loop as whole
-from tests.train.test_loop import compile_once  # noqa: F401  a fixture that all tests here use
 
 PROJECTIONS = ("query", "key", "value", "output", "gate", "up", "down")
 TEMPLATE = "{question} A {answer_a} B {answer_b} Which?"
@@ -48,7 +47,7 @@ def make_config(folder, **changes):
         "judge__template": str(folder / "template.txt"), "judge__layers": (0, -1),
         "log__progress": False,
     }  # fmt: skip
-    return whole.make_config(folder / "model", **(base | changes))
+    return tiny.training_config(folder / "model", **(base | changes))
 
 
 def train(workdir, config):

@@ -1,53 +1,31 @@
-"""The loop on a tiny random model. Run as a script, this file is a run that kills itself."""
+"""The loop on a tiny random model."""
 
-import json
 import math
-import os
-import pathlib
-import signal
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from attnpo_jax import config as config_lib
 from attnpo_jax import losses
 from attnpo_jax.data.prepared import Prepared, PreparedWriter
-from attnpo_jax.models import decoder
-from attnpo_jax.models.io import hf_folder as models
-from attnpo_jax.models.io import hf_save
 from attnpo_jax.parallel.checkpoint import CheckpointMismatch
 from attnpo_jax.run import Run
 from attnpo_jax.runtime import metrics
 from attnpo_jax.train import hooks, optim, stage
+from tests import tiny
 
-NUM_PAIRS, BATCH = 10, 4  # an epoch is three steps, the last one of two pairs
+NUM_PAIRS = 10  # an epoch is three steps of four pairs, the last one of two
 
-HF_CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
+SHAPE = tiny.HF_CONFIG | {
     "vocab_size": 64,
     "hidden_size": 16,
     "intermediate_size": 32,
     "num_hidden_layers": 4,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
-    "max_position_embeddings": 256,
     "tie_word_embeddings": True,
 }
-
-
-def write_model(folder, **changes):
-    source = folder / "source"
-    source.mkdir(parents=True)
-    (source / "config.json").write_text(json.dumps(HF_CONFIG | changes))
-    model = models.load_config(source)
-    params = decoder.init_params(model, jax.random.key(0))
-    hf_save.save(folder / "model", model, params, source_folder=source)
-    return folder / "model"
 
 
 def write_prepared(workdir, *, reference=lambda row, side, logps: logps):
@@ -77,41 +55,9 @@ def write_prepared(workdir, *, reference=lambda row, side, logps: logps):
 SIDES = ("chosen", "rejected")
 
 
-def make_config(model, **changes):
-    """A config of six steps; `changes` have dotted names with __ for the dots."""
-    config = config_lib.default_config()
-    config.model.source = str(model)
-    config.judge.layers = (0, 3)
-    config.optim.learning_rate = 1e-2
-    config.train.batch_size = BATCH
-    config.train.microbatch_size = 2
-    config.train.epochs = 2
-    config.data.num_buckets = 1
-    for name, value in changes.items():
-        section, field = name.split("__")
-        config[section][field] = value
-    return config
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """Most of these runs compile the same steps; a cache saves nearly all of their time."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    return tiny.write_model(tmp_path_factory.mktemp("model"), SHAPE)
 
 
 @pytest.fixture(autouse=True)
@@ -149,7 +95,7 @@ def saved_steps(workdir):
 
 
 def test_lines_of_a_whole_run(tmp_path, model):
-    config = make_config(model, data__shuffle=False, data__num_buckets=2)
+    config = tiny.training_config(model, data__shuffle=False, data__num_buckets=2)
     lines = run(tmp_path, config)
     assert [(line["step"], "eval_loss" in line) for line in lines] == [
         (0, True), *((step, False) for step in range(1, 7)), (6, True),
@@ -176,7 +122,7 @@ def test_lines_of_a_whole_run(tmp_path, model):
 
 
 def test_evaluation_is_the_mean_over_pairs(tmp_path, model):
-    whole = make_config(
+    whole = tiny.training_config(
         model, data__shuffle=False, train__batch_size=NUM_PAIRS, train__epochs=1,
         train__eval_batch_size=3,
     )  # fmt: skip
@@ -187,7 +133,7 @@ def test_evaluation_is_the_mean_over_pairs(tmp_path, model):
 
 
 def test_intervals(tmp_path, model):
-    config = make_config(
+    config = tiny.training_config(
         model, train__log_every=4, train__eval_every=3, train__save_every=2,
         train__keep_checkpoints=2,
     )  # fmt: skip
@@ -198,13 +144,13 @@ def test_intervals(tmp_path, model):
 
 
 def test_no_evaluation_without_held_out_pairs(tmp_path, model):
-    lines = run(tmp_path, make_config(model, data__eval="", train__steps=2))
+    lines = run(tmp_path, tiny.training_config(model, data__eval="", train__steps=2))
     assert steps_of(lines, "eval") == [] and steps_of(lines, "train") == [1, 2]
 
 
 def test_microbatches_that_leave_devices_without_a_pair_are_warned_of(tmp_path, model, caplog):
     words = f"train.microbatch_size = 2 pairs for {jax.device_count()} groups of devices"
-    config = make_config(model, data__eval="", train__steps=1)
+    config = tiny.training_config(model, data__eval="", train__steps=1)
     run(tmp_path / "idle", config)
     assert words in caplog.text
     caplog.clear()
@@ -217,32 +163,31 @@ def test_microbatches_that_leave_devices_without_a_pair_are_warned_of(tmp_path, 
 
 
 def test_log_every_does_not_change_the_run(tmp_path, model):
-    every = run(tmp_path / "a", make_config(model))
-    some = run(tmp_path / "b", make_config(model, train__log_every=3))
+    every = run(tmp_path / "a", tiny.training_config(model))
+    some = run(tmp_path / "b", tiny.training_config(model, train__log_every=3))
     kept = [line for line in without_clock(every) if line["step"] % 3 == 0]
     assert without_clock(some) == kept
 
 
-@pytest.mark.process
-@pytest.mark.parametrize("kill_at", [1, 5])
-def test_killed_and_resumed_run_equals_the_undisturbed_one(tmp_path, model, kill_at):
-    config = make_config(model, train__save_every=2, train__eval_every=3)
+@pytest.mark.parametrize("step", [1, 5])
+def test_interrupted_and_resumed_run_equals_the_undisturbed_one(tmp_path, model, step):
+    """Before the first checkpoint, and after the second; tests/test_faults.py kills runs."""
+    config = tiny.training_config(model, train__save_every=2, train__eval_every=3)
     undisturbed = run(tmp_path / "undisturbed", config)
+    workdir = tmp_path / "interrupted"
+    write = metrics.MetricsWriter.write
 
-    workdir = tmp_path / "killed"
-    write_prepared(workdir)
-    (workdir / "wanted.json").write_text(config_lib.to_json(config))
-    package = pathlib.Path(config_lib.__file__).parents[2]
-    paths = os.pathsep.join([str(package), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, __file__, str(workdir), str(kill_at)],
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert steps_of(metrics.read(workdir), "train") == list(range(1, kill_at + 1))
-    assert saved_steps(workdir) == [step for step in (2, 4) if step < kill_at]
+    def write_and_stop(self, number, values):
+        write(self, number, values)
+        if number == step and "loss" in values:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics.MetricsWriter, "write", write_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(workdir, config)
+    assert steps_of(metrics.read(workdir), "train") == list(range(1, step + 1))
+    assert saved_steps(workdir) == [saved for saved in (2, 4) if saved < step]
 
     resumed = run(workdir, config)
     assert without_clock(resumed) == without_clock(undisturbed)
@@ -250,7 +195,7 @@ def test_killed_and_resumed_run_equals_the_undisturbed_one(tmp_path, model, kill
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path, model):
-    config = make_config(model, train__steps=2)
+    config = tiny.training_config(model, train__steps=2)
     run(tmp_path, config)
     before = (tmp_path / "metrics.jsonl").read_bytes()
     run(tmp_path, config)
@@ -258,7 +203,9 @@ def test_a_finished_run_is_left_as_it_is(tmp_path, model):
 
 
 def test_checkpoints_elsewhere(tmp_path, model):
-    config = make_config(model, train__steps=2, train__checkpoint_dir=str(tmp_path / "elsewhere"))
+    config = tiny.training_config(
+        model, train__steps=2, train__checkpoint_dir=str(tmp_path / "elsewhere")
+    )
     lines = run(tmp_path / "run", config)
     assert (tmp_path / "elsewhere" / "2").is_dir()
     assert not (tmp_path / "run" / "checkpoints").exists()
@@ -266,9 +213,11 @@ def test_checkpoints_elsewhere(tmp_path, model):
 
 
 def test_resuming_with_other_settings_is_refused(tmp_path, model):
-    run(tmp_path, make_config(model, train__steps=2))
+    run(tmp_path, tiny.training_config(model, train__steps=2))
     before = {p: p.read_bytes() for p in (tmp_path / "metrics.jsonl", tmp_path / "config.json")}
-    other = make_config(model, train__steps=2, optim__learning_rate=2e-2, objective__beta=0.3)
+    other = tiny.training_config(
+        model, train__steps=2, optim__learning_rate=2e-2, objective__beta=0.3
+    )
     with pytest.raises(CheckpointMismatch) as caught:
         run(tmp_path, other)
     assert caught.value.differences.keys() == {
@@ -279,15 +228,18 @@ def test_resuming_with_other_settings_is_refused(tmp_path, model):
 
 
 def test_resuming_with_another_model_is_refused(tmp_path, model):
-    run(tmp_path, make_config(model, train__steps=2))
-    wider = write_model(tmp_path / "other", intermediate_size=48)
+    run(tmp_path, tiny.training_config(model, train__steps=2))
+    wider = tiny.write_model(tmp_path / "other", SHAPE | {"intermediate_size": 48})
     with pytest.raises(CheckpointMismatch, match="model.intermediate_size: 32 .*, 48 here"):
-        run(tmp_path, make_config(wider, train__steps=2))
+        run(tmp_path, tiny.training_config(wider, train__steps=2))
 
 
 def test_what_does_not_decide_the_run_may_change_on_resume(tmp_path, model):
-    run(tmp_path, make_config(model, train__steps=2))
-    run(tmp_path, make_config(model, train__steps=2, train__log_every=2, model__remat="layer"))
+    run(tmp_path, tiny.training_config(model, train__steps=2))
+    run(
+        tmp_path,
+        tiny.training_config(model, train__steps=2, train__log_every=2, model__remat="layer"),
+    )
 
 
 def test_infinite_loss_stops_with_step_and_pair(tmp_path, model):
@@ -296,7 +248,7 @@ def test_infinite_loss_stops_with_step_and_pair(tmp_path, model):
         return np.full_like(logps, -3e38) if (row, side) == (9, "rejected") else logps
 
     write_prepared(tmp_path, reference=reference)
-    config = make_config(model, data__shuffle=False, train__save_every=1, data__eval="")
+    config = tiny.training_config(model, data__shuffle=False, train__save_every=1, data__eval="")
     with pytest.raises(hooks.NonFiniteError) as caught:
         run(tmp_path, config)
     assert (caught.value.step, caught.value.pair_ids) == (3, ["pair-9"])
@@ -313,7 +265,7 @@ def test_non_finite_gradient_of_finite_losses_names_all_pairs_of_the_step(tmp_pa
         # The square root of 0: the value is 0, the slope is infinite.
         return jax.numpy.sqrt(0.0 * beta * (chosen.policy_B - rejected.policy_B))
 
-    config = make_config(model, data__shuffle=False, train__log_every=100)
+    config = tiny.training_config(model, data__shuffle=False, train__log_every=100)
     config.objective = config_lib.section_for(losses, "cliff")
     with pytest.raises(hooks.NonFiniteError, match="no checkpoint has been written") as caught:
         run(tmp_path, config)
@@ -322,7 +274,7 @@ def test_non_finite_gradient_of_finite_losses_names_all_pairs_of_the_step(tmp_pa
 
 
 def test_config_is_checked_before_anything_is_loaded(tmp_path):
-    config = make_config(tmp_path / "no such model", optim__schedule="sawtooth")
+    config = tiny.training_config(tmp_path / "no such model", optim__schedule="sawtooth")
     with pytest.raises(config_lib.ConfigError, match="optim.schedule = 'sawtooth'"):
         stage.train(Run.resolve(config, tmp_path / "work"))
     assert not (tmp_path / "work").exists()
@@ -330,21 +282,4 @@ def test_config_is_checked_before_anything_is_loaded(tmp_path):
 
 def test_prepared_dataset_must_be_there(tmp_path, model):
     with pytest.raises(FileNotFoundError, match="prepared/train: .*`attnpo prepare`"):
-        stage.train(Run.resolve(make_config(model), tmp_path))
-
-
-def killed_run(workdir: pathlib.Path, kill_at: int):
-    Run.open_prepared = open_unchecked
-    write = metrics.MetricsWriter.write
-
-    def write_and_die(self, step, values):
-        write(self, step, values)
-        if step == kill_at and "loss" in values:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    metrics.MetricsWriter.write = write_and_die
-    stage.train(Run.resolve(config_lib.from_json((workdir / "wanted.json").read_text()), workdir))
-
-
-if __name__ == "__main__":
-    killed_run(pathlib.Path(sys.argv[1]), int(sys.argv[2]))
+        stage.train(Run.resolve(tiny.training_config(model), tmp_path))

@@ -215,7 +215,17 @@ class Reference:
         self._tokenized = [_tokenize(config, model.tokenizer, pair) for pair in pairs]
         backend = backends.for_preparing(model.config, config)
         attention = _attention(config, model.config, backend)
-        self._reference = reference.Reference(config, model, backend, attention, self._tokenized)
+        self._reference = reference.Reference(
+            model,
+            self._tokenized,
+            dtype=jnp.dtype(config.model.dtype),
+            chunk=config.model.logps_chunk,
+            batch_size=config.judge.batch_size,
+            token_budget=config.judge.token_budget,
+            num_buckets=config.judge.num_buckets,
+            backend=backend,
+            attention=attention,
+        )
         self.repeat()
         lengths = [
             (len(t.prompt_ids), (len(t.chosen_ids), len(t.rejected_ids))) for t in self._tokenized

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnpo_jax.data.align import align
-from attnpo_jax.data.packing import choose_buckets, plan_batches
+from attnpo_jax.data.packing import choose_buckets
 from attnpo_jax.data.pair import Pair
 from attnpo_jax.data.tokenize import TokenizedPair, tokenize_pair
 from attnpo_jax.judge.language_model import LanguageModel
@@ -26,6 +26,7 @@ from attnpo_jax.models import decoder, lm_head, placement
 from attnpo_jax.models.attention import implementations
 from attnpo_jax.models.decoder import ModelConfig, Params, Past
 from attnpo_jax.parallel import backend as backends
+from attnpo_jax.parallel.batches import Batches
 
 _LOG = logging.getLogger(__name__)
 
@@ -111,14 +112,12 @@ class Judge:
         self.prompter = JudgePrompter(model.tokenizer, template, max_length, max_answer_length)
         self.verdict = verdict
         self._model = model
-        self._batch_size = batch_size
-        self._token_budget = token_budget
         self._num_buckets = num_buckets
         self._common = np.zeros(0, np.int32)
         self._past: Past | None = None
         self._lengths: tuple[int, ...] = ()
-        self._compiled: set[tuple[int, int]] = set()
         self._backend = backend or backends.one_device(model.config)
+        self._batches = Batches(self._backend.row_shards, batch_size, token_budget)
         choice = implementations.choose(attention, model.config, dtype, self._backend.devices)
         if attention == "auto":
             _LOG.info("attention: %s", choice)
@@ -182,33 +181,26 @@ class Judge:
 
         The next batch is under way on the device while the last one's attention is carried over.
         """
-        waiting = None
-        for batch, output in self._dispatch(prompts):
-            if waiting is not None:
-                yield self._collect(prompts, tokenized, *waiting)
-            waiting = batch, output
-        if waiting is not None:
-            yield self._collect(prompts, tokenized, *waiting)
-
-    def _dispatch(self, prompts: Sequence[JudgePrompt]):
         rows = [self._row(prompt) for prompt in prompts]
+        lengths = np.array([len(row.tokens) for row in rows], int)
         # A prompt that does not begin as the sample did runs whole, without the shared past.
-        begins = [self._begins_common(prompt) for prompt in prompts]
-        for shares in (True, False):
-            items = [i for i, begin in enumerate(begins) if begin == shares]
-            lengths = np.array([len(rows[i].tokens) for i in items], int)
-            past = self._past if shares else None
-            for chosen, length, size in plan_batches(
-                lengths,
-                self._lengths,
-                self._batch_size,
-                self._token_budget,
-                row_multiple=self._backend.row_shards,
-                compiled=self._compiled,
-            ):
-                batch = [items[j] for j in chosen]
-                arrays = _stack([rows[i] for i in batch], size, length)
-                yield batch, self._pass((self._model.params, past, self._letters), arrays)
+        shares = np.array([self._begins_common(prompt) for prompt in prompts], bool)
+
+        def start(batch: np.ndarray, length: int, size: int):
+            past = self._past if shares[batch[0]] else None
+            arrays = _stack([rows[i] for i in batch], size, length)
+            return self._pass((self._model.params, past, self._letters), arrays)
+
+        groups = np.flatnonzero(shares), np.flatnonzero(~shares)
+        for batch, output in self._batches.run(lengths, self._lengths, start, *groups):
+            rows_SBQL, verdict_BQ, answer_BQ = output
+            done = []
+            for b, i in enumerate(batch.tolist()):
+                attention = self._on_answers(rows_SBQL[:, b], prompts[i], tokenized[i])
+                done.append(
+                    (i, Judgement(tokenized[i].id, *attention, verdict_BQ[b], answer_BQ[b]))
+                )
+            yield done
 
     def _begins_common(self, prompt: JudgePrompt) -> bool:
         n = len(self._common)
@@ -223,26 +215,28 @@ class Judge:
         read = (len(first) - 1 - skip, len(tokens) - 1 - skip)
         return _Row(tokens[skip:], positions[skip:], branch[skip:], read)
 
-    def _collect(self, prompts, tokenized, batch: list[int], output) -> list[tuple[int, Judgement]]:
-        rows_SBQL, verdict_BQ, answer_BQ = jax.device_get(output)
-        done = []
-        for b, i in enumerate(batch):
-            prompt, pair = prompts[i], tokenized[i]
-            carry_over = functools.partial(self._carried_over, rows_SBQL[:, b], prompt)
-            chosen = carry_over(
+    def _on_answers(
+        self, rows_SQL: np.ndarray, prompt: JudgePrompt, pair: TokenizedPair
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Attention on the chosen and the rejected response, see `Judgement`."""
+        return (
+            self._carried_over(
+                rows_SQL,
+                prompt,
                 prompt.chosen_tokens,
                 prompt.chosen_spans,
                 pair.chosen_spans,
                 pair.chosen_ids[: pair.chosen_text_length],
-            )
-            rejected = carry_over(
+            ),
+            self._carried_over(
+                rows_SQL,
+                prompt,
                 prompt.rejected_tokens,
                 prompt.rejected_spans,
                 pair.rejected_spans,
                 pair.rejected_ids[: pair.rejected_text_length],
-            )
-            done.append((i, Judgement(pair.id, chosen, rejected, verdict_BQ[b], answer_BQ[b])))
-        return done
+            ),
+        )
 
     def _carried_over(
         self, rows_SQL, prompt: JudgePrompt, tokens, spans, target_spans, target_ids

@@ -163,8 +163,13 @@ class Setting:
         """The reference's pass on the chips of `prepares_on`; raises as `training` does."""
         at, backend = self.lengths, self._preparing_backend()
         batching = Batching.preparing(self.config, at.row, backend.row_shards)
-        attention = self._attention(backend)
-        call = reference.compile_pass(self.config, self._of_passes, backend, attention)
+        call = reference.compile_pass(
+            backend,
+            config=self._of_passes,
+            dtype=jnp.dtype(self.config.model.dtype),
+            chunk=self.config.model.logps_chunk,
+            attention=self._attention(backend),
+        )
         batch = lengths.reference_batch(at, batching.rows)
         needed = flops.response_logps(self.model, at.prompt, (at.response,) * 2)
         return self._compile(

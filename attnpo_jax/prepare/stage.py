@@ -167,11 +167,15 @@ def _fill(run: "Run", passes: _Passes, split: _Split) -> None:
     if pending:
         judge = _judge(run, passes, split.components["source_layers"], sample)
         reference = Reference(
-            config,
             passes.model,
-            passes.backend,
-            passes.attention,
             [forms.tokenized for forms in sample],
+            dtype=jnp.dtype(config.model.dtype),
+            chunk=config.model.logps_chunk,
+            batch_size=config.judge.batch_size,
+            token_budget=config.judge.token_budget,
+            num_buckets=config.judge.num_buckets,
+            backend=passes.backend,
+            attention=passes.attention,
         )
         shards = _Shards(split, writer, tokenize, judge, reference, together)
         stops = shards.compute(pending, bar=config.log.progress and processes.is_first())

@@ -96,7 +96,9 @@ def test_programs_of_a_ready_config_compile_for_eight_devices(file):
 
     # The passes of `prepare` have the parameters alone.
     passes = int8.shape_of_passes(model, config.model.prepare_weights)
-    backend = backends.for_preparing(passes, config)
+    backend = backends.for_preparing(
+        passes, config.parallel, config.prepare.devices, config.model.param_dtype
+    )
     B, L = backend.row_shards, 32
     params = backend.abstract_state(decoder.abstract_params(passes))
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)

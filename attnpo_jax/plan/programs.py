@@ -224,7 +224,12 @@ class Setting:
         chips, host = self.topology, self.topology.host
         several = chips.size > host.size
         together = several and prepares_together(
-            self._of_passes, self.config, self.training_mesh(), host.size, chips.chip.hbm
+            self._of_passes,
+            self.config.prepare.devices,
+            self.config.model.param_dtype,
+            self.training_mesh(),
+            host.size,
+            chips.chip.hbm,
         )
         return chips if together else host
 

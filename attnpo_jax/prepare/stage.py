@@ -131,10 +131,13 @@ class _Passes:
 
     @classmethod
     def load(cls, run: "Run", keep_params: bool) -> "_Passes":
-        backend = backends.for_preparing(run.passes, run.config)
+        config = run.config
+        backend = backends.for_preparing(
+            run.passes, config.parallel, config.prepare.devices, config.model.param_dtype
+        )
         _LOG.info("preparing on %s", backend.description)
         attention = implementations.choose(
-            run.config.model.attention, run.passes, run.config.model.dtype, backend.devices
+            config.model.attention, run.passes, config.model.dtype, backend.devices
         )
         _LOG.info("attention: %s", attention)
         params = run.load_params(run.passes, backend.parameter_shardings(), keep=keep_params)

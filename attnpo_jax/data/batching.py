@@ -136,9 +136,6 @@ def fill_rows(
 
     The judge's attention has `num_sources` (S) layers; `num_columns` (K) is how many columns of
     precomputed weights the pairs have.
-
-    Raises:
-      ValueError: a row's pairs do not fit into the shape.
     """
     B, L, M, T, G = len(rows), shape.length, shape.scored, shape.response, shape.pairs
     S, K = num_sources, num_columns
@@ -348,20 +345,14 @@ class TrainBatches(_Batches):
     it, a resumed run needs no more than the step number.
 
     Args:
-      dataset: the prepared dataset.
       batch_size: pairs a step.
       microbatch_size: pairs that are in memory at once; divides `batch_size`.
-      shuffle: whether epochs are shuffled.
-      seed: of the shuffling.
       epochs: passes over the data.
       steps: if positive, how many steps instead, for as many epochs as that takes.
       num_buckets: how many shapes may be compiled.
       row_multiple: microbatches have a multiple of this many rows.
       local_rows: from the number of rows of a microbatch, which of them this process needs: bool
         (B,); the others are left empty. None for all.
-
-    Raises:
-      ValueError: the dataset is empty.
     """
 
     def __init__(

@@ -140,11 +140,6 @@ class WeightReader:
     ):
         """Weights of the text tokens of a pair as it is trained on.
 
-        Args:
-          precomputed: the pair's precomputed weights.
-          chosen, rejected: its responses.
-          pair: as it is trained on.
-
         Returns:
           (chosen's, rejected's): float32 (K, text length). Their sums over the tokens are those of
           the precomputed ones, as far as the text was not cut off for training. Where the tokens
@@ -221,7 +216,6 @@ class _TokenBytes:
         """The bytes of a token.
 
         Raises:
-          ValueError: the tokenizer is of neither kind.
           BadExample: it has no such token.
         """
         if not self._is_readable:

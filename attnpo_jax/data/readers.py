@@ -89,13 +89,7 @@ def open_source(source: str, fields: _Fields, team: Team) -> tuple[str, Examples
     """A source's short name (for fallback ids) and its examples.
 
     Args:
-      source: as `sources` describes it.
       fields: whether a column of a table is wanted; `chosen` and `rejected` must be there.
-      team: the processes that open it together.
-
-    Raises:
-      FileNotFoundError: it is neither a file, a folder nor a hub id.
-      ValueError: a file can't be parsed as what its ending says, or a split or column is missing.
     """
     if source.startswith("builtin:"):
         split = source.removeprefix("builtin:")

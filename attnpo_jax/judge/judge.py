@@ -70,23 +70,18 @@ class Judge:
     """Judges preference pairs with one model.
 
     Args:
-      model: the judge.
       template: `default`, a file, or a template that is loaded.
       max_length: a judge prompt stays below this many tokens.
       max_answer_length: tokens that an answer keeps where the prompt would be longer.
       source_layers: the layers whose attention is kept, counted from 0.
       verdict: whether the answer is wanted too; without it, layers above the last of those do not
         run.
-      dtype: what activations are computed in.
       batch_size: rows in a batch, at most.
       token_budget: tokens in a batch, at most (a longer row is a batch of its own).
       num_buckets: row lengths that are compiled for the sampled prompts, for one to four numbers of
         rows; longer rows than those add powers of two.
       backend: where to run; the model's parameters lie as it says. None for one device.
       attention: `auto`, or one of `models.attention.implementations.IMPLEMENTATIONS`.
-
-    Raises:
-      AttentionError: that implementation cannot serve the model on these devices.
     """
 
     def __init__(
@@ -156,15 +151,7 @@ class Judge:
         self._lengths = tuple(row_lengths or choose_buckets(np.array(lengths), self._num_buckets))
 
     def judge(self, pairs: Sequence[Pair], tokenized: Sequence[TokenizedPair]) -> list[Judgement]:
-        """Judges pairs, and carries the attention over to the tokens that are trained on.
-
-        Args:
-          pairs: the pairs.
-          tokenized: the same pairs as they are trained on.
-
-        Returns:
-          One `Judgement` a pair, in order.
-        """
+        """Judges pairs, and carries the attention over to the tokens that are trained on."""
         prompts = [self.prompter.build(pair) for pair in pairs]
         if prompts and not self._lengths:
             self.fit(prompts[:SAMPLE])
@@ -368,8 +355,6 @@ def judge_pairs(
     """Tokenizes and judges pairs: the short way for a handful of them.
 
     Args:
-      model: the judge.
-      pairs: the pairs.
       max_length, max_prompt_length: as in `data.tokenize.tokenize_pair`.
       **settings: arguments of `Judge`, under its names.
 

@@ -26,9 +26,6 @@ class JudgeTemplate:
     Attributes:
       text: what is asked; a word in braces is a slot, any other brace plain text.
       origin: where the text is from, for messages.
-
-    Raises:
-      ValueError: a slot is missing, doubled or unknown.
     """
 
     text: str
@@ -130,13 +127,8 @@ class JudgePrompter:
     """Builds judge prompts of less than `max_length` tokens.
 
     Args:
-      tokenizer: the judge's.
-      template: what the judge is asked.
       max_length: a prompt stays below this many tokens.
       max_answer_length: tokens that an answer keeps where the prompt would be longer.
-
-    Raises:
-      ValueError: the tokenizer begins the answers A and B with the same token.
     """
 
     def __init__(

@@ -287,15 +287,12 @@ def forward(
     """Final hidden states of rows `[prefix | branch 1 | branch 2]`.
 
     Args:
-      config: the model's shape.
-      params: the parameter tree, in any floating dtype.
       tokens_BL: int32 token ids (B, L).
       positions_BL: int32 positions (B, L); those of a branch continue the prefix's.
       branch_BL: int32 (B, L); 0 padding, 1 prefix, 2 and 3 the branches.
       segment_BL: int32 (B, L), which packed pair a token belongs to; None for one pair a row.
       dtype: what activations are computed in; norms and softmax stay in float32.
       remat: what the backward pass recomputes, a key of `REMAT_POLICIES`.
-      attention: what computes attention, one of `IMPLEMENTATIONS`.
 
     Returns:
       hidden_BLD, after the final norm, in `dtype`.
@@ -323,17 +320,12 @@ def read(
     """Where the tokens at `read_BQ` look, in each of some layers: the judge's pass.
 
     Args:
-      config: the model's shape.
-      params: the parameter tree.
       tokens_BL: int32 token ids (B, L), without those of `past`.
       positions_BL: int32 positions (B, L), counted from the start of `past`.
       branch_BL: int32 (B, L); 0 padding, 1 prefix, 2 and 3 the branches.
       read_BQ: int32 places in the row (B, Q) whose attention rows are wanted.
-      layers: the layers wanted, 0-based.
       past: keys and values of tokens that every row begins with (see `make_past`), or None.
       with_hidden: whether the final hidden states at the read positions are wanted too.
-      dtype: what activations are computed in.
-      attention: what computes attention but for the rows that are read, as for `forward`.
     """
     return _decoder(config, params).read(
         tokens_BL,

@@ -100,7 +100,6 @@ def response_logps(config: ModelConfig, prompt: int, responses: Sequence[int]) -
     """Log-probs of all tokens of a pair's responses: the reference's pass over one pair.
 
     Args:
-      config: the model's shape.
       prompt: tokens of the prompt.
       responses: tokens of each response, one or more.
     """
@@ -143,7 +142,6 @@ def judge_row(
     """Attention rows, and the verdict, of one pair in both orders.
 
     Args:
-      config: the model's shape.
       common: tokens that all judge prompts begin with (see `judge_common`).
       prefix: tokens both orders begin with, `common` included.
       orders: tokens of each order's prompt, `prefix` included.

@@ -16,13 +16,7 @@ from attnpo_jax.models.attention.core import MASKED, soft_cap
 def logits(
     hidden_BMD: jax.Array, unembedding_VD: jax.Array, *, softcap: float | None = None
 ) -> jax.Array:
-    """Logits over the whole vocabulary, for few tokens: float32 (B, M, V).
-
-    Args:
-      hidden_BMD: hidden states (B, M, D).
-      unembedding_VD: output embedding (V, D), in any floating dtype.
-      softcap: the model's `final_logit_softcapping`.
-    """
+    """Logits over the whole vocabulary, for few tokens: float32 (B, M, V)."""
     logits_BMV = jnp.einsum(
         "bmd,vd->bmv",
         hidden_BMD,
@@ -49,9 +43,7 @@ def token_logps(
 
     Args:
       hidden_BMD: hidden states (B, M, D) that predict the targets.
-      unembedding_VD: output embedding (V, D).
       target_BM: int32 token ids (B, M), each in [0, V).
-      softcap: the model's `final_logit_softcapping`, which bounds the logits.
       chunk: tokens projected at a time, over all of a device's own rows together.
 
     Returns:

@@ -50,14 +50,6 @@ def parameter_spec(
 
     A vocabulary that its mesh axis does not divide stays whole; other lengths must be divisible
     (see `mesh.check_model`).
-
-    Args:
-      axes: the logical axes of the parameter.
-      shape: its shape.
-      sizes: sizes of the mesh's axes.
-
-    Raises:
-      ValueError: a logical axis that the table lacks.
     """
     entries = []
     for axis, length in zip(axes, shape, strict=True):
@@ -77,7 +69,6 @@ def gather(weight: jax.Array, axes: Sequence[str]) -> jax.Array:
 
     Args:
       weight: in the dtype it is used in, so that no more than that travels.
-      axes: its logical axes.
     """
     sizes = _sizes()
     if sizes.get("fsdp", 1) == 1:
@@ -91,9 +82,6 @@ def gather(weight: jax.Array, axes: Sequence[str]) -> jax.Array:
 
 def checkpoint_policy(policy):
     """A rematerialisation policy under which gathered weights are not kept.
-
-    Args:
-      policy: one of `jax.checkpoint_policies`, or None for keeping everything.
 
     Returns:
       A policy for `jax.checkpoint`; None where there is nothing that must not be kept.
@@ -117,9 +105,7 @@ def per_device(
     """Runs a function on each device's own rows and heads: for kernels, which nobody partitions.
 
     Args:
-      function: what a device does with its part of each argument.
       inputs: how each argument is split: `WHOLE`, `BY_ROWS`, ..., or a pytree of those.
-      output: how the result is.
       rows: of the batch; where the mesh does not divide them, each device takes all.
     """
     if not _sizes():

@@ -33,12 +33,7 @@ def response_logps(
     response tokens reach the LM head.
 
     Args:
-      config: the model's shape.
-      params: the parameter tree.
       batch: rows without a microbatch axis.
-      dtype: what activations are computed in.
-      remat: a key of `decoder.REMAT_POLICIES`.
-      attention: one of `models.attention.implementations.IMPLEMENTATIONS`.
       chunk: tokens whose logits exist at a time.
 
     Returns:

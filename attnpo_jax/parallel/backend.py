@@ -88,12 +88,7 @@ def for_training(model: ModelConfig, parallel: Any) -> Backend:
     """What trains on all devices of all processes.
 
     Args:
-      model: the model's shape.
       parallel: the `parallel` section of the config.
-
-    Raises:
-      MeshError: the devices or the model do not fit the mesh, or there are several processes and
-        the backend is pmap.
     """
     sizes = meshes.axis_sizes(parallel.mesh, jax.device_count())
     return _make(model, parallel.backend, sizes, jax.devices())
@@ -103,14 +98,9 @@ def for_preparing(model: ModelConfig, parallel: Any, devices: str, param_dtype: 
     """What judges and scores: this process's devices alone, or all; see `prepares_together`.
 
     Args:
-      model: the model's shape, as the passes have it.
       parallel: the `parallel` section of the config; see `mesh.local_sizes` for the mesh of a
         process's own devices.
       devices: `prepare.devices` of the config.
-      param_dtype: what parameters are held in.
-
-    Raises:
-      MeshError: the devices or the model do not fit the mesh.
     """
     sizes = meshes.axis_sizes(parallel.mesh, jax.device_count())
     local = jax.local_devices()
@@ -137,9 +127,7 @@ def prepares_together(
     and all devices together would not hold as much each.
 
     Args:
-      model: the model's shape, as the passes have it.
       devices: "auto", or what is settled: "all" or "process".
-      param_dtype: what parameters are held in.
       sizes: of the axes of the mesh of all devices.
       num_own: how many devices a process has.
       memory: bytes of a device; None where it does not say.

@@ -17,7 +17,6 @@ class Batches:
 
     Args:
       row_shards: in how many parts a batch's rows are, see `Backend`.
-      batch_size: rows in a batch, at most.
       token_budget: tokens in a batch, at most (a longer row is a batch of its own).
     """
 

@@ -138,11 +138,7 @@ class Checkpoints:
         ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
     def wait(self) -> None:
-        """Returns when what is being written is whole.
-
-        Raises:
-          CheckpointError: it could not be written.
-        """
+        """Returns when what is being written is whole."""
         with _naming_failures(self.folder):
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
@@ -260,16 +256,12 @@ def restore_params(
     """The parameters of the newest whole checkpoint in `folder`, and its step; nothing is changed.
 
     Args:
-      folder: as given to `Checkpoints`.
       abstract_params: the parameters as `jax.ShapeDtypeStruct`s; see `Checkpoints.restore`. Where
         they go to devices of several processes, all of these must call together.
       identity: the part of the checkpoint's identity that matters to the caller.
 
     Raises:
       FileNotFoundError: there is no checkpoint.
-      CheckpointMismatch: the checkpoint's parameters have other names or shapes, or it has another
-        identity.
-      CheckpointError: all checkpoints are damaged.
     """
     folder = _absolute(folder)
     with _reader(folder) as manager:

@@ -55,9 +55,6 @@ def watch(program: str = "attnpo") -> None:
     """Starts to look for failures of the others, and ends this process for one.
 
     Process 0 of several may end before the others if all goes well: JAX's farewell waits for all.
-
-    Args:
-      program: the name in front of the message.
     """
     _watch_abort(program)
     stop = threading.Event()
@@ -86,8 +83,6 @@ def fail(
     Waiting for the others at the end, as Python would, could take as long as they live.
 
     Args:
-      program: the name in front of the message.
-      error: what happened.
       expected: whether its message alone says what to mend; otherwise its traceback is shown.
       code: the exit code, of the others too.
     """

@@ -106,11 +106,7 @@ def watch_steps(start: int) -> Iterator[Notice]:
 
 
 def agreed(stops: bool) -> bool:
-    """Whether any process says that it stops; all of them must ask together.
-
-    Args:
-      stops: what this process says.
-    """
+    """Whether any process says that it stops; all of them must ask together."""
     return agreed_each([stops])[0]
 
 

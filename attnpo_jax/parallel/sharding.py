@@ -27,12 +27,7 @@ def like_parameters(tree: Any, abstract: Any, shardings: Any, default: Any) -> A
     Args:
       tree: a pytree of arrays or `jax.ShapeDtypeStruct`s. A leaf whose path ends in the path of a
         parameter of the same shape is placed like it.
-      abstract: the parameters as `jax.ShapeDtypeStruct`s.
-      shardings: the parameters' shardings, a tree like `abstract`.
       default: the sharding of all other leaves.
-
-    Returns:
-      A tree like `tree` of shardings.
     """
     known = {
         tuple(map(str, path)): (leaf.shape, sharding)
@@ -63,7 +58,6 @@ def put(tree: Any, sharding: NamedSharding) -> Any:
     Args:
       tree: a pytree of NumPy arrays; of one that is split over processes, only this process's part
         need hold anything.
-      sharding: where all of them go.
     """
     if sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)

@@ -50,7 +50,6 @@ def collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
     """All collectives that move something, in the program's order.
 
     Args:
-      program: a compiled program.
       mesh: sizes of the mesh's axes, in order; devices count up along the last one first.
     """
     found, chains = [], set()

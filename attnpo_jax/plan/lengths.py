@@ -40,9 +40,6 @@ class Lengths:
             are cut off behind a prompt of one token.
           response: tokens of each response. None: a third of the row, or more where the config
             would cut prompt and response off otherwise.
-
-        Raises:
-          PlanError: the config lets no such pair through.
         """
         longest = config.data.max_length
         row = 2 * longest - 1 if row is None else row

@@ -116,12 +116,7 @@ class Setting:
 
     @property
     def weight_columns(self) -> tuple[str, ...]:
-        """Precomputed weights that the run's data have.
-
-        Raises:
-          PlanError: the config leaves their names to the data.
-          ConfigError: `weighting.column` is not among them.
-        """
+        """Precomputed weights that the run's data have."""
         columns = config_lib.weight_columns(self.config)
         if columns == "all":
             raise PlanError(
@@ -138,7 +133,6 @@ class Setting:
 
         Raises:
           DoesNotFit: it needs more memory than a chip has.
-          MeshError: the chips or the model do not fit `parallel.mesh`.
         """
         config, at = self.config, self.lengths
         policy = lora.adapted(self.model, config.lora)

@@ -110,9 +110,6 @@ class Topology:
         """Links by which a chip reaches a group of chips: one a varying axis, two along a ring.
 
         Along a part of a ring it is one, since the way round belongs to the other parts too.
-
-        Args:
-          coordinates: where the group's chips are in the slice.
         """
         places = [len(set(at)) for at in np.array(coordinates).T[: len(self.shape)]]
         closes = [length % self.chip.wraps == 0 for length in self.shape]
@@ -125,11 +122,7 @@ class Topology:
         )
 
     def devices(self) -> list[jax.Device]:
-        """Devices to compile for; there is nothing to run on.
-
-        Raises:
-          PlanError: libtpu is not installed, or does not know the slice.
-        """
+        """Devices to compile for; there is nothing to run on."""
         _prepare_libtpu()
         try:
             found = topologies.get_topology_desc(
@@ -145,11 +138,7 @@ class Topology:
 
 
 def parse(name: str) -> Topology:
-    """The slice that a name like "v5e:8x8" or "v5p:2x2x4" means.
-
-    Raises:
-      PlanError: no such chip, or a grid that such chips do not come in.
-    """
+    """The slice that a name like "v5e:8x8" or "v5p:2x2x4" means."""
     kind, _, grid = name.partition(":")
     chip = CHIPS.get(kind)
     if chip is None or not re.fullmatch(r"\d+(x\d+)*", grid):

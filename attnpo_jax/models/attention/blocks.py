@@ -67,12 +67,7 @@ class Blocks:
 
     @classmethod
     def of(cls, layout: RowLayout, past_length: int = 0) -> "Blocks":
-        """The blocks for rows of a layout; the same for all layers of a model.
-
-        Args:
-          layout: who sees whom.
-          past_length: P, 0 without a shared past.
-        """
+        """The blocks for rows of a layout; the same for all layers of a model."""
         B, L = layout.branch_BL.shape
         b = _block_length(B, L)
         real = layout.branch_BL > 0

@@ -199,16 +199,12 @@ def save(
 
     Args:
       folder: where to write; may exist if it is empty or an earlier export.
-      config: the model's config.
-      params: the parameter tree, in any floating dtype.
       source_folder: the folder that the model was loaded from.
       chat_template: Jinja text that takes the place of the tokenizer's own template.
       overwrite: also replace a folder that is not an earlier export.
       origin: what the parameters are, as JSON values; see `read_origin`.
 
     Raises:
-      FolderError: the target holds something else, the parameters do not fit `config`, or
-        `source_folder` lacks config.json, or a vision tower that belongs into the export.
       OSError: the disk is full or the place can't be written; what was at `folder` stays.
     """
     source_folder = Path(source_folder)
@@ -254,12 +250,8 @@ def replacing(folder: str | os.PathLike, *, overwrite: bool, origin: Any = None)
     """A new folder that takes the place of `folder` when all in it is written, or vanishes.
 
     Args:
-      folder: the target; may exist if it is empty or an earlier export.
       overwrite: also replace a folder that is not an earlier export.
       origin: what the export is made of, as JSON values; see `read_origin`.
-
-    Raises:
-      FolderError: the target holds something else.
     """
     folder = Path(folder).absolute()
     if folder.exists() and not folder.is_dir():

@@ -14,15 +14,7 @@ from attnpo_jax.runtime import nested
 
 FORMAT = 1
 PLAN, METADATA = "plan.json", "prepared.json"
-RECORDED_VERSIONS = (
-    "datasets",
-    "flax",
-    "jax",
-    "numpy",
-    "pyarrow",
-    "tokenizers",
-    "transformers",
-)
+RECORDED_VERSIONS = ("datasets", "flax", "jax", "numpy", "pyarrow", "tokenizers", "transformers")
 
 
 class PreparedMismatch(ValueError):

@@ -72,11 +72,7 @@ class BadExample(ValueError):
     """
 
     def __init__(
-        self,
-        reason: str,
-        file: str | None = None,
-        number: int | None = None,
-        id: str | None = None,
+        self, reason: str, file: str | None = None, number: int | None = None, id: str | None = None
     ):
         where = "" if id is None else f"pair {id}: "
         if file is not None:

@@ -18,10 +18,10 @@ import numpy as np
 
 from attnpo_jax.data.align import align
 from attnpo_jax.data.packing import choose_buckets
-from attnpo_jax.data.pair import Pair
+from attnpo_jax.data.pair import SIDES, Pair
 from attnpo_jax.data.tokenize import TokenizedPair, tokenize_pair
 from attnpo_jax.judge.language_model import LanguageModel
-from attnpo_jax.judge.prompt import JudgePrompt, JudgePrompter, JudgeTemplate
+from attnpo_jax.judge.prompt import JudgePrompt, JudgePrompter, JudgeTemplate, common_beginning
 from attnpo_jax.models import decoder, lm_head, placement
 from attnpo_jax.models.attention import implementations
 from attnpo_jax.models.decoder import ModelConfig, Params, Past
@@ -139,7 +139,7 @@ class Judge:
           row_lengths: row lengths to compile, in place of those that suit the sample.
         """
         sequences = [ids for prompt in prompts for ids in prompt.ids]
-        common = functools.reduce(_common_beginning, sequences)
+        common = functools.reduce(common_beginning, sequences)
         common = common[: min(map(_sharable, prompts))]
         # Alone, a pair's orders share more than the template; running that apart gains nothing.
         self._common = common if len(prompts) > 1 else common[:0]
@@ -183,10 +183,9 @@ class Judge:
             rows_SBQL, verdict_BQ, answer_BQ = output
             done = []
             for b, i in enumerate(batch.tolist()):
-                attention = self._on_answers(rows_SBQL[:, b], prompts[i], tokenized[i])
-                done.append(
-                    (i, Judgement(tokenized[i].id, *attention, verdict_BQ[b], answer_BQ[b]))
-                )
+                pair, rows_SQL = tokenized[i], rows_SBQL[:, b]
+                attention = (self._carried_over(rows_SQL, prompts[i], pair, side) for side in SIDES)
+                done.append((i, Judgement(pair.id, *attention, verdict_BQ[b], answer_BQ[b])))
             yield done
 
     def _begins_common(self, prompt: JudgePrompt) -> bool:
@@ -202,42 +201,20 @@ class Judge:
         read = (len(first) - 1 - skip, len(tokens) - 1 - skip)
         return _Row(tokens[skip:], positions[skip:], branch[skip:], read)
 
-    def _on_answers(
-        self, rows_SQL: np.ndarray, prompt: JudgePrompt, pair: TokenizedPair
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Attention on the chosen and the rejected response, see `Judgement`."""
-        return (
-            self._carried_over(
-                rows_SQL,
-                prompt,
-                prompt.chosen_tokens,
-                prompt.chosen_spans,
-                pair.chosen_spans,
-                pair.chosen_ids[: pair.chosen_text_length],
-            ),
-            self._carried_over(
-                rows_SQL,
-                prompt,
-                prompt.rejected_tokens,
-                prompt.rejected_spans,
-                pair.rejected_spans,
-                pair.rejected_ids[: pair.rejected_text_length],
-            ),
-        )
-
     def _carried_over(
-        self, rows_SQL, prompt: JudgePrompt, tokens, spans, target_spans, target_ids
+        self, rows_SQL: np.ndarray, prompt: JudgePrompt, pair: TokenizedPair, side: str
     ) -> np.ndarray:
-        """An answer's attention (2, S, T) by order, on its tokens as they are trained on."""
+        """A response's attention (2, S, T) by order, on its tokens as they are trained on."""
         skip = len(self._common) if self._begins_common(prompt) else 0
         shift = len(prompt.ids[0]) - prompt.prefix_length
+        spans = getattr(pair, f"{side}_spans")
+        text_ids = getattr(pair, f"{side}_ids")[: getattr(pair, f"{side}_text_length")]
+        judged = (getattr(prompt, f"{side}_{name}") for name in ("tokens", "spans"))
         orders = []
-        for order, (at, its_spans, ids) in enumerate(zip(tokens, spans, prompt.ids, strict=True)):
+        for order, (at, its_spans, ids) in enumerate(zip(*judged, prompt.ids, strict=True)):
             # In the row, the second order's own tokens stand behind the first's.
             places = at - skip + order * shift * (at >= prompt.prefix_length)
-            orders.append(
-                align(rows_SQL[:, order, places], its_spans, target_spans, ids[at], target_ids)
-            )
+            orders.append(align(rows_SQL[:, order, places], its_spans, spans, ids[at], text_ids))
         return np.stack(orders).astype(np.float32)
 
 
@@ -248,13 +225,6 @@ def _sharable(prompt: JudgePrompt) -> int:
     """
     answers = (*prompt.chosen_tokens, *prompt.rejected_tokens)
     return min([prompt.prefix_length, *(int(tokens[0]) for tokens in answers if len(tokens))])
-
-
-def _common_beginning(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """The ids that both begin with."""
-    n = min(len(first), len(second))
-    differs = np.flatnonzero(first[:n] != second[:n])
-    return first[: int(differs[0]) if len(differs) else n]
 
 
 def _stack(rows: Sequence[_Row], size: int, length: int) -> tuple[np.ndarray, ...]:

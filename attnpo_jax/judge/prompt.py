@@ -180,7 +180,7 @@ class JudgePrompter:
             rejected_tokens=rejected_tokens,
             rejected_spans=rejected_spans,
             letter_ids=self.letter_ids,
-            prefix_length=_shared_prefix(orders[0].ids, orders[1].ids),
+            prefix_length=len(common_beginning(*(order.ids[:-1] for order in orders))),
             truncated=truncated,
         )
 
@@ -286,7 +286,8 @@ def _boundary(offsets: np.ndarray, k: int) -> tuple[int, int]:
     return min(end, start), max(end, start)
 
 
-def _shared_prefix(first: np.ndarray, second: np.ndarray) -> int:
-    length = min(len(first), len(second)) - 1
-    differs = np.flatnonzero(first[:length] != second[:length])
-    return int(differs[0]) if len(differs) else length
+def common_beginning(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """The ids that both begin with."""
+    n = min(len(first), len(second))
+    differs = np.flatnonzero(first[:n] != second[:n])
+    return first[: int(differs[0]) if len(differs) else n]

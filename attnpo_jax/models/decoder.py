@@ -84,6 +84,20 @@ class Decoder(nnx.Module):
         self, tokens_BL, positions_BL, layout: RowLayout, *, dtype, remat: str, attention: str
     ):
         """Final hidden states (B, L, D)."""
+        x_BLD, _ = self._run(tokens_BL, positions_BL, layout, dtype, remat, attention)
+        return self._final(x_BLD)
+
+    def make_past(self, tokens_P, *, dtype, attention: str) -> Past:
+        """Keys and values of every layer for tokens that all rows of later passes begin with."""
+        tokens_BL, positions_BL = tokens_P[None], jnp.arange(tokens_P.shape[0])[None]
+        layout = row_layout(self.config, jnp.ones_like(tokens_BL), positions_BL)
+        _, past = self._run(tokens_BL, positions_BL, layout, dtype, "none", attention, keep=True)
+        return past
+
+    def _run(
+        self, tokens_BL, positions_BL, layout, dtype, remat: str, attention: str, keep: bool = False
+    ):
+        """All layers' output (B, L, D) and, where asked to `keep` them, the first row's `Past`."""
         ropes = rope_tables(self.config, positions_BL)
         graphdef, stacked = nnx.split(self.layers)
         run_attention = self._attention(attention, layout)
@@ -93,15 +107,16 @@ class Decoder(nnx.Module):
             layer, rope = nnx.merge(graphdef, slice_), kind.rope_of(ropes)
             normed = layer.normed_for_attention(x_BLD)
             q_BLNH, k_BLKH = layer.queries(normed, rope), layer.keys(normed, rope)
-            attended = run_attention(kind, q_BLNH, k_BLKH, layer.values(normed))
-            return layer.after_attention(x_BLD, attended), None
+            v_BLKH = layer.values(normed)
+            attended = run_attention(kind, q_BLNH, k_BLKH, v_BLKH)
+            kept = Past(k_BLKH[0], v_BLKH[0]) if keep else None
+            return layer.after_attention(x_BLD, attended), kept
 
         policy = placement.checkpoint_policy(REMAT_POLICIES[remat])
         if policy is not None:
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
         layers = stacked, layer_kinds(self.config)
-        x_BLD, _ = jax.lax.scan(body, self._embed(tokens_BL, dtype), layers)
-        return self._final(x_BLD)
+        return jax.lax.scan(body, self._embed(tokens_BL, dtype), layers)
 
     def read(
         self,
@@ -173,26 +188,6 @@ class Decoder(nnx.Module):
             residual = jnp.take_along_axis(x_BLD, read_BQ[:, :, None], axis=1)
             hidden_BQD = self._final(layer.after_attention(residual, attended))
         return ReadOutput(rows_SBQL=rows[jnp.asarray(layers)], hidden_BQD=hidden_BQD)
-
-    def make_past(self, tokens_P, *, dtype, attention: str) -> Past:
-        """Keys and values of every layer for tokens that all rows of later passes begin with."""
-        tokens_BL = tokens_P[None]
-        positions_BL = jnp.arange(tokens_P.shape[0])[None]
-        ropes = rope_tables(self.config, positions_BL)
-        layout = row_layout(self.config, jnp.ones_like(tokens_BL), positions_BL)
-        graphdef, stacked = nnx.split(self.layers)
-        run_attention = self._attention(attention, layout)
-
-        def body(x_BLD, slice_and_kind):
-            slice_, kind = slice_and_kind
-            layer, rope = nnx.merge(graphdef, slice_), kind.rope_of(ropes)
-            normed = layer.normed_for_attention(x_BLD)
-            k_BLKH, v_BLKH = layer.keys(normed, rope), layer.values(normed)
-            attended = run_attention(kind, layer.queries(normed, rope), k_BLKH, v_BLKH)
-            return layer.after_attention(x_BLD, attended), Past(k_BLKH[0], v_BLKH[0])
-
-        layers = stacked, layer_kinds(self.config)
-        return jax.lax.scan(body, self._embed(tokens_BL, dtype), layers)[1]
 
     def _attention(self, implementation: str, layout: RowLayout, past: Past | None = None):
         """`(kind, q, k, v, past of the layer) -> attended` on rows of one layout."""

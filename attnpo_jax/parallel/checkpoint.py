@@ -95,11 +95,7 @@ class Checkpoints:
           CheckpointError: this write failed, or the one before it did.
         """
         step, state = int(state.step), _without_base(state)
-        metadata = {
-            "identity": self._identity,
-            "tree": _describe(state),
-            "sums": _checksums(state),
-        }
+        metadata = {"identity": self._identity, "tree": _describe(state), "sums": _checksums(state)}
         with _naming_failures(self.folder):
             written = self._manager.save(
                 step,

@@ -45,7 +45,7 @@ PROBE_SECONDS = 2
 # What JAX, Gloo, NCCL and the coordination service say of a partner that is gone.
 _LOST = re.compile(
     r"Connection (closed|reset|refused)|Broken pipe|[Hh]eartbeat|Socket closed|Barrier failed|"
-    r"tasks? .*unhealthy|remote process|NCCL.*remote|^UNAVAILABLE:",
+    r"tasks? .*unhealthy|remote process|NCCL.*remote|^UNAVAILABLE:"
 )
 
 _ending = threading.Lock()

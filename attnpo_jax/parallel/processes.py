@@ -255,8 +255,7 @@ def _is_indexed_job(environ: Mapping[str, str]) -> bool:
 def _explicit(given: Mapping[str, str], names: Sequence[str], shown: str) -> dict[str, str | int]:
     """What was said by name: address, number of processes, which of them.
 
-    Args:
-      shown: how a name is written in a message.
+    `shown` is how a name is written in a message.
     """
     said = [shown.format(name) for name in names if name in given]
     missing = [shown.format(name) for name in names if name not in given]

@@ -85,7 +85,9 @@ def _collective(
     else:
         members = _first_group(i.attribute("replica_groups") or "", i.attributes, size)
         share = (len(members) - 1) / len(members)
-        if kind == "all-reduce" and _is_scattered(program, computation, i):
+        name = computation.name
+        scattered = name in program.fused and name.startswith("all-reduce-scatter")
+        if kind == "all-reduce" and scattered:
             kind = "reduce-scatter"
         elif kind == "all-reduce":
             share *= 2
@@ -98,10 +100,6 @@ def _collective(
         times,
         i.source,
     )
-
-
-def _is_scattered(program: Program, computation: Computation, i: Instruction) -> bool:
-    return computation.name in program.fused and computation.name.startswith("all-reduce-scatter")
 
 
 def _axes(members: list[int], mesh: Mapping[str, int]) -> tuple[str, ...]:

@@ -104,12 +104,8 @@ def train_batch(
 ) -> PairBatch:
     """A training batch (n, B, ...) as `jax.ShapeDtypeStruct`s."""
     one = reference_batch(lengths, 1, num_sources, num_columns)
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(
-            (batching.microbatches, batching.rows, *x.shape[1:]), x.dtype
-        ),
-        one,
-    )
+    n_B = batching.microbatches, batching.rows
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*n_B, *x.shape[1:]), x.dtype), one)
 
 
 def reference_batch(

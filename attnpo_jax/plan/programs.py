@@ -261,7 +261,11 @@ class Setting:
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            raise DoesNotFit(self._too_large(name, topology, backend, batching, error)) from error
+            mesh = ", ".join(f"{axis} {size}" for axis, size in backend.mesh.shape.items())
+            raise DoesNotFit(
+                f"the {name} program needs {_excess(str(error))}, on {topology.name} ({mesh}); "
+                f"change: {self._changes(name, batching)}"
+            ) from error
         finally:
             jax.config.update("jax_enable_compilation_cache", cached)
         seconds = time.monotonic() - start
@@ -282,12 +286,6 @@ class Setting:
             unknown_loops=program.unknown_loops,
             compile_seconds=seconds,
         )
-
-    def _too_large(self, name, topology, backend, batching, error) -> str:
-        by = _excess(str(error))
-        mesh = ", ".join(f"{axis} {size}" for axis, size in backend.mesh.shape.items())
-        where = f"on {topology.name} ({mesh})"
-        return f"the {name} program needs {by}, {where}; change: {self._changes(name, batching)}"
 
     def _changes(self, name: str, batching: Batching) -> str:
         config, changes = self.config, []

@@ -52,10 +52,7 @@ def plan(
     model = known.shape_of(config.model.source)
     config_lib.check_layers(config, model.num_layers, model.layer_windows)
     setting = Setting(
-        config,
-        model,
-        topologies.parse(topology),
-        Lengths.of(config, row_length, response_length),
+        config, model, topologies.parse(topology), Lengths.of(config, row_length, response_length)
     )
     if search_over:
         ranking = search.ranking(setting)

@@ -221,10 +221,7 @@ def _check_stored(
 
 
 def _parameter_reader(
-    leaf: jax.ShapeDtypeStruct,
-    layout,
-    layers: list[Part],
-    stored: Mapping[str, Stored],
+    leaf: jax.ShapeDtypeStruct, layout, layers: list[Part], stored: Mapping[str, Stored]
 ) -> Callable[[tuple[slice, ...]], np.ndarray]:
     """A function from an index (one slice an axis) to that part of a parameter, in its dtype."""
     stacked = layers[0].layer is not None

@@ -129,10 +129,7 @@ def _assembled(export: _Export, slots: Mapping[str, Slot], params: Mapping[str, 
 
 
 def _write_weights(
-    folder: Path,
-    config: ModelConfig,
-    params: Mapping[str, Any],
-    source: Mapping[str, Stored],
+    folder: Path, config: ModelConfig, params: Mapping[str, Any], source: Mapping[str, Stored]
 ) -> np.dtype:
     """Writes all tensors; returns the dtype of the embedding."""
     slots = table(config, text_prefix(source))

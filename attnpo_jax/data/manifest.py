@@ -47,11 +47,7 @@ class PreparedMismatch(ValueError):
 
 
 def fingerprint(components: Mapping[str, Any]) -> str:
-    """sha256 (hex) of the components as canonical JSON; tuples count as lists.
-
-    Raises:
-        TypeError, ValueError: a component has no JSON form (NaN has none either).
-    """
+    """sha256 (hex) of the components as canonical JSON; tuples count as lists."""
     text = json.dumps(
         canonical(components), sort_keys=True, separators=(",", ":"), ensure_ascii=True
     )

@@ -213,11 +213,7 @@ class _TokenBytes:
         return np.array([self._id_of[token] for token in tokens], np.int32)
 
     def __call__(self, token_id: int, pair_id: str) -> bytes:
-        """The bytes of a token.
-
-        Raises:
-          BadExample: it has no such token.
-        """
+        """The bytes of a token."""
         if not self._is_readable:
             raise ValueError(
                 f"{self._origin}: neither a byte-level nor a SentencePiece tokenizer; accepted "

@@ -135,9 +135,6 @@ def load_pairs(
 
     Raises:
         BadExample: an example is no preference pair and `on_bad_row` is `error`.
-        FileNotFoundError: a source is neither a file, a folder nor a hub id.
-        ValueError: a file can't be parsed as what its ending says, a split or column is missing,
-            or no pair is left.
     """
     if on_bad_row not in ("error", "skip"):
         raise ValueError(f"on_bad_row is {on_bad_row!r}; accepted: 'error', 'skip'")

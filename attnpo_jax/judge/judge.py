@@ -327,9 +327,6 @@ def judge_pairs(
     Args:
       max_length, max_prompt_length: as in `data.tokenize.tokenize_pair`.
       **settings: arguments of `Judge`, under its names.
-
-    Returns:
-      Each pair as trained on, with its judgement.
     """
     lengths = {"max_length": max_length, "max_prompt_length": max_prompt_length}
     tokenized = [tokenize_pair(model.tokenizer, pair, **lengths) for pair in pairs]

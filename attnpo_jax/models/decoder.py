@@ -279,7 +279,7 @@ def forward(
     remat: str = "none",
     attention: str = "xla",
 ) -> jax.Array:
-    """Final hidden states of rows `[prefix | branch 1 | branch 2]`.
+    """Hidden states (B, L, D), after the final norm, of rows `[prefix | branch 1 | branch 2]`.
 
     Args:
       tokens_BL: int32 token ids (B, L).
@@ -288,9 +288,6 @@ def forward(
       segment_BL: int32 (B, L), which packed pair a token belongs to; None for one pair a row.
       dtype: what activations are computed in; norms and softmax stay in float32.
       remat: what the backward pass recomputes, a key of `REMAT_POLICIES`.
-
-    Returns:
-      hidden_BLD, after the final norm, in `dtype`.
     """
     layout = row_layout(config, branch_BL, positions_BL, segment_BL)
     return _decoder(config, params)(

@@ -34,7 +34,7 @@ def token_logps(
     softcap: float | None = None,
     chunk: int = 2048,
 ) -> jax.Array:
-    """log softmax(hidden · unembeddingᵀ)[target], for few tokens and few words at a time.
+    """log softmax(hidden · unembeddingᵀ)[target], float32 (B, M), few tokens and words at a time.
 
     Logits exist for at most about `chunk` tokens and a tile of the vocabulary (16 MiB in all where
     tiles can be so small), and are computed again in the backward pass: as FlashAttention does
@@ -45,9 +45,6 @@ def token_logps(
       hidden_BMD: hidden states (B, M, D) that predict the targets.
       target_BM: int32 token ids (B, M), each in [0, V).
       chunk: tokens projected at a time, over all of a device's own rows together.
-
-    Returns:
-      float32 log-probs (B, M).
     """
     in_chunks = functools.partial(_in_chunks, softcap=softcap, chunk=chunk)
     unembedding_VD = unembedding_VD.astype(hidden_BMD.dtype)

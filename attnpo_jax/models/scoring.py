@@ -27,7 +27,7 @@ def response_logps(
     attention: str = "xla",
     chunk: int = 2048,
 ) -> jax.Array:
-    """Log-prob of each response token given its prompt and the tokens before it.
+    """Log-prob of each response token: float32 (B, G, 2, T), 0 where there is no token.
 
     Both responses of a pair share one pass over the prompt, and only the hidden states that predict
     response tokens reach the LM head.
@@ -35,9 +35,6 @@ def response_logps(
     Args:
       batch: rows without a microbatch axis.
       chunk: tokens whose logits exist at a time.
-
-    Returns:
-      float32 (B, G, 2, T), 0 where there is no token.
     """
     hidden_BLD = decoder.forward(
         config,

@@ -85,11 +85,7 @@ class Backend(Protocol):
 
 
 def for_training(model: ModelConfig, parallel: Any) -> Backend:
-    """What trains on all devices of all processes.
-
-    Args:
-      parallel: the `parallel` section of the config.
-    """
+    """What trains on all devices of all processes."""
     sizes = meshes.axis_sizes(parallel.mesh, jax.device_count())
     return _make(model, parallel.backend, sizes, jax.devices())
 

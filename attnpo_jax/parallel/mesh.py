@@ -15,11 +15,7 @@ class MeshError(ValueError):
 
 
 def axis_sizes(wanted: Mapping[str, int], num_devices: int) -> dict[str, int]:
-    """Sizes of the mesh's axes, -1 replaced by the devices that are left.
-
-    Args:
-      num_devices: devices of all processes.
-    """
+    """Sizes of the mesh's axes, -1 replaced by the devices that are left."""
     sizes = {axis: int(wanted[axis]) for axis in AXES}
     named = ", ".join(f"parallel.mesh.{axis} = {size}" for axis, size in sizes.items())
     if any(size < 1 and size != -1 for size in sizes.values()):
@@ -47,11 +43,7 @@ def local_sizes(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with axes `data`, `fsdp` and `tensor`, neighbours on `tensor` closest together.
-
-    Args:
-      devices: which devices; None for those of all processes.
-    """
+    """A mesh with axes `data`, `fsdp` and `tensor`, neighbours on `tensor` closest together."""
     return jax.make_mesh(
         tuple(sizes[axis] for axis in AXES),
         AXES,

@@ -84,9 +84,6 @@ def watch_steps(start: int) -> Iterator[Notice]:
 
     Args:
       start: steps done before, the same on all processes.
-
-    Yields:
-      What to ask whether to save and stop now.
     """
     if jax.process_count() > 1:
         # The service has all processes stop one step after the latest that any has told it of.
@@ -111,11 +108,7 @@ def agreed(stops: bool) -> bool:
 
 
 def agreed_each(flags: Sequence[bool]) -> list[bool]:
-    """For each flag, whether any process has it set; all of them must ask together.
-
-    Args:
-      flags: as many in every process.
-    """
+    """For each flag, whether any process has it set; all of them must ask together."""
     if jax.process_count() == 1:
         return list(flags)
     return np.any(multihost_utils.process_allgather(np.array(flags, bool)), axis=0).tolist()

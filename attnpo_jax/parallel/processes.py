@@ -151,14 +151,11 @@ def barrier(name: str) -> None:
 def check_shared(folder: str | os.PathLike, field: str) -> None:
     """Checks that a folder is the same one for all processes; makes it if need be.
 
-    All processes must ask together.
+    All processes must ask together, and all hear of one that does not see the first one's.
 
     Args:
       folder: on a disk of this machine, or one that it mounts.
       field: what names the folder, for the message.
-
-    Raises:
-      ProcessesError: on all processes, if some do not see what the first one writes there.
     """
     if jax.process_count() == 1:
         return

@@ -263,9 +263,6 @@ def load_params(
       config: the folder's config (see `load_config`), or `int8.quantized` of it.
       shardings: a tree like the parameters' of `jax.sharding.Sharding`, or None for the default
         device.
-
-    Returns:
-      The nested dict of `jax.Array` that `abstract_params` describes.
     """
     folder = Path(folder)
     files, weight_map = weight_files(folder)

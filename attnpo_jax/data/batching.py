@@ -64,46 +64,27 @@ class PairBatch:
 
 @dataclasses.dataclass(frozen=True)
 class RowShape:
-    """Static sizes of a batch's rows.
+    """Static sizes of a batch's rows."""
 
-    Attributes:
-      length: L, tokens a row holds.
-      scored: M, response tokens a row holds.
-      response: T, tokens of the longest response.
-      pairs: G, pairs a row holds.
-      rows: B, rows of a microbatch.
-    """
-
-    length: int
-    scored: int
-    response: int
-    pairs: int = 1
-    rows: int = 1
+    length: int  # L, tokens a row holds
+    scored: int  # M, response tokens a row holds
+    response: int  # T, tokens of the longest response
+    pairs: int = 1  # G, pairs a row holds
+    rows: int = 1  # B, rows of a microbatch
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """What a row needs of one pair; what is None is not known, and stays 0 in the row.
+    """What a row needs of one pair; what is None is not known, and stays 0 in the row."""
 
-    Attributes:
-      index: the pair's row in its dataset.
-      prompt_ids: int32 (at least one token).
-      response_ids: int32 ids of (chosen, rejected).
-      text_lengths: how many leading tokens of each response are text.
-      judge: per response float32 (2, S, text length).
-      verdict: float32 (2,).
-      reference_logps: per response float32 (length,).
-      ready: per response float32 (K, text length).
-    """
-
-    index: int
-    prompt_ids: np.ndarray
-    response_ids: tuple[np.ndarray, np.ndarray]
-    text_lengths: tuple[int, int]
-    judge: tuple[np.ndarray, np.ndarray] | None = None
-    verdict: np.ndarray | None = None
-    reference_logps: tuple[np.ndarray, np.ndarray] | None = None
-    ready: tuple[np.ndarray, np.ndarray] | None = None
+    index: int  # the pair's row in its dataset
+    prompt_ids: np.ndarray  # int32 (at least one token)
+    response_ids: tuple[np.ndarray, np.ndarray]  # int32 ids of (chosen, rejected)
+    text_lengths: tuple[int, int]  # how many leading tokens of each response are text
+    judge: tuple[np.ndarray, np.ndarray] | None = None  # per response float32 (2, S, text length)
+    verdict: np.ndarray | None = None  # float32 (2,)
+    reference_logps: tuple[np.ndarray, np.ndarray] | None = None  # per response float32 (length,)
+    ready: tuple[np.ndarray, np.ndarray] | None = None  # per response float32 (K, text length)
 
     @classmethod
     def from_prepared(cls, dataset: Prepared, index: int) -> "Example":

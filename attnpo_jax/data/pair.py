@@ -18,16 +18,12 @@ Message = dict[str, str]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PrecomputedWeights:
-    """The token weights that came with a pair, on the tokens that they came with.
+    """The token weights that came with a pair, on the tokens that they came with."""
 
-    Attributes:
-      tokens: by side (`chosen`, `rejected`): ids, int32 (T,), or strings, the tokens' texts or the
-        vocabulary's entries.
-      weights: by side: float32 (K, T), by column and token.
-    """
-
+    # By side (`chosen`, `rejected`): ids, int32 (T,), or strings, the tokens' texts or the
+    # vocabulary's entries.
     tokens: Mapping[str, np.ndarray | tuple[str, ...]]
-    weights: Mapping[str, np.ndarray]
+    weights: Mapping[str, np.ndarray]  # by side: float32 (K, T), by column and token
 
     def digest(self) -> bytes:
         """sha256 of tokens and weights."""

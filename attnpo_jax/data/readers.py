@@ -52,19 +52,12 @@ class Examples(Protocol):
 
 
 class HubSplit(NamedTuple):
-    """A split of a dataset on the hub: its owner and name, and which part of it, if it has several.
+    """A split of a dataset on the hub: its owner and name, and which part of it."""
 
-    Attributes:
-        name: `owner/name`.
-        config: the part's name; None for the only part, or the default one.
-        folder: the part's folder in the repository, where parts are told by folders.
-        split: the split's name, as datasets takes it; None where the source names none.
-    """
-
-    name: str
-    config: str | None
-    folder: str | None
-    split: str | None
+    name: str  # `owner/name`
+    config: str | None  # the part's name; None for the only part, or the default one
+    folder: str | None  # the part's folder in the repository, where parts are told by folders
+    split: str | None  # the split's name, as datasets takes it; None where the source names none
 
 
 def hub_split(source: str) -> HubSplit | None:

@@ -82,27 +82,21 @@ class JudgeTemplate:
 
 @dataclasses.dataclass(frozen=True)
 class JudgePrompt:
-    """A pair's judge prompts; every pair of arrays is order 0 (chosen at A), order 1 (chosen at B).
+    """A pair's judge prompts; of two arrays, the first is order 0 (chosen at A)."""
 
-    Attributes:
-      ids: int32 (L,), token ids.
-      chosen_tokens, rejected_tokens: int32 (T,), places in `ids` of the tokens of the answer. One
-        that holds template text too is among them, and its attention counts whole.
-      chosen_spans, rejected_spans: int32 (T, 2), these tokens' [start, end) characters in the
-        stripped response, or in a single space if that is empty.
-      letter_ids: ids of the letters A and B as the judge would answer them.
-      prefix_length: how many first tokens both orders share; each keeps one of its own at least.
-      truncated: whether it was too long, see `JudgePrompter.build`.
-    """
-
-    ids: tuple[np.ndarray, np.ndarray]
+    ids: tuple[np.ndarray, np.ndarray]  # int32 (L,), token ids
+    # chosen_tokens, rejected_tokens: int32 (T,), places in `ids` of the tokens of the answer. One
+    # that holds template text too is among them, and its attention counts whole.
     chosen_tokens: tuple[np.ndarray, np.ndarray]
+    # chosen_spans, rejected_spans: int32 (T, 2), these tokens' [start, end) characters in the
+    # stripped response, or in a single space if that is empty.
     chosen_spans: tuple[np.ndarray, np.ndarray]
     rejected_tokens: tuple[np.ndarray, np.ndarray]
     rejected_spans: tuple[np.ndarray, np.ndarray]
-    letter_ids: tuple[int, int]
+    letter_ids: tuple[int, int]  # ids of the letters A and B as the judge would answer them
+    # How many first tokens both orders share; each keeps one of its own at least.
     prefix_length: int
-    truncated: bool
+    truncated: bool  # whether it was too long, see `JudgePrompter.build`
 
 
 @dataclasses.dataclass(frozen=True)

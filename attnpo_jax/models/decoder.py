@@ -56,15 +56,12 @@ REMAT_POLICIES = {
 
 @dataclasses.dataclass(frozen=True)
 class ReadOutput:
-    """What a reading pass returns.
+    """What a reading pass returns."""
 
-    Attributes:
-      rows_SBQL: float32 attention rows of the layers read, mean over heads; the columns are the
-        row's own tokens (a row sums to 1 together with what went to the shared past).
-      hidden_BQD: final hidden states at the read positions, or None when not asked for.
-    """
-
+    # float32 attention rows of the layers read, mean over heads; the columns are the row's own
+    # tokens (a row sums to 1 together with what went to the shared past).
     rows_SBQL: jax.Array
+    # Final hidden states at the read positions, or None when not asked for.
     hidden_BQD: jax.Array | None
 
 

@@ -67,14 +67,10 @@ def watch() -> Iterator[Callable[[], bool]]:
 
 @dataclasses.dataclass(frozen=True)
 class Notice:
-    """Whether a run has been told to stop; all of its processes ask together and hear the same.
+    """Whether a run has been told to stop; all of its processes ask together and hear the same."""
 
-    Attributes:
-      after_step: to call once after every training step.
-      between: to call at other times, as often as one likes; it may wait for the other processes.
-    """
-
-    after_step: Callable[[], bool]
+    after_step: Callable[[], bool]  # to call once after every training step
+    # To call at other times, as often as one likes; it may wait for the other processes.
     between: Callable[[], bool]
 
 

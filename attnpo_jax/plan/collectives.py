@@ -19,26 +19,18 @@ KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective of the program.
+    """One collective of the program."""
 
-    Attributes:
-      kind: one of `KINDS`.
-      axes: the mesh axes it runs over, in the mesh's order; empty where its groups are not lines
-        or planes of the mesh.
-      group: chips that take part together.
-      shapes: of the whole arrays: what is gathered to, reduced or exchanged.
-      sent: bytes that each chip must send at least, each time.
-      times: how often it runs in a step.
-      source: what in the traced function it comes from.
-    """
-
-    kind: str
+    kind: str  # one of `KINDS`
+    # The mesh axes it runs over, in the mesh's order; empty where its groups are not lines or
+    # planes of the mesh.
     axes: tuple[str, ...]
-    group: int
+    group: int  # chips that take part together
+    # Of the whole arrays: what is gathered to, reduced or exchanged.
     shapes: tuple[tuple[int, ...], ...]
-    sent: float
-    times: int
-    source: str
+    sent: float  # bytes that each chip must send at least, each time
+    times: int  # how often it runs in a step
+    source: str  # what in the traced function it comes from
 
     @property
     def total(self) -> float:

@@ -28,16 +28,11 @@ _CALLED = re.compile(r"(?:calls|body|branch_computations|called_computations)=\{
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """One array.
+    """One array."""
 
-    Attributes:
-      dtype: as XLA names it.
-      dims: its lengths.
-      in_hbm: whether it lies in the chip's main memory, rather than in a memory on the core.
-    """
-
-    dtype: str
-    dims: tuple[int, ...]
+    dtype: str  # as XLA names it
+    dims: tuple[int, ...]  # its lengths
+    # Whether it lies in the chip's main memory, rather than in a memory on the core.
     in_hbm: bool = True
 
     @property
@@ -106,15 +101,10 @@ class Computation:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A compiled program.
+    """A compiled program."""
 
-    Attributes:
-      computations: by name.
-      entry: the name of the one that runs first.
-    """
-
-    computations: dict[str, Computation]
-    entry: str
+    computations: dict[str, Computation]  # by name
+    entry: str  # the name of the one that runs first
 
     @functools.cached_property
     def runs(self) -> dict[str, int]:

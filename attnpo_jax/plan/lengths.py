@@ -16,19 +16,12 @@ _TEMPLATE = 192
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """Tokens of the pair that all pairs are taken to be like.
+    """Tokens of the pair that all pairs are taken to be like."""
 
-    Attributes:
-      prompt: tokens of the prompt.
-      response: tokens of each response.
-      judge_prefix: tokens that both orders of the judge prompt begin with.
-      judge_order: tokens of the judge prompt in one order, `judge_prefix` included.
-    """
-
-    prompt: int
-    response: int
-    judge_prefix: int
-    judge_order: int
+    prompt: int  # tokens of the prompt
+    response: int  # tokens of each response
+    judge_prefix: int  # tokens that both orders of the judge prompt begin with
+    judge_order: int  # tokens of the judge prompt in one order, `judge_prefix` included
 
     @classmethod
     def of(cls, config: Any, row: int | None = None, response: int | None = None) -> "Lengths":
@@ -73,17 +66,11 @@ class Lengths:
 
 @dataclasses.dataclass(frozen=True)
 class Batching:
-    """How many rows a program takes at a time.
+    """How many rows a program takes at a time."""
 
-    Attributes:
-      microbatches: how many of them a step accumulates over.
-      rows: rows of a microbatch; a pair each, the last ones empty where they are too many.
-      pairs: pairs of all microbatches.
-    """
-
-    microbatches: int
-    rows: int
-    pairs: int
+    microbatches: int  # how many of them a step accumulates over
+    rows: int  # rows of a microbatch; a pair each, the last ones empty where they are too many
+    pairs: int  # pairs of all microbatches
 
     @classmethod
     def training(cls, config: Any, row_shards: int) -> "Batching":

@@ -35,19 +35,13 @@ class DoesNotFit(PlanError):
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of a chip's memory.
+    """Bytes of a chip's memory."""
 
-    Attributes:
-      arguments: parameters, optimizer state and batch.
-      temporaries: what exists only while the program runs.
-      code: the program.
-      peak: all that is there at the peak, as XLA has it. It may be less than the sum of the others:
-        temporaries take the place of arguments that are done with.
-    """
-
-    arguments: int
-    temporaries: int
-    code: int
+    arguments: int  # parameters, optimizer state and batch
+    temporaries: int  # what exists only while the program runs
+    code: int  # the program
+    # All that is there at the peak, as XLA has it. It may be less than the sum of the others:
+    # temporaries take the place of arguments that are done with.
     peak: int
 
     @classmethod
@@ -59,55 +53,35 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A compiled program and what it takes, by chip and run.
+    """A compiled program and what it takes, by chip and run."""
 
-    Attributes:
-      name: "train", "reference" or "judge".
-      topology: the chips of one copy of it.
-      mesh: sizes of their mesh's axes.
-      coordinates: where in the slice the mesh's devices are, int (data, fsdp, tensor, 3).
-      batching: what it takes at a time.
-      attention: what computes attention, one of `models.attention.implementations.IMPLEMENTATIONS`.
-      memory: bytes.
-      model_flops: that the result needs, over all chips (see `attnpo_jax.models.flops`).
-      flops: of a chip's matrix products, repeated work and padding included; without those inside
-        an attention kernel, which XLA does not see.
-      traffic: bytes through a chip's main memory.
-      collectives: what the chips exchange.
-      unknown_loops: loops that count once, since their length could not be read.
-      compile_seconds: how long XLA took.
-    """
-
-    name: str
-    topology: Topology
-    mesh: Mapping[str, int]
+    name: str  # "train", "reference" or "judge"
+    topology: Topology  # the chips of one copy of it
+    mesh: Mapping[str, int]  # sizes of their mesh's axes
+    # Where in the slice the mesh's devices are, int (data, fsdp, tensor, 3).
     coordinates: np.ndarray
-    batching: Batching
+    batching: Batching  # what it takes at a time
+    # What computes attention, one of `models.attention.implementations.IMPLEMENTATIONS`.
     attention: str
-    memory: Memory
-    model_flops: int
+    memory: Memory  # bytes
+    model_flops: int  # that the result needs, over all chips (see `attnpo_jax.models.flops`)
+    # Of a chip's matrix products, repeated work and padding included; without those inside an
+    # attention kernel, which XLA does not see.
     flops: int
-    traffic: float
-    collectives: tuple[Collective, ...]
-    unknown_loops: tuple[str, ...]
-    compile_seconds: float
+    traffic: float  # bytes through a chip's main memory
+    collectives: tuple[Collective, ...]  # what the chips exchange
+    unknown_loops: tuple[str, ...]  # loops that count once, since their length could not be read
+    compile_seconds: float  # how long XLA took
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What programs are compiled for.
-
-    Attributes:
-      config: the run's config.
-      model: the model's shape.
-      topology: all chips of the run.
-      lengths: the pair that all pairs are like.
-    """
+    """What programs are compiled for."""
 
     config: Any
     model: ModelConfig
-    topology: Topology
-    lengths: Lengths
+    topology: Topology  # all chips of the run
+    lengths: Lengths  # the pair that all pairs are like
 
     @property
     def judge_layers(self) -> tuple[int, ...]:

@@ -31,17 +31,11 @@ REMATS = ("layer", "dots", "none")
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A way to train.
+    """A way to train."""
 
-    Attributes:
-      mesh: sizes of the mesh's axes.
-      microbatch: `train.microbatch_size`.
-      remat: `model.remat`.
-    """
-
-    mesh: dict[str, int]
-    microbatch: int
-    remat: str
+    mesh: dict[str, int]  # sizes of the mesh's axes
+    microbatch: int  # `train.microbatch_size`
+    remat: str  # `model.remat`
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{axis} {size}" for axis, size in self.mesh.items())

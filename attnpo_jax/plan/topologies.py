@@ -28,32 +28,19 @@ class PlanError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Published figures of one chip.
+    """Published figures of one chip."""
 
-    Attributes:
-      name: as in a topology's name.
-      flops: bfloat16 FLOPs a second.
-      hbm: bytes of main memory.
-      hbm_bandwidth: bytes a second, of main memory.
-      link_bandwidth: bytes a second over one link to a neighbour, one direction.
-      host: chips of one host of a larger slice, by axis of the slice.
-      alone: slices of so many chips, or fewer, have one host.
-      wraps: multiples of this many chips on an axis close to a ring.
-      cubes: whether they do only where all axes are such multiples.
-      largest: the most chips on an axis.
-      libtpu: what libtpu has to be told of it.
-    """
-
-    name: str
-    flops: float
-    hbm: int
-    hbm_bandwidth: float
-    link_bandwidth: float
-    host: tuple[int, ...]
-    alone: int
-    wraps: int
-    cubes: bool
-    largest: int
+    name: str  # as in a topology's name
+    flops: float  # bfloat16 FLOPs a second
+    hbm: int  # bytes of main memory
+    hbm_bandwidth: float  # bytes a second, of main memory
+    link_bandwidth: float  # bytes a second over one link to a neighbour, one direction
+    host: tuple[int, ...]  # chips of one host of a larger slice, by axis of the slice
+    alone: int  # slices of so many chips, or fewer, have one host
+    wraps: int  # multiples of this many chips on an axis close to a ring
+    cubes: bool  # whether they do only where all axes are such multiples
+    largest: int  # the most chips on an axis
+    # What libtpu has to be told of it.
     libtpu: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
@@ -80,15 +67,10 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice: chips of one kind in a grid.
-
-    Attributes:
-      chip: the kind.
-      shape: chips by axis.
-    """
+    """A slice: chips of one kind in a grid."""
 
     chip: Chip
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # chips by axis
 
     @property
     def name(self) -> str:

@@ -38,15 +38,10 @@ class AttentionError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """An implementation, and why it was chosen.
+    """An implementation, and why it was chosen."""
 
-    Attributes:
-      implementation: one of `IMPLEMENTATIONS`, or `BLOCKS`.
-      reason: the device and what decided, in words.
-    """
-
-    implementation: str
-    reason: str
+    implementation: str  # one of `IMPLEMENTATIONS`, or `BLOCKS`
+    reason: str  # the device and what decided, in words
 
     def __str__(self) -> str:
         return f"{self.implementation} ({self.reason})"

@@ -46,18 +46,13 @@ _SHARD_BYTES = 5 * 10**9
 
 
 class _Export(NamedTuple):
-    """One tensor of an export.
+    """One tensor of an export."""
 
-    Attributes:
-      layers: the parts of parameters that it is made of; none for a tensor that is carried over
-        from the source.
-      shape: its shape.
-      dtype: what it is written in.
-    """
-
+    # The parts of parameters that it is made of; none for a tensor that is carried over from the
+    # source.
     layers: list[Part]
     shape: tuple[int, ...]
-    dtype: np.dtype
+    dtype: np.dtype  # what it is written in
 
 
 def _source_tensors(folder: Path, config: ModelConfig) -> dict[str, Stored]:

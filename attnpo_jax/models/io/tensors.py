@@ -62,21 +62,13 @@ class Slot(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One layer of a parameter as Hugging Face has it, within the tensor that holds it.
+    """One layer of a parameter as Hugging Face has it, within the tensor that holds it."""
 
-    Attributes:
-      name: the tensor's name.
-      path: the parameter's path.
-      layer: the layer, or None for a parameter that is not stacked.
-      shape: of this part, in Hugging Face's layout.
-      start: where along the tensor's first axis it begins.
-    """
-
-    name: str
-    path: str
-    layer: int | None
-    shape: tuple[int, ...]
-    start: int
+    name: str  # of the tensor
+    path: str  # of the parameter
+    layer: int | None  # None for a parameter that is not stacked
+    shape: tuple[int, ...]  # of this part, in Hugging Face's layout
+    start: int  # where along the tensor's first axis it begins
 
 
 def text_prefix(names: Mapping[str, Any]) -> str:

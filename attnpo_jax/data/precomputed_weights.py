@@ -64,11 +64,7 @@ def fields(columns: Iterable[str]) -> list[str]:
 
 
 def read(example: Mapping[str, Any], columns: Sequence[str]) -> PrecomputedWeights:
-    """The weights in an example of a source.
-
-    Raises:
-      BadExample: a field is missing, or is not what it should be.
-    """
+    """The weights in an example of a source; BadExample if a field is not what it should be."""
     if not columns:
         raise BadExample("no `chosen_weights_<name>` and `rejected_weights_<name>`")
     tokens, weights = {}, {}

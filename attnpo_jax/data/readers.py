@@ -46,8 +46,7 @@ class Examples(Protocol):
     def read(self, places: Sequence[int]) -> Iterator[tuple[int, Any]]:
         """Examples with their numbers, an example being whatever was found.
 
-        Args:
-          places: in ascending order. What is read of a table is all held at once.
+        Places ascend. What is read of a table is all held at once.
         """
 
 
@@ -79,11 +78,7 @@ def _hub_id(source: str) -> HubSplit | None:
 
 
 def open_source(source: str, fields: _Fields, team: Team) -> tuple[str, Examples]:
-    """A source's short name (for fallback ids) and its examples.
-
-    Args:
-      fields: whether a column of a table is wanted; `chosen` and `rejected` must be there.
-    """
+    """A source's short name (for fallback ids) and its examples."""
     if source.startswith("builtin:"):
         split = source.removeprefix("builtin:")
         if split not in ("train", "eval"):

@@ -324,9 +324,7 @@ def judge_pairs(
 ) -> list[tuple[TokenizedPair, Judgement]]:
     """Tokenizes and judges pairs: the short way for a handful of them.
 
-    Args:
-      max_length, max_prompt_length: as in `data.tokenize.tokenize_pair`.
-      **settings: arguments of `Judge`, under its names.
+    The lengths are those of `data.tokenize.tokenize_pair`; `settings` are arguments of `Judge`.
     """
     lengths = {"max_length": max_length, "max_prompt_length": max_prompt_length}
     tokenized = [tokenize_pair(model.tokenizer, pair, **lengths) for pair in pairs]

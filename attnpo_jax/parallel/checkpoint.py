@@ -89,10 +89,8 @@ class Checkpoints:
     def save(self, state: TrainState) -> None:
         """Writes a checkpoint of `state`, or starts to; the caller may donate it right after.
 
-        Waits for the write before it, if that is still going on.
-
-        Raises:
-          CheckpointError: this write failed, or the one before it did.
+        Waits for the write before it, if that is still going on. CheckpointError says that this
+        write failed, or the one before it.
         """
         step, state = int(state.step), _without_base(state)
         metadata = {"identity": self._identity, "tree": _describe(state), "sums": _checksums(state)}
@@ -112,11 +110,7 @@ class Checkpoints:
             )
 
     def check(self) -> None:
-        """Returns at once; what is being written may have failed.
-
-        Raises:
-          CheckpointError: it did.
-        """
+        """Raises a `CheckpointError` if what is being written has failed; does not wait for it."""
         # Orbax keeps it to itself until the next write, which may be hours away.
         if self._failure is not None:
             with _naming_failures(self.folder):
@@ -224,14 +218,9 @@ def _in_background() -> bool:
 
 
 def origin(folder: str | os.PathLike, step: int | None = None) -> dict[str, Any] | None:
-    """What tells the parameters of a checkpoint from others: its step, and their checksums' digest.
+    """A checkpoint's step, the newest by default, and a digest of its parameters' checksums.
 
-    Args:
-      folder: as given to `Checkpoints`.
-      step: which one; None for the newest.
-
-    Returns:
-      JSON values, or None if there is no checkpoint or its metadata can't be read.
+    None if there is no checkpoint or its metadata can't be read.
     """
     with _reader(folder) as manager:
         steps = sorted(manager.all_steps()) if step is None else [step]

@@ -76,11 +76,7 @@ class Notice:
 
 @contextlib.contextmanager
 def watch_steps(start: int) -> Iterator[Notice]:
-    """As `watch`, for work that all processes do in step.
-
-    Args:
-      start: steps done before, the same on all processes.
-    """
+    """As `watch`, for work that all processes do in step, with `start` steps done before."""
     if jax.process_count() > 1:
         # The service has all processes stop one step after the latest that any has told it of.
         # Orbax tells it the step of every checkpoint, so ours must be the run's steps as well.

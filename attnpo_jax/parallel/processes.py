@@ -133,11 +133,7 @@ def is_first() -> bool:
 
 
 def barrier(name: str) -> None:
-    """Returns when all processes have come to the same call.
-
-    Raises:
-      RuntimeError: another process ended before it came.
-    """
+    """Returns when all processes have come to the same call; RuntimeError if one ended before."""
     if jax.process_count() > 1:
         # Unlike one of devices, this barrier knows whether the others are alive, and may take long.
         ocp.multihost.sync_global_processes(

@@ -55,9 +55,7 @@ def row_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
 def put(tree: Any, sharding: NamedSharding) -> Any:
     """Global arrays of NumPy arrays that every process has; each puts its own devices' part there.
 
-    Args:
-      tree: a pytree of NumPy arrays; of one that is split over processes, only this process's part
-        need hold anything.
+    Of an array that is split over processes, only this process's part need hold anything.
     """
     if sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)

@@ -41,8 +41,7 @@ class Collective:
 def collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
     """All collectives that move something, in the program's order.
 
-    Args:
-      mesh: sizes of the mesh's axes, in order; devices count up along the last one first.
+    Devices count up along the last of the mesh's axes first.
     """
     found, chains = [], set()
     for computation, instruction, times in program.instructions():

@@ -159,11 +159,8 @@ def make_masks(
 ) -> Any:
     """What `attend` needs to know of who sees whom, for all layers at once.
 
-    Args:
-      rule: of all layers; its window may be an array, where they differ in it.
-
-    Returns:
-      A pytree of arrays; None where each layer makes its own, or needs none.
+    The rule is that of all layers: its window is an array where they differ in it. None where each
+    layer makes its masks itself, or needs none.
     """
     if implementation == BLOCKS and past_length + layout.branch_BL.shape[1] > strips.MOST_KEYS:
         return blocks.Blocks.of(layout, past_length)

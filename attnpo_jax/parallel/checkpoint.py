@@ -381,19 +381,16 @@ def _verify(tree: Any, sums: Mapping[str, int]) -> None:
             raise CheckpointError(f"{path}: checksum {found}, written with {sums[path]}")
 
 
-class _naming_failures:
+@contextlib.contextmanager
+def _naming_failures(folder: epath.Path) -> Iterator[None]:
     """Turns what Orbax raises on a failed write into a `CheckpointError` that names the folder."""
-
-    def __init__(self, folder: epath.Path):
-        self._folder = folder
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, error_type, error, traceback) -> None:
+    try:
+        yield
+    except Exception as error:
         # Who misses another process has not failed to write.
-        if isinstance(error, Exception) and not failures.is_loss(error):
-            raise CheckpointError(
-                f"a checkpoint could not be written to {self._folder}: {error}; those written "
-                "before stay usable"
-            ) from error
+        if failures.is_loss(error):
+            raise
+        raise CheckpointError(
+            f"a checkpoint could not be written to {folder}: {error}; those written before stay "
+            "usable"
+        ) from error

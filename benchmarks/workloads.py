@@ -213,9 +213,19 @@ class Reference:
         config, pairs = _config(spec), _pairs(spec)
         model = _model(config)
         self._tokenized = [_tokenize(config, model.tokenizer, pair) for pair in pairs]
-        backend = backends.for_preparing(model.config, config)
+        backend = _preparing_backend(config, model.config)
         attention = _attention(config, model.config, backend)
-        self._reference = reference.Reference(config, model, backend, attention, self._tokenized)
+        self._reference = reference.Reference(
+            model,
+            self._tokenized,
+            dtype=jnp.dtype(config.model.dtype),
+            chunk=config.model.logps_chunk,
+            batch_size=config.judge.batch_size,
+            token_budget=config.judge.token_budget,
+            num_buckets=config.judge.num_buckets,
+            backend=backend,
+            attention=attention,
+        )
         self.repeat()
         lengths = [
             (len(t.prompt_ids), (len(t.chosen_ids), len(t.rejected_ids))) for t in self._tokenized
@@ -367,7 +377,7 @@ class Compile:
     def _compile_judge(self, layers: int) -> float:
         config = self._config
         model = dataclasses.replace(self._model, num_layers=layers)
-        backend = backends.for_preparing(model, config)
+        backend = _preparing_backend(config, model)
         compiled = compile_pass(
             backend,
             (0, layers - 1),
@@ -462,7 +472,7 @@ def _judge(config, model: LanguageModel) -> Judge:
         batch_size=config.judge.batch_size,
         token_budget=config.judge.token_budget,
         num_buckets=config.judge.num_buckets,
-        backend=backends.for_preparing(model.config, config),
+        backend=_preparing_backend(config, model.config),
         attention=config.model.attention,
     )
 
@@ -498,6 +508,12 @@ class _Trainer:
         """One pair of random tokens, on the devices."""
         rows = self.backend.row_shards
         return self.backend.put_batch(_random_batch(self._model, prompt, response, rows))
+
+
+def _preparing_backend(config, model: decoder.ModelConfig) -> backends.Backend:
+    return backends.for_preparing(
+        model, config.parallel, config.prepare.devices, config.model.param_dtype
+    )
 
 
 def _attention(config, model: decoder.ModelConfig, backend: backends.Backend) -> str:

@@ -101,14 +101,15 @@ def test_programs_of_a_ready_config_compile_for_eight_devices(file):
 
     # The passes of `prepare` have the parameters alone.
     passes = int8.shape_of_passes(model, config.model.prepare_weights)
-    backend = backends.for_preparing(passes, config)
+    backend = backends.for_preparing(
+        passes, config.parallel, config.prepare.devices, config.model.param_dtype
+    )
     B, L = backend.row_shards, 32
     params = backend.abstract_state(decoder.abstract_params(passes))
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     rows = (shape((B, L)), shape((B, L)), shape((B, L)), shape((B, 2)))
-    judged = judge.compile_pass(
-        backend, sources, config=passes, dtype=jnp.dtype(config.model.dtype), attention="xla"
-    )
+    dtype, chunk = jnp.dtype(config.model.dtype), config.model.logps_chunk
+    judged = judge.compile_pass(backend, sources, config=passes, dtype=dtype, attention="xla")
     lowered = judged.lower((params, None, shape((2,))), rows)
     attention, verdict, answer = lowered.out_info
     assert attention.shape == (len(sources), B, 2, L)
@@ -118,7 +119,10 @@ def test_programs_of_a_ready_config_compile_for_eight_devices(file):
     batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), abstract_batch(B, num_sources=0)
     )
-    lowered = reference.compile_pass(config, passes, backend, "xla").lower(params, batch)
+    scored = reference.compile_pass(
+        backend, config=passes, dtype=dtype, chunk=chunk, attention="xla"
+    )
+    lowered = scored.lower(params, batch)
     (logps,) = lowered.out_info
     assert logps.shape == batch.mask_BG2T.shape == (B, 1, 2, 8)
     assert copy <= argument_bytes(lowered) < 1.01 * copy

@@ -69,7 +69,7 @@ def use_devices(monkeypatch):
     """A function that gives runs the first n of this process's devices, `fsdp` over all of them."""
 
     def use(number):
-        def make(model, parallel):
+        def make(model, *_):
             sizes = {"data": 1, "fsdp": number, "tensor": 1}
             return backends.Sharded(model, sizes, jax.devices()[:number])
 
@@ -85,7 +85,7 @@ def undisturbed(setting):
     folder, config = setting
     with pytest.MonkeyPatch.context() as patch:
         for name in ("for_training", "for_preparing"):
-            patch.setattr(backends, name, lambda model, _: backends.one_device(model))
+            patch.setattr(backends, name, lambda model, *_: backends.one_device(model))
         run(Run.resolve(config, folder / "undisturbed"))
     return folder / "undisturbed"
 
@@ -364,7 +364,7 @@ def main(fault, config, workdir):
             time.sleep(0.01)
 
     # One of as many devices as in the tests' own process: another number rounds otherwise.
-    backends.for_training = backends.for_preparing = lambda model, _: backends.one_device(model)
+    backends.for_training = backends.for_preparing = lambda model, *_: backends.one_device(model)
     if fault == "saving-in-the-background":
         checkpoint._in_background = lambda: True
     if fault == "training":

@@ -65,46 +65,27 @@ class PairBatch:
 
 @dataclasses.dataclass(frozen=True)
 class RowShape:
-    """Static sizes of a batch's rows.
+    """Static sizes of a batch's rows."""
 
-    Attributes:
-      length: L, tokens a row holds.
-      scored: M, response tokens a row holds.
-      response: T, tokens of the longest response.
-      pairs: G, pairs a row holds.
-      rows: B, rows of a microbatch.
-    """
-
-    length: int
-    scored: int
-    response: int
-    pairs: int = 1
-    rows: int = 1
+    length: int  # L, tokens a row holds
+    scored: int  # M, response tokens a row holds
+    response: int  # T, tokens of the longest response
+    pairs: int = 1  # G, pairs a row holds
+    rows: int = 1  # B, rows of a microbatch
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """What a row needs of one pair; what is None is not known, and stays 0 in the row.
+    """What a row needs of one pair; what is None is not known, and stays 0 in the row."""
 
-    Attributes:
-      index: the pair's row in its dataset.
-      prompt_ids: int32 (at least one token).
-      response_ids: int32 ids of (chosen, rejected).
-      text_lengths: how many leading tokens of each response are text.
-      judge: per response float32 (2, S, text length).
-      verdict: float32 (2,).
-      reference_logps: per response float32 (length,).
-      ready: per response float32 (K, text length).
-    """
-
-    index: int
-    prompt_ids: np.ndarray
-    response_ids: tuple[np.ndarray, np.ndarray]
-    text_lengths: tuple[int, int]
-    judge: tuple[np.ndarray, np.ndarray] | None = None
-    verdict: np.ndarray | None = None
-    reference_logps: tuple[np.ndarray, np.ndarray] | None = None
-    ready: tuple[np.ndarray, np.ndarray] | None = None
+    index: int  # the pair's row in its dataset
+    prompt_ids: np.ndarray  # int32 (at least one token)
+    response_ids: tuple[np.ndarray, np.ndarray]  # int32 ids of (chosen, rejected)
+    text_lengths: tuple[int, int]  # how many leading tokens of each response are text
+    judge: tuple[np.ndarray, np.ndarray] | None = None  # per response float32 (2, S, text length)
+    verdict: np.ndarray | None = None  # float32 (2,)
+    reference_logps: tuple[np.ndarray, np.ndarray] | None = None  # per response float32 (length,)
+    ready: tuple[np.ndarray, np.ndarray] | None = None  # per response float32 (K, text length)
 
     @classmethod
     def from_prepared(cls, dataset: Prepared, index: int) -> "Example":
@@ -137,9 +118,6 @@ def fill_rows(
 
     The judge's attention has `num_sources` (S) layers; `num_columns` (K) is how many columns of
     precomputed weights the pairs have.
-
-    Raises:
-      ValueError: a row's pairs do not fit into the shape.
     """
     B, L, M, T, G = len(rows), shape.length, shape.scored, shape.response, shape.pairs
     S, K = num_sources, num_columns
@@ -349,20 +327,14 @@ class TrainBatches(_Batches):
     it, a resumed run needs no more than the step number.
 
     Args:
-      dataset: the prepared dataset.
       batch_size: pairs a step.
       microbatch_size: pairs that are in memory at once; divides `batch_size`.
-      shuffle: whether epochs are shuffled.
-      seed: of the shuffling.
       epochs: passes over the data.
       steps: if positive, how many steps instead, for as many epochs as that takes.
       num_buckets: how many shapes may be compiled.
       row_multiple: microbatches have a multiple of this many rows.
       local_rows: from the number of rows of a microbatch, which of them this process needs: bool
         (B,); the others are left empty. None for all.
-
-    Raises:
-      UserError: the dataset is empty.
     """
 
     def __init__(

@@ -36,14 +36,10 @@ def cache_key(
 
     Args:
       model: digest of the weights, shape, and the dtypes and weights of the passes.
-      tokenizer: its digest.
       judge: the template's digest, and how it is asked; counts only where layers are kept.
       sources: the split's sources, as `data.train` has them.
       pairs_digest: that of the split's pairs; None leaves it out.
       lengths: `max_length` and `max_prompt_length` of what is trained on.
-      source_layers: the layers whose attention is kept.
-      num_layers: of the model.
-      weight_columns: the names of the precomputed weights that the pairs have.
       weights_tokenizer: whose tokens those weights stand for; None: the model's.
     """
     data: dict[str, Any] = {"sources": mixture.names(sources)}

@@ -11,18 +11,13 @@ import tokenizers
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A stretch of a rendered conversation.
-
-    Attributes:
-      text: the characters.
-      message: index of the message whose content this is; None for the template's own text, the
-        only text in which control tokens are recognised.
-      trimmed: how many characters the template cut off the content's left end.
-    """
+    """A stretch of a rendered conversation."""
 
     text: str
+    # Index of the message whose content this is; None for the template's own text, the only text in
+    # which control tokens are recognised.
     message: int | None = None
-    trimmed: int = 0
+    trimmed: int = 0  # how many characters the template cut off the content's left end
 
 
 class TextEncoder:

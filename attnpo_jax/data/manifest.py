@@ -15,15 +15,7 @@ from attnpo_jax.runtime.errors import UserError
 
 FORMAT = 1
 PLAN, METADATA = "plan.json", "prepared.json"
-RECORDED_VERSIONS = (
-    "datasets",
-    "flax",
-    "jax",
-    "numpy",
-    "pyarrow",
-    "tokenizers",
-    "transformers",
-)
+RECORDED_VERSIONS = ("datasets", "flax", "jax", "numpy", "pyarrow", "tokenizers", "transformers")
 
 
 class PreparedMismatch(UserError):
@@ -56,11 +48,7 @@ class PreparedMismatch(UserError):
 
 
 def fingerprint(components: Mapping[str, Any]) -> str:
-    """sha256 (hex) of the components as canonical JSON; tuples count as lists.
-
-    Raises:
-        TypeError, ValueError: a component has no JSON form (NaN has none either).
-    """
+    """sha256 (hex) of the components as canonical JSON; tuples count as lists."""
     text = json.dumps(
         canonical(components), sort_keys=True, separators=(",", ":"), ensure_ascii=True
     )

@@ -18,9 +18,6 @@ _SHARE = re.compile(r"(?P<source>.+?)\s*\*\s*(?P<share>[0-9.]+(?:[eE][+-]?[0-9]+
 def parse(sources: Any) -> list[tuple[str, float | None]]:
     """The sources that `data.train` or `data.eval` names, each with its share or None.
 
-    Raises:
-      UserError: neither of the forms, a share that is not above 0, or shares for some only.
-
     >>> parse(("a.jsonl*0.7", ("b.jsonl", 0.3)))
     [('a.jsonl', 0.7), ('b.jsonl', 0.3)]
     >>> parse("a.jsonl")

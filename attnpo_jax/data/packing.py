@@ -105,14 +105,11 @@ def plan_batches(
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Puts items into as few rows of a capacity as first-fit decreasing finds; none is split.
+    """The items of each row, by number: as few rows as first-fit decreasing finds.
 
     Args:
       lengths: what each item takes, none more than `capacity`.
       capacity: what a row holds.
-
-    Returns:
-      The items of each row, by number.
     """
     rows: list[list[int]] = []
     room: list[int] = []

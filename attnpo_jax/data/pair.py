@@ -20,16 +20,12 @@ Message = dict[str, str]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PrecomputedWeights:
-    """The token weights that came with a pair, on the tokens that they came with.
+    """The token weights that came with a pair, on the tokens that they came with."""
 
-    Attributes:
-      tokens: by side (`chosen`, `rejected`): ids, int32 (T,), or strings, the tokens' texts or the
-        vocabulary's entries.
-      weights: by side: float32 (K, T), by column and token.
-    """
-
+    # By side (`chosen`, `rejected`): ids, int32 (T,), or strings, the tokens' texts or the
+    # vocabulary's entries.
     tokens: Mapping[str, np.ndarray | tuple[str, ...]]
-    weights: Mapping[str, np.ndarray]
+    weights: Mapping[str, np.ndarray]  # by side: float32 (K, T), by column and token
 
     def digest(self) -> bytes:
         """sha256 of tokens and weights."""
@@ -74,11 +70,7 @@ class BadExample(UserError):
     """
 
     def __init__(
-        self,
-        reason: str,
-        file: str | None = None,
-        number: int | None = None,
-        id: str | None = None,
+        self, reason: str, file: str | None = None, number: int | None = None, id: str | None = None
     ):
         where = "" if id is None else f"pair {id}: "
         if file is not None:

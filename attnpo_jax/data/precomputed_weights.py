@@ -65,11 +65,7 @@ def fields(columns: Iterable[str]) -> list[str]:
 
 
 def read(example: Mapping[str, Any], columns: Sequence[str]) -> PrecomputedWeights:
-    """The weights in an example of a source.
-
-    Raises:
-      BadExample: a field is missing, or is not what it should be.
-    """
+    """The weights in an example of a source; BadExample if a field is not what it should be."""
     if not columns:
         raise BadExample("no `chosen_weights_<name>` and `rejected_weights_<name>`")
     tokens, weights = {}, {}
@@ -140,11 +136,6 @@ class WeightReader:
         self, precomputed: PrecomputedWeights, chosen: str, rejected: str, pair: TokenizedPair
     ):
         """Weights of the text tokens of a pair as it is trained on.
-
-        Args:
-          precomputed: the pair's precomputed weights.
-          chosen, rejected: its responses.
-          pair: as it is trained on.
 
         Returns:
           (chosen's, rejected's): float32 (K, text length). Their sums over the tokens are those of
@@ -219,12 +210,7 @@ class _TokenBytes:
         return np.array([self._id_of[token] for token in tokens], np.int32)
 
     def __call__(self, token_id: int, pair_id: str) -> bytes:
-        """The bytes of a token.
-
-        Raises:
-          UserError: the tokenizer is of neither kind.
-          BadExample: it has no such token.
-        """
+        """The bytes of a token."""
         if not self._is_readable:
             raise UserError(
                 f"{self._origin}: neither a byte-level nor a SentencePiece tokenizer; accepted "

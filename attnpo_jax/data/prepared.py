@@ -64,9 +64,6 @@ def status(path: str | os.PathLike, components: Mapping[str, Any]) -> str:
     """`absent`, `partial` (some shards or the metadata still to write) or `complete`.
 
     Shards are looked at by name and size; `Prepared.open` checks what is in them.
-
-    Raises:
-        PreparedMismatch: the folder belongs to other components.
     """
     path = pathlib.Path(path)
     check_components(path, components)
@@ -89,19 +86,12 @@ class PreparedWriter:
     deleted since are pending.
 
     Args:
-        path: the folder; made if need be.
-        components: what the rows depend on; see the module's docstring.
         num_rows: rows in the whole dataset, if none turns out bad.
         rows_per_shard: rows in every shard but the last, likewise. A plan on disk overrules it, so
             that the shards that are there keep their place.
         ids: the ids of all rows in order; shards on disk with other ids are then computed again.
         process_index, process_count: this process writes shards `index % process_count ==
             process_index`.
-
-    Raises:
-        PreparedMismatch: an unfinished or finished dataset in `path` has other components.
-        FileExistsError: `path` holds Arrow files of unknown origin.
-        ValueError: an argument is out of range.
     """
 
     def __init__(
@@ -200,13 +190,11 @@ class PreparedWriter:
         """Write one shard, whole or not at all.
 
         Args:
-            shard: index of one of this process's shards.
             rows: one mapping a row, with exactly the columns of `shards.features`, each value
                 an array (or list) of the shape that the module `shards` gives.
             bad_rows: JSON records of the planned rows that are left out, each with its `id`.
 
         Raises:
-            ValueError: a row has a wrong column, shape, id or a value that is not finite.
             OSError: the file can't be written (disk full ...); shards written before stay usable.
         """
         if shard not in self._own_shards():
@@ -245,9 +233,6 @@ class PreparedWriter:
 
         Args:
             counts: JSON values that `prepared.json` keeps under `counts` (bad rows ...).
-
-        Raises:
-            RuntimeError: shards are missing or unusable (they are named), or this is not process 0.
         """
         if self._process_index != 0:
             raise RuntimeError(f"process {self._process_index} called finish; process 0 does")
@@ -409,9 +394,6 @@ class Prepared:
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Row `index`: id (str), text lengths (int), int32 ids, float32 log-probs, and, where the
         dataset has them, judge (2, S, T) and precomputed weights (K, T).
-
-        Raises:
-            IndexError: `index` is not within -len and len - 1.
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of {len(self)} in {self.path}")

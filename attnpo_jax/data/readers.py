@@ -47,25 +47,17 @@ class Examples(Protocol):
     def read(self, places: Sequence[int]) -> Iterator[tuple[int, Any]]:
         """Examples with their numbers, an example being whatever was found.
 
-        Args:
-          places: in ascending order. What is read of a table is all held at once.
+        Places ascend. What is read of a table is all held at once.
         """
 
 
 class HubSplit(NamedTuple):
-    """A split of a dataset on the hub: its owner and name, and which part of it, if it has several.
+    """A split of a dataset on the hub: its owner and name, and which part of it."""
 
-    Attributes:
-        name: `owner/name`.
-        config: the part's name; None for the only part, or the default one.
-        folder: the part's folder in the repository, where parts are told by folders.
-        split: the split's name, as datasets takes it; None where the source names none.
-    """
-
-    name: str
-    config: str | None
-    folder: str | None
-    split: str | None
+    name: str  # `owner/name`
+    config: str | None  # the part's name; None for the only part, or the default one
+    folder: str | None  # the part's folder in the repository, where parts are told by folders
+    split: str | None  # the split's name, as datasets takes it; None where the source names none
 
 
 def hub_split(source: str) -> HubSplit | None:
@@ -87,17 +79,7 @@ def _hub_id(source: str) -> HubSplit | None:
 
 
 def open_source(source: str, fields: _Fields, team: Team) -> tuple[str, Examples]:
-    """A source's short name (for fallback ids) and its examples.
-
-    Args:
-      source: as `sources` describes it.
-      fields: whether a column of a table is wanted; `chosen` and `rejected` must be there.
-      team: the processes that open it together.
-
-    Raises:
-      FileNotFoundError: it is neither a file, a folder nor a hub id.
-      UserError: a file can't be parsed as what its ending says, or a split or column is missing.
-    """
+    """A source's short name (for fallback ids) and its examples."""
     if source.startswith("builtin:"):
         split = source.removeprefix("builtin:")
         if split not in ("train", "eval"):

@@ -49,18 +49,14 @@ _AT_ONCE = 1024  # examples that are Python objects at once, so that no big file
 
 @dataclasses.dataclass(frozen=True)
 class LoadedPairs:
-    """What was loaded.
+    """What was loaded."""
 
-    Attributes:
-        pairs: in source order; read from there when they are asked for, so `list(pairs)` is the way
-            to hold them all.
-        bad_rows: the skipped examples: `{"file", "row", "reason"}`, `"id"` if any.
-        weight_columns: names of the precomputed weights that every pair has.
-    """
-
+    # In source order; read from there when they are asked for, so `list(pairs)` is the way to hold
+    # them all.
     pairs: "Pairs"
+    # The skipped examples: `{"file", "row", "reason"}`, `"id"` if any.
     bad_rows: list[dict[str, Any]]
-    weight_columns: tuple[str, ...] = ()
+    weight_columns: tuple[str, ...] = ()  # names of the precomputed weights that every pair has
 
 
 class Pairs(Sequence[Pair]):
@@ -136,9 +132,6 @@ def load_pairs(
 
     Raises:
         BadExample: an example is no preference pair and `on_bad_row` is `error`.
-        FileNotFoundError: a source is neither a file, a folder nor a hub id.
-        UserError: a file can't be parsed as what its ending says, a split or column is missing,
-            or no pair is left.
     """
     if on_bad_row not in ("error", "skip"):
         raise ValueError(f"on_bad_row is {on_bad_row!r}; accepted: 'error', 'skip'")

@@ -309,11 +309,7 @@ class ChatTokenizer:
 
 
 def load_backend(source: str) -> tokenizers.Tokenizer:
-    """The fast tokenizer of a Hugging Face folder or hub id, without its chat template.
-
-    Raises:
-      UserError: it is not a fast one.
-    """
+    """The fast tokenizer of a Hugging Face folder or hub id, without its chat template."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise UserError(f"{source}: not a fast tokenizer (tokenizer.json)")

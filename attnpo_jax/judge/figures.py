@@ -20,22 +20,18 @@ def shares(attention_2ST: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class JudgeFigures:
-    """What the judge did on a dataset.
+    """What the judge did on a dataset."""
 
-    Attributes:
-      agreement: share of pairs whose verdict prefers the chosen response in (both orders, one
-        order, none); None if verdicts were not asked for.
-      position_bias: mean log-odds for the letter A over both orders; 0 for a judge that does not
-        care where an answer stands; None likewise.
-      entropy: per layer, mean entropy of a response's weights before the sink fix, as a
-        share of the uniform weights' entropy (responses of one token left out).
-      first_token: per layer, mean share of the weight that the first token has.
-    """
-
+    # Share of pairs whose verdict prefers the chosen response in (both orders, one order, none);
+    # None if verdicts were not asked for.
     agreement: tuple[float, float, float] | None
+    # Mean log-odds for the letter A over both orders; 0 for a judge that does not care where an
+    # answer stands; None likewise.
     position_bias: float | None
+    # Per layer, mean entropy of a response's weights before the sink fix, as a share of the uniform
+    # weights' entropy (responses of one token left out).
     entropy: tuple[float, ...]
-    first_token: tuple[float, ...]
+    first_token: tuple[float, ...]  # per layer, mean share of the weight that the first token has
 
 
 def judge_figures(dataset: prepared.Prepared) -> JudgeFigures:

@@ -17,15 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnpo_jax.data.align import align
-from attnpo_jax.data.packing import choose_buckets, plan_batches
-from attnpo_jax.data.pair import Pair
+from attnpo_jax.data.packing import choose_buckets
+from attnpo_jax.data.pair import SIDES, Pair
 from attnpo_jax.data.tokenize import TokenizedPair, tokenize_pair
 from attnpo_jax.judge.language_model import LanguageModel
-from attnpo_jax.judge.prompt import JudgePrompt, JudgePrompter, JudgeTemplate
+from attnpo_jax.judge.prompt import JudgePrompt, JudgePrompter, JudgeTemplate, common_beginning
 from attnpo_jax.models import decoder, lm_head, placement
 from attnpo_jax.models.attention import implementations
 from attnpo_jax.models.decoder import ModelConfig, Params, Past
 from attnpo_jax.parallel import backend as backends
+from attnpo_jax.parallel.batches import Batches
 
 _LOG = logging.getLogger(__name__)
 
@@ -69,23 +70,18 @@ class Judge:
     """Judges preference pairs with one model.
 
     Args:
-      model: the judge.
       template: `default`, a file, or a template that is loaded.
       max_length: a judge prompt stays below this many tokens.
       max_answer_length: tokens that an answer keeps where the prompt would be longer.
       source_layers: the layers whose attention is kept, counted from 0.
       verdict: whether the answer is wanted too; without it, layers above the last of those do not
         run.
-      dtype: what activations are computed in.
       batch_size: rows in a batch, at most.
       token_budget: tokens in a batch, at most (a longer row is a batch of its own).
       num_buckets: row lengths that are compiled for the sampled prompts, for one to four numbers of
         rows; longer rows than those add powers of two.
       backend: where to run; the model's parameters lie as it says. None for one device.
       attention: `auto`, or one of `models.attention.implementations.IMPLEMENTATIONS`.
-
-    Raises:
-      AttentionError: that implementation cannot serve the model on these devices.
     """
 
     def __init__(
@@ -111,14 +107,12 @@ class Judge:
         self.prompter = JudgePrompter(model.tokenizer, template, max_length, max_answer_length)
         self.verdict = verdict
         self._model = model
-        self._batch_size = batch_size
-        self._token_budget = token_budget
         self._num_buckets = num_buckets
         self._common = np.zeros(0, np.int32)
         self._past: Past | None = None
         self._lengths: tuple[int, ...] = ()
-        self._compiled: set[tuple[int, int]] = set()
         self._backend = backend or backends.one_device(model.config)
+        self._batches = Batches(self._backend.row_shards, batch_size, token_budget)
         choice = implementations.choose(attention, model.config, dtype, self._backend.devices)
         if attention == "auto":
             _LOG.info("attention: %s", choice)
@@ -145,7 +139,7 @@ class Judge:
           row_lengths: row lengths to compile, in place of those that suit the sample.
         """
         sequences = [ids for prompt in prompts for ids in prompt.ids]
-        common = functools.reduce(_common_beginning, sequences)
+        common = functools.reduce(common_beginning, sequences)
         common = common[: min(map(_sharable, prompts))]
         # Alone, a pair's orders share more than the template; running that apart gains nothing.
         self._common = common if len(prompts) > 1 else common[:0]
@@ -157,15 +151,7 @@ class Judge:
         self._lengths = tuple(row_lengths or choose_buckets(np.array(lengths), self._num_buckets))
 
     def judge(self, pairs: Sequence[Pair], tokenized: Sequence[TokenizedPair]) -> list[Judgement]:
-        """Judges pairs, and carries the attention over to the tokens that are trained on.
-
-        Args:
-          pairs: the pairs.
-          tokenized: the same pairs as they are trained on.
-
-        Returns:
-          One `Judgement` a pair, in order.
-        """
+        """Judges pairs, and carries the attention over to the tokens that are trained on."""
         prompts = [self.prompter.build(pair) for pair in pairs]
         if prompts and not self._lengths:
             self.fit(prompts[:SAMPLE])
@@ -182,33 +168,25 @@ class Judge:
 
         The next batch is under way on the device while the last one's attention is carried over.
         """
-        waiting = None
-        for batch, output in self._dispatch(prompts):
-            if waiting is not None:
-                yield self._collect(prompts, tokenized, *waiting)
-            waiting = batch, output
-        if waiting is not None:
-            yield self._collect(prompts, tokenized, *waiting)
-
-    def _dispatch(self, prompts: Sequence[JudgePrompt]):
         rows = [self._row(prompt) for prompt in prompts]
+        lengths = np.array([len(row.tokens) for row in rows], int)
         # A prompt that does not begin as the sample did runs whole, without the shared past.
-        begins = [self._begins_common(prompt) for prompt in prompts]
-        for shares in (True, False):
-            items = [i for i, begin in enumerate(begins) if begin == shares]
-            lengths = np.array([len(rows[i].tokens) for i in items], int)
-            past = self._past if shares else None
-            for chosen, length, size in plan_batches(
-                lengths,
-                self._lengths,
-                self._batch_size,
-                self._token_budget,
-                row_multiple=self._backend.row_shards,
-                compiled=self._compiled,
-            ):
-                batch = [items[j] for j in chosen]
-                arrays = _stack([rows[i] for i in batch], size, length)
-                yield batch, self._pass((self._model.params, past, self._letters), arrays)
+        shares = np.array([self._begins_common(prompt) for prompt in prompts], bool)
+
+        def start(batch: np.ndarray, length: int, size: int):
+            past = self._past if shares[batch[0]] else None
+            arrays = _stack([rows[i] for i in batch], size, length)
+            return self._pass((self._model.params, past, self._letters), arrays)
+
+        groups = np.flatnonzero(shares), np.flatnonzero(~shares)
+        for batch, output in self._batches.run(lengths, self._lengths, start, *groups):
+            rows_SBQL, verdict_BQ, answer_BQ = output
+            done = []
+            for b, i in enumerate(batch.tolist()):
+                pair, rows_SQL = tokenized[i], rows_SBQL[:, b]
+                attention = (self._carried_over(rows_SQL, prompts[i], pair, side) for side in SIDES)
+                done.append((i, Judgement(pair.id, *attention, verdict_BQ[b], answer_BQ[b])))
+            yield done
 
     def _begins_common(self, prompt: JudgePrompt) -> bool:
         n = len(self._common)
@@ -223,40 +201,20 @@ class Judge:
         read = (len(first) - 1 - skip, len(tokens) - 1 - skip)
         return _Row(tokens[skip:], positions[skip:], branch[skip:], read)
 
-    def _collect(self, prompts, tokenized, batch: list[int], output) -> list[tuple[int, Judgement]]:
-        rows_SBQL, verdict_BQ, answer_BQ = jax.device_get(output)
-        done = []
-        for b, i in enumerate(batch):
-            prompt, pair = prompts[i], tokenized[i]
-            carry_over = functools.partial(self._carried_over, rows_SBQL[:, b], prompt)
-            chosen = carry_over(
-                prompt.chosen_tokens,
-                prompt.chosen_spans,
-                pair.chosen_spans,
-                pair.chosen_ids[: pair.chosen_text_length],
-            )
-            rejected = carry_over(
-                prompt.rejected_tokens,
-                prompt.rejected_spans,
-                pair.rejected_spans,
-                pair.rejected_ids[: pair.rejected_text_length],
-            )
-            done.append((i, Judgement(pair.id, chosen, rejected, verdict_BQ[b], answer_BQ[b])))
-        return done
-
     def _carried_over(
-        self, rows_SQL, prompt: JudgePrompt, tokens, spans, target_spans, target_ids
+        self, rows_SQL: np.ndarray, prompt: JudgePrompt, pair: TokenizedPair, side: str
     ) -> np.ndarray:
-        """An answer's attention (2, S, T) by order, on its tokens as they are trained on."""
+        """A response's attention (2, S, T) by order, on its tokens as they are trained on."""
         skip = len(self._common) if self._begins_common(prompt) else 0
         shift = len(prompt.ids[0]) - prompt.prefix_length
+        spans = getattr(pair, f"{side}_spans")
+        text_ids = getattr(pair, f"{side}_ids")[: getattr(pair, f"{side}_text_length")]
+        judged = (getattr(prompt, f"{side}_{name}") for name in ("tokens", "spans"))
         orders = []
-        for order, (at, its_spans, ids) in enumerate(zip(tokens, spans, prompt.ids, strict=True)):
+        for order, (at, its_spans, ids) in enumerate(zip(*judged, prompt.ids, strict=True)):
             # In the row, the second order's own tokens stand behind the first's.
             places = at - skip + order * shift * (at >= prompt.prefix_length)
-            orders.append(
-                align(rows_SQL[:, order, places], its_spans, target_spans, ids[at], target_ids)
-            )
+            orders.append(align(rows_SQL[:, order, places], its_spans, spans, ids[at], text_ids))
         return np.stack(orders).astype(np.float32)
 
 
@@ -267,13 +225,6 @@ def _sharable(prompt: JudgePrompt) -> int:
     """
     answers = (*prompt.chosen_tokens, *prompt.rejected_tokens)
     return min([prompt.prefix_length, *(int(tokens[0]) for tokens in answers if len(tokens))])
-
-
-def _common_beginning(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """The ids that both begin with."""
-    n = min(len(first), len(second))
-    differs = np.flatnonzero(first[:n] != second[:n])
-    return first[: int(differs[0]) if len(differs) else n]
 
 
 def _stack(rows: Sequence[_Row], size: int, length: int) -> tuple[np.ndarray, ...]:
@@ -373,14 +324,7 @@ def judge_pairs(
 ) -> list[tuple[TokenizedPair, Judgement]]:
     """Tokenizes and judges pairs: the short way for a handful of them.
 
-    Args:
-      model: the judge.
-      pairs: the pairs.
-      max_length, max_prompt_length: as in `data.tokenize.tokenize_pair`.
-      **settings: arguments of `Judge`, under its names.
-
-    Returns:
-      Each pair as trained on, with its judgement.
+    The lengths are those of `data.tokenize.tokenize_pair`; `settings` are arguments of `Judge`.
     """
     lengths = {"max_length": max_length, "max_prompt_length": max_prompt_length}
     tokenized = [tokenize_pair(model.tokenizer, pair, **lengths) for pair in pairs]

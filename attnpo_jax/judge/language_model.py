@@ -34,11 +34,7 @@ def load_model(
 
     Args:
       source: a local Hugging Face folder, a hub id, or `smollm2-135m-instruct`.
-      param_dtype: what the parameters are held in.
       chat_template: Jinja text that replaces the tokenizer's own template.
-
-    Raises:
-      FileNotFoundError, UserError: as `hf_folder` and `data.tokenize` say.
     """
     folder = hf_folder.resolve(source)
     config = hf_folder.load_config(folder)

@@ -27,9 +27,6 @@ class JudgeTemplate:
     Attributes:
       text: what is asked; a word in braces is a slot, any other brace plain text.
       origin: where the text is from, for messages.
-
-    Raises:
-      UserError: a slot is missing, doubled or unknown.
     """
 
     text: str
@@ -86,27 +83,21 @@ class JudgeTemplate:
 
 @dataclasses.dataclass(frozen=True)
 class JudgePrompt:
-    """A pair's judge prompts; every pair of arrays is order 0 (chosen at A), order 1 (chosen at B).
+    """A pair's judge prompts; of two arrays, the first is order 0 (chosen at A)."""
 
-    Attributes:
-      ids: int32 (L,), token ids.
-      chosen_tokens, rejected_tokens: int32 (T,), places in `ids` of the tokens of the answer. One
-        that holds template text too is among them, and its attention counts whole.
-      chosen_spans, rejected_spans: int32 (T, 2), these tokens' [start, end) characters in the
-        stripped response, or in a single space if that is empty.
-      letter_ids: ids of the letters A and B as the judge would answer them.
-      prefix_length: how many first tokens both orders share; each keeps one of its own at least.
-      truncated: whether it was too long, see `JudgePrompter.build`.
-    """
-
-    ids: tuple[np.ndarray, np.ndarray]
+    ids: tuple[np.ndarray, np.ndarray]  # int32 (L,), token ids
+    # chosen_tokens, rejected_tokens: int32 (T,), places in `ids` of the tokens of the answer. One
+    # that holds template text too is among them, and its attention counts whole.
     chosen_tokens: tuple[np.ndarray, np.ndarray]
+    # chosen_spans, rejected_spans: int32 (T, 2), these tokens' [start, end) characters in the
+    # stripped response, or in a single space if that is empty.
     chosen_spans: tuple[np.ndarray, np.ndarray]
     rejected_tokens: tuple[np.ndarray, np.ndarray]
     rejected_spans: tuple[np.ndarray, np.ndarray]
-    letter_ids: tuple[int, int]
+    letter_ids: tuple[int, int]  # ids of the letters A and B as the judge would answer them
+    # How many first tokens both orders share; each keeps one of its own at least.
     prefix_length: int
-    truncated: bool
+    truncated: bool  # whether it was too long, see `JudgePrompter.build`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,13 +122,8 @@ class JudgePrompter:
     """Builds judge prompts of less than `max_length` tokens.
 
     Args:
-      tokenizer: the judge's.
-      template: what the judge is asked.
       max_length: a prompt stays below this many tokens.
       max_answer_length: tokens that an answer keeps where the prompt would be longer.
-
-    Raises:
-      UserError: the tokenizer begins the answers A and B with the same token.
     """
 
     def __init__(
@@ -189,7 +175,7 @@ class JudgePrompter:
             rejected_tokens=rejected_tokens,
             rejected_spans=rejected_spans,
             letter_ids=self.letter_ids,
-            prefix_length=_shared_prefix(orders[0].ids, orders[1].ids),
+            prefix_length=len(common_beginning(*(order.ids[:-1] for order in orders))),
             truncated=truncated,
         )
 
@@ -295,7 +281,8 @@ def _boundary(offsets: np.ndarray, k: int) -> tuple[int, int]:
     return min(end, start), max(end, start)
 
 
-def _shared_prefix(first: np.ndarray, second: np.ndarray) -> int:
-    length = min(len(first), len(second)) - 1
-    differs = np.flatnonzero(first[:length] != second[:length])
-    return int(differs[0]) if len(differs) else length
+def common_beginning(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """The ids that both begin with."""
+    n = min(len(first), len(second))
+    differs = np.flatnonzero(first[:n] != second[:n])
+    return first[: int(differs[0]) if len(differs) else n]

@@ -22,9 +22,7 @@ def token_weights(
     """The weight of every text token of a judged pair.
 
     Args:
-      pair: the pair.
       tokenized, judgement: what `judge.judge_pairs` gives for it.
-      name: a registered weighting.
       **hyperparameters: its hyperparameters. Layers are named by their place among those that the
         judge kept, -1 for the last one.
 
@@ -32,9 +30,6 @@ def token_weights(
       For the chosen and for the rejected response: (text, weight) by token, closing template
       tokens left out. Log-probs are not known here: the weights of a weighting that reads them are
       NaN.
-
-    Raises:
-      RegistryError: no such weighting or hyperparameter.
     """
     weigh = weighting.bind(name, hyperparameters)
     sides = []

@@ -41,17 +41,11 @@ class LinearRopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters (see `models.lora`).
+    """Low-rank adapters (see `models.lora`)."""
 
-    Attributes:
-      rank: R, the width between their two factors.
-      alpha: what they add is scaled by alpha / rank.
-      targets: names of the decoder's projections that have one.
-    """
-
-    rank: int
-    alpha: float
-    targets: tuple[str, ...]
+    rank: int  # R, the width between their two factors
+    alpha: float  # what they add is scaled by alpha / rank
+    targets: tuple[str, ...]  # names of the decoder's projections that have one
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,15 +56,12 @@ REMAT_POLICIES = {
 
 @dataclasses.dataclass(frozen=True)
 class ReadOutput:
-    """What a reading pass returns.
+    """What a reading pass returns."""
 
-    Attributes:
-      rows_SBQL: float32 attention rows of the layers read, mean over heads; the columns are the
-        row's own tokens (a row sums to 1 together with what went to the shared past).
-      hidden_BQD: final hidden states at the read positions, or None when not asked for.
-    """
-
+    # float32 attention rows of the layers read, mean over heads; the columns are the row's own
+    # tokens (a row sums to 1 together with what went to the shared past).
     rows_SBQL: jax.Array
+    # Final hidden states at the read positions, or None when not asked for.
     hidden_BQD: jax.Array | None
 
 
@@ -84,6 +81,20 @@ class Decoder(nnx.Module):
         self, tokens_BL, positions_BL, layout: RowLayout, *, dtype, remat: str, attention: str
     ):
         """Final hidden states (B, L, D)."""
+        x_BLD, _ = self._run(tokens_BL, positions_BL, layout, dtype, remat, attention)
+        return self._final(x_BLD)
+
+    def make_past(self, tokens_P, *, dtype, attention: str) -> Past:
+        """Keys and values of every layer for tokens that all rows of later passes begin with."""
+        tokens_BL, positions_BL = tokens_P[None], jnp.arange(tokens_P.shape[0])[None]
+        layout = row_layout(self.config, jnp.ones_like(tokens_BL), positions_BL)
+        _, past = self._run(tokens_BL, positions_BL, layout, dtype, "none", attention, keep=True)
+        return past
+
+    def _run(
+        self, tokens_BL, positions_BL, layout, dtype, remat: str, attention: str, keep: bool = False
+    ):
+        """All layers' output (B, L, D) and, where asked to `keep` them, the first row's `Past`."""
         ropes = rope_tables(self.config, positions_BL)
         graphdef, stacked = nnx.split(self.layers)
         run_attention = self._attention(attention, layout)
@@ -93,15 +104,16 @@ class Decoder(nnx.Module):
             layer, rope = nnx.merge(graphdef, slice_), kind.rope_of(ropes)
             normed = layer.normed_for_attention(x_BLD)
             q_BLNH, k_BLKH = layer.queries(normed, rope), layer.keys(normed, rope)
-            attended = run_attention(kind, q_BLNH, k_BLKH, layer.values(normed))
-            return layer.after_attention(x_BLD, attended), None
+            v_BLKH = layer.values(normed)
+            attended = run_attention(kind, q_BLNH, k_BLKH, v_BLKH)
+            kept = Past(k_BLKH[0], v_BLKH[0]) if keep else None
+            return layer.after_attention(x_BLD, attended), kept
 
         policy = placement.checkpoint_policy(REMAT_POLICIES[remat])
         if policy is not None:
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
         layers = stacked, layer_kinds(self.config)
-        x_BLD, _ = jax.lax.scan(body, self._embed(tokens_BL, dtype), layers)
-        return self._final(x_BLD)
+        return jax.lax.scan(body, self._embed(tokens_BL, dtype), layers)
 
     def read(
         self,
@@ -173,26 +185,6 @@ class Decoder(nnx.Module):
             residual = jnp.take_along_axis(x_BLD, read_BQ[:, :, None], axis=1)
             hidden_BQD = self._final(layer.after_attention(residual, attended))
         return ReadOutput(rows_SBQL=rows[jnp.asarray(layers)], hidden_BQD=hidden_BQD)
-
-    def make_past(self, tokens_P, *, dtype, attention: str) -> Past:
-        """Keys and values of every layer for tokens that all rows of later passes begin with."""
-        tokens_BL = tokens_P[None]
-        positions_BL = jnp.arange(tokens_P.shape[0])[None]
-        ropes = rope_tables(self.config, positions_BL)
-        layout = row_layout(self.config, jnp.ones_like(tokens_BL), positions_BL)
-        graphdef, stacked = nnx.split(self.layers)
-        run_attention = self._attention(attention, layout)
-
-        def body(x_BLD, slice_and_kind):
-            slice_, kind = slice_and_kind
-            layer, rope = nnx.merge(graphdef, slice_), kind.rope_of(ropes)
-            normed = layer.normed_for_attention(x_BLD)
-            k_BLKH, v_BLKH = layer.keys(normed, rope), layer.values(normed)
-            attended = run_attention(kind, layer.queries(normed, rope), k_BLKH, v_BLKH)
-            return layer.after_attention(x_BLD, attended), Past(k_BLKH[0], v_BLKH[0])
-
-        layers = stacked, layer_kinds(self.config)
-        return jax.lax.scan(body, self._embed(tokens_BL, dtype), layers)[1]
 
     def _attention(self, implementation: str, layout: RowLayout, past: Past | None = None):
         """`(kind, q, k, v, past of the layer) -> attended` on rows of one layout."""
@@ -284,21 +276,15 @@ def forward(
     remat: str = "none",
     attention: str = "xla",
 ) -> jax.Array:
-    """Final hidden states of rows `[prefix | branch 1 | branch 2]`.
+    """Hidden states (B, L, D), after the final norm, of rows `[prefix | branch 1 | branch 2]`.
 
     Args:
-      config: the model's shape.
-      params: the parameter tree, in any floating dtype.
       tokens_BL: int32 token ids (B, L).
       positions_BL: int32 positions (B, L); those of a branch continue the prefix's.
       branch_BL: int32 (B, L); 0 padding, 1 prefix, 2 and 3 the branches.
       segment_BL: int32 (B, L), which packed pair a token belongs to; None for one pair a row.
       dtype: what activations are computed in; norms and softmax stay in float32.
       remat: what the backward pass recomputes, a key of `REMAT_POLICIES`.
-      attention: what computes attention, one of `IMPLEMENTATIONS`.
-
-    Returns:
-      hidden_BLD, after the final norm, in `dtype`.
     """
     layout = row_layout(config, branch_BL, positions_BL, segment_BL)
     return _decoder(config, params)(
@@ -323,17 +309,12 @@ def read(
     """Where the tokens at `read_BQ` look, in each of some layers: the judge's pass.
 
     Args:
-      config: the model's shape.
-      params: the parameter tree.
       tokens_BL: int32 token ids (B, L), without those of `past`.
       positions_BL: int32 positions (B, L), counted from the start of `past`.
       branch_BL: int32 (B, L); 0 padding, 1 prefix, 2 and 3 the branches.
       read_BQ: int32 places in the row (B, Q) whose attention rows are wanted.
-      layers: the layers wanted, 0-based.
       past: keys and values of tokens that every row begins with (see `make_past`), or None.
       with_hidden: whether the final hidden states at the read positions are wanted too.
-      dtype: what activations are computed in.
-      attention: what computes attention but for the rows that are read, as for `forward`.
     """
     return _decoder(config, params).read(
         tokens_BL,

@@ -32,22 +32,14 @@ Seen = Callable[[int | None], int]
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """FLOPs of the parts of a forward pass.
+    """FLOPs of the parts of a forward pass."""
 
-    Attributes:
-      key_value: key and value projections of a token in a layer.
-      query: query projection of a token in a layer.
-      rest: that, the output projection and the feed-forward block, of a token in a layer.
-      score: one token's look at one other in a layer, all heads: score and weighted value.
-      head: logits of one position.
-      windows: for each layer, how many tokens up to and with itself one sees; None for all.
-    """
-
-    key_value: int
-    query: int
-    rest: int
-    score: int
-    head: int
+    key_value: int  # key and value projections of a token in a layer
+    query: int  # query projection of a token in a layer
+    rest: int  # that, the output projection and the feed-forward block, of a token in a layer
+    score: int  # one token's look at one other in a layer, all heads: score and weighted value
+    head: int  # logits of one position
+    # For each layer, how many tokens up to and with itself one sees; None for all.
     windows: tuple[int | None, ...]
 
     @classmethod
@@ -100,7 +92,6 @@ def response_logps(config: ModelConfig, prompt: int, responses: Sequence[int]) -
     """Log-probs of all tokens of a pair's responses: the reference's pass over one pair.
 
     Args:
-      config: the model's shape.
       prompt: tokens of the prompt.
       responses: tokens of each response, one or more.
     """
@@ -143,7 +134,6 @@ def judge_row(
     """Attention rows, and the verdict, of one pair in both orders.
 
     Args:
-      config: the model's shape.
       common: tokens that all judge prompts begin with (see `judge_common`).
       prefix: tokens both orders begin with, `common` included.
       orders: tokens of each order's prompt, `prefix` included.

@@ -36,7 +36,6 @@ def quantize(path: str, weight: jax.Array, shardings=None) -> tuple[jax.Array, j
     """A stacked projection as int8 and the scales of its output channels.
 
     Args:
-      path: the parameter's path, `layers/query` and so on.
       weight: (layers, inputs..., outputs...), in any floating dtype.
       shardings: of the two results; None for where the weight is.
 

@@ -22,15 +22,11 @@ NO_WINDOW = 2**30
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerKind:
-    """What a layer has of its own beside its parameters; for all layers, stacked on axis 0.
+    """What a layer has of its own beside its parameters; for all layers, stacked on axis 0."""
 
-    Attributes:
-      window: int32 positions a token sees, or None where all layers have the same window or none.
-      rope: int32 place in `rope_tables`, or None where there is one table for all.
-    """
-
+    # int32 positions a token sees, or None where all layers have the same window or none.
     window: jax.Array | None
-    rope: jax.Array | None
+    rope: jax.Array | None  # int32 place in `rope_tables`, or None where there is one table for all
 
     def rope_of(self, tables: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """This layer's cosines and sines, of those that `rope_tables` gave."""

@@ -16,13 +16,7 @@ from attnpo_jax.models.attention.core import MASKED, soft_cap
 def logits(
     hidden_BMD: jax.Array, unembedding_VD: jax.Array, *, softcap: float | None = None
 ) -> jax.Array:
-    """Logits over the whole vocabulary, for few tokens: float32 (B, M, V).
-
-    Args:
-      hidden_BMD: hidden states (B, M, D).
-      unembedding_VD: output embedding (V, D), in any floating dtype.
-      softcap: the model's `final_logit_softcapping`.
-    """
+    """Logits over the whole vocabulary, for few tokens: float32 (B, M, V)."""
     logits_BMV = jnp.einsum(
         "bmd,vd->bmv",
         hidden_BMD,
@@ -40,7 +34,7 @@ def token_logps(
     softcap: float | None = None,
     chunk: int = 2048,
 ) -> jax.Array:
-    """log softmax(hidden · unembeddingᵀ)[target], for few tokens and few words at a time.
+    """log softmax(hidden · unembeddingᵀ)[target], float32 (B, M), few tokens and words at a time.
 
     Logits exist for at most about `chunk` tokens and a tile of the vocabulary (16 MiB in all where
     tiles can be so small), and are computed again in the backward pass: as FlashAttention does
@@ -49,13 +43,8 @@ def token_logps(
 
     Args:
       hidden_BMD: hidden states (B, M, D) that predict the targets.
-      unembedding_VD: output embedding (V, D).
       target_BM: int32 token ids (B, M), each in [0, V).
-      softcap: the model's `final_logit_softcapping`, which bounds the logits.
       chunk: tokens projected at a time, over all of a device's own rows together.
-
-    Returns:
-      float32 log-probs (B, M).
     """
     in_chunks = functools.partial(_in_chunks, softcap=softcap, chunk=chunk)
     unembedding_VD = unembedding_VD.astype(hidden_BMD.dtype)

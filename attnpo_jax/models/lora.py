@@ -26,7 +26,6 @@ def adapted(model: ModelConfig, section: Any) -> ModelConfig:
     """The model with the adapters that a config asks for, if it does.
 
     Args:
-      model: the model's shape.
       section: the `lora` section of the config: `rank` (0 for none), `alpha`, and `targets`, a key
         of `LORA_GROUPS` or keys of `PROJECTIONS`.
     """
@@ -77,11 +76,6 @@ def merge(
     """The base's parameters with the adapters added in: the same function without adapters.
 
     The sums are float32; each weight keeps its dtype.
-
-    Args:
-      model: the adapted model's config.
-      base: parameters without adapters.
-      adapters: as `init_adapters` returns them.
     """
     lora, layers = model.lora, dict(base["layers"])
     for name in lora.targets:

@@ -50,14 +50,6 @@ def parameter_spec(
 
     A vocabulary that its mesh axis does not divide stays whole; other lengths must be divisible
     (see `mesh.check_model`).
-
-    Args:
-      axes: the logical axes of the parameter.
-      shape: its shape.
-      sizes: sizes of the mesh's axes.
-
-    Raises:
-      ValueError: a logical axis that the table lacks.
     """
     entries = []
     for axis, length in zip(axes, shape, strict=True):
@@ -73,11 +65,8 @@ def parameter_spec(
 def gather(weight: jax.Array, axes: Sequence[str]) -> jax.Array:
     """One layer's weight, whole over `fsdp`, for use; its gradient is reduced back to the parts.
 
-    Left to itself, the partitioner may gather the batch's activations instead.
-
-    Args:
-      weight: in the dtype it is used in, so that no more than that travels.
-      axes: its logical axes.
+    Left to itself, the partitioner may gather the batch's activations instead. The weight comes in
+    the dtype it is used in, so that no more than that travels.
     """
     sizes = _sizes()
     if sizes.get("fsdp", 1) == 1:
@@ -90,14 +79,7 @@ def gather(weight: jax.Array, axes: Sequence[str]) -> jax.Array:
 
 
 def checkpoint_policy(policy):
-    """A rematerialisation policy under which gathered weights are not kept.
-
-    Args:
-      policy: one of `jax.checkpoint_policies`, or None for keeping everything.
-
-    Returns:
-      A policy for `jax.checkpoint`; None where there is nothing that must not be kept.
-    """
+    """A policy for `jax.checkpoint` under which gathered weights are not kept; None for none."""
     if policy is not None or _sizes().get("fsdp", 1) == 1:
         return policy
     # A constraint's result is its operand in another place: it can always be had again.
@@ -117,9 +99,7 @@ def per_device(
     """Runs a function on each device's own rows and heads: for kernels, which nobody partitions.
 
     Args:
-      function: what a device does with its part of each argument.
       inputs: how each argument is split: `WHOLE`, `BY_ROWS`, ..., or a pytree of those.
-      output: how the result is.
       rows: of the batch; where the mesh does not divide them, each device takes all.
     """
     if not _sizes():
@@ -156,12 +136,8 @@ def over_vocabulary(function: Callable[..., jax.Array]) -> Callable[..., jax.Arr
     the function takes few at a time; gathering the matrix would take gigabytes. Its gradient is
     summed over `data` once, after the last token.
 
-    Args:
-      function: `(hidden_BMD, unembedding_VD, target_BM, vocabulary) -> (B, M)`; `vocabulary` is a
-        `Vocabulary`, through which it takes what depends on all of the vocabulary.
-
-    Returns:
-      `(hidden_BMD, unembedding_VD, target_BM) -> (B, M)`.
+    The function is `(hidden_BMD, unembedding_VD, target_BM, vocabulary) -> (B, M)`, and takes from
+    its last argument, a `Vocabulary`, what depends on all of it; the result takes the other three.
     """
 
     def call(hidden_BMD, unembedding_VD, target_BM):

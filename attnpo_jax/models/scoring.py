@@ -27,22 +27,14 @@ def response_logps(
     attention: str = "xla",
     chunk: int = 2048,
 ) -> jax.Array:
-    """Log-prob of each response token given its prompt and the tokens before it.
+    """Log-prob of each response token: float32 (B, G, 2, T), 0 where there is no token.
 
     Both responses of a pair share one pass over the prompt, and only the hidden states that predict
     response tokens reach the LM head.
 
     Args:
-      config: the model's shape.
-      params: the parameter tree.
       batch: rows without a microbatch axis.
-      dtype: what activations are computed in.
-      remat: a key of `decoder.REMAT_POLICIES`.
-      attention: one of `models.attention.implementations.IMPLEMENTATIONS`.
       chunk: tokens whose logits exist at a time.
-
-    Returns:
-      float32 (B, G, 2, T), 0 where there is no token.
     """
     hidden_BLD = decoder.forward(
         config,

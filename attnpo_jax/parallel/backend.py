@@ -85,61 +85,54 @@ class Backend(Protocol):
 
 
 def for_training(model: ModelConfig, parallel: Any) -> Backend:
-    """What trains on all devices of all processes.
-
-    Args:
-      model: the model's shape.
-      parallel: the `parallel` section of the config.
-
-    Raises:
-      MeshError: the devices or the model do not fit the mesh, or there are several processes and
-        the backend is pmap.
-    """
+    """What trains on all devices of all processes."""
     sizes = meshes.axis_sizes(parallel.mesh, jax.device_count())
     return _make(model, parallel.backend, sizes, jax.devices())
 
 
-def for_preparing(model: ModelConfig, config: Any) -> Backend:
+def for_preparing(model: ModelConfig, parallel: Any, devices: str, param_dtype: Any) -> Backend:
     """What judges and scores: this process's devices alone, or all; see `prepares_together`.
 
     Args:
-      model: the model's shape.
-      config: the run's config; see `mesh.local_sizes` for the mesh of a process's own devices.
-
-    Raises:
-      MeshError: the devices or the model do not fit the mesh.
+      parallel: the `parallel` section of the config; see `mesh.local_sizes` for the mesh of a
+        process's own devices.
+      devices: `prepare.devices` of the config.
     """
-    sizes = meshes.axis_sizes(config.parallel.mesh, jax.device_count())
+    sizes = meshes.axis_sizes(parallel.mesh, jax.device_count())
     local = jax.local_devices()
     if jax.process_count() > 1:
         # None of them may decide by a memory that others have not.
         known = processes.exchange(_memory(local))
         memory = None if None in known else min(known)
-        if prepares_together(model, config, sizes, len(local), memory):
-            return for_training(model, config.parallel)
-    return _make(model, config.parallel.backend, meshes.local_sizes(sizes, len(local)), local)
+        if prepares_together(model, devices, param_dtype, sizes, len(local), memory):
+            return for_training(model, parallel)
+    return _make(model, parallel.backend, meshes.local_sizes(sizes, len(local)), local)
 
 
 def prepares_together(
-    model: ModelConfig, config: Any, sizes: Mapping[str, int], num_own: int, memory: int | None
+    model: ModelConfig,
+    devices: str,
+    param_dtype: Any,
+    sizes: Mapping[str, int],
+    num_own: int,
+    memory: int | None,
 ) -> bool:
     """Whether all processes prepare the same shards, on the mesh of all devices.
 
-    With `prepare.devices` "auto", they do where a process's own devices would be more than half
-    full of parameters, and all devices together would not hold as much each.
+    With "auto", they do where a process's own devices would be more than half full of parameters,
+    and all devices together would not hold as much each.
 
     Args:
-      model: the model's shape, as the passes have it.
-      config: the run's config.
+      devices: "auto", or what is settled: "all" or "process".
       sizes: of the axes of the mesh of all devices.
       num_own: how many devices a process has.
       memory: bytes of a device; None where it does not say.
     """
-    if config.prepare.devices != "auto":
-        return config.prepare.devices == "all"
+    if devices != "auto":
+        return devices == "all"
     own = meshes.local_sizes(sizes, num_own)
     split, own_split = (at["fsdp"] * at["tensor"] for at in (sizes, own))
-    params = jax.tree.leaves(abstract_params(model, jnp.dtype(config.model.param_dtype)))
+    params = jax.tree.leaves(abstract_params(model, jnp.dtype(param_dtype)))
     taken = sum(x.size * x.dtype.itemsize for x in params) / own_split
     return memory is not None and taken > _FULL * memory and split > own_split
 

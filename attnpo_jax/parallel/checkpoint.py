@@ -89,17 +89,11 @@ class Checkpoints:
     def save(self, state: TrainState) -> None:
         """Writes a checkpoint of `state`, or starts to; the caller may donate it right after.
 
-        Waits for the write before it, if that is still going on.
-
-        Raises:
-          CheckpointError: this write failed, or the one before it did.
+        Waits for the write before it, if that is still going on. CheckpointError says that this
+        write failed, or the one before it.
         """
         step, state = int(state.step), _without_base(state)
-        metadata = {
-            "identity": self._identity,
-            "tree": _describe(state),
-            "sums": _checksums(state),
-        }
+        metadata = {"identity": self._identity, "tree": _describe(state), "sums": _checksums(state)}
         with _naming_failures(self.folder):
             written = self._manager.save(
                 step,
@@ -116,11 +110,7 @@ class Checkpoints:
             )
 
     def check(self) -> None:
-        """Returns at once; what is being written may have failed.
-
-        Raises:
-          CheckpointError: it did.
-        """
+        """Raises a `CheckpointError` if what is being written has failed; does not wait for it."""
         # Orbax keeps it to itself until the next write, which may be hours away.
         if self._failure is not None:
             with _naming_failures(self.folder):
@@ -138,11 +128,7 @@ class Checkpoints:
         ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
     def wait(self) -> None:
-        """Returns when what is being written is whole.
-
-        Raises:
-          CheckpointError: it could not be written.
-        """
+        """Returns when what is being written is whole."""
         with _naming_failures(self.folder):
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
@@ -232,14 +218,9 @@ def _in_background() -> bool:
 
 
 def origin(folder: str | os.PathLike, step: int | None = None) -> dict[str, Any] | None:
-    """What tells the parameters of a checkpoint from others: its step, and their checksums' digest.
+    """A checkpoint's step, the newest by default, and a digest of its parameters' checksums.
 
-    Args:
-      folder: as given to `Checkpoints`.
-      step: which one; None for the newest.
-
-    Returns:
-      JSON values, or None if there is no checkpoint or its metadata can't be read.
+    None if there is no checkpoint or its metadata can't be read.
     """
     with _reader(folder) as manager:
         steps = sorted(manager.all_steps()) if step is None else [step]
@@ -260,16 +241,12 @@ def restore_params(
     """The parameters of the newest whole checkpoint in `folder`, and its step; nothing is changed.
 
     Args:
-      folder: as given to `Checkpoints`.
       abstract_params: the parameters as `jax.ShapeDtypeStruct`s; see `Checkpoints.restore`. Where
         they go to devices of several processes, all of these must call together.
       identity: the part of the checkpoint's identity that matters to the caller.
 
     Raises:
       FileNotFoundError: there is no checkpoint.
-      CheckpointMismatch: the checkpoint's parameters have other names or shapes, or it has another
-        identity.
-      CheckpointError: all checkpoints are damaged.
     """
     folder = _absolute(folder)
     with _reader(folder) as manager:
@@ -404,19 +381,16 @@ def _verify(tree: Any, sums: Mapping[str, int]) -> None:
             raise CheckpointError(f"{path}: checksum {found}, written with {sums[path]}")
 
 
-class _naming_failures:
+@contextlib.contextmanager
+def _naming_failures(folder: epath.Path) -> Iterator[None]:
     """Turns what Orbax raises on a failed write into a `CheckpointError` that names the folder."""
-
-    def __init__(self, folder: epath.Path):
-        self._folder = folder
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, error_type, error, traceback) -> None:
+    try:
+        yield
+    except Exception as error:
         # Who misses another process has not failed to write.
-        if isinstance(error, Exception) and not failures.is_loss(error):
-            raise CheckpointError(
-                f"a checkpoint could not be written to {self._folder}: {error}; those written "
-                "before stay usable"
-            ) from error
+        if failures.is_loss(error):
+            raise
+        raise CheckpointError(
+            f"a checkpoint could not be written to {folder}: {error}; those written before stay "
+            "usable"
+        ) from error

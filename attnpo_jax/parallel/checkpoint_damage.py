@@ -62,7 +62,6 @@ def newest_whole(
     """The newest step's arrays that can be read and are whole, and the newer steps that are not.
 
     Args:
-      folder: for messages.
       steps: in order; the same on all processes that read together.
       load: step -> arrays and their checksums; must not wait for other processes.
       verify: raises `CheckpointError` for arrays that have other checksums.

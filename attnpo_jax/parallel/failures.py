@@ -50,7 +50,7 @@ PROBE_SECONDS = 2
 # What JAX, Gloo, NCCL and the coordination service say of a partner that is gone.
 _LOST = re.compile(
     r"Connection (closed|reset|refused)|Broken pipe|[Hh]eartbeat|Socket closed|Barrier failed|"
-    r"tasks? .*unhealthy|remote process|NCCL.*remote|^UNAVAILABLE:",
+    r"tasks? .*unhealthy|remote process|NCCL.*remote|^UNAVAILABLE:"
 )
 
 _ending = threading.Lock()
@@ -79,9 +79,6 @@ def watch(program: str = "attnpo") -> None:
     """Starts to look for failures of the others, and ends this process for one.
 
     Process 0 of several may end before the others if all goes well: JAX's farewell waits for all.
-
-    Args:
-      program: the name in front of the message.
     """
     _watch_abort(program)
     stop = threading.Event()
@@ -110,8 +107,6 @@ def fail(
     Waiting for the others at the end, as Python would, could take as long as they live.
 
     Args:
-      program: the name in front of the message.
-      error: what happened.
       expected: whether its message alone says what to mend; otherwise its traceback is shown.
       code: the exit code, of the others too.
     """

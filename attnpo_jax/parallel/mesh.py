@@ -16,15 +16,7 @@ class MeshError(UserError):
 
 
 def axis_sizes(wanted: Mapping[str, int], num_devices: int) -> dict[str, int]:
-    """Sizes of the mesh's axes, -1 replaced by the devices that are left.
-
-    Args:
-      wanted: the config's `parallel.mesh`.
-      num_devices: devices of all processes.
-
-    Raises:
-      MeshError: the sizes do not multiply to the number of devices.
-    """
+    """Sizes of the mesh's axes, -1 replaced by the devices that are left."""
     sizes = {axis: int(wanted[axis]) for axis in AXES}
     named = ", ".join(f"parallel.mesh.{axis} = {size}" for axis, size in sizes.items())
     if any(size < 1 and size != -1 for size in sizes.values()):
@@ -45,24 +37,14 @@ def axis_sizes(wanted: Mapping[str, int], num_devices: int) -> dict[str, int]:
 
 
 def local_sizes(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
-    """The mesh that one process can make of its own devices alone, as near to `sizes` as can be.
-
-    Args:
-      sizes: sizes of the whole mesh's axes.
-      num_devices: devices of this process.
-    """
+    """The mesh that one process can make of its own devices alone, as near to `sizes` as can be."""
     tensor = math.gcd(sizes["tensor"], num_devices)
     fsdp = math.gcd(sizes["fsdp"], num_devices // tensor)
     return {"data": num_devices // tensor // fsdp, "fsdp": fsdp, "tensor": tensor}
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with axes `data`, `fsdp` and `tensor`, neighbours on `tensor` closest together.
-
-    Args:
-      sizes: as `axis_sizes` returns them.
-      devices: which devices; None for those of all processes.
-    """
+    """A mesh with axes `data`, `fsdp` and `tensor`, neighbours on `tensor` closest together."""
     return jax.make_mesh(
         tuple(sizes[axis] for axis in AXES),
         AXES,

@@ -63,27 +63,16 @@ def watch() -> Iterator[Callable[[], bool]]:
 
 @dataclasses.dataclass(frozen=True)
 class Notice:
-    """Whether a run has been told to stop; all of its processes ask together and hear the same.
+    """Whether a run has been told to stop; all of its processes ask together and hear the same."""
 
-    Attributes:
-      after_step: to call once after every training step.
-      between: to call at other times, as often as one likes; it may wait for the other processes.
-    """
-
-    after_step: Callable[[], bool]
+    after_step: Callable[[], bool]  # to call once after every training step
+    # To call at other times, as often as one likes; it may wait for the other processes.
     between: Callable[[], bool]
 
 
 @contextlib.contextmanager
 def watch_steps(start: int) -> Iterator[Notice]:
-    """As `watch`, for work that all processes do in step.
-
-    Args:
-      start: steps done before, the same on all processes.
-
-    Yields:
-      What to ask whether to save and stop now.
-    """
+    """As `watch`, for work that all processes do in step, with `start` steps done before."""
     if jax.process_count() > 1:
         # The service has all processes stop one step after the latest that any has told it of.
         # Orbax tells it the step of every checkpoint, so ours must be the run's steps as well.
@@ -102,20 +91,12 @@ def watch_steps(start: int) -> Iterator[Notice]:
 
 
 def agreed(stops: bool) -> bool:
-    """Whether any process says that it stops; all of them must ask together.
-
-    Args:
-      stops: what this process says.
-    """
+    """Whether any process says that it stops; all of them must ask together."""
     return agreed_each([stops])[0]
 
 
 def agreed_each(flags: Sequence[bool]) -> list[bool]:
-    """For each flag, whether any process has it set; all of them must ask together.
-
-    Args:
-      flags: as many in every process.
-    """
+    """For each flag, whether any process has it set; all of them must ask together."""
     if jax.process_count() == 1:
         return list(flags)
     return np.any(multihost_utils.process_allgather(np.array(flags, bool)), axis=0).tolist()

@@ -62,17 +62,6 @@ def initialize(
     """Joins this process to the others of its run, if there are any.
 
     Must come before the first use of a device.
-
-    Args:
-      environ: the environment to look at.
-      options: see `find`.
-
-    Returns:
-      Whether there was anything to join.
-
-    Raises:
-      ProcessesError: the options or variables are incomplete or wrong, or the others or the cluster
-        did not answer.
     """
     if jax.distributed.is_initialized():
         return True
@@ -109,12 +98,8 @@ def find(
     An empty dict leaves it to JAX to ask the cluster.
 
     Args:
-      environ: the environment.
       options: values of `coordinator-address`, `num-processes` and `process-id`, all of them or
         none; they count before the environment.
-
-    Raises:
-      ProcessesError: the options or variables are incomplete or wrong.
     """
     if options:
         return _explicit(options, _OPTIONS, "--{}")
@@ -149,14 +134,7 @@ def is_first() -> bool:
 
 
 def barrier(name: str) -> None:
-    """Returns when all processes have come to the same call.
-
-    Args:
-      name: what they wait for.
-
-    Raises:
-      RuntimeError: another process ended before it came.
-    """
+    """Returns when all processes have come to the same call; RuntimeError if one ended before."""
     if jax.process_count() > 1:
         # Unlike one of devices, this barrier knows whether the others are alive, and may take long.
         ocp.multihost.sync_global_processes(
@@ -170,14 +148,11 @@ def barrier(name: str) -> None:
 def check_shared(folder: str | os.PathLike, field: str) -> None:
     """Checks that a folder is the same one for all processes; makes it if need be.
 
-    All processes must ask together.
+    All processes must ask together, and all hear of one that does not see the first one's.
 
     Args:
       folder: on a disk of this machine, or one that it mounts.
       field: what names the folder, for the message.
-
-    Raises:
-      ProcessesError: on all processes, if some do not see what the first one writes there.
     """
     if jax.process_count() == 1:
         return
@@ -201,11 +176,7 @@ def check_shared(folder: str | os.PathLike, field: str) -> None:
 
 
 def wait_until_seen(path: pathlib.Path) -> None:
-    """Returns when this process sees a file that another one has written.
-
-    Raises:
-      FileNotFoundError: not within the time that file systems hold what they know.
-    """
+    """Returns when this process sees a file that another one has written."""
     deadline = time.monotonic() + SEEN_SECONDS
     while not path.exists():
         if time.monotonic() > deadline:
@@ -223,11 +194,7 @@ def team() -> Team:
 
 
 def exchange(value: Any) -> list[Any]:
-    """What every process has said, in their order; all of them must come to the same exchange.
-
-    Args:
-      value: anything that can be pickled.
-    """
+    """What every process has said, in their order; all of them must come to the same exchange."""
     if jax.process_count() == 1:
         return [value]
     # A collective of CPUs gives up on who is half a minute late, at a download for example.
@@ -265,9 +232,6 @@ def _is_indexed_job(environ: Mapping[str, str]) -> bool:
 
     Of a Job of one pod too, which nothing in its environment tells from others. Pods that have TPUs
     say by their own variables how many there are.
-
-    Raises:
-      ProcessesError: it is one, but the client that JAX asks with is not installed.
     """
     in_job = "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ
     if not in_job or "TPU_WORKER_HOSTNAMES" in environ:
@@ -285,10 +249,7 @@ def _is_indexed_job(environ: Mapping[str, str]) -> bool:
 def _explicit(given: Mapping[str, str], names: Sequence[str], shown: str) -> dict[str, str | int]:
     """What was said by name: address, number of processes, which of them.
 
-    Args:
-      given: the values.
-      names: the names of the three.
-      shown: how a name is written in a message.
+    `shown` is how a name is written in a message.
     """
     said = [shown.format(name) for name in names if name in given]
     missing = [shown.format(name) for name in names if name not in given]

@@ -27,12 +27,7 @@ def like_parameters(tree: Any, abstract: Any, shardings: Any, default: Any) -> A
     Args:
       tree: a pytree of arrays or `jax.ShapeDtypeStruct`s. A leaf whose path ends in the path of a
         parameter of the same shape is placed like it.
-      abstract: the parameters as `jax.ShapeDtypeStruct`s.
-      shardings: the parameters' shardings, a tree like `abstract`.
       default: the sharding of all other leaves.
-
-    Returns:
-      A tree like `tree` of shardings.
     """
     known = {
         tuple(map(str, path)): (leaf.shape, sharding)
@@ -60,10 +55,7 @@ def row_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
 def put(tree: Any, sharding: NamedSharding) -> Any:
     """Global arrays of NumPy arrays that every process has; each puts its own devices' part there.
 
-    Args:
-      tree: a pytree of NumPy arrays; of one that is split over processes, only this process's part
-        need hold anything.
-      sharding: where all of them go.
+    Of an array that is split over processes, only this process's part need hold anything.
     """
     if sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)

@@ -53,7 +53,6 @@ def create_adapted(
     Args:
       base: the decoder's parameters, which stay as they are.
       optimizer: sees the adapters only.
-      model: the model's shape, adapters included.
       seed: of the adapters' random halves.
     """
     state = create(lora.init_adapters(model, jax.random.key(seed)), optimizer)

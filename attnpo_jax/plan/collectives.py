@@ -19,26 +19,18 @@ KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective of the program.
+    """One collective of the program."""
 
-    Attributes:
-      kind: one of `KINDS`.
-      axes: the mesh axes it runs over, in the mesh's order; empty where its groups are not lines
-        or planes of the mesh.
-      group: chips that take part together.
-      shapes: of the whole arrays: what is gathered to, reduced or exchanged.
-      sent: bytes that each chip must send at least, each time.
-      times: how often it runs in a step.
-      source: what in the traced function it comes from.
-    """
-
-    kind: str
+    kind: str  # one of `KINDS`
+    # The mesh axes it runs over, in the mesh's order; empty where its groups are not lines or
+    # planes of the mesh.
     axes: tuple[str, ...]
-    group: int
+    group: int  # chips that take part together
+    # Of the whole arrays: what is gathered to, reduced or exchanged.
     shapes: tuple[tuple[int, ...], ...]
-    sent: float
-    times: int
-    source: str
+    sent: float  # bytes that each chip must send at least, each time
+    times: int  # how often it runs in a step
+    source: str  # what in the traced function it comes from
 
     @property
     def total(self) -> float:
@@ -49,9 +41,7 @@ class Collective:
 def collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
     """All collectives that move something, in the program's order.
 
-    Args:
-      program: a compiled program.
-      mesh: sizes of the mesh's axes, in order; devices count up along the last one first.
+    Devices count up along the last of the mesh's axes first.
     """
     found, chains = [], set()
     for computation, instruction, times in program.instructions():
@@ -86,7 +76,9 @@ def _collective(
     else:
         members = _first_group(i.attribute("replica_groups") or "", i.attributes, size)
         share = (len(members) - 1) / len(members)
-        if kind == "all-reduce" and _is_scattered(program, computation, i):
+        name = computation.name
+        scattered = name in program.fused and name.startswith("all-reduce-scatter")
+        if kind == "all-reduce" and scattered:
             kind = "reduce-scatter"
         elif kind == "all-reduce":
             share *= 2
@@ -99,10 +91,6 @@ def _collective(
         times,
         i.source,
     )
-
-
-def _is_scattered(program: Program, computation: Computation, i: Instruction) -> bool:
-    return computation.name in program.fused and computation.name.startswith("all-reduce-scatter")
 
 
 def _axes(members: list[int], mesh: Mapping[str, int]) -> tuple[str, ...]:

@@ -10,23 +10,14 @@ import math
 import re
 from collections.abc import Iterator
 
-_BYTES = {
-    "pred": 1,
-    "s4": 0.5,
-    "u4": 0.5,
-    "s8": 1,
-    "u8": 1,
-    "s16": 2,
-    "u16": 2,
-    "bf16": 2,
-    "f16": 2,
-    "s32": 4,
-    "u32": 4,
-    "f32": 4,
-    "s64": 8,
-    "u64": 8,
-    "f64": 8,
+_BYTES_OF = {
+    0.5: "s4 u4",
+    1: "pred s8 u8",
+    2: "s16 u16 bf16 f16",
+    4: "s32 u32 f32",
+    8: "s64 u64 f64",
 }
+_BYTES = {dtype: size for size, dtypes in _BYTES_OF.items() for dtype in dtypes.split()}
 _LEAF = re.compile(r"\b([a-z]+\d*(?:e\d\w*)?)\[([\d,]*)\](?:\{([^{}]*)\})?")
 _NAME = re.compile(r"%([\w.-]+)")
 _HEAD = re.compile(r"\s*(ROOT )?%([\w.-]+) = ")
@@ -37,16 +28,11 @@ _CALLED = re.compile(r"(?:calls|body|branch_computations|called_computations)=\{
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """One array.
+    """One array."""
 
-    Attributes:
-      dtype: as XLA names it.
-      dims: its lengths.
-      in_hbm: whether it lies in the chip's main memory, rather than in a memory on the core.
-    """
-
-    dtype: str
-    dims: tuple[int, ...]
+    dtype: str  # as XLA names it
+    dims: tuple[int, ...]  # its lengths
+    # Whether it lies in the chip's main memory, rather than in a memory on the core.
     in_hbm: bool = True
 
     @property
@@ -115,15 +101,10 @@ class Computation:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A compiled program.
+    """A compiled program."""
 
-    Attributes:
-      computations: by name.
-      entry: the name of the one that runs first.
-    """
-
-    computations: dict[str, Computation]
-    entry: str
+    computations: dict[str, Computation]  # by name
+    entry: str  # the name of the one that runs first
 
     @functools.cached_property
     def runs(self) -> dict[str, int]:

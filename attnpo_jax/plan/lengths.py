@@ -16,19 +16,12 @@ _TEMPLATE = 192
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """Tokens of the pair that all pairs are taken to be like.
+    """Tokens of the pair that all pairs are taken to be like."""
 
-    Attributes:
-      prompt: tokens of the prompt.
-      response: tokens of each response.
-      judge_prefix: tokens that both orders of the judge prompt begin with.
-      judge_order: tokens of the judge prompt in one order, `judge_prefix` included.
-    """
-
-    prompt: int
-    response: int
-    judge_prefix: int
-    judge_order: int
+    prompt: int  # tokens of the prompt
+    response: int  # tokens of each response
+    judge_prefix: int  # tokens that both orders of the judge prompt begin with
+    judge_order: int  # tokens of the judge prompt in one order, `judge_prefix` included
 
     @classmethod
     def of(cls, config: Any, row: int | None = None, response: int | None = None) -> "Lengths":
@@ -40,9 +33,6 @@ class Lengths:
             are cut off behind a prompt of one token.
           response: tokens of each response. None: a third of the row, or more where the config
             would cut prompt and response off otherwise.
-
-        Raises:
-          PlanError: the config lets no such pair through.
         """
         longest = config.data.max_length
         row = 2 * longest - 1 if row is None else row
@@ -76,17 +66,11 @@ class Lengths:
 
 @dataclasses.dataclass(frozen=True)
 class Batching:
-    """How many rows a program takes at a time.
+    """How many rows a program takes at a time."""
 
-    Attributes:
-      microbatches: how many of them a step accumulates over.
-      rows: rows of a microbatch; a pair each, the last ones empty where they are too many.
-      pairs: pairs of all microbatches.
-    """
-
-    microbatches: int
-    rows: int
-    pairs: int
+    microbatches: int  # how many of them a step accumulates over
+    rows: int  # rows of a microbatch; a pair each, the last ones empty where they are too many
+    pairs: int  # pairs of all microbatches
 
     @classmethod
     def training(cls, config: Any, row_shards: int) -> "Batching":
@@ -107,12 +91,8 @@ def train_batch(
 ) -> PairBatch:
     """A training batch (n, B, ...) as `jax.ShapeDtypeStruct`s."""
     one = reference_batch(lengths, 1, num_sources, num_columns)
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(
-            (batching.microbatches, batching.rows, *x.shape[1:]), x.dtype
-        ),
-        one,
-    )
+    n_B = batching.microbatches, batching.rows
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*n_B, *x.shape[1:]), x.dtype), one)
 
 
 def reference_batch(

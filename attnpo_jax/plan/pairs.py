@@ -19,9 +19,6 @@ def count(config: config_dict.ConfigDict) -> int | None:
 
     Data that are here are read; of a split on the hub, the size that its description gives is
     taken, all rows counted as usable pairs.
-
-    Raises:
-      UserError, FileNotFoundError: as `data.sources.load_pairs` does, for data that are here.
     """
     parsed = mixture.parse(config.data.train)
     counts = [_of_source(source) for source, _ in parsed]

@@ -35,19 +35,13 @@ class DoesNotFit(PlanError):
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of a chip's memory.
+    """Bytes of a chip's memory."""
 
-    Attributes:
-      arguments: parameters, optimizer state and batch.
-      temporaries: what exists only while the program runs.
-      code: the program.
-      peak: all that is there at the peak, as XLA has it. It may be less than the sum of the others:
-        temporaries take the place of arguments that are done with.
-    """
-
-    arguments: int
-    temporaries: int
-    code: int
+    arguments: int  # parameters, optimizer state and batch
+    temporaries: int  # what exists only while the program runs
+    code: int  # the program
+    # All that is there at the peak, as XLA has it. It may be less than the sum of the others:
+    # temporaries take the place of arguments that are done with.
     peak: int
 
     @classmethod
@@ -59,55 +53,35 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A compiled program and what it takes, by chip and run.
+    """A compiled program and what it takes, by chip and run."""
 
-    Attributes:
-      name: "train", "reference" or "judge".
-      topology: the chips of one copy of it.
-      mesh: sizes of their mesh's axes.
-      coordinates: where in the slice the mesh's devices are, int (data, fsdp, tensor, 3).
-      batching: what it takes at a time.
-      attention: what computes attention, one of `models.attention.implementations.IMPLEMENTATIONS`.
-      memory: bytes.
-      model_flops: that the result needs, over all chips (see `attnpo_jax.models.flops`).
-      flops: of a chip's matrix products, repeated work and padding included; without those inside
-        an attention kernel, which XLA does not see.
-      traffic: bytes through a chip's main memory.
-      collectives: what the chips exchange.
-      unknown_loops: loops that count once, since their length could not be read.
-      compile_seconds: how long XLA took.
-    """
-
-    name: str
-    topology: Topology
-    mesh: Mapping[str, int]
+    name: str  # "train", "reference" or "judge"
+    topology: Topology  # the chips of one copy of it
+    mesh: Mapping[str, int]  # sizes of their mesh's axes
+    # Where in the slice the mesh's devices are, int (data, fsdp, tensor, 3).
     coordinates: np.ndarray
-    batching: Batching
+    batching: Batching  # what it takes at a time
+    # What computes attention, one of `models.attention.implementations.IMPLEMENTATIONS`.
     attention: str
-    memory: Memory
-    model_flops: int
+    memory: Memory  # bytes
+    model_flops: int  # that the result needs, over all chips (see `attnpo_jax.models.flops`)
+    # Of a chip's matrix products, repeated work and padding included; without those inside an
+    # attention kernel, which XLA does not see.
     flops: int
-    traffic: float
-    collectives: tuple[Collective, ...]
-    unknown_loops: tuple[str, ...]
-    compile_seconds: float
+    traffic: float  # bytes through a chip's main memory
+    collectives: tuple[Collective, ...]  # what the chips exchange
+    unknown_loops: tuple[str, ...]  # loops that count once, since their length could not be read
+    compile_seconds: float  # how long XLA took
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What programs are compiled for.
-
-    Attributes:
-      config: the run's config.
-      model: the model's shape.
-      topology: all chips of the run.
-      lengths: the pair that all pairs are like.
-    """
+    """What programs are compiled for."""
 
     config: Any
     model: ModelConfig
-    topology: Topology
-    lengths: Lengths
+    topology: Topology  # all chips of the run
+    lengths: Lengths  # the pair that all pairs are like
 
     @property
     def judge_layers(self) -> tuple[int, ...]:
@@ -116,12 +90,7 @@ class Setting:
 
     @property
     def weight_columns(self) -> tuple[str, ...]:
-        """Precomputed weights that the run's data have.
-
-        Raises:
-          PlanError: the config leaves their names to the data.
-          ConfigError: `weighting.column` is not among them.
-        """
+        """Precomputed weights that the run's data have."""
         columns = config_lib.weight_columns(self.config)
         if columns == "all":
             raise PlanError(
@@ -138,7 +107,6 @@ class Setting:
 
         Raises:
           DoesNotFit: it needs more memory than a chip has.
-          MeshError: the chips or the model do not fit `parallel.mesh`.
         """
         config, at = self.config, self.lengths
         policy = lora.adapted(self.model, config.lora)
@@ -163,8 +131,13 @@ class Setting:
         """The reference's pass on the chips of `prepares_on`; raises as `training` does."""
         at, backend = self.lengths, self._preparing_backend()
         batching = Batching.preparing(self.config, at.row, backend.row_shards)
-        attention = self._attention(backend)
-        call = reference.compile_pass(self.config, self._of_passes, backend, attention)
+        call = reference.compile_pass(
+            backend,
+            config=self._of_passes,
+            dtype=jnp.dtype(self.config.model.dtype),
+            chunk=self.config.model.logps_chunk,
+            attention=self._attention(backend),
+        )
         batch = lengths.reference_batch(at, batching.rows)
         needed = flops.response_logps(self.model, at.prompt, (at.response,) * 2)
         return self._compile(
@@ -219,7 +192,12 @@ class Setting:
         chips, host = self.topology, self.topology.host
         several = chips.size > host.size
         together = several and prepares_together(
-            self._of_passes, self.config, self.training_mesh(), host.size, chips.chip.hbm
+            self._of_passes,
+            self.config.prepare.devices,
+            self.config.model.param_dtype,
+            self.training_mesh(),
+            host.size,
+            chips.chip.hbm,
         )
         return chips if together else host
 
@@ -257,7 +235,11 @@ class Setting:
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            raise DoesNotFit(self._too_large(name, topology, backend, batching, error)) from error
+            mesh = ", ".join(f"{axis} {size}" for axis, size in backend.mesh.shape.items())
+            raise DoesNotFit(
+                f"the {name} program needs {_excess(str(error))}, on {topology.name} ({mesh}); "
+                f"change: {self._changes(name, batching)}"
+            ) from error
         finally:
             jax.config.update("jax_enable_compilation_cache", cached)
         seconds = time.monotonic() - start
@@ -278,12 +260,6 @@ class Setting:
             unknown_loops=program.unknown_loops,
             compile_seconds=seconds,
         )
-
-    def _too_large(self, name, topology, backend, batching, error) -> str:
-        by = _excess(str(error))
-        mesh = ", ".join(f"{axis} {size}" for axis, size in backend.mesh.shape.items())
-        where = f"on {topology.name} ({mesh})"
-        return f"the {name} program needs {by}, {where}; change: {self._changes(name, batching)}"
 
     def _changes(self, name: str, batching: Batching) -> str:
         config, changes = self.config, []

@@ -15,25 +15,17 @@ from attnpo_jax.plan.topologies import GIB, Topology
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a run will take.
+    """What a run will take."""
 
-    Attributes:
-      source: the model's name.
-      topology: the chips.
-      lengths: the pair that all pairs are taken to be like.
-      programs: the training step, the reference's pass and, where layers are judged, the judge's.
-      pairs: training pairs; None where nobody said and they can't be counted here.
-      steps: optimizer steps of the run; None where the number of pairs is needed and unknown.
-      evaluates: whether there are pairs to evaluate on.
-    """
-
-    source: str
+    source: str  # the model's name
     topology: Topology
-    lengths: Lengths
+    lengths: Lengths  # the pair that all pairs are taken to be like
+    # The training step, the reference's pass and, where layers are judged, the judge's.
     programs: tuple[Compiled, ...]
-    pairs: int | None
+    pairs: int | None  # training pairs; None where nobody said and they can't be counted here
+    # Optimizer steps of the run; None where the number of pairs is needed and unknown.
     steps: int | None
-    evaluates: bool = False
+    evaluates: bool = False  # whether there are pairs to evaluate on
 
     @property
     def left_out(self) -> list[str]:

@@ -13,19 +13,12 @@ from attnpo_jax.plan.programs import Compiled
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Seconds of one run of a program, by what they are spent on.
+    """Seconds of one run of a program, by what they are spent on."""
 
-    Attributes:
-      compute: FLOPs at the chip's peak.
-      memory: bytes at its memory's bandwidth.
-      interconnect: bytes sent at the bandwidth of the links that lead to the group.
-      mfu: share of all chips' peak that goes into model FLOPs, at best.
-    """
-
-    compute: float
-    memory: float
-    interconnect: float
-    mfu: float
+    compute: float  # FLOPs at the chip's peak
+    memory: float  # bytes at its memory's bandwidth
+    interconnect: float  # bytes sent at the bandwidth of the links that lead to the group
+    mfu: float  # share of all chips' peak that goes into model FLOPs, at best
 
     @classmethod
     def of(cls, program: Compiled) -> "Roofline":

@@ -31,17 +31,11 @@ REMATS = ("layer", "dots", "none")
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A way to train.
+    """A way to train."""
 
-    Attributes:
-      mesh: sizes of the mesh's axes.
-      microbatch: `train.microbatch_size`.
-      remat: `model.remat`.
-    """
-
-    mesh: dict[str, int]
-    microbatch: int
-    remat: str
+    mesh: dict[str, int]  # sizes of the mesh's axes
+    microbatch: int  # `train.microbatch_size`
+    remat: str  # `model.remat`
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{axis} {size}" for axis, size in self.mesh.items())
@@ -67,9 +61,6 @@ def ranking(setting: Setting) -> list[Found]:
     The config's own comes first; then those that send least. Of each mesh and microbatch, remat
     policies are tried from the thriftiest on, until one does not fit, and of each mesh no
     microbatch that is larger than one that does not fit with the thriftiest.
-
-    Raises:
-      PlanError: no mesh is worth a try.
     """
     own = _own(setting)
     waiting = sorted(candidates(setting), key=lambda c: _guess(setting, c))
@@ -119,11 +110,7 @@ def _takes_more(candidate: Candidate, other: Candidate) -> bool:
 
 
 def candidates(setting: Setting) -> Iterator[Candidate]:
-    """All that divide the model and the batch, and have room for parameters and moments.
-
-    Raises:
-      PlanError: there is none; says why.
-    """
+    """All that divide the model and the batch, and have room for parameters and moments."""
     batch = setting.config.train.batch_size
     for mesh in _meshes(setting):
         rows = mesh["data"] * mesh["fsdp"]

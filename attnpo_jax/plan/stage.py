@@ -36,19 +36,12 @@ def plan(
     """Compiles the config's programs for a TPU slice and prints what they take.
 
     Args:
-      run: a run, which needs no folder.
       topology: name of the slice, e.g. "v5e:8x8".
       pairs: training pairs. None: see `pairs.count`.
       row_length, response_length: see `lengths.Lengths.of`.
       search_over: whether to try meshes, microbatch sizes and remat policies, in place of the
         config's own, and print a ranking.
       as_json: print JSON in place of tables.
-      console: where to; None for standard output.
-
-    Raises:
-      PlanError: unknown slice or lengths, libtpu is missing, or a program does not fit.
-      MeshError: the chips or the model do not fit `parallel.mesh`.
-      FolderError: the model's shape can't be had.
     """
     config = run.config
     console = console or Console()
@@ -59,10 +52,7 @@ def plan(
     model = known.shape_of(config.model.source)
     config_lib.check_layers(config, model.num_layers, model.layer_windows)
     setting = Setting(
-        config,
-        model,
-        topologies.parse(topology),
-        Lengths.of(config, row_length, response_length),
+        config, model, topologies.parse(topology), Lengths.of(config, row_length, response_length)
     )
     if search_over:
         ranking = search.ranking(setting)

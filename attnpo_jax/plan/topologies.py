@@ -30,32 +30,19 @@ class PlanError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Published figures of one chip.
+    """Published figures of one chip."""
 
-    Attributes:
-      name: as in a topology's name.
-      flops: bfloat16 FLOPs a second.
-      hbm: bytes of main memory.
-      hbm_bandwidth: bytes a second, of main memory.
-      link_bandwidth: bytes a second over one link to a neighbour, one direction.
-      host: chips of one host of a larger slice, by axis of the slice.
-      alone: slices of so many chips, or fewer, have one host.
-      wraps: multiples of this many chips on an axis close to a ring.
-      cubes: whether they do only where all axes are such multiples.
-      largest: the most chips on an axis.
-      libtpu: what libtpu has to be told of it.
-    """
-
-    name: str
-    flops: float
-    hbm: int
-    hbm_bandwidth: float
-    link_bandwidth: float
-    host: tuple[int, ...]
-    alone: int
-    wraps: int
-    cubes: bool
-    largest: int
+    name: str  # as in a topology's name
+    flops: float  # bfloat16 FLOPs a second
+    hbm: int  # bytes of main memory
+    hbm_bandwidth: float  # bytes a second, of main memory
+    link_bandwidth: float  # bytes a second over one link to a neighbour, one direction
+    host: tuple[int, ...]  # chips of one host of a larger slice, by axis of the slice
+    alone: int  # slices of so many chips, or fewer, have one host
+    wraps: int  # multiples of this many chips on an axis close to a ring
+    cubes: bool  # whether they do only where all axes are such multiples
+    largest: int  # the most chips on an axis
+    # What libtpu has to be told of it.
     libtpu: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
@@ -82,15 +69,10 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice: chips of one kind in a grid.
-
-    Attributes:
-      chip: the kind.
-      shape: chips by axis.
-    """
+    """A slice: chips of one kind in a grid."""
 
     chip: Chip
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # chips by axis
 
     @property
     def name(self) -> str:
@@ -112,9 +94,6 @@ class Topology:
         """Links by which a chip reaches a group of chips: one a varying axis, two along a ring.
 
         Along a part of a ring it is one, since the way round belongs to the other parts too.
-
-        Args:
-          coordinates: where the group's chips are in the slice.
         """
         places = [len(set(at)) for at in np.array(coordinates).T[: len(self.shape)]]
         closes = [length % self.chip.wraps == 0 for length in self.shape]
@@ -127,11 +106,7 @@ class Topology:
         )
 
     def devices(self) -> list[jax.Device]:
-        """Devices to compile for; there is nothing to run on.
-
-        Raises:
-          PlanError: libtpu is not installed, or does not know the slice.
-        """
+        """Devices to compile for; there is nothing to run on."""
         _prepare_libtpu()
         try:
             found = topologies.get_topology_desc(
@@ -147,11 +122,7 @@ class Topology:
 
 
 def parse(name: str) -> Topology:
-    """The slice that a name like "v5e:8x8" or "v5p:2x2x4" means.
-
-    Raises:
-      PlanError: no such chip, or a grid that such chips do not come in.
-    """
+    """The slice that a name like "v5e:8x8" or "v5p:2x2x4" means."""
     kind, _, grid = name.partition(":")
     chip = CHIPS.get(kind)
     if chip is None or not re.fullmatch(r"\d+(x\d+)*", grid):

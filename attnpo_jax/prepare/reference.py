@@ -6,22 +6,21 @@ Shapes: as in `data.batching`.
 import functools
 from collections.abc import Callable, Iterator, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import config_dict
 
 from attnpo_jax.data.batching import Example, RowShape, fill_rows
-from attnpo_jax.data.packing import choose_buckets, plan_batches, round_up
+from attnpo_jax.data.packing import choose_buckets, round_up
 from attnpo_jax.data.tokenize import TokenizedPair
 from attnpo_jax.judge.language_model import LanguageModel
 from attnpo_jax.models import scoring
 from attnpo_jax.models.decoder import ModelConfig
 from attnpo_jax.parallel import backend as backends
+from attnpo_jax.parallel.batches import Batches
 
 
 def compile_pass(
-    config: config_dict.ConfigDict, model: ModelConfig, backend: backends.Backend, attention: str
+    backend: backends.Backend, *, config: ModelConfig, dtype, chunk: int, attention: str
 ) -> Callable:
     """The reference's pass over a batch, as `Backend.row_pass` returns it.
 
@@ -29,10 +28,10 @@ def compile_pass(
     """
     score = functools.partial(
         scoring.response_logps,
-        model,
-        dtype=jnp.dtype(config.model.dtype),
+        config,
+        dtype=jnp.dtype(dtype),
         attention=attention,
-        chunk=config.model.logps_chunk,
+        chunk=chunk,
     )
     return backend.row_pass(lambda params, batch: (score(params, batch),), out_axes=(0,))
 
@@ -41,25 +40,32 @@ class Reference:
     """The reference's log-probs, in batches of few shapes chosen from a sample.
 
     Args:
-      config: the run's config.
       model: the reference.
+      sample: pairs like those to come, at least one.
+      dtype: what activations are computed in.
+      chunk: tokens whose logits exist at a time.
+      batch_size: rows in a batch, at most.
+      token_budget: tokens in a batch, at most (a longer row is a batch of its own).
+      num_buckets: row lengths that are compiled for the sample.
       backend: where to run; the model's parameters lie as it says.
       attention: one of `models.attention.implementations.IMPLEMENTATIONS`.
-      sample: pairs like those to come, at least one.
     """
 
     def __init__(
         self,
-        config,
         model: LanguageModel,
+        sample: Sequence[TokenizedPair],
+        *,
+        dtype,
+        chunk: int,
+        batch_size: int,
+        token_budget: int,
+        num_buckets: int,
         backend: backends.Backend,
         attention: str,
-        sample: Sequence[TokenizedPair],
     ):
         self._model = model
-        self._row_shards = backend.row_shards
-        self._batch_size = config.judge.batch_size
-        self._token_budget = config.judge.token_budget
+        self._batches = Batches(backend.row_shards, batch_size, token_budget)
         examples = [_example(i, pair) for i, pair in enumerate(sample)]
         lengths = np.array([e.row_length for e in examples])
         self._shapes = {
@@ -68,26 +74,19 @@ class Reference:
                 round_up(max(e.scored_length for e in examples if e.row_length <= length)),
                 round_up(max(_longest(e) for e in examples if e.row_length <= length)),
             )
-            for length in choose_buckets(lengths, config.judge.num_buckets)
+            for length in choose_buckets(lengths, num_buckets)
         }
-        self._compiled: set[tuple[int, int]] = set()
-        self._logps = compile_pass(config, model.config, backend, attention)
+        self._logps = compile_pass(
+            backend, config=model.config, dtype=dtype, chunk=chunk, attention=attention
+        )
 
     def run(
         self, tokenized: Sequence[TokenizedPair]
     ) -> Iterator[list[tuple[int, tuple[np.ndarray, np.ndarray]]]]:
         """Yields, batch by batch, (place, (chosen's log-probs, rejected's)) lists."""
         examples = [_example(i, pair) for i, pair in enumerate(tokenized)]
-        lengths = np.array([e.row_length for e in examples])
-        waiting = None
-        for items, length, size in plan_batches(
-            lengths,
-            tuple(self._shapes),
-            self._batch_size,
-            self._token_budget,
-            row_multiple=self._row_shards,
-            compiled=self._compiled,
-        ):
+
+        def start(items: np.ndarray, length: int, size: int):
             batch = [examples[i] for i in items]
             shape = self._shapes.get(length)
             if shape is None or any(
@@ -96,12 +95,16 @@ class Reference:
                 # Not like anything in the sample: the roomiest shape of this length.
                 shape = RowShape(length, length, length)
             rows = [[e] for e in batch] + [[]] * (size - len(batch))
-            (output,) = self._logps(self._model.params, fill_rows(rows, shape, num_sources=0))
-            if waiting is not None:
-                yield _read_logps(*waiting)
-            waiting = batch, output
-        if waiting is not None:
-            yield _read_logps(*waiting)
+            return self._logps(self._model.params, fill_rows(rows, shape, num_sources=0))
+
+        lengths = np.array([e.row_length for e in examples], int)
+        for items, (logps_BG2T,) in self._batches.run(lengths, tuple(self._shapes), start):
+            done = []
+            for b, i in enumerate(items.tolist()):
+                chosen, rejected = (len(ids) for ids in examples[i].response_ids)
+                chosen_logps, rejected_logps = logps_BG2T[b, 0]
+                done.append((i, (chosen_logps[:chosen], rejected_logps[:rejected])))
+            yield done
 
 
 def _example(index: int, pair: TokenizedPair) -> Example:
@@ -115,11 +118,3 @@ def _example(index: int, pair: TokenizedPair) -> Example:
 
 def _longest(example: Example) -> int:
     return max(len(ids) for ids in example.response_ids)
-
-
-def _read_logps(batch: Sequence[Example], output: jax.Array):
-    logps_BG2T = jax.device_get(output)
-    return [
-        (e.index, tuple(logps_BG2T[b, 0, r, : len(ids)] for r, ids in enumerate(e.response_ids)))
-        for b, e in enumerate(batch)
-    ]

@@ -132,10 +132,13 @@ class _Passes:
 
     @classmethod
     def load(cls, run: "Run", keep_params: bool) -> "_Passes":
-        backend = backends.for_preparing(run.passes, run.config)
+        config = run.config
+        backend = backends.for_preparing(
+            run.passes, config.parallel, config.prepare.devices, config.model.param_dtype
+        )
         _LOG.info("preparing on %s", backend.description)
         attention = implementations.choose(
-            run.config.model.attention, run.passes, run.config.model.dtype, backend.devices
+            config.model.attention, run.passes, config.model.dtype, backend.devices
         )
         _LOG.info("attention: %s", attention)
         params = run.load_params(run.passes, backend.parameter_shardings(), keep=keep_params)
@@ -168,11 +171,15 @@ def _fill(run: "Run", passes: _Passes, split: _Split) -> None:
     if pending:
         judge = _judge(run, passes, split.components["source_layers"], sample)
         reference = Reference(
-            config,
             passes.model,
-            passes.backend,
-            passes.attention,
             [forms.tokenized for forms in sample],
+            dtype=jnp.dtype(config.model.dtype),
+            chunk=config.model.logps_chunk,
+            batch_size=config.judge.batch_size,
+            token_budget=config.judge.token_budget,
+            num_buckets=config.judge.num_buckets,
+            backend=passes.backend,
+            attention=passes.attention,
         )
         shards = _Shards(split, writer, tokenize, judge, reference, together)
         stops = shards.compute(pending, bar=config.log.progress and processes.is_first())

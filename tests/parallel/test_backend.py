@@ -225,21 +225,23 @@ LLAMA_8B, LLAMA_70B = (
     ],
 )
 def test_who_prepares_by_the_memory_that_the_model_takes(devices, model, sizes, memory, together):
-    config = config_lib.default_config()
-    config.prepare.devices = devices
     mesh = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
-    assert backends.prepares_together(model, config, mesh, 8, memory) is together
+    assert backends.prepares_together(model, devices, "float32", mesh, 8, memory) is together
 
 
 def test_all_prepare_together_if_one_process_has_too_little_memory(monkeypatch):
-    config = config_lib.default_config()
-    config.parallel.mesh.data, config.parallel.mesh.fsdp = 1, -1
+    parallel = config_lib.default_config().parallel
+    parallel.mesh.data, parallel.mesh.fsdp = 1, -1
+
+    def devices():
+        return len(backends.for_preparing(tiny.MODEL, parallel, "auto", "float32").devices)
+
     enough = sum(x.nbytes for x in jax.tree.leaves(tiny.params())) // 2  # of four devices each
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:4])
     monkeypatch.setattr(backends.processes, "exchange", lambda own: [own, own])
-    assert len(backends.for_preparing(tiny.MODEL, config).devices) == 4  # CPUs do not say
+    assert devices() == 4  # CPUs do not say
     monkeypatch.setattr(backends, "_memory", lambda devices: enough)
     for others, chosen in ((enough, 4), (enough - 4, 8), (None, 4)):
         monkeypatch.setattr(backends.processes, "exchange", lambda own, o=others: [own, o])
-        assert len(backends.for_preparing(tiny.MODEL, config).devices) == chosen
+        assert devices() == chosen

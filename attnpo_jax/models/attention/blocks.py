@@ -51,28 +51,18 @@ class _Tokens(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """How a batch of rows is cut, and which pairs of blocks have anything to do with each other.
-
-    Attributes:
-      queries, keys: the blocks.
-      pairs: int32 (n * m, 3), a block of queries, one of keys, and what to do; first those pairs
-        where anybody sees anybody.
-      count: int32 (), how many those are.
-    """
+    """How a batch of rows is cut, and which pairs of blocks have anything to do with each other."""
 
     queries: _Tokens
     keys: _Tokens
+    # int32 (n * m, 3), a block of queries, one of keys, and what to do; first those pairs where
+    # anybody sees anybody.
     pairs: jax.Array
-    count: jax.Array
+    count: jax.Array  # int32 (), how many those are
 
     @classmethod
     def of(cls, layout: RowLayout, past_length: int = 0) -> "Blocks":
-        """The blocks for rows of a layout; the same for all layers of a model.
-
-        Args:
-          layout: who sees whom.
-          past_length: P, 0 without a shared past.
-        """
+        """The blocks for rows of a layout; the same for all layers of a model."""
         B, L = layout.branch_BL.shape
         b = _block_length(B, L)
         real = layout.branch_BL > 0

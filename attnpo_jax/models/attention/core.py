@@ -24,16 +24,13 @@ class RowLayout:
 
     Token q sees token k iff k stands no later than q in the row, both are real, both belong to the
     same segment, and k is in the prefix or in q's own branch.
-
-    Attributes:
-      branch_BL: int32; 0 padding, 1 prefix, 2 and 3 the branches.
-      segment_BL: int32; which of the pairs packed into the row, or None for one pair a row.
-      positions_BL: int32 positions, which sliding windows are counted in: those of a branch
-        continue the prefix's. None where no layer has a window.
     """
 
-    branch_BL: jax.Array
+    branch_BL: jax.Array  # int32; 0 padding, 1 prefix, 2 and 3 the branches
+    # int32; which of the pairs packed into the row, or None for one pair a row.
     segment_BL: jax.Array | None = None
+    # int32 positions, which sliding windows are counted in: those of a branch continue the
+    # prefix's. None where no layer has a window.
     positions_BL: jax.Array | None = None
 
     def visible(
@@ -74,17 +71,13 @@ class RowLayout:
 
 @dataclasses.dataclass(frozen=True)
 class ScoreRule:
-    """How a layer's scores become probabilities; the defaults are a Llama's.
+    """How a layer's scores become probabilities; the defaults are a Llama's."""
 
-    Attributes:
-      scale: what query-key products are multiplied with; None for H^-1/2.
-      softcap: bound c on the scaled scores, as c * tanh(score / c); None for no bound.
-      window: positions a query sees at most, its own included, or None for all. An array where it
-        differs from layer to layer.
-    """
-
-    scale: float | None = None
+    scale: float | None = None  # what query-key products are multiplied with; None for H^-1/2
+    # Bound c on the scaled scores, as c * tanh(score / c); None for no bound.
     softcap: float | None = None
+    # Positions a query sees at most, its own included, or None for all. An array where it differs
+    # from layer to layer.
     window: int | jax.Array | None = None
 
 
@@ -96,15 +89,10 @@ def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Past:
-    """Keys and values of tokens that stand before every row of the batch, for one layer or for all.
+    """Keys and values of tokens that stand before every row of a batch, for one layer or all."""
 
-    Attributes:
-      keys: ([layers,] P, K, H), rotated.
-      values: ([layers,] P, K, H).
-    """
-
-    keys: jax.Array
-    values: jax.Array
+    keys: jax.Array  # ([layers,] P, K, H), rotated
+    values: jax.Array  # ([layers,] P, K, H)
 
 
 def after(past: Past, k_BLKH: jax.Array, v_BLKH: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -39,15 +39,10 @@ class AttentionError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """An implementation, and why it was chosen.
+    """An implementation, and why it was chosen."""
 
-    Attributes:
-      implementation: one of `IMPLEMENTATIONS`, or `BLOCKS`.
-      reason: the device and what decided, in words.
-    """
-
-    implementation: str
-    reason: str
+    implementation: str  # one of `IMPLEMENTATIONS`, or `BLOCKS`
+    reason: str  # the device and what decided, in words
 
     def __str__(self) -> str:
         return f"{self.implementation} ({self.reason})"
@@ -61,12 +56,7 @@ def choose(
     Args:
       wanted: the config's `model.attention`: `auto` or one of `IMPLEMENTATIONS`; or an earlier
         choice.
-      model: the model's shape.
-      dtype: what activations are computed in.
       devices: those that the passes will run on, or be compiled for.
-
-    Raises:
-      AttentionError: the named implementation cannot serve this model on these devices.
     """
     device = devices[0]
     # Blocks that fit a cache, on one CPU; XLA partitions plain products over several devices.
@@ -129,9 +119,6 @@ def attend(
 
     Args:
       q_BLNH, k_BLKH, v_BLKH: rotated queries and keys, and values.
-      layout: who sees whom.
-      rule: how scores become probabilities.
-      past: keys and values that stand before every row.
       implementation: one of `IMPLEMENTATIONS`, or `BLOCKS`.
       masks: what `make_masks` gave for the same layout, rule and past; None where it gave that.
     """
@@ -173,14 +160,8 @@ def make_masks(
 ) -> Any:
     """What `attend` needs to know of who sees whom, for all layers at once.
 
-    Args:
-      implementation: one of `IMPLEMENTATIONS`.
-      layout: the rows.
-      rule: of all layers; its window may be an array, where they differ in it.
-      past_length: tokens that stand before every row.
-
-    Returns:
-      A pytree of arrays; None where each layer makes its own, or needs none.
+    The rule is that of all layers: its window is an array where they differ in it. None where each
+    layer makes its masks itself, or needs none.
     """
     if implementation == BLOCKS and past_length + layout.branch_BL.shape[1] > strips.MOST_KEYS:
         return blocks.Blocks.of(layout, past_length)

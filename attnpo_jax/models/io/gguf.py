@@ -214,10 +214,6 @@ def convert(path: str | Path, folder: str | Path) -> None:
 
     Writes config.json, generation_config.json, tokenizer.json, tokenizer_config.json (with the chat
     template) and model.safetensors into `folder`, which must exist.
-
-    Raises:
-      UserError: the file is of another architecture, uses a feature this reader does not know, or
-        lacks a metadata key; the message names what was found and what is accepted.
     """
     path, folder = Path(path), Path(folder)
     reader = gguf.GGUFReader(path)

@@ -101,10 +101,6 @@ def read(config: Mapping[str, Any]) -> ModelConfig:
     """Reads a parsed `config.json`; of a `gemma3` model, its text part.
 
     A field that is absent has the value that transformers gives it for the model type.
-
-    Raises:
-      ValueError: the model type, or a feature that changes the result, is not supported; the
-        message names the field, what it holds and what is accepted.
     """
     model_type = config.get("model_type")
     if model_type not in _DEFAULTS:

@@ -87,10 +87,6 @@ def resolve(source: str | os.PathLike, *, weights: bool = True) -> Path:
       source: a local Hugging Face folder, the alias `smollm2-135m-instruct`, or a hub id
         `owner/name`, which is downloaded: safetensors, configuration and tokenizer alone.
       weights: whether the safetensors are wanted.
-
-    Raises:
-      FolderError: it is none of these, or the hub can't deliver it.
-      embedded.FetchError: the embedded model can't be fetched.
     """
     text = os.fspath(source)
     if text == embedded.ALIAS:
@@ -131,11 +127,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def load_config(folder: str | os.PathLike) -> ModelConfig:
-    """The model's shape from a folder's config.json.
-
-    Raises:
-      FolderError: no config.json, or a model type or feature that is not supported.
-    """
+    """The model's shape from a folder's config.json."""
     path = Path(folder) / "config.json"
     content = read_json(path)
     try:
@@ -230,10 +222,7 @@ def _check_stored(
 
 
 def _parameter_reader(
-    leaf: jax.ShapeDtypeStruct,
-    layout,
-    layers: list[Part],
-    stored: Mapping[str, Stored],
+    leaf: jax.ShapeDtypeStruct, layout, layers: list[Part], stored: Mapping[str, Stored]
 ) -> Callable[[tuple[slice, ...]], np.ndarray]:
     """A function from an index (one slice an axis) to that part of a parameter, in its dtype."""
     stacked = layers[0].layer is not None
@@ -272,18 +261,9 @@ def load_params(
     process's devices hold are read, device by device.
 
     Args:
-      folder: a Hugging Face folder with model.safetensors or shards and their index.
       config: the folder's config (see `load_config`), or `int8.quantized` of it.
-      param_dtype: the dtype of the parameters; the file's values are converted.
       shardings: a tree like the parameters' of `jax.sharding.Sharding`, or None for the default
         device.
-
-    Returns:
-      The nested dict of `jax.Array` that `abstract_params` describes.
-
-    Raises:
-      FolderError: no safetensors, a damaged file, or tensors that are missing, unknown,
-        misshapen or not floating point; all of them are named.
     """
     folder = Path(folder)
     files, weight_map = weight_files(folder)
@@ -318,11 +298,7 @@ def load_params(
 
 
 def stored_dtype(folder: str | os.PathLike) -> np.dtype:
-    """The narrowest dtype, of at most 32 bits, that holds all of a folder's weights unchanged.
-
-    Raises:
-      FolderError: no safetensors, a damaged file, or no weights of a floating dtype.
-    """
+    """The narrowest dtype, of at most 32 bits, that holds all of a folder's weights unchanged."""
     stored = stored_tensors(weight_files(Path(folder))[0]).values()
     found = {FLOAT_TYPES[tensor.dtype] for tensor in stored if tensor.dtype in FLOAT_TYPES}
     if not found:
@@ -338,9 +314,6 @@ def weights_digest(folder: str | os.PathLike) -> str:
     names, types, shapes, places), and 256 blocks of 4 KiB evenly spread from the first byte of the
     data to the last. Any training step changes nearly all values and so the digest; an edit of a
     few values in a large file can go unnoticed. The configuration is not covered.
-
-    Raises:
-      FolderError: the folder has no safetensors, or a file is cut short.
     """
     digest = hashlib.sha256()
     for path in weight_files(Path(folder))[0]:

@@ -46,18 +46,13 @@ _SHARD_BYTES = 5 * 10**9
 
 
 class _Export(NamedTuple):
-    """One tensor of an export.
+    """One tensor of an export."""
 
-    Attributes:
-      layers: the parts of parameters that it is made of; none for a tensor that is carried over
-        from the source.
-      shape: its shape.
-      dtype: what it is written in.
-    """
-
+    # The parts of parameters that it is made of; none for a tensor that is carried over from the
+    # source.
     layers: list[Part]
     shape: tuple[int, ...]
-    dtype: np.dtype
+    dtype: np.dtype  # what it is written in
 
 
 def _source_tensors(folder: Path, config: ModelConfig) -> dict[str, Stored]:
@@ -129,10 +124,7 @@ def _assembled(export: _Export, slots: Mapping[str, Slot], params: Mapping[str, 
 
 
 def _write_weights(
-    folder: Path,
-    config: ModelConfig,
-    params: Mapping[str, Any],
-    source: Mapping[str, Stored],
+    folder: Path, config: ModelConfig, params: Mapping[str, Any], source: Mapping[str, Stored]
 ) -> np.dtype:
     """Writes all tensors; returns the dtype of the embedding."""
     slots = table(config, text_prefix(source))
@@ -199,16 +191,12 @@ def save(
 
     Args:
       folder: where to write; may exist if it is empty or an earlier export.
-      config: the model's config.
-      params: the parameter tree, in any floating dtype.
       source_folder: the folder that the model was loaded from.
       chat_template: Jinja text that takes the place of the tokenizer's own template.
       overwrite: also replace a folder that is not an earlier export.
       origin: what the parameters are, as JSON values; see `read_origin`.
 
     Raises:
-      FolderError: the target holds something else, the parameters do not fit `config`, or
-        `source_folder` lacks config.json, or a vision tower that belongs into the export.
       OSError: the disk is full or the place can't be written; what was at `folder` stays.
     """
     source_folder = Path(source_folder)
@@ -254,12 +242,8 @@ def replacing(folder: str | os.PathLike, *, overwrite: bool, origin: Any = None)
     """A new folder that takes the place of `folder` when all in it is written, or vanishes.
 
     Args:
-      folder: the target; may exist if it is empty or an earlier export.
       overwrite: also replace a folder that is not an earlier export.
       origin: what the export is made of, as JSON values; see `read_origin`.
-
-    Raises:
-      FolderError: the target holds something else.
     """
     folder = Path(folder).absolute()
     if folder.exists() and not folder.is_dir():

@@ -152,9 +152,6 @@ def shape_of(source: str | os.PathLike) -> ModelConfig:
     Args:
       source: `model.source` of a config: a local folder, whose config.json is read; a model that
         is known here; or another hub id, of which config.json alone is downloaded.
-
-    Raises:
-      FolderError: it is none of these, or its config.json can't be had or used.
     """
     text = os.fspath(source)
     folder = Path(text).expanduser()

@@ -120,14 +120,10 @@ def save_adapter(
 
     Args:
       folder: where to write; may exist if it is empty or an earlier export.
-      model: the adapted model's config.
-      adapters: as `models.lora.init_adapters` returns them.
       base: what the adapters belong to, a hub id or a folder; PEFT loads it by that name.
-      source_folder: the base's local folder.
       chat_template: Jinja text that takes the place of the tokenizer's own template.
 
     Raises:
-      FolderError: the target holds something else.
       OSError: the place can't be written; what was at `folder` stays.
     """
     modules, tensors = _modules(model), {}

@@ -62,21 +62,13 @@ class Slot(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One layer of a parameter as Hugging Face has it, within the tensor that holds it.
+    """One layer of a parameter as Hugging Face has it, within the tensor that holds it."""
 
-    Attributes:
-      name: the tensor's name.
-      path: the parameter's path.
-      layer: the layer, or None for a parameter that is not stacked.
-      shape: of this part, in Hugging Face's layout.
-      start: where along the tensor's first axis it begins.
-    """
-
-    name: str
-    path: str
-    layer: int | None
-    shape: tuple[int, ...]
-    start: int
+    name: str  # of the tensor
+    path: str  # of the parameter
+    layer: int | None  # None for a parameter that is not stacked
+    shape: tuple[int, ...]  # of this part, in Hugging Face's layout
+    start: int  # where along the tensor's first axis it begins
 
 
 def text_prefix(names: Mapping[str, Any]) -> str:
@@ -97,10 +89,6 @@ def table(config: ModelConfig, prefix: str = TEXT_PREFIXES[0]) -> dict[str, Slot
 
     The table has entries for optional parameters too; which of them a model has follows from
     `decoder.abstract_params`.
-
-    Args:
-      config: the model's config.
-      prefix: one of `TEXT_PREFIXES`.
     """
     head = "language_model.lm_head" if prefix == "language_model.model." else "lm_head"
     slots = {
@@ -134,7 +122,6 @@ def parts(slots: Mapping[str, Slot], shapes: Mapping[str, Any]) -> Iterator[Part
     """Every part of a model's tensors, grouped by parameter, in the order of `slots`.
 
     Args:
-      slots: see `table`.
       shapes: what has a `shape`, by the parameter's path; decides which parameters there are.
     """
     ends: dict[str, int] = {}
@@ -178,7 +165,6 @@ def read_part(tensor: Any, shape: tuple[int, ...], layout: Layout, bounds, start
     Args:
       tensor: what gives an array when indexed with slices.
       shape: of the whole parameter in our layout, without layer axis.
-      layout: its layout.
       bounds: start and stop for each axis of ours.
       start: where along the tensor's first axis the parameter begins.
     """

@@ -31,7 +31,7 @@ def run(scratch):
     with pytest.MonkeyPatch.context() as patch:
         # One device, as on a machine that is measured.
         for name in ("for_training", "for_preparing"):
-            patch.setattr(backends, name, lambda model, _: backends.one_device(model))
+            patch.setattr(backends, name, lambda model, *_: backends.one_device(model))
 
         def run(name, **spec):
             workload = WORKLOADS[name](spec | {"scratch": str(scratch)})

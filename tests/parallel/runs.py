@@ -66,7 +66,7 @@ def finish(process, code=0):
 def run_here(setting, workdir, *arguments):
     """What `run` with one process does, by this process: on two of its devices."""
 
-    def on_two_devices(model, _):
+    def on_two_devices(model, *_):
         return backends.Sharded(model, {"data": 1, "fsdp": 2, "tensor": 1}, jax.devices()[:2])
 
     with pytest.MonkeyPatch.context() as patch:

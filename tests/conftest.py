@@ -1,23 +1,21 @@
 """Set the test platform before JAX starts: CPU, with eight virtual devices for sharding tests.
 
-What they compile is kept for the session: test workers and the processes that tests launch
-inherit the variables that say where.
+What they compile is kept, for test workers, the processes that tests launch, and the next session:
+these inherit the variables that say where.
 """
 
-import atexit
 import http.server
 import os
-import shutil
+import pathlib
 import socket
-import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
 if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="attnpo-tests-xla-")
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+    kept = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "d" / "xla"
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(kept)
 # Small programs count too: most of what tests wait for is thousands of them.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Tiny models are too small for it to pay that their machine code is made fast.

@@ -82,6 +82,7 @@ def abstract_batch(rows, num_sources):
 PROGRAMS_DIFFER = [file for file in OF_KNOWN_MODELS if file.stem != LLAMAS[1]]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("file", PROGRAMS_DIFFER, ids=lambda file: file.stem)
 def test_programs_of_a_ready_config_compile_for_eight_devices(file):
     config = config_lib.load_file(str(file))

@@ -26,6 +26,7 @@ def test_all_lists_every_public_name_once():
     assert set(attnpo_jax.__all__) <= set(dir(attnpo_jax))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["prepare", "run", "export", "judge", "config"])
 def test_names_of_stages_are_modules_whatever_was_imported_first(name):
     # In a process of its own: imports here may have set the attribute already.
@@ -55,6 +56,7 @@ assert not heavy, heavy
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.process
 def test_public_names_need_no_torch():
     code = f"""
 import sys

@@ -2,6 +2,7 @@ import collections
 import inspect
 import io
 
+import pytest
 from rich.console import Console
 
 from attnpo_jax import cli, export, prepare
@@ -85,6 +86,7 @@ def test_without_held_out_pairs_only_the_artefacts_are_listed(tmp_path, monkeypa
     assert "held-out" not in text and str(tmp_path / "export") in text
 
 
+@pytest.mark.process
 def test_everything_is_resolved_once(tmp_path, monkeypatch):
     tiny.write_small_inputs(tmp_path)
     config = tiny.small_config(tmp_path, train__batch_size=4, train__microbatch_size=2)

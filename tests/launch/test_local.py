@@ -63,6 +63,7 @@ def test_processes_know_their_number_and_the_first_failure_is_the_code():
     ]
 
 
+@pytest.mark.process
 def test_it_ends_with_its_processes_though_one_has_left_another_behind(tmp_path):
     script = f"sleep 120 & echo $! > {tmp_path}/left; echo said"
     start = time.monotonic()

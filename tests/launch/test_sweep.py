@@ -75,6 +75,7 @@ def test_grid_has_every_combination_and_keeps_what_is_not_swept(sweep, config_fi
     assert {(r.config.train.epochs, r.config.optim.learning_rate) for r in runs} == {(3, 1e-2)}
 
 
+@pytest.mark.process
 def test_prepares_once_trains_each_point_ranks_and_does_not_repeat(
     sweep, config_file, tmp_path, monkeypatch
 ):

@@ -149,6 +149,7 @@ def test_pmap_and_data_hold_the_whole_state_on_each_device():
         assert device_bytes(state, jax.devices()[3]) == total
 
 
+@pytest.mark.process
 def test_pmap_prepares_trains_and_exports_as_two_devices_of_a_mesh_do(setting, single):
     """`attnpo run`, whose batches for the reference hold no judge rows."""
     config = config_lib.from_json((setting / "config.json").read_text())

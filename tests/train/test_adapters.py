@@ -95,6 +95,7 @@ def test_a_checkpoint_holds_adapters_and_their_moments_alone(finished):
     assert not any("embedding" in path or "norm" in path for path in tree)
 
 
+@pytest.mark.process
 def test_resumed_run_equals_the_undisturbed_one(finished, folder, tmp_path, monkeypatch):
     config = make_config(folder, train__save_every=2)
     again = new_workdir(tmp_path / "again", folder)

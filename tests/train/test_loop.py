@@ -169,6 +169,7 @@ def test_log_every_does_not_change_the_run(tmp_path, model):
     assert without_clock(some) == kept
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("step", [1, 5])
 def test_interrupted_and_resumed_run_equals_the_undisturbed_one(tmp_path, model, step):
     """Before the first checkpoint, and after the second; tests/test_faults.py kills runs."""

@@ -113,7 +113,7 @@ def check_layers(
       layer_windows: see `models.config.ModelConfig`.
 
     Returns:
-      The judge's source layers, see `judge_layers`.
+      The judge's layers, see `judge_layers`.
 
     Raises:
       ConfigError: a layer the model does not have, or a weighting's layer the judge does not keep.

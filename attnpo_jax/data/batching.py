@@ -5,7 +5,7 @@ over. Short pairs share rows. A batch's shape is one of at most `num_buckets` (`
 from the data's own lengths, so that a run compiles its step no more often than that.
 
 Shapes: n microbatches, B rows, L row length, M scored tokens a row, G pairs a row, T response
-tokens, S source layers, K columns of precomputed weights; axes of size 2 are (chosen, rejected) or
+tokens, S judged layers, K columns of precomputed weights; axes of size 2 are (chosen, rejected) or
 the judge's two orders.
 """
 
@@ -38,7 +38,7 @@ class PairBatch:
       mask_BG2T: bool, real response tokens, closing template tokens included.
       text_mask_BG2T: bool, those that carry the response's text.
       reference_logps_BG2T: float32 reference log-probs.
-      judge_BG22ST: float32 raw judge attention by response, order, source layer, token.
+      judge_BG22ST: float32 raw judge attention by response, order, layer, token.
       verdict_BG2: float32 log-odds, by order, that the judge prefers the chosen response; NaN
         where that was not asked for.
       ready_BG2KT: float32 precomputed weights by response, column, token; None without any.

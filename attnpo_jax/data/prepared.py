@@ -11,7 +11,7 @@ A folder that `datasets.load_from_disk` reads:
   turned out bad, one JSON object each, with their `id`; no file where there are none;
 - `state.json`, `dataset_info.json`: what `datasets` wants beside them;
 - `prepared.json`, written last: its presence means that all shards were there. It holds
-  `fingerprint` and the `components` behind it (model, template, lengths, source layers ...),
+  `fingerprint` and the `components` behind it (model, template, lengths, judged layers ...),
   `num_rows`, `planned_rows` (bad ones included), `rows_per_shard`, `shards` (file, rows, bytes,
   sha256), `counts` and `versions`.
 

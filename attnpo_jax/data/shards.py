@@ -6,13 +6,13 @@ One row a pair:
 - `prompt_ids`, `chosen_ids`, `rejected_ids`: int32, as trained on;
 - `chosen_text_length`, `rejected_text_length`: int32, how many leading tokens of the response are
   text; the rest are template tokens;
-- `judge_chosen`, `judge_rejected`: float32 (2, S, T), raw attention by order, source layer and text
+- `judge_chosen`, `judge_rejected`: float32 (2, S, T), raw attention by order, layer and text
   token;
 - `judge_verdict`, where it was asked for: float32 (2,), by order, log p(letter of the chosen
   response) minus log p(the other letter);
 - `ref_chosen_logps`, `ref_rejected_logps`: float32, reference log-probs of every response token.
 
-Without source layers (S = 0) there are no judge columns. Where weights came with the data, there
+Without judged layers (S = 0) there are no judge columns. Where weights came with the data, there
 are
 
 - `ready_chosen`, `ready_rejected`: float32 (K, T), these weights by column and text token.
@@ -40,7 +40,7 @@ _TEXT_LENGTHS = ("chosen_text_length", "rejected_text_length")
 
 
 def features(num_sources: int, num_columns: int = 0, verdict: bool = True) -> datasets.Features:
-    """The columns of a prepared dataset with `num_sources` (S) source layers and `num_columns` (K)
+    """The columns of a prepared dataset with `num_sources` (S) judged layers and `num_columns` (K)
     columns of precomputed weights; of the judge's, `verdict` or none.
     """
     int_list = datasets.List(datasets.Value("int32"))

@@ -29,7 +29,7 @@ def export_weights(run: "Run", *, console: Console | None = None) -> None:
 
     A line holds `prompt` (the first user turn), `prompt_id`, the conversations `chosen` and
     `rejected`, `chosen_tokens` and `rejected_tokens` (ids of the text tokens as trained on), and by
-    source layer `chosen_weights_<layer>` and `rejected_weights_<layer>`: each judge order's
+    layer `chosen_weights_<layer>` and `rejected_weights_<layer>`: each judge order's
     attention divided by its sum, then the mean of both orders. So they sum to 1, and sink fix and
     scaling are left to whoever trains. `cr_last_token` and `rc_last_token` are the letter, A or B,
     that the judge prefers with the chosen response at A and at B. Pairs that were prepared without

@@ -10,7 +10,7 @@ in `config.weighting`:
         place_BT = jnp.cumsum(response.mask_BT, axis=-1)
         return (response.mask_BT & (place_BT <= count)).astype(jnp.float32)
 
-Shape suffixes: B responses, T response tokens, S source layers, 2 judge orders.
+Shape suffixes: B responses, T response tokens, S judged layers, 2 judge orders.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ class ResponseTokens:
       mask_BT: bool, true on every token of the response, closing template tokens included.
       text_mask_BT: bool, true on the tokens of the response's text; implies `mask_BT`.
       judge_B2ST: float32, raw attention from the judge's verdict position to the tokens, by order
-        of the answers (0: chosen at A, 1: chosen at B) and source layer. Values off `text_mask_BT`
+        of the answers (0: chosen at A, 1: chosen at B) and judged layer. Values off `text_mask_BT`
         carry no meaning.
       verdict_B2: float32, by order, log-probability of the letter of the chosen response minus
         that of the other letter; NaN where `judge.verdict` is False.
@@ -106,7 +106,7 @@ def select_sources(
         if resolved not in source_layers:
             of = "" if num_layers is None else f" (the model has {num_layers} layers)"
             raise RegistryError(
-                f"layer {wanted} is not among the judge's source layers; accepted: {available}{of}"
+                f"layer {wanted} is not among the judge's layers; accepted: {available}{of}"
             )
         places.append(list(source_layers).index(resolved))
     return tuple(places)
@@ -183,7 +183,7 @@ def attention(
 
     Args:
       response: masks (B, T) and attention (B, 2, S, T).
-      layer: source layer, -1 for the last; a tuple means the mean of these layers' weights.
+      layer: of the model, -1 for the last; a tuple means the mean of these layers' weights.
       fix_sink: in texts of 5 tokens or more, give the first token the mean weight, whatever its
         attention, and scale the others so that the sum stays the number of text tokens. The first
         token soaks up attention for its place, not for what it says.

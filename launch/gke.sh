@@ -21,10 +21,19 @@ CONFIG=${CONFIG:-configs/quickstart.py}
 OPTIONS=${OPTIONS:---config.parallel.mesh.data=1 --config.parallel.mesh.fsdp=-1}
 ENV_FILE=${ENV_FILE:-}                       # lines NAME=VALUE for the pods, such as HF_TOKEN=...
 
+# Whatever stands in these is words to the pods' shells, and nothing else.
+words() {
+  local all
+  printf -v all '%q ' "$@"
+  printf %s "${all% }"
+}
+set -f
+
 # `exec`: attnpo itself is then what Kubernetes tells to stop.
+# shellcheck disable=SC2086  # OPTIONS holds several words
 command="pip install -q '.[tpu,tokamax]' && \
-export HF_HOME=$MOUNT/huggingface ATTNPO_CACHE=$MOUNT/cache && \
-exec attnpo run --config=$CONFIG --workdir=$MOUNT/runs/$RUN $OPTIONS"
+export $(words HF_HOME="$MOUNT/huggingface" ATTNPO_CACHE="$MOUNT/cache") && \
+exec attnpo $(words run --config="$CONFIG" --workdir="$MOUNT/runs/$RUN" $OPTIONS)"
 
 # Codes of attnpo's that a restart helps with, beside those of signals, which xpk has by itself: 75,
 # told to stop, and has saved; 76, another process is gone. With any other one the workload fails.

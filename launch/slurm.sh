@@ -32,6 +32,7 @@ PORT=${PORT:-29400}                          # free on the first node
 # reads it once. (Left to itself, JAX would take one GPU a process under Slurm.)
 # shellcheck disable=SC2016  # expanded by each node's shell, and by Slurm's variables there
 node='export ATTNPO_PROCESS_ID=$SLURM_PROCID ATTNPO_NUM_PROCESSES=$SLURM_NTASKS; exec "$@"'
+set -f  # the words of OPTIONS are taken as they are
 # shellcheck disable=SC2206  # OPTIONS holds several words
 run=(
   # Slurm does not hand a job's CPUs on to its steps by itself.

@@ -22,6 +22,14 @@ SHARE=${SHARE:-10.0.0.2:/vol1}               # an NFS share that all hosts reach
 CONFIG=${CONFIG:-configs/quickstart.py}
 OPTIONS=${OPTIONS:---config.parallel.mesh.data=1 --config.parallel.mesh.fsdp=-1}
 
+# Whatever stands in these is words to the hosts' shells, and nothing else.
+words() {
+  local all
+  printf -v all '%q ' "$@"
+  printf %s "${all% }"
+}
+set -f
+
 MOUNT=/mnt/attnpo
 DRY_RUN=no
 if [ "${1:-}" = --dry-run ]; then DRY_RUN=yes; shift; fi
@@ -63,7 +71,7 @@ install)
     for _ in \$(seq 60); do \$apt update && break; sleep 5; done
     \$apt install -y nfs-common
     sudo mkdir -p $MOUNT
-    mountpoint -q $MOUNT || sudo mount -t nfs $SHARE $MOUNT
+    mountpoint -q $MOUNT || sudo mount -t nfs $(words "$SHARE") $MOUNT
     sudo chmod 777 $MOUNT
     mkdir -p attnpo_jax && tar -xzf attnpo.tar.gz -C attnpo_jax
     curl -LsSf https://astral.sh/uv/install.sh | sh
@@ -71,6 +79,8 @@ install)
     ~/.local/bin/uv pip install --python ~/attnpo_venv/bin/python './attnpo_jax[tpu,tokamax]'"
   ;;
 run)
+  # shellcheck disable=SC2086  # OPTIONS holds several words
+  run=$(words run --config="$CONFIG" --workdir="$MOUNT/runs/$NAME" $OPTIONS)
   # Apart from the ssh session, so that it outlives it. HF_HOME: the hosts share one download.
   on_workers all "set -e
     if ! mountpoint -q $MOUNT; then
@@ -81,8 +91,7 @@ run)
     fi
     cd attnpo_jax
     ATTNPO_DISTRIBUTED=1 HF_HOME=$MOUNT/huggingface ATTNPO_CACHE=$MOUNT/cache \\
-    setsid nohup ~/attnpo_venv/bin/attnpo run --config=$CONFIG --workdir=$MOUNT/runs/$NAME \\
-      $OPTIONS > ~/attnpo.log 2>&1 < /dev/null &
+    setsid nohup ~/attnpo_venv/bin/attnpo $run > ~/attnpo.log 2>&1 < /dev/null &
     echo \$! > ~/attnpo.pid"
   ;;
 logs) on_workers 0 'tail -n 100 -F attnpo.log' ;;

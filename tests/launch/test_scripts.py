@@ -115,6 +115,46 @@ def test_tpu_pod():
     assert delete[:6] == ["gcloud", "compute", "tpus", "queued-resources", "delete", "n"]
 
 
+HOSTILE = "*; touch 'in' $(touch in) `touch in` & #"
+# Layers as a tuple, which is no syntax of a shell's, a pattern that fits files, and a command.
+OPTIONS = ["--config.judge.layers=(0,-1)", "--config.data.train=*", "--x=$(touch<in);touch<in"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_stands_in_a_parameter_is_words_to_every_shell(tmp_path, script):
+    """A stand-in for attnpo keeps what it is given by the shell that runs the script's command."""
+    given = {"OPTIONS": " ".join(OPTIONS), "CONFIG": HOSTILE}
+    name = {"tpu_pod.sh": "NAME", "gke.sh": "RUN", "slurm.sh": "WORKDIR"}[script]
+    commands = dry_run(
+        script, *(["run"] if script == "tpu_pod.sh" else []), **given, **{name: HOSTILE}
+    )
+    home = tmp_path / "home"
+    for bin_ in ("attnpo_venv/bin", "bin", "attnpo_jax"):
+        (home / bin_).mkdir(parents=True)
+    for stand_in in ("attnpo_venv/bin/attnpo", "bin/attnpo"):
+        (home / stand_in).write_text('#!/bin/bash\nprintf "%s\\n" "$@" > ~/arguments\n')
+    for stand_in in ("pip", "mountpoint"):
+        (home / "bin" / stand_in).write_text("#!/bin/bash\n")
+    for file in (*home.glob("bin/*"), *home.glob("attnpo_venv/bin/*")):
+        file.chmod(0o755)
+    remote = options(commands[0]).get("command")
+    if remote is None:  # of Slurm, whose step is no text for a shell
+        remote = shlex.join(commands[0][commands[0].index("attnpo") + 1 :])
+        remote = remote.replace("/home/me/attnpo_venv", "~/attnpo_venv")
+    subprocess.run(
+        ["bash", "-c", remote + "\nwait"],
+        cwd=home,
+        env={"PATH": f"{home}/bin:{os.environ['PATH']}", "HOME": str(home)},
+        timeout=30,
+        check=True,
+    )
+    mount = "" if script == "slurm.sh" else "/mnt/attnpo/runs/"
+    assert (home / "arguments").read_text().splitlines() == [
+        "run", f"--config={HOSTILE}", f"--workdir={mount}{HOSTILE}", *OPTIONS,
+    ]  # fmt: skip
+    assert not list(home.rglob("in"))
+
+
 def test_tpu_pod_run_outlives_its_shell_and_stop_reaches_it(tmp_path):
     """What the hosts run, on this machine with a stand-in for attnpo that waits for SIGTERM."""
     (tmp_path / "attnpo_jax").mkdir()

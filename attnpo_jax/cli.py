@@ -314,7 +314,8 @@ def _add_options(parser: argparse.ArgumentParser, command: Command) -> None:
         "--config",
         metavar="FILE[:ARG]",
         type=_given,
-        help="Config file, a Python file with get_config(); ARG is its argument.",
+        help="Config file, a Python file with get_config(), ARG its argument; or the config.json "
+        "of a run.",
     )
     # Shown here, and understood by `_without_overrides`.
     add(

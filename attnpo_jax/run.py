@@ -75,6 +75,7 @@ class Run:
           ProcessesError: of several processes, some have another workdir than the rest.
         """
         config_lib.validate(config)
+        config_lib.complete_sections(config)
         template = JudgeTemplate.load(config.judge.template)
         if workdir is not None:
             workdir = pathlib.Path(workdir)

@@ -131,7 +131,8 @@ def test_a_name_switches_the_section_to_that_function_s_hyperparameters(calls, f
     ]
     assert cli.main(arguments) == 0
     config = calls[0][1]
-    assert config.objective.to_dict() == {"name": "ipo", "beta": 0.02, "length_normalize": True}
+    # The file's beta was meant for the objective that the file names.
+    assert config.objective.to_dict() == {"name": "ipo", "beta": 0.1, "length_normalize": True}
     assert config.weighting.to_dict() == {"name": "uniform"}
 
 
@@ -349,7 +350,6 @@ def test_config_prints_what_differs_from_the_defaults(file, capsys):
     assert cli.main([*base, "--diff"]) == 0
     assert sorted(capsys.readouterr().out.splitlines()) == [
         "# no objective.label_smoothing",
-        "objective.beta = 0.02  # default: 0.1",
         "objective.length_normalize = False  # not in the default config",
         "objective.name = 'ipo'  # default: 'sigmoid'",
         "train.batch_size = 64  # default: 32",
@@ -379,7 +379,7 @@ def test_options_can_come_from_a_flagfile(calls, file, tmp_path):
     flagfile = tmp_path / "flags"
     flagfile.write_text(f"--config={file}\n--config.objective.name=hinge\n# a comment\n")
     assert cli.main(["run", f"--flagfile={flagfile}", "--workdir=w"]) == 0
-    assert calls[0][1].objective.to_dict() == {"name": "hinge", "beta": 0.02}
+    assert calls[0][1].objective.to_dict() == {"name": "hinge", "beta": 0.1}
 
 
 def test_compiled_programs_are_kept_in_the_cache_unless_told_otherwise(calls, file, tmp_path):

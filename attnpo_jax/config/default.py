@@ -4,12 +4,12 @@ from ml_collections import config_dict
 
 from attnpo_jax import losses, weighting
 from attnpo_jax.config.fields import FIELDS
-from attnpo_jax.config.sections import any_type, section_for
+from attnpo_jax.config.sections import Config, any_type, section_for
 
 
 def default_config() -> config_dict.ConfigDict:
     """Every field with its default; locked, so that a mistyped field fails where it is set."""
-    config = config_dict.ConfigDict()
+    config = Config()
     for name, field in FIELDS.items():
         *parents, last = name.split(".")
         section = config

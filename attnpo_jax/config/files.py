@@ -21,7 +21,7 @@ from ml_collections import config_dict
 
 from attnpo_jax.config.default import default_config
 from attnpo_jax.config.errors import ConfigError
-from attnpo_jax.config.sections import SECTIONS, any_type
+from attnpo_jax.config.sections import SECTIONS
 from attnpo_jax.runtime import python_file
 from attnpo_jax.runtime.nested import as_tuples, differences, flatten
 
@@ -30,19 +30,23 @@ ABSENT = "(absent)"
 
 
 def load_file(spec: str) -> config_dict.ConfigDict:
-    """Runs a config file's `get_config()`.
+    """The config of a file: what its `get_config()` returns, or the JSON that a run has written.
 
     Args:
-      spec: path of the file, or `path:argument` for a `get_config(argument)`.
+      spec: path of the file, or `path:argument` for a `get_config(argument)`. One that ends in
+        .json is read as `to_json` writes it: `WORKDIR/config.json` is the config of that run.
 
     Raises:
       FileNotFoundError: no such file.
-      ConfigError: the file fails, has no `get_config`, or returns something else than a config.
+      ConfigError: the file fails, has no `get_config`, or returns something else than a config; or
+        it is JSON, but no config.
     """
     path, _, argument = spec.partition(":")
     file = pathlib.Path(path).expanduser()
     if not file.is_file():
         raise FileNotFoundError(f"--config={spec}: no file {file}")
+    if file.suffix.lower() == ".json":
+        return _load_json(file, spec, argument)
     try:
         module = python_file.load(file)
         get_config = getattr(module, "get_config", None)
@@ -63,6 +67,17 @@ def load_file(spec: str) -> config_dict.ConfigDict:
             [f"{file}: get_config() returned a {type(config).__name__}; accepted: a ConfigDict"]
         )
     return config
+
+
+def _load_json(file: pathlib.Path, spec: str, argument: str) -> config_dict.ConfigDict:
+    if argument:
+        raise ConfigError([f"--config={spec}: {file} is JSON, which takes no argument"])
+    try:
+        return from_json(file.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"{file}: not a config in JSON: {error}"]) from error
+    except ConfigError as error:
+        raise ConfigError([f"{file}: {problem}" for problem in error.problems]) from error
 
 
 def diff(old: config_dict.ConfigDict, new: config_dict.ConfigDict) -> dict[str, tuple[Any, Any]]:
@@ -91,16 +106,22 @@ def from_json(text: str) -> config_dict.ConfigDict:
         values = json.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError([f"not a config in JSON: {error}"]) from error
+    if not isinstance(values, dict):
+        raise ConfigError(
+            [f"not a config in JSON: holds a {type(values).__name__}; accepted: an object"]
+        )
     config = default_config()
+    found = []
     with config.unlocked():
         for field in SECTIONS:
-            if field in values:
-                section = {key: as_tuples(value) for key, value in values.pop(field).items()}
-                config[field] = config_dict.ConfigDict(
-                    {key: v if key == "name" else any_type(v) for key, v in section.items()}
-                )
+            if field not in values:
+                continue
+            fields = values.pop(field)
+            if not isinstance(fields, dict):
+                found.append(f"config.{field} = {fields!r}: accepted: an object with a name")
+                continue
+            config[field] = {key: as_tuples(value) for key, value in fields.items()}
     known = flatten(config)
-    found = []
     for field, value in flatten(values).items():
         *parents, last = field.split(".")
         if field not in known:

@@ -1,27 +1,30 @@
 """Overrides of a config's fields, as a command line gives them: --config.section.field=value."""
 
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from absl import flags
 from ml_collections import config_dict, config_flags
 
 from attnpo_jax.config.checks import accepted_words, suggest
 from attnpo_jax.config.files import load_file
-from attnpo_jax.config.sections import SECTIONS, complete_sections
+from attnpo_jax.config.sections import SECTIONS, complete_sections, former_name
 from attnpo_jax.runtime.errors import UsageError
 from attnpo_jax.runtime.nested import flatten
+
+_LOG = logging.getLogger(__name__)
 
 
 def load_config(spec: str, overrides: Sequence[str] = ()) -> config_dict.ConfigDict:
     """The config of a file, changed as a command line says.
 
-    Overrides of `weighting.name` and `objective.name` come first, whatever their place: they
-    switch the section to that function's hyperparameters, which others may then set. Values of
-    hyperparameters that the old and the new function share are kept.
+    Overrides of `weighting.name` and `objective.name` come first, whatever their place: another
+    name than the file's resets the section to that function's defaults, which others may then set.
+    Where file or command line switch a function, a line of log says what its section comes to.
 
     Args:
-      spec: path of a config file, or `path:argument`.
+      spec: path of a config file, or `path:argument`; see `load_file`.
       overrides: `--config.section.field=value`, as on the command line.
 
     Returns:
@@ -47,7 +50,27 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> config_dict.ConfigD
     for field in by_field:
         if field not in known:
             raise UsageError(_unknown_field(field, known))
-    return _apply(config, list(overrides))
+    config = _apply(config, list(overrides))
+    for section in SECTIONS:
+        if former_name(config[section]) not in (None, config[section].name):
+            _LOG.info("%s", _switched(config, section, by_field))
+    return config
+
+
+def _switched(config: config_dict.ConfigDict, section: str, given: Container[str]) -> str:
+    """What a section comes to whose function was switched: its defaults, and what was set since."""
+    values = dict(config[section].items())
+    name = values.pop("name")
+    defaults = SECTIONS[section].hyperparameters(name)
+    listed = [
+        f"{key} = {value!r} "
+        + ("(set)" if f"{section}.{key}" in given or value != defaults.get(key) else "(default)")
+        for key, value in values.items()
+    ]
+    return (
+        f"config.{section}: {name!r} in place of {former_name(config[section])!r}, whose values "
+        f"are dropped: {', '.join(listed) or 'no hyperparameters'}"
+    )
 
 
 def _unknown_field(field: str, known: Sequence[str]) -> str:

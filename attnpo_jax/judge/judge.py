@@ -47,6 +47,8 @@ class Judgement:
         NaN from a judge that was not asked for it.
       answer_ids: int32 (2,), by order, the token that the judge would most likely answer with,
         which need not be a letter; -1 likewise.
+      source_layers: the layers on the S axis, counted from 0.
+      num_layers: how many layers the judge has.
     """
 
     id: str
@@ -54,6 +56,8 @@ class Judgement:
     rejected: np.ndarray
     verdict: np.ndarray
     answer_ids: np.ndarray
+    source_layers: tuple[int, ...]
+    num_layers: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +189,9 @@ class Judge:
             for b, i in enumerate(batch.tolist()):
                 pair, rows_SQL = tokenized[i], rows_SBQL[:, b]
                 attention = (self._carried_over(rows_SQL, prompts[i], pair, side) for side in SIDES)
-                done.append((i, Judgement(pair.id, *attention, verdict_BQ[b], answer_BQ[b])))
+                says = (*attention, verdict_BQ[b], answer_BQ[b])
+                of_model = self.source_layers, self._model.config.num_layers
+                done.append((i, Judgement(pair.id, *says, *of_model)))
             yield done
 
     def _begins_common(self, prompt: JudgePrompt) -> bool:

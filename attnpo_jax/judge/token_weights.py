@@ -23,13 +23,18 @@ def token_weights(
 
     Args:
       tokenized, judgement: what `judge.judge_pairs` gives for it.
-      **hyperparameters: its hyperparameters. Layers are named by their place among those that the
-        judge kept, -1 for the last one.
+      name: a registered weighting.
+      **hyperparameters: its hyperparameters. As in a config, layers are those of the model, counted
+        from 0, negative ones from its end; of them, the judge must have kept those asked for.
 
     Returns:
       For the chosen and for the rejected response: (text, weight) by token, closing template
       tokens left out. Log-probs are not known here: the weights of a weighting that reads them are
       NaN.
+
+    Raises:
+      RegistryError: no such weighting or hyperparameter, or a layer that the judge did not keep;
+        the message lists those that it kept.
     """
     weigh = weighting.bind(name, hyperparameters)
     sides = []
@@ -49,6 +54,8 @@ def token_weights(
                 reference_logps_BT=unknown_BT,
                 policy_logps_BT=unknown_BT,
                 is_chosen=jnp.array([side == "chosen"]),
+                source_layers=judgement.source_layers,
+                num_layers=judgement.num_layers,
             )
         )
         text, spans = getattr(pair, side).strip(), getattr(tokenized, f"{side}_spans")

@@ -1,3 +1,4 @@
+import copy
 import doctest
 import re
 import subprocess
@@ -20,6 +21,7 @@ from attnpo_jax.config import (
     flatten,
     from_json,
     layers,
+    load_config,
     load_file,
     section_for,
     source_layers,
@@ -246,15 +248,140 @@ def test_section_for_takes_fields_from_the_signature():
     }
 
 
-def test_switching_a_section_keeps_values_of_the_same_name():
+def test_switching_a_section_resets_it_to_the_new_function_s_defaults():
     config = default_config()
     config.objective.beta = 0.005
     complete_sections(config, objective="ipo", weighting="uniform")
-    assert config.objective.to_dict() == {"name": "ipo", "beta": 0.005, "length_normalize": False}
+    assert config.objective.to_dict() == {"name": "ipo", "beta": 0.1, "length_normalize": False}
     assert config.weighting.to_dict() == {"name": "uniform"}
     validate(config)
     with pytest.raises(ConfigError, match="config.objective.name: unknown objective 'dpo'"):
         complete_sections(config, objective="dpo")
+
+
+def test_a_name_that_a_config_file_sets_resets_the_section():
+    config = default_config()
+    config.objective.label_smoothing = 0.2
+    config.objective.name = "ipo"
+    assert config.objective.to_dict() == {"name": "ipo", "beta": 0.1, "length_normalize": False}
+    config.objective.length_normalize = True
+    config.objective.name = "ipo"  # no other name, no reset
+    assert config.objective.length_normalize is True
+    with pytest.raises(AttributeError, match="bta"):
+        config.objective.bta = 1.0
+    copied = copy.deepcopy(config).copy_and_resolve_references()
+    assert copied.objective.to_dict() == config.objective.to_dict()
+    validate(copied)
+
+
+SIMPO = """
+from attnpo_jax import losses
+
+@losses.register
+def {name}(chosen, rejected, *, beta: float = 2.0, gamma: float = 0.5):
+    return -beta * (chosen.policy_B - rejected.policy_B) + gamma
+"""
+USES = """
+from attnpo_jax.config import default_config
+
+def get_config():
+    config = default_config()
+    config.objective.beta = 0.05
+    {more}
+    return config
+"""
+
+
+@pytest.fixture
+def simpo(tmp_path, monkeypatch):
+    """An objective whose beta is 2 by default, its file, and what writes a config's file."""
+    monkeypatch.setattr(losses.registry, "_functions", dict(losses.registry._functions))
+    name = f"simpo_{tmp_path.name}".replace("-", "_")
+    plugin = tmp_path / "simpo_plugin.py"
+    plugin.write_text(SIMPO.format(name=name))
+
+    def write(more="pass"):
+        file = tmp_path / "simpo_config.py"
+        file.write_text(USES.format(more=more))
+        return str(file)
+
+    return name, str(plugin), write
+
+
+def test_a_plugin_s_objective_starts_from_its_own_beta(simpo, caplog):
+    caplog.set_level("INFO", "attnpo_jax")
+    name, plugin, write = simpo
+    file = write()
+    arguments = [f"--config.plugins={plugin}", f"--config.objective.name={name}"]
+    config = load_config(file, arguments)
+    assert config.objective.to_dict() == {"name": name, "beta": 2.0, "gamma": 0.5}
+    said = f"config.objective: {name!r} in place of 'sigmoid', whose values are dropped: "
+    assert caplog.messages == [said + "beta = 2.0 (default), gamma = 0.5 (default)"]
+    caplog.clear()
+    # What the command line sets is kept, whatever its place.
+    config = load_config(file, ["--config.objective.gamma=0.3", *arguments])
+    assert config.objective.to_dict() == {"name": name, "beta": 2.0, "gamma": 0.3}
+    assert caplog.messages == [said + "beta = 2.0 (default), gamma = 0.3 (set)"]
+
+
+def test_a_config_file_names_a_plugin_s_objective_before_it_is_loaded(simpo, caplog):
+    caplog.set_level("INFO", "attnpo_jax")
+    name, plugin, write = simpo
+    begins = f"config.plugins = ({plugin!r},); config.objective.name = {name!r}; "
+    file = write(begins + "config.objective.gamma = 0.25")
+    config = load_config(file)
+    assert config.objective.to_dict() == {"name": name, "beta": 2.0, "gamma": 0.25}
+    assert config.objective.is_locked
+    assert caplog.messages[0].endswith("beta = 2.0 (default), gamma = 0.25 (set)")
+    # The same name on the command line is no switch: the file's values stay.
+    config = load_config(file, [f"--config.objective.name={name}"])
+    assert config.objective.gamma == 0.25
+
+
+def test_a_mistyped_field_of_a_plugin_that_is_not_loaded_yet_is_reported(simpo):
+    name, plugin, write = simpo
+    begins = f"config.plugins = ({plugin!r},); config.objective.name = {name!r}; "
+    config = load_config(write(begins + "config.objective.gama = 0.25"))
+    with pytest.raises(ConfigError, match="objective.gama = 0.25: .*accepted: beta, gamma"):
+        validate(config)
+
+
+def test_a_run_s_config_json_is_a_config(tmp_path):
+    config = default_config()
+    config.objective.name = "ipo"
+    config.objective.beta = 0.02
+    config.judge.layers = (0, -1)
+    file = tmp_path / "config.json"
+    file.write_text(to_json(config))
+    assert diff(config, load_config(str(file))) == {}
+    changed = load_config(str(file), ["--config.train.steps=3", "--config.objective.name=hinge"])
+    assert diff(config, changed) == {
+        "train.steps": (0, 3),
+        "objective.name": ("ipo", "hinge"),
+        "objective.beta": (0.02, 0.1),
+        "objective.length_normalize": (False, files.ABSENT),
+    }
+    assert "length_normalize" not in changed.objective
+    with pytest.raises(ConfigError, match=r"config.json is JSON, which takes no argument"):
+        load_config(f"{file}:small")
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("{", "not a config in JSON: Expecting property name.*line 1"),
+        ("[1]", "not a config in JSON: holds a list; accepted: an object"),
+        ('{"seed": "x"}', "config.seed = 'x': "),
+        ('{"objective": "ipo"}', "config.objective = 'ipo': accepted: an object with a name"),
+        ('{"optim": {"momentum": 0.9}}', "config.optim.momentum = 0.9: no config has this"),
+        ("\xff", "not a config in JSON: 'utf-8' codec"),
+    ],
+)
+def test_a_json_file_that_is_no_config_is_named(tmp_path, text, said):
+    file = tmp_path / "c.json"
+    file.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError, match=f"{file}: {said}"):
+        load_config(str(file))
 
 
 def test_completing_fills_in_defaults_and_keeps_unknown_fields_for_validate():

@@ -28,16 +28,8 @@ from attnpo_jax.parallel import processes
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
 _LOG = logging.getLogger(__name__)
-
-# Rows of the table: what is shown, and the metric's name plain and weighted.
-_ROWS = (
-    ("loss", "eval_unweighted_loss", "eval_loss"),
-    ("reward accuracy", "eval_rewards/accuracies", "eval_rewards/weighted_accuracies"),
-    ("reward margin", "eval_rewards/margins", "eval_rewards/weighted_margins"),
-)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -254,48 +246,27 @@ def run(run: Run, *, console: "Console | None" = None) -> None:
 
     Args:
       run: the run.
-      console: where the closing table goes; None for standard output.
+      console: where figures and folders go; None for standard output.
     """
     # Here, so that a command loads its own stage alone.
     from rich.console import Console
 
     from attnpo_jax import export, prepare, train
+    from attnpo_jax.export.stage import export_folders
     from attnpo_jax.runtime import metrics
 
-    prepare.prepare(run, keep_params=True)
-    train.train(run)
-    exported = export.export(run)
+    console = console or Console()
+    prepare.prepare(run, keep_params=True, console=console)
+    train.train(run, console=console)
+    export.export(run, console=console)
     if not processes.is_first():
         return
-
-    console = console or Console()
-    lines = [line for line in metrics.read(run.workdir) if "eval_loss" in line]
-    if lines:
-        console.print(summary(lines[0], lines[-1]))
+    names = {"model": "model (Hugging Face)", "adapter": "adapters (PEFT)"}
     for what, path in (
-        ("model (Hugging Face)", exported),
+        *((names[kind], folder) for kind, folder in export_folders(run).items()),
         ("metrics", run.workdir / metrics.FILE),
         ("checkpoints", run.checkpoint_folder),
         ("prepared data", run.workdir / "prepared"),
         ("config", run.workdir / "config.json"),
     ):
         console.print(f"{what:<21} {path}", highlight=False, soft_wrap=True)
-
-
-def summary(before: dict[str, Any], after: dict[str, Any]) -> "Table":
-    """The evaluation before the first step beside that after the last.
-
-    Args:
-      before: the first line of `metrics.jsonl` that has evaluation metrics.
-      after: the last one.
-    """
-    from rich.table import Table
-
-    table = Table(title=f"held-out pairs, before training and after {after['step']} steps")
-    table.add_column("")
-    for name in ("before", "after", "weighted, before", "weighted, after"):
-        table.add_column(name, justify="right")
-    for label, plain, weighted in _ROWS:
-        cells = (line[name] for name in (plain, weighted) for line in (before, after))
-        table.add_row(label, *(f"{cell:.4f}" for cell in cells))
-    return table

@@ -161,7 +161,8 @@ def _train(point: Point, workdir: pathlib.Path) -> Outcome:
     if not link.is_symlink():
         link.symlink_to(os.path.relpath(workdir / "prepared", folder))
     try:
-        train.train(Run.resolve(point.config, folder))
+        # One table at the end has all runs.
+        train.train(Run.resolve(point.config, folder), console=Console(quiet=True))
     except NonFiniteError as error:
         return Outcome(point, None, str(error))
     finally:

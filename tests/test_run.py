@@ -1,89 +1,48 @@
 import collections
 import inspect
 import io
+import re
 
 import pytest
 from rich.console import Console
 
-from attnpo_jax import cli, export, prepare
+from attnpo_jax import cli
 from attnpo_jax import config as config_lib
 from attnpo_jax import run as run_lib
-from attnpo_jax import train as training
 from attnpo_jax.data.tokenize import ChatTokenizer
 from attnpo_jax.judge.prompt import JudgeTemplate
 from attnpo_jax.models.io import hf_folder
 from attnpo_jax.run import Run
-from attnpo_jax.runtime import metrics
 from tests import tiny
 
 
-def eval_line(**changes):
-    names = {f"rewards/{w}{k}": 0.0 for w in ("", "weighted_") for k in ("accuracies", "margins")}
-    names |= {"loss": 0.6931, "unweighted_loss": 0.6931}
-    return {f"eval_{name}": value for name, value in (names | changes).items()}
+def test_what_is_done_is_not_done_again_and_said_to_be(tmp_path, caplog):
+    caplog.set_level("INFO", "attnpo_jax")
+    tiny.write_small_inputs(tmp_path)
+    config = tiny.small_config(tmp_path, train__batch_size=4, train__microbatch_size=2)
+    workdir, said = tmp_path / "work", []
+    for _ in range(2):
+        text = io.StringIO()
+        run_lib.run(Run.resolve(config, workdir), console=Console(file=text, width=100))
+        said.append(text.getvalue())
+    first, second = said
+    for text in said:
+        assert text.count("held-out pairs, before training and after 2 steps") == 1
+        for name in ("export", "metrics.jsonl", "checkpoints", "prepared", "config.json"):
+            assert str(workdir / name) in text
+    begins = f"{workdir}/export: the model of step 2 for transformers"
+    assert re.search(rf"^{begins} \(\d files, 0.1 MB\)$", first, re.MULTILINE), first
+    assert re.search(rf"^{begins}, as it was before \(\d files", second, re.MULTILINE), second
+    assert "complete, used as it is" in second
+    assert f"all 2 steps are done, and saved in {workdir}/checkpoints" in caplog.messages
 
 
-AFTER = eval_line(
-    **{
-        "loss": 0.25,
-        "unweighted_loss": 0.5,
-        "rewards/accuracies": 0.8125,
-        "rewards/margins": 1.5,
-        "rewards/weighted_accuracies": 0.875,
-        "rewards/weighted_margins": 2.75,
-    }
-)
-
-
-def run_with(tmp_path, monkeypatch, lines):
-    """`run` with stand-ins for its four parts; returns their order and what was printed."""
-    calls = []
-
-    def train(run):
-        calls.append("train")
-        with metrics.MetricsWriter(run.workdir, 0) as writer:
-            for step, values in lines:
-                writer.write(step, values)
-
-    def export_to(run):
-        calls.append("export")
-        return run.workdir / "export"
-
-    monkeypatch.setattr(prepare, "prepare", lambda *_, **__: calls.append("prepare"))
-    monkeypatch.setattr(training, "train", train)
-    monkeypatch.setattr(export, "export", export_to)
+def test_without_held_out_pairs_there_is_no_table(tmp_path):
+    tiny.write_small_inputs(tmp_path)
+    config = tiny.small_config(tmp_path, data__eval="", train__steps=1)
     text = io.StringIO()
-    console = Console(file=text, width=100)
-    run_lib.run(Run.resolve(config_lib.default_config(), tmp_path), console=console)
-    return calls, text.getvalue()
-
-
-def test_closing_table_compares_the_first_with_the_last_evaluation(tmp_path, monkeypatch):
-    lines = [
-        (0, eval_line()),
-        (1, {"loss": 0.5}),
-        (1, eval_line(loss=0.4)),
-        (2, {"loss": 0.3}),
-        (2, AFTER),
-    ]
-    calls, text = run_with(tmp_path, monkeypatch, lines)
-    assert calls == ["prepare", "train", "export"]
-    assert "after 2 steps" in text
-    # Numbers of each row, from left to right: plain before and after, weighted before and after.
-    rows = {}
-    for line in text.splitlines():
-        label, *cells = (cell.strip() for cell in line.strip("│").split("│"))
-        rows[label] = [cell for cell in cells if cell]
-    assert rows["loss"] == ["0.6931", "0.5000", "0.6931", "0.2500"]
-    assert rows["reward accuracy"] == ["0.0000", "0.8125", "0.0000", "0.8750"]
-    assert rows["reward margin"] == ["0.0000", "1.5000", "0.0000", "2.7500"]
-    for name in ("export", "metrics.jsonl", "checkpoints", "prepared", "config.json"):
-        assert str(tmp_path / name) in text
-
-
-def test_without_held_out_pairs_only_the_artefacts_are_listed(tmp_path, monkeypatch):
-    _, text = run_with(tmp_path, monkeypatch, [(1, {"loss": 0.5})])
-    assert "held-out" not in text and str(tmp_path / "export") in text
+    run_lib.run(Run.resolve(config, tmp_path / "work"), console=Console(file=text, width=100))
+    assert "held-out" not in text.getvalue() and "/work/export" in text.getvalue()
 
 
 @pytest.mark.process

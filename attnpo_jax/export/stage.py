@@ -1,12 +1,14 @@
 """`attnpo export`: the newest checkpoint as a Hugging Face folder, or as an adapter for PEFT."""
 
-import logging
 import os
 import pathlib
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax.numpy as jnp
+from rich.console import Console
 
+from attnpo_jax.data.manifest import canonical
 from attnpo_jax.models import lora
 from attnpo_jax.models.decoder import abstract_params
 from attnpo_jax.models.io import embedded, hf_folder, hf_save, peft
@@ -16,10 +18,17 @@ from attnpo_jax.parallel import checkpoint, gathering, preemption, processes
 if TYPE_CHECKING:
     from attnpo_jax.run import Run
 
-_LOG = logging.getLogger(__name__)
+
+# What the folders hold.
+_KINDS = {
+    "model": "the model of step {} for transformers",
+    "adapter": "adapters of step {} for PEFT",
+}
 
 
-def export(run: "Run", out: str | os.PathLike | None = None) -> pathlib.Path:
+def export(
+    run: "Run", out: str | os.PathLike | None = None, *, console: Console | None = None
+) -> pathlib.Path:
     """Writes the parameters of the newest whole checkpoint as a folder that transformers loads.
 
     Tokenizer and generation config come from the model that training started with, and the chat
@@ -33,7 +42,8 @@ def export(run: "Run", out: str | os.PathLike | None = None) -> pathlib.Path:
     Args:
       run: the run.
       out: where to; None for `workdir/export`. An earlier export there is replaced, or left as it
-        is if it holds these very parameters.
+        is if it holds these very parameters, with the same files beside them.
+      console: where the folders' names go, and what they hold; None for standard output.
 
     Returns:
       The folder written.
@@ -45,61 +55,110 @@ def export(run: "Run", out: str | os.PathLike | None = None) -> pathlib.Path:
       OSError: the folder can't be written; an earlier export stays. The other processes get
         `gathering.FirstProcessFailed`.
     """
-    out = run.workdir / "export" if out is None else pathlib.Path(out)
-    checkpoints = run.checkpoint_folder  # all processes look whether it is theirs
-    if processes.is_first():
-        hf_save.clear_up(out)
-    adapted = bool(run.config.lora.rank)
-    newest = _origin(run, checkpoints) if processes.is_first() and not adapted else None
-    written = newest is not None and hf_save.read_origin(out) == newest
-    if preemption.agreed(written):
-        if written:
-            _LOG.info("%s holds the model of step %d already", out, newest["step"])
-    elif adapted:
-        _export_adapted(run, out)
+    run.checkpoint_folder  # noqa: B018  all processes look whether it is theirs
+    folders, first = export_folders(run, out), processes.is_first()
+    newest = None
+    if first:
+        for folder in folders.values():
+            hf_save.clear_up(folder)
+        newest = _origin(run)
+    there = newest is not None and all(
+        hf_save.read_origin(folder) == newest | {"holds": kind} for kind, folder in folders.items()
+    )
+    if preemption.agreed(there):
+        step = newest["step"] if first else None
+    elif run.config.lora.rank:
+        step = _export_adapted(run, folders)
     else:
-        _export(run, out)
+        step = _export(run, folders["model"])
     processes.barrier("export: written")
-    return out
+    if first:
+        console = console or Console()
+        for kind, folder in folders.items():
+            what = f"{_KINDS[kind].format(step)}{', as it was before' if there else ''}"
+            console.print(f"{folder}: {what} ({_extent(folder)})", highlight=False, soft_wrap=True)
+    return next(iter(folders.values()))
 
 
-def _origin(run: "Run", checkpoints: Any, step: int | None = None) -> dict[str, Any] | None:
+def export_folders(
+    run: "Run", out: str | os.PathLike | None = None
+) -> dict[Literal["model", "adapter"], pathlib.Path]:
+    """What `export` writes, and where to."""
+    out = run.workdir / "export" if out is None else pathlib.Path(out)
+    if not run.config.lora.rank or run.config.lora.export == "merged":
+        return {"model": out}
+    if run.config.lora.export == "adapter":
+        return {"adapter": out}
+    return {"model": out, "adapter": out.with_name(f"{out.name}-adapter")}
+
+
+def _extent(folder: pathlib.Path) -> str:
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return f"{len(files)} files, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB"
+
+
+def _origin(run: "Run", step: int | None = None) -> dict[str, Any] | None:
     """What an export is made of; None if there is no checkpoint that says so."""
-    origin = checkpoint.origin(checkpoints, step)
-    return origin if origin is None else origin | {"chat_template": run.chat_template}
+    origin = checkpoint.origin(run.checkpoint_folder, step)
+    if origin is None:
+        return None
+    return canonical(origin | _taken(run))
 
 
-def _export(run: "Run", out: pathlib.Path) -> None:
+def _taken(run: "Run") -> dict[str, Any]:
+    """What an export has from elsewhere than the checkpoint."""
+    return {
+        "chat_template": run.chat_template,
+        "source": {
+            # Which has the base of adapters, and what tensors are stored in.
+            "weights": run.weights_digest,
+            "files": hf_save.companions_digest(run.model_folder),
+        },
+        "lora": _adapters_identity(run)["config"] if run.config.lora.rank else None,
+    }
+
+
+def _adapters_identity(run: "Run") -> dict[str, Any]:
+    """What a checkpoint's adapters must share with the config.
+
+    Without the base that they were trained on, and the scale that they were trained with, adapters
+    are worth nothing: neither shows in their shapes.
+    """
+    fields = {f"lora.{name}": run.config.lora[name] for name in ("rank", "alpha", "targets")}
+    return {"config": fields, "prepared": {"model": {"weights": run.weights_digest}}}
+
+
+def _export(run: "Run", out: pathlib.Path) -> int:
     backend = backends.for_training(run.model, run.config.parallel)
     abstract = abstract_params(run.model, jnp.dtype(run.config.model.param_dtype))
     params, step = checkpoint.restore_params(
         run.checkpoint_folder, backend.abstract_state(abstract)
     )
-    origin = _origin(run, run.checkpoint_folder, step)
     with gathering.for_first(params) as readable:
         if readable is not None:
-            hf_save.save(
-                out,
-                run.model,
-                readable,
-                source_folder=run.model_folder,
-                chat_template=run.chat_template,
-                origin=origin,
-            )
+            _save_model(run, out, readable, step)
+    return step
 
 
-def _export_adapted(run: "Run", out: pathlib.Path) -> None:
+def _save_model(run: "Run", out: pathlib.Path, params: Any, step: int) -> None:
+    hf_save.save(
+        out,
+        run.model,
+        params,
+        source_folder=run.model_folder,
+        chat_template=run.chat_template,
+        origin=_origin(run, step) | {"holds": "model"},
+    )
+
+
+def _export_adapted(run: "Run", folders: Mapping[str, pathlib.Path]) -> int:
     config, policy, source = run.config, run.policy, run.model_folder
     backend = backends.for_training(policy, config.parallel)
-    # Without the base that they were trained on, and the scale that they were trained with,
-    # adapters are worth nothing: neither shows in their shapes.
-    identity: dict[str, Any] = {
-        "config": {f"lora.{field}": config.lora[field] for field in ("rank", "alpha", "targets")},
-        "prepared": {"model": {"weights": run.weights_digest}},
-    }
     abstract = backend.abstract_state(lora.abstract_adapters(policy))
-    adapters, _ = checkpoint.restore_params(run.checkpoint_folder, abstract, identity)
-    if config.lora.export in ("merged", "both"):
+    adapters, step = checkpoint.restore_params(
+        run.checkpoint_folder, abstract, _adapters_identity(run)
+    )
+    if "model" in folders:
         params = hf_folder.load_params(
             source,
             run.model,
@@ -110,11 +169,8 @@ def _export_adapted(run: "Run", out: pathlib.Path) -> None:
         params = lora.merge(policy, params, adapters)
         with gathering.for_first(params) as readable:
             if readable is not None:
-                hf_save.save(
-                    out, run.model, readable, source_folder=source, chat_template=run.chat_template
-                )
-    if config.lora.export in ("adapter", "both"):
-        both = config.lora.export == "both"
+                _save_model(run, folders["model"], readable, step)
+    if "adapter" in folders:
         # A name from the hub means the same to whoever gets the adapter; a path is all there is
         # for other models.
         of_hub = not pathlib.Path(config.model.source).expanduser().is_dir() and (
@@ -123,10 +179,12 @@ def _export_adapted(run: "Run", out: pathlib.Path) -> None:
         with gathering.for_first(adapters) as readable:
             if readable is not None:
                 peft.save_adapter(
-                    out.with_name(f"{out.name}-adapter") if both else out,
+                    folders["adapter"],
                     policy,
                     readable,
                     base=config.model.source if of_hub else str(source.absolute()),
                     source_folder=source,
                     chat_template=run.chat_template,
+                    origin=_origin(run, step) | {"holds": "adapter"},
                 )
+    return step

@@ -33,7 +33,7 @@ from collections.abc import Mapping
 import jax
 from jax._src import distributed  # the coordination service's key-value store has no public name
 
-from attnpo_jax.parallel import processes
+from attnpo_jax.parallel import preemption, processes
 from attnpo_jax.runtime import exit_codes
 from attnpo_jax.runtime import program as programs
 
@@ -70,6 +70,7 @@ def join(options: Mapping[str, str] | None = None) -> None:
         meet = functools.partial(processes.barrier, "all are done")
         programs.others = programs.Others(meet, fail)
         watch()
+        preemption.take_interrupts()
         if not processes.is_first():
             # What all would say, the first one says; what this one alone knows, it says itself.
             logging.getLogger("attnpo_jax").setLevel(logging.WARNING)

@@ -1,12 +1,12 @@
-"""Notice that the machine is about to be taken away: SIGTERM.
+"""Notice to stop: SIGTERM, since the machine is about to be taken away, or Ctrl-C.
 
 Training saves a checkpoint, preparing leaves the shard under way, and both end with `Preempted`,
-which the command line turns into exit code 75 (`EX_TEMPFAIL` of sysexits.h: try again later);
-started again, the same command continues. A process that SIGTERM killed before it could do so has
-143 instead.
+which the command line turns into exit code 75 (`EX_TEMPFAIL` of sysexits.h: try again later), or
+130 after Ctrl-C; started again, the same command continues. A process that SIGTERM killed before it
+could do so has 143 instead.
 
-Of several processes, JAX's coordination service takes the signal over: it tells all of them of any
-one's notice.
+Of several processes, JAX's coordination service takes SIGTERM over: it tells all of them of any
+one's notice. Ctrl-C is handed to it as SIGTERM.
 """
 
 import contextlib
@@ -15,11 +15,14 @@ import itertools
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jax._src import distributed  # the coordination service's key-value store has no public name
 from jax.experimental import multihost_utils
+
+from attnpo_jax.runtime import interrupts
 
 # Where the service's preemption manager writes that a process has had notice.
 _NOTICE = "RECEIVED_PREEMPTION_NOTICE"
@@ -27,9 +30,9 @@ _NOTICE = "RECEIVED_PREEMPTION_NOTICE"
 
 @contextlib.contextmanager
 def watch() -> Iterator[Callable[[], bool]]:
-    """Takes SIGTERM as a notice, inside of the `with` block.
+    """Takes SIGTERM and the first SIGINT as a notice, inside of the `with` block.
 
-    Notice that nobody was told of by the end of the block is sent again then, to whatever handles
+    Notice that nobody was told of by the end of the block is handed on then, to whatever handles
     the signal outside.
 
     Yields:
@@ -39,26 +42,57 @@ def watch() -> Iterator[Callable[[], bool]]:
     if jax.process_count() > 1:
         yield _service_has_notice
         return
-    noticed, told = threading.Event(), threading.Event()
     if threading.current_thread() is not threading.main_thread():
         # Only the main thread may handle signals; elsewhere they are its business.
         yield lambda: False
         return
+    noticed: list[int] = []
+    told = threading.Event()
 
     def preempted() -> bool:
-        if noticed.is_set():
+        if noticed:
             told.set()
         return told.is_set()
 
-    before = signal.signal(signal.SIGTERM, lambda *_: noticed.set())
+    def notice(number: int, frame: Any) -> None:
+        again = interrupts.note() if number == signal.SIGINT else False
+        if again and callable(outside[number]):
+            outside[number](number, frame)  # the second one is not for us
+        noticed.append(number)
+
+    # Where SIGINT is ignored, as in the background of a script, it stays so.
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    numbers = (signal.SIGTERM,) if ignored else (signal.SIGTERM, signal.SIGINT)
+    outside: dict[int, Any] = {}
+    interrupts.forget()
+    for number in numbers:
+        # None stands for a handler that Python did not install and can't install again.
+        outside[number] = signal.getsignal(number) or signal.SIG_DFL
+        signal.signal(number, notice)
     try:
         yield preempted
     finally:
-        # None stands for a handler that Python did not install and can't install again.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+        for number, handler in outside.items():
+            signal.signal(number, handler)
     # An error that ends the block ends the program's work as well.
-    if noticed.is_set() and not told.is_set():
+    if noticed and not told.is_set():
+        number = noticed[0]
+        if callable(outside[number]):
+            outside[number](number, None)
+        else:
+            signal.raise_signal(number)
+
+
+def take_interrupts() -> None:
+    """Has Ctrl-C do what SIGTERM does to this process of several, from here on."""
+
+    def hand_over(number: int, _: Any) -> None:
+        interrupts.note()
         signal.raise_signal(signal.SIGTERM)
+
+    main = threading.current_thread() is threading.main_thread()
+    if main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, hand_over)
 
 
 @dataclasses.dataclass(frozen=True)

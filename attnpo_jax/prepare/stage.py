@@ -60,7 +60,7 @@ def prepare(run: "Run", *, keep_params: bool = False, console: Console | None = 
       PreparedMismatch: the dataset on disk was prepared with other settings.
       MeshError: the devices or the model do not fit `parallel.mesh`.
       AttentionError: `model.attention` cannot serve the model on these devices.
-      Preempted: SIGTERM came; the shard under way is lost, those before it stay.
+      Preempted: SIGTERM or Ctrl-C came; the shard under way is lost, those before it stay.
     """
     console = console or Console()
     # The data come first: a mistake in them shall not wait for a model to be downloaded.
@@ -78,7 +78,8 @@ def prepare(run: "Run", *, keep_params: bool = False, console: Console | None = 
             passes = passes or _Passes.load(run, keep_params)
             _fill(run, passes, split)
         elif processes.is_first():
-            console.print(f"{split.path}: complete, used as it is", highlight=False)
+            used = f"{split.path}: complete, used as it is"
+            console.print(used, highlight=False, soft_wrap=True)
         processes.wait_until_seen(split.path / prepared.METADATA)
         if processes.is_first():
             console.print(summary(split.name, prepared.Prepared.open(split.path)))
@@ -222,10 +223,10 @@ class _Shards:
         team = processes.team() if self.together else ALONE  # those that compute the same shards
         total = sum(stop - start for _, start, stop in pending)
         with (
+            preemption.watch() as noticed,
             CountProgress(f"prepare {self.split.name}", total, "pairs", bar=bar) as progress,
             ThreadPoolExecutor(max_workers=1) as ahead,
             ThreadPoolExecutor(max_workers=1) as behind,
-            preemption.watch() as noticed,
         ):
 
             def preempted() -> bool:

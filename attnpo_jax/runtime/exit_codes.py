@@ -5,7 +5,7 @@
 - `PREEMPTED` (`EX_TEMPFAIL` of sysexits.h): told to stop, and has saved; start it again.
 - `LOST`: another process of the run is gone without a word (killed, or its machine is); start all
   of them again.
-- `INTERRUPTED`: Ctrl-C, as shells say it.
+- `INTERRUPTED`: Ctrl-C, as shells say it; a message says what is saved.
 """
 
 FAILED = 1

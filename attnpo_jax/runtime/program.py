@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from attnpo_jax.runtime import exit_codes
+from attnpo_jax.runtime import exit_codes, interrupts
 from attnpo_jax.runtime.errors import Preempted, UsageError, UserError
 
 
@@ -38,18 +38,24 @@ def exit_code(program: str, body: Callable[[], int]) -> int:
     Returns:
       What `body` does, or one of `exit_codes`: 1 for an error that the user can mend (told in one
       message on stderr), 2 for a command line that cannot be understood, 75 when preparing or
-      training was told to stop (SIGTERM) and its work is saved, 130 when interrupted. With 76,
-      since another process of the run is gone, it does not come back here.
+      training was told to stop (SIGTERM) and its work is saved, 130 after Ctrl-C, saved or not.
+      With 76, since another process of the run is gone, or at the second Ctrl-C, it does not come
+      back here.
 
     Raises:
       Exception: whatever is neither a `UserError` nor an OSError.
     """
+    with interrupts.watched(program):
+        return _exit_code(program, body)
+
+
+def _exit_code(program: str, body: Callable[[], int]) -> int:
     try:
         try:
             code = body()
         except Preempted as notice:
             print(f"{program}: {notice}", file=sys.stderr)
-            code = exit_codes.PREEMPTED
+            code = exit_codes.INTERRUPTED if interrupts.came() else exit_codes.PREEMPTED
         if others:
             others.meet()
         return code

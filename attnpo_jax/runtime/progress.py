@@ -82,7 +82,7 @@ class CountProgress(Bar):
         rate = self._done / max(now - self._start, 1e-9)
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, rate=f"{rate:.2f}")
-        elif now - self._spoke > SECONDS_BETWEEN_LINES or self._done >= self._total:
+        elif count and (now - self._spoke > SECONDS_BETWEEN_LINES or self._done >= self._total):
             self._spoke = now
             left = (self._total - self._done) / rate
             _LOG.info(

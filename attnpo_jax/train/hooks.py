@@ -133,10 +133,11 @@ class Evaluate:
         """Sets `loop.stops` if it was told to stop meanwhile; then it counts for nothing."""
         if self._batches is None:
             return
-        loop.progress.note("evaluating")
+        loop.progress.evaluating()
         values = evaluate(
             self._eval_step, loop.state.policy, self._batches, self._put_batch, self._stops
         )
+        loop.progress.evaluated(loop.step, values)
         if values is None:
             loop.stops = True
             return

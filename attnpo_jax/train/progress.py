@@ -41,6 +41,8 @@ class Throughput:
 class TrainProgress(Bar):
     """A progress bar on a terminal; elsewhere, a line of log for every line of metrics.
 
+    Loss and accuracy are those of the objective: with the tokens' weights.
+
     Args:
       total: steps of the whole run.
       done: steps that were done before.
@@ -49,23 +51,40 @@ class TrainProgress(Bar):
     """
 
     def __init__(self, total: int, done: int, *, bar: bool, console: Console | None = None):
+        self._total = total
+        self._shown = "compiling"
         super().__init__(
             "step {task.completed}/{task.total}",
             "{task.description}",
             bar=bar,
             console=console,
-            description="compiling",
+            description=self._shown,
             total=total,
             completed=done,
         )
-        self._total = total
 
-    def note(self, text: str) -> None:
-        """Says what the run is at, when that is not a step."""
+    def evaluating(self) -> None:
+        """Says that the run is at an evaluation."""
         if self._bar is not None:
-            self._bar.update(self._task, description=text)
+            self._bar.update(self._task, description="evaluating")
         else:
-            _LOG.info("%s", text)
+            _LOG.info("evaluating")
+
+    def evaluated(self, done: int, values: Mapping[str, float] | None) -> None:
+        """Shows, in a line of its own, what came of an evaluation; None: it was left off."""
+        if self._bar is not None:
+            self._bar.update(self._task, description=self._shown)
+        if values is None:
+            return
+        text = (
+            f"held-out pairs: loss {values['eval_loss']:.4f}  "
+            f"accuracy {values['eval_rewards/weighted_accuracies']:.2f}"
+        )
+        if self._bar is not None:
+            line = f"step {done}/{self._total}  {text}"
+            self._bar.console.print(line, highlight=False, soft_wrap=True)
+        else:
+            _LOG.info("step %d/%d  %s", done, self._total, text)
 
     def step(self, done: int) -> None:
         """Moves the bar to `done` steps."""
@@ -74,11 +93,11 @@ class TrainProgress(Bar):
 
     def metrics(self, done: int, values: Mapping[str, float]) -> None:
         """Shows a line of training metrics."""
-        text = (
-            f"loss {values['loss']:.4f}  accuracy {values['rewards/accuracies']:.2f}  "
+        self._shown = (
+            f"loss {values['loss']:.4f}  accuracy {values['rewards/weighted_accuracies']:.2f}  "
             f"{values['pairs_per_second']:.2f} pairs/s"
         )
         if self._bar is not None:
-            self._bar.update(self._task, description=text)
+            self._bar.update(self._task, description=self._shown)
         else:
-            _LOG.info("step %d/%d  %s", done, self._total, text)
+            _LOG.info("step %d/%d  %s", done, self._total, self._shown)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 from ml_collections import config_dict
+from rich.console import Console
 
 from attnpo_jax import config as config_lib
 from attnpo_jax import losses, weighting
@@ -24,10 +25,12 @@ from attnpo_jax.parallel.checkpoint import Checkpoints
 from attnpo_jax.parallel.state import TrainState, create, create_adapted
 from attnpo_jax.runtime import atomic
 from attnpo_jax.runtime.metrics import MetricsWriter
+from attnpo_jax.runtime.metrics import read as read_metrics
 from attnpo_jax.train import hooks, optim
 from attnpo_jax.train.loop import TrainLoop
 from attnpo_jax.train.progress import TrainProgress
 from attnpo_jax.train.step import StepSettings, make_eval_step, make_train_step
+from attnpo_jax.train.summary import summary
 
 if TYPE_CHECKING:
     from attnpo_jax.run import Run
@@ -35,14 +38,16 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 
-def train(run: "Run") -> None:
+def train(run: "Run", *, console: Console | None = None) -> None:
     """Trains on the prepared pairs of a run, from its newest checkpoint if it has one.
 
     Writes `config.json`, `metrics.jsonl` and checkpoints. Evaluates before the first step and
-    after the last, and in between as the config says.
+    after the last, and in between as the config says. A table at the end shows the first evaluation
+    beside the last.
 
     Args:
       run: the run, whose folder holds `prepared/`.
+      console: where the table goes; None for standard output.
 
     Raises:
       FileNotFoundError: there is no prepared dataset.
@@ -51,8 +56,8 @@ def train(run: "Run") -> None:
       NonFiniteError: a loss or gradient was not finite.
       MeshError: the devices or the model do not fit `parallel.mesh`.
       AttentionError: `model.attention` cannot serve the model on these devices.
-      Preempted: SIGTERM came; a checkpoint of the step under way is written, and evaluation at that
-        step, if due or under way, is left to the run that resumes.
+      Preempted: SIGTERM or Ctrl-C came; a checkpoint of the step under way is written, and
+        evaluation at that step, if due or under way, is left to the run that resumes.
     """
     config, checkpoint_folder = run.config, run.checkpoint_folder
     run.source_layers  # noqa: B018  a layer that the model lacks is told of before anything runs
@@ -78,12 +83,14 @@ def train(run: "Run") -> None:
             atomic.write_atomically(
                 run.workdir / "config.json", config_lib.to_json(config).encode()
             )
+        _say_where_it_begins(run, start if restored else None, len(batches))
+        bar = config.log.progress and first and start < len(batches)
         with (
             MetricsWriter(
                 run.workdir, start, log=config.log, config=config.to_dict(), writes=first
             ) as metrics,
-            TrainProgress(len(batches), start, bar=config.log.progress and first) as progress,
             preemption.watch_steps(start) as notice,
+            TrainProgress(len(batches), start, bar=bar) as progress,
         ):
             loop = TrainLoop(
                 state=state,
@@ -94,27 +101,40 @@ def train(run: "Run") -> None:
                 metrics=metrics,
                 progress=progress,
             )
-            # What happens at a step, in this order.
-            at_steps = [
-                hooks.Evaluate(
-                    eval_step,
-                    eval_batches,
-                    backend.put_batch,
-                    notice.between,
-                    every=config.train.eval_every,
-                ),
-                hooks.Save(checkpoints, every=config.train.save_every),
-                hooks.Stop(checkpoints),
-            ]
+            evaluates = hooks.Evaluate(
+                eval_step,
+                eval_batches,
+                backend.put_batch,
+                notice.between,
+                every=config.train.eval_every,
+            )
+            saves = hooks.Save(checkpoints, every=config.train.save_every)
             loop.run(
                 batches,
                 compiled.run,
                 backend.put_batch,
                 notice.after_step,
                 hooks.Report(data["train"], every=config.train.log_every),
-                at_steps,
+                [evaluates, saves, hooks.Stop(checkpoints)],  # in this order
                 checkpoints,
             )
+    if first:
+        _show_summary(run, console or Console())
+
+
+def _show_summary(run: "Run", console: Console) -> None:
+    lines = [line for line in read_metrics(run.workdir) if "eval_loss" in line]
+    if lines:
+        console.print(summary(lines[0], lines[-1]))
+
+
+def _say_where_it_begins(run: "Run", restored: int | None, total: int) -> None:
+    if restored is None:
+        return
+    if restored < total:
+        _LOG.info("goes on from step %d of %d, saved in %s", restored, total, run.checkpoint_folder)
+    else:
+        _LOG.info("all %d steps are done, and saved in %s", total, run.checkpoint_folder)
 
 
 def _attention(run: "Run", backend: backends.Backend) -> str:

@@ -115,12 +115,22 @@ def test_what_is_exported_already_is_not_written_again(tmp_path):
     config.model.chat_template = str(template)
     folder = export(Run.resolve(config, tmp_path / "run"))
     assert (folder / "chat_template.jinja").read_text() == template.read_text()
+    # So it is with another tokenizer beside the model that it comes from.
+    source = tmp_path / "model" / "tokenizer_config.json"
+    source.write_text('{"chat_template": "hello", "eos_token": "</s>"}')
+    export(Run.resolve(config, tmp_path / "run"))
+    assert "</s>" in (folder / "tokenizer_config.json").read_text()
+    before = weights.stat().st_mtime_ns
     # The same step of another run is something else; so is an export without its weights.
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     save_checkpoint(tmp_path / "run", config, 1, seed=2)
     export(Run.resolve(config, tmp_path / "run"))
     replaced = weights.stat().st_mtime_ns
     assert replaced != before
+    with open(weights, "r+b") as file:
+        file.truncate(100)
+    export(Run.resolve(config, tmp_path / "run"))
+    assert weights.stat().st_size > 100
     weights.unlink()
     export(Run.resolve(config, tmp_path / "run"))
     assert weights.is_file()

@@ -83,11 +83,11 @@ def test_prepares_once_trains_each_point_ranks_and_does_not_repeat(
     trained = []
     train = sweep.train.train
 
-    def counted(run):
+    def counted(run, console):
         trained.append(run.workdir.name)
         if len(trained) == 2:
             raise KeyboardInterrupt
-        train(run)
+        train(run, console=console)
 
     monkeypatch.setattr(sweep.train, "train", counted)
     console = Console(file=io.StringIO(), width=200)
@@ -119,7 +119,7 @@ def test_prepares_once_trains_each_point_ranks_and_does_not_repeat(
 def test_a_run_that_diverges_is_listed_last_and_the_others_go_on(
     sweep, config_file, tmp_path, monkeypatch, capsys
 ):
-    def train(run):
+    def train(run, console):
         if run.config.objective.beta == 0.1:
             raise sweep.NonFiniteError(3, {"loss": float("nan"), "grad_norm": 1.0}, ["p"], 2)
         line = {"step": 2} | dict.fromkeys(sweep.COLUMNS.values(), 0.75)

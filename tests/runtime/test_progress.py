@@ -44,6 +44,7 @@ def test_lines_of_log_where_there_is_no_bar(clock, caplog, terminal):
         for seconds in (20, 20, 20, 20):
             clock.now += seconds
             bar.add(3)
+            bar.add(0)  # as for a shard without bad rows
     # One about every half minute, and one at the end.
     assert [record.getMessage() for record in caplog.records] == [
         "prepare eval: 6 of 12 pairs, 0.15 pairs/s, 40 s left",

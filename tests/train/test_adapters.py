@@ -168,6 +168,33 @@ def test_exports(workdir, folder):
     assert not (workdir / "alone" / "config.json").exists()
 
 
+def test_exports_of_these_adapters_are_not_written_again(workdir, folder, capsys):
+    config = make_config(folder, lora__export="both")
+    folders = (workdir / "export", workdir / "export-adapter")
+
+    def written():
+        export(Run.resolve(config, workdir))
+        files = (folders[0] / "model.safetensors", folders[1] / "adapter_model.safetensors")
+        return [file.stat().st_mtime_ns for file in files]
+
+    before = written()
+    first = capsys.readouterr().out.splitlines()
+    assert first[0].startswith(f"{folders[0]}: the model of step 6 for transformers (")
+    assert first[1].startswith(f"{folders[1]}: adapters of step 6 for PEFT (")
+    assert written() == before
+    again = capsys.readouterr().out.splitlines()
+    assert again == [line.replace(" (", ", as it was before (") for line in first]
+    (folders[1] / "tokenizer.json").unlink()  # one that is not whole
+    assert all(new > old for new, old in zip(written(), before, strict=True))
+    # What adapters alone leave at `export` is no model.
+    config.lora.export = "adapter"
+    export(Run.resolve(config, workdir))
+    assert not (folders[0] / "model.safetensors").exists()
+    config.lora.export = "merged"
+    export(Run.resolve(config, workdir))
+    assert (folders[0] / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_merged_weights_have_the_source_s_dtype_whatever_training_held_them_in(
     workdir, folder, tmp_path, monkeypatch, dtype

@@ -203,6 +203,32 @@ def test_a_finished_run_is_left_as_it_is(tmp_path, model):
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
+def test_it_says_from_which_step_it_goes_on_and_ends_with_a_table(tmp_path, model, caplog, capsys):
+    caplog.set_level("INFO", "attnpo_jax")
+    config = tiny.training_config(model, train__save_every=4)
+    evaluate = hooks.evaluate
+    with pytest.MonkeyPatch.context() as patch:
+        calls = []
+
+        def fail_at_the_end(*arguments):
+            calls.append(1)
+            if len(calls) == 2:
+                raise OSError("no")
+            return evaluate(*arguments)
+
+        patch.setattr(hooks, "evaluate", fail_at_the_end)
+        with pytest.raises(OSError, match="no"):
+            run(tmp_path, config)
+    assert "goes on" not in caplog.text and "held-out" not in capsys.readouterr().out
+    caplog.clear()
+    lines = run(tmp_path, config)
+    assert f"goes on from step 4 of 6, saved in {tmp_path}/checkpoints" in caplog.messages
+    assert f"step 6/6  held-out pairs: loss {lines[-1]['eval_loss']:.4f}" in caplog.text
+    out = capsys.readouterr().out
+    assert "held-out pairs, before training and after 6 steps" in out
+    assert f"{lines[-1]['eval_rewards/margins']:.4f}" in out
+
+
 def test_checkpoints_elsewhere(tmp_path, model):
     config = tiny.training_config(
         model, train__steps=2, train__checkpoint_dir=str(tmp_path / "elsewhere")

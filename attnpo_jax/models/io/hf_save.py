@@ -1,6 +1,7 @@
 """HF folders out: exports that transformers loads, whole or absent."""
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -164,11 +165,31 @@ def _check_params(config: ModelConfig, params: Mapping[str, Any]) -> None:
 
 
 def read_origin(folder: str | os.PathLike) -> Any:
-    """The `origin` that `save` was given for this folder; None if it is no whole export."""
+    """The `origin` that an export was given; None for a folder that lacks files of one."""
     folder = Path(folder)
-    if not (folder / _MARKER).is_file() or not any(folder.glob("*.safetensors")):
+    if not (folder / _MARKER).is_file():
         return None
-    return read_json(folder / _MARKER).get("origin")
+    marker = read_json(folder / _MARKER)
+    whole = all(
+        (folder / name).is_file() and (folder / name).stat().st_size == size
+        for name, size in marker.get("files", {}).items()
+    )
+    return marker.get("origin") if whole else None
+
+
+def companions_digest(source_folder: str | os.PathLike) -> str:
+    """A sha256 (hex) of the files that an export takes from the folder its model came from."""
+    source_folder, digest = Path(source_folder), hashlib.sha256()
+    for file in (source_folder / "config.json", *_companions(source_folder)):
+        content = file.read_bytes()
+        digest.update(f"{file.relative_to(source_folder)} {len(content)} ".encode() + content)
+    return digest.hexdigest()
+
+
+def _companions(source_folder: Path) -> list[Path]:
+    patterns = (*COMPANIONS, f"{_TEMPLATES}/*.jinja")
+    found = {file for pattern in patterns for file in source_folder.glob(pattern)}
+    return sorted(filter(Path.is_file, found))
 
 
 def save(
@@ -221,11 +242,10 @@ def copy_companions(source_folder: Path, folder: Path, chat_template: str | None
 
     `chat_template`, if given, takes the place of the tokenizer's own default template.
     """
-    for pattern in (*COMPANIONS, f"{_TEMPLATES}/*.jinja"):
-        for companion in filter(Path.is_file, source_folder.glob(pattern)):
-            target = folder / companion.relative_to(source_folder)
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(companion, target)
+    for companion in _companions(source_folder):
+        target = folder / companion.relative_to(source_folder)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(companion, target)
     if chat_template is None:
         return
     (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
@@ -259,9 +279,12 @@ def replacing(folder: str | os.PathLike, *, overwrite: bool, origin: Any = None)
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
     temporary.mkdir()
     try:
-        write_json(temporary / _MARKER, {"written_by": "attnpo_jax", "origin": origin})
         yield temporary
-        for file in filter(Path.is_file, temporary.rglob("*")):
+        files = sorted(filter(Path.is_file, temporary.rglob("*")))
+        sizes = {file.relative_to(temporary).as_posix(): file.stat().st_size for file in files}
+        marker = {"written_by": "attnpo_jax", "origin": origin, "files": sizes}
+        write_json(temporary / _MARKER, marker)
+        for file in (*files, temporary / _MARKER):
             # The safetensors writer makes private files; the weights are as readable as the rest.
             shutil.copymode(temporary / _MARKER, file)
             with open(file, "rb") as written:

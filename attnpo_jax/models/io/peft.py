@@ -113,6 +113,7 @@ def save_adapter(
     base: str,
     source_folder: str | os.PathLike,
     chat_template: str | None = None,
+    origin: Any = None,
 ) -> None:
     """Exports adapters as a folder for PEFT, in float32, with the tokenizer's files.
 
@@ -122,6 +123,7 @@ def save_adapter(
       folder: where to write; may exist if it is empty or an earlier export.
       base: what the adapters belong to, a hub id or a folder; PEFT loads it by that name.
       chat_template: Jinja text that takes the place of the tokenizer's own template.
+      origin: what the adapters are, as JSON values; see `hf_save.read_origin`.
 
     Raises:
       OSError: the place can't be written; what was at `folder` stays.
@@ -132,7 +134,7 @@ def save_adapter(
             name = f"base_model.model.{module.format(layer=layer)}"
             A, B = _factors(held, adapters["layers"], layer)
             tensors |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
-    with hf_save.replacing(folder, overwrite=False) as temporary:
+    with hf_save.replacing(folder, overwrite=False, origin=origin) as temporary:
         hf_save.copy_companions(Path(source_folder), temporary, chat_template)
         hf_save.write_json(temporary / _CONFIG, _config(model, modules, base))
         try:

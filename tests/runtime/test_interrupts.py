@@ -1,0 +1,72 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from attnpo_jax.parallel import preemption
+from attnpo_jax.runtime import interrupts, program
+from attnpo_jax.runtime.errors import Preempted
+
+# A program at work in native code, where Python runs no handler: it would take an hour.
+BUSY = """
+import hashlib, sys
+from attnpo_jax.parallel import preemption
+from attnpo_jax.runtime import program
+def main():
+    with preemption.watch():
+        print("at work", flush=True)
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+sys.exit(program.exit_code("attnpo", main))
+"""
+
+
+@pytest.mark.process
+def test_the_second_ctrl_c_ends_a_process_in_native_code_at_once():
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", BUSY], **pipes)
+    try:
+        assert process.stdout.readline() == "at work\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.readline() == (
+            "attnpo: stops as soon as its work is saved; Ctrl-C again ends it at once\n"
+        )
+        time.sleep(interrupts.AGAIN_SECONDS + 0.1)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=5) == 130
+        assert process.stderr.read() == "attnpo: interrupted\n"
+    finally:
+        process.kill()
+
+
+def test_ctrl_c_in_watched_work_exits_with_130_and_says_what_is_saved(capfd):
+    def work():
+        with preemption.watch() as noticed:
+            assert not noticed()
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)  # the same, passed on by a launcher
+            time.sleep(0.2)
+            assert noticed()
+            raise Preempted("step 3 is saved")
+
+    assert program.exit_code("attnpo", work) == 130
+    assert capfd.readouterr().err == (
+        "attnpo: stops as soon as its work is saved; Ctrl-C again ends it at once\n"
+        "attnpo: step 3 is saved\n"
+    )
+
+
+def test_sigterm_after_another_program_s_ctrl_c_exits_with_75(capfd):
+    def work():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
+    def told():
+        raise Preempted("step 3 is saved")
+
+    assert program.exit_code("attnpo", work) == 130
+    assert capfd.readouterr().err == "attnpo: interrupted\n"
+    assert program.exit_code("attnpo", told) == 75

@@ -234,13 +234,21 @@ def test_a_config_file_that_is_not_there_exits_with_1(calls, capsys):
     [
         ConfigError(["config.model.source: no such folder"]),
         FileNotFoundError(errno.ENOENT, "No such file or directory", "pairs.jsonl"),
-        OSError(errno.ENOSPC, "No space left on device", "prepared/0.arrow"),
     ],
 )
 def test_expected_errors_are_one_message_and_exit_code_1(error, calls, file, capsys, monkeypatch):
     raising(monkeypatch, error)
     assert cli.main(["run", f"--config={file}", "--workdir=w"]) == 1
     assert capsys.readouterr().err == f"attnpo: error: {error}\n"
+
+
+def test_a_full_disk_says_what_helps(calls, file, capsys, monkeypatch):
+    raising(monkeypatch, OSError(errno.ENOSPC, "No space left on device", "prepared/0.arrow"))
+    assert cli.main(["run", f"--config={file}", "--workdir=w"]) == 1
+    assert capsys.readouterr().err == (
+        "attnpo: error: [Errno 28] No space left on device: 'prepared/0.arrow'; make room there, "
+        "and the same command goes on from what is saved\n"
+    )
 
 
 def test_a_value_error_is_expected_only_from_this_package(calls, file, capsys, monkeypatch):

@@ -6,6 +6,7 @@ that a test chooses. Faults of several processes are in
 tests/parallel/test_processes.py and test_process_faults.py.
 """
 
+import contextlib
 import copy
 import errno
 import json
@@ -355,6 +356,71 @@ def test_resumed_on_1_then_4_then_2_devices(setting, undisturbed, use_devices, m
     assert_same(workdir, undisturbed, rtol=1e-4)
 
 
+def fill_disk(file, spare):
+    """Leaves no more than so many bytes free."""
+    with file.open("wb", buffering=0) as ballast:
+        with contextlib.suppress(OSError):
+            while True:
+                ballast.write(bytes(1 << 16))
+        ballast.truncate(max(0, ballast.tell() - spare))
+
+
+# A disk of 16 MB that only this command sees; what is on it in the end is copied out.
+ON_SMALL_DISK = """
+mount -t tmpfs -o size=16m tmpfs "$1" && cp -r "$2/prepared" "$1" || exit 99
+shift 2
+"$@"
+code=$?
+rm -f "$6/ballast"
+cp -r "$6/." "$6-copy"
+exit $code
+"""
+IN_NAMESPACE = ("unshare", "--map-root-user", "--mount")
+
+
+def has_namespaces():
+    script = 'mount -t tmpfs tmpfs "$(mktemp -d)"'
+    try:
+        done = subprocess.run([*IN_NAMESPACE, "sh", "-c", script], capture_output=True)
+    except FileNotFoundError:
+        return False
+    return done.returncode == 0
+
+
+@pytest.mark.parametrize("how", ["full-disk", "full-disk-in-the-background"])
+def test_a_full_disk_is_one_message_and_room_is_all_it_takes(
+    setting, undisturbed, use_devices, how
+):
+    if not has_namespaces():
+        pytest.skip("mounting a small disk takes a kernel that lets users have namespaces")
+    folder, config = setting
+    workdir = folder / how
+    workdir.mkdir()
+    program = [sys.executable, "-m", "tests.test_faults", how, folder / "config.py", workdir]
+    script = ["sh", "-c", ON_SMALL_DISK, "sh", workdir, undisturbed, *program]
+    done = subprocess.run(
+        [*IN_NAMESPACE, *map(str, script)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1, done.stderr
+    *lines, last = done.stderr.splitlines()
+    assert last == (
+        f"attnpo: error: a checkpoint could not be written to {workdir}/checkpoints: No space left "
+        "on device; those written before stay usable; make room there, and the same command goes "
+        "on from what is saved"
+    )
+    # All else is the log of this package.
+    assert [line for line in lines if "INFO" not in line] == [], done.stderr
+    shutil.copytree(f"{workdir}-copy", workdir, dirs_exist_ok=True)
+    assert saved_steps(workdir) == [2]
+    with pytest.warns(RuntimeWarning, match="checkpoints/4 was not written to its end"):
+        run(Run.resolve(config, workdir))
+    assert_same(workdir, undisturbed)
+
+
 def main(fault, config, workdir):
     def die():
         os.kill(os.getpid(), signal.SIGKILL)
@@ -365,9 +431,18 @@ def main(fault, config, workdir):
 
     # One of as many devices as in the tests' own process: another number rounds otherwise.
     backends.for_training = backends.for_preparing = lambda model, *_: backends.one_device(model)
-    if fault == "saving-in-the-background":
+    if "in-the-background" in fault:
         checkpoint._in_background = lambda: True
-    if fault == "training":
+    if fault.startswith("full-disk"):
+        save = checkpoint.Checkpoints.save
+
+        def save_without_room(self, state):
+            if int(state.step) == 4:
+                fill_disk(pathlib.Path(workdir) / "ballast", spare=100_000)
+            save(self, state)
+
+        checkpoint.Checkpoints.save = save_without_room
+    elif fault == "training":
         write = metrics.MetricsWriter.write
 
         def write_and_die(self, step, values):

@@ -223,7 +223,7 @@ class PreparedWriter:
             raise OSError(
                 error.errno,
                 f"{error.strerror}: shard {shard} of {self.num_shards} was not written; finished "
-                "shards stay, and prepare goes on from them when run again",
+                "shards stay",
                 str(self.path / name),
             ) from error
         self._digests[name] = hashlib.sha256(content).hexdigest()

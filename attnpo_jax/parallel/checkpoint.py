@@ -30,7 +30,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from attnpo_jax.parallel import failures
+from attnpo_jax.parallel import failures, orbax_noise
 from attnpo_jax.parallel.checkpoint_damage import (
     CheckpointError,
     CheckpointMismatch,
@@ -39,6 +39,7 @@ from attnpo_jax.parallel.checkpoint_damage import (
     set_aside,
 )
 from attnpo_jax.parallel.state import TrainState
+from attnpo_jax.runtime import disk
 
 _ITEMS = ("params", "optimizer", "metadata")
 
@@ -58,16 +59,16 @@ class Checkpoints:
         self._failure: BaseException | None = None  # of a write in the background
         if jax.process_index() == 0:
             _warn_of_unfinished(self.folder)
-        self._manager = _open(
-            self.folder,
-            ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
-                enable_async_checkpointing=_in_background(),
-                async_options=ocp.AsyncOptions(barrier_sync_fn=self._meet),
-                # By process 0, with a barrier: nobody lists what is being removed.
-                cleanup_tmp_directories=True,
-            ),
+        orbax_noise.silence()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            enable_async_checkpointing=_in_background(),
+            async_options=ocp.AsyncOptions(barrier_sync_fn=self._meet),
+            # By process 0, with a barrier: nobody lists what is being removed.
+            cleanup_tmp_directories=True,
         )
+        with _naming_failures(self.folder):
+            self._manager = _open(self.folder, options)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -390,7 +391,9 @@ def _naming_failures(folder: epath.Path) -> Iterator[None]:
         # Who misses another process has not failed to write.
         if failures.is_loss(error):
             raise
+        # TensorStore says it in ten lines, with the temporary name of an array's file.
+        words = disk.shortage(error)
         raise CheckpointError(
-            f"a checkpoint could not be written to {folder}: {error}; those written before stay "
-            "usable"
+            f"a checkpoint could not be written to {folder}: {words or error}; those written "
+            f"before stay usable{f'; {disk.REMEDY}' if words else ''}"
         ) from error

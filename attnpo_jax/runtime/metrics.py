@@ -5,12 +5,13 @@ steps done, or, with names that begin with `eval_`, those of an evaluation after
 Numbers that JSON does not have are the strings "NaN", "Infinity" and "-Infinity".
 """
 
+import contextlib
 import json
 import math
 import os
 import pathlib
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from attnpo_jax.runtime import atomic
@@ -138,17 +139,23 @@ class _JsonLines:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         rest = _encode({"step": step, **values})
-        try:
+        with self._naming_the_file():
             while rest:
                 rest = rest[self._file.write(rest) :]
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._path)) from error
 
     def flush(self) -> None:
-        os.fsync(self._file.fileno())
-        # Buckets that are mounted as folders get a file when it is closed.
-        self._file.close()
-        self._file = self._path.open("ab", buffering=0)
+        with self._naming_the_file():
+            os.fsync(self._file.fileno())
+            # Buckets that are mounted as folders get a file when it is closed.
+            self._file.close()
+            self._file = self._path.open("ab", buffering=0)
+
+    @contextlib.contextmanager
+    def _naming_the_file(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
 
     def close(self) -> None:
         self._file.close()

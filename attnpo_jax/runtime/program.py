@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from attnpo_jax.runtime import exit_codes, interrupts
+from attnpo_jax.runtime import disk, exit_codes, interrupts
 from attnpo_jax.runtime.errors import Preempted, UsageError, UserError
 
 
@@ -67,6 +67,9 @@ def _exit_code(program: str, body: Callable[[], int]) -> int:
     except Exception as raised:
         error, code = raised, exit_codes.FAILED
         told = f"error: {error}" if isinstance(error, (UserError, OSError)) else None
+        # Others say themselves what to do.
+        if isinstance(error, OSError) and disk.shortage(error):
+            told = f"{told}; {disk.REMEDY}"
     if others:
         others.fail(program, error, expected=told is not None, code=code)
     if told is None:

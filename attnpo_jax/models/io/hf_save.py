@@ -40,6 +40,7 @@ from attnpo_jax.models.io.tensors import (
     to_hf,
     whole_shapes,
 )
+from attnpo_jax.runtime import disk
 
 _TEMPLATES = "additional_chat_templates"
 _MARKER = "attnpo_export.json"
@@ -227,10 +228,7 @@ def save(
     source = _source_tensors(source_folder, config)
     with replacing(folder, overwrite=overwrite, origin=origin) as temporary:
         copy_companions(source_folder, temporary, chat_template)
-        try:
-            dtype = _write_weights(temporary, config, flat, source)
-        except SafetensorError as error:
-            raise OSError(f"could not write the weights of {folder}: {error}") from error
+        dtype = _write_weights(temporary, config, flat, source)
         # transformers 5 writes `dtype`, earlier versions know only `torch_dtype`.
         for key in {"dtype", "torch_dtype"} & content.keys() or {"torch_dtype"}:
             content[key] = dtype.name
@@ -301,6 +299,13 @@ def replacing(folder: str | os.PathLike, *, overwrite: bool, origin: Any = None)
             shutil.rmtree(old)
         else:
             os.rename(temporary, folder)
+    except SafetensorError as error:
+        raise disk.as_os_error(error, str(folder)) from error
+    except OSError as error:
+        # What it names lies in the temporary folder, if it names anything.
+        if disk.shortage(error) is None:
+            raise
+        raise disk.as_os_error(error, str(folder)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

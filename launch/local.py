@@ -2,10 +2,10 @@
 
     python launch/local.py --processes=2 -- attnpo run --config=configs/quickstart.py --workdir=DIR
 
-Every line of output has its process's number in front. SIGTERM and SIGINT are passed on. When a
-process fails, the others get time to end by themselves, then they are killed; so are all that have
-not ended ten minutes after a signal. Exit code: that of the first process that failed; 0 if none
-did.
+Every line of output has its process's number in front. SIGTERM and SIGINT are passed on: at the
+first Ctrl-C the processes save and end, at the second they end at once. When a process fails, the
+others get time to end by themselves, then they are killed; so are all that have not ended ten
+minutes after a signal. Exit code: that of the first process that failed; 0 if none did.
 
 On CPU, each process has one device unless `--devices` says otherwise.
 """

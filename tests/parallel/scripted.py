@@ -7,6 +7,7 @@ Options: `--config.section.field=value`; `--parts=prepare,train,export`, or some
 - SIGTERM comes to the last process at training step `--sigterm-at`, before it computes the
   `--sigterm-at-shard`-th shard of this run (counted from 1), or in the last evaluation
   (`--sigterm-in-last-evaluation`); or to whoever has written shard `--sigterm-after-shard`;
+- with `--interrupt=1`, Ctrl-C comes to all of them when they start;
 - process `--victim` fails at training step `--fail-at`, or is killed: at training step `--kill-at`,
   where shard `--kill-at-shard` of the training pairs gets its final name, or while the checkpoint
   of step `--kill-saving` is written;
@@ -52,6 +53,8 @@ def main(config_file, workdir, *arguments):
     record_what_is_fed(workdir / f"fed-{jax.process_count()}-{jax.process_index()}.jsonl")
     if told.at("sigterm-at", 0) and last:
         terminate()
+    if "interrupt" in options:
+        terminate(signal.SIGINT)
     run_parts(config_file, workdir, options)
     return 0
 
@@ -112,10 +115,10 @@ class Failed:
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def terminate():
+def terminate(number=signal.SIGTERM):
     from attnpo_jax.parallel import preemption
 
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), number)
     # JAX looks at the signal once a second.
     with preemption.watch() as noticed:
         while not noticed():

@@ -394,7 +394,7 @@ def test_a_full_disk_is_one_message_and_room_is_all_it_takes(
     if not has_namespaces():
         pytest.skip("mounting a small disk takes a kernel that lets users have namespaces")
     folder, config = setting
-    workdir = folder / how
+    workdir = folder / f"small-disk-{how}"
     workdir.mkdir()
     program = [sys.executable, "-m", "tests.test_faults", how, folder / "config.py", workdir]
     script = ["sh", "-c", ON_SMALL_DISK, "sh", workdir, undisturbed, *program]

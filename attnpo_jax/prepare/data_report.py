@@ -80,6 +80,7 @@ def data_report(
             config.data[split],
             on_bad_row="skip",
             weight_columns=run.weight_columns,
+            columns=run.columns,
         )
         for split in splits
     }

@@ -93,6 +93,7 @@ def _load_pairs(run: "Run", split: str) -> LoadedPairs:
         on_bad_row=run.config.data.on_bad_row,
         bad_rows_path=_bad_rows_path(path) if write else None,
         weight_columns=run.weight_columns,
+        columns=run.columns,
         team=processes.team(),
     )
 

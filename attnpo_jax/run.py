@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ml_collections import config_dict
 
 from attnpo_jax import config as config_lib
-from attnpo_jax.data import mixture
+from attnpo_jax.data import mixture, vocabulary
 from attnpo_jax.data.cache_key import cache_key, naming_fields
 from attnpo_jax.data.columns import Columns
 from attnpo_jax.data.manifest import PreparedMismatch, differences
@@ -235,6 +235,7 @@ class Run:
           FileNotFoundError: there is none, or it is not finished.
           PreparedMismatch: it was prepared with other settings.
           ConfigError: it lacks the precomputed weights that `weighting.column` names.
+          UserError: a token is beyond the model's vocabulary.
           DamagedShard: a shard is not what was written.
         """
         path = self.prepared_path(split)
@@ -252,6 +253,7 @@ class Run:
             with naming_fields(split):
                 raise PreparedMismatch(path, found)
         config_lib.check_columns(self.config, dataset.weight_columns)
+        vocabulary.check_rows(self.tokenizer, self.model.vocab_size, dataset, str(path))
         return dataset
 
 

@@ -18,7 +18,9 @@ from tests import tiny
 
 
 def eval_line(**changes):
-    names = {f"rewards/{w}{k}": 0.0 for w in ("", "weighted_") for k in ("accuracies", "margins")}
+    names = {
+        f"rewards/{w}{k}": 0.0 for w in ("", "weighted_") for k in ("accuracies", "ties", "margins")
+    }
     names |= {"loss": 0.6931, "unweighted_loss": 0.6931}
     return {f"eval_{name}": value for name, value in (names | changes).items()}
 

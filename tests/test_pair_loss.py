@@ -5,7 +5,11 @@ import numpy as np
 import pytest
 
 from attnpo_jax import pair_loss
+from attnpo_jax.data.batching import Example, RowShape, fill_rows
+from attnpo_jax.models import scoring
+from attnpo_jax.train import step
 from attnpo_jax.weighting import ResponseTokens
+from tests import tiny
 
 BETA = 0.5
 
@@ -66,3 +70,39 @@ def test_without_a_resolution_only_equal_rewards_are_ties():
 def test_the_coarser_dtype_resolves_less():
     assert 1e-7 < pair_loss.resolution(jnp.float32) < 1e-5
     assert 2**-8 < pair_loss.resolution("bfloat16") < 2**-4
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_before_the_first_update_every_pair_is_a_tie(dtype):
+    """The policy, in rows of three pairs, is the reference, which was scored in rows of one."""
+    T = 50
+    rng = np.random.default_rng(4)
+    params = tiny.larger(tiny.params(), 2.0)
+
+    def example(index, reference_logps=None):
+        texts = np.random.default_rng(index).integers(0, tiny.MODEL.vocab_size, (3, T))
+        prompt, *responses = texts.astype(np.int32)
+        judge = (np.ones((2, len(tiny.SOURCES), T), np.float32),) * 2
+        return Example(
+            index,
+            prompt,
+            tuple(responses),
+            (T, T),
+            judge=judge,
+            verdict=rng.normal(size=2).astype(np.float32),
+            reference_logps=reference_logps or (np.zeros(T, np.float32),) * 2,
+        )
+
+    def rows(examples, pairs):
+        groups = [examples[i : i + pairs] for i in range(0, len(examples), pairs)]
+        shape = RowShape(3 * T * pairs + 4, 2 * T * pairs, T, pairs)
+        return fill_rows(groups, shape, len(tiny.SOURCES))
+
+    alone = rows([example(i) for i in range(24)], 1)
+    logps = np.asarray(scoring.response_logps(tiny.MODEL, params, alone, dtype=dtype))
+    packed = rows([example(i, tuple(logps[i, 0])) for i in range(24)], 3)
+    _, found = step.pair_losses(tiny.settings(dtype=dtype), params, packed)
+    assert np.any(found["rewards/margins"]), "nothing was rounded"
+    for prefix in ("", "weighted_"):
+        assert found[f"rewards/{prefix}ties"].tolist() == [1] * 24
+        assert found[f"rewards/{prefix}accuracies"].tolist() == [0] * 24

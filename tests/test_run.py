@@ -60,6 +60,14 @@ def run_with(tmp_path, monkeypatch, lines):
     return calls, text.getvalue()
 
 
+def test_closing_table_of_metrics_that_count_no_ties(tmp_path, monkeypatch):
+    lines = [(step, {k: v for k, v in AFTER.items() if "ties" not in k}) for step in (0, 8)]
+    _, printed = run_with(tmp_path, monkeypatch, lines)
+    assert "reward accuracy" in printed and "ties" not in printed
+    _, printed = run_with(tmp_path / "new", monkeypatch, [(0, AFTER), (8, AFTER)])
+    assert "reward ties" in printed
+
+
 def test_closing_table_compares_the_first_with_the_last_evaluation(tmp_path, monkeypatch):
     lines = [
         (0, eval_line()),

@@ -4,6 +4,7 @@ is asked or answers.
 
 import datetime
 import decimal
+import functools
 import numbers
 import re
 from collections.abc import Collection
@@ -40,6 +41,7 @@ _SCALARS = (
 )
 
 
+@functools.lru_cache(maxsize=1024)
 def is_harmless_name(name: str) -> bool:
     """Whether a column of this name may be left out, whatever it holds.
 

@@ -22,6 +22,6 @@ def searched(path: str | os.PathLike) -> str:
     except OSError as error:
         return f"searched {folder} ({error.strerror})"
     by_lower = {name.lower(): name for name in reversed(names)}
-    close = difflib.get_close_matches(missing.name.lower(), by_lower, n=1)
+    close = difflib.get_close_matches(missing.name.lower(), by_lower, n=1, cutoff=0.5)
     found = f"the closest name there is {by_lower[close[0]]!r}" if close else "nothing alike there"
     return f"searched {folder} for {missing.name!r}: {found}"

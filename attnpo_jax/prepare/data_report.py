@@ -159,14 +159,17 @@ def data_report(
                 examples=_examples(run.tokenizer, tokenize, pairs, forms),
             )
         )
-    console = console or Console()
+    _print(reports, as_json, console or Console())
+    return reports
+
+
+def _print(reports: Sequence[SplitReport], as_json: bool, console: Console) -> None:
     if as_json:
         by_split = {report.split: dataclasses.asdict(report) for report in reports}
         console.file.write(json.dumps(by_split, indent=2) + "\n")
     else:
         for report in reports:
             console.print(render(report))
-    return reports
 
 
 @dataclasses.dataclass(frozen=True)

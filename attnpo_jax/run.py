@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from ml_collections import config_dict
 
 from attnpo_jax import config as config_lib
-from attnpo_jax.data import mixture
+from attnpo_jax.data import mixture, vocabulary
 from attnpo_jax.data.cache_key import cache_key, naming_fields
+from attnpo_jax.data.columns import Columns
 from attnpo_jax.data.manifest import PreparedMismatch, differences
 from attnpo_jax.data.prepared import METADATA, Prepared
 from attnpo_jax.data.tokenize import ChatTokenizer
@@ -80,6 +81,11 @@ class Run:
     def splits(self) -> tuple[str, ...]:
         """`train`, and `eval` if there are held-out pairs."""
         return ("train", "eval") if mixture.parse(self.config.data.eval) else ("train",)
+
+    @property
+    def columns(self) -> Columns:
+        """How the columns of examples are read."""
+        return config_lib.columns(self.config)
 
     @property
     def weight_columns(self) -> str | tuple[str, ...]:
@@ -202,6 +208,7 @@ class Run:
             },
             sources=config.data[split],
             pairs_digest=pairs_digest,
+            columns=self.columns,
             lengths={
                 "max_length": config.data.max_length,
                 "max_prompt_length": config.data.max_prompt_length,
@@ -221,6 +228,7 @@ class Run:
           FileNotFoundError: there is none, or it is not finished.
           PreparedMismatch: it was prepared with other settings.
           ConfigError: it lacks the precomputed weights that `weighting.column` names.
+          UserError: a token is beyond the model's vocabulary.
           DamagedShard: a shard is not what was written.
         """
         path = self.prepared_path(split)
@@ -233,11 +241,12 @@ class Run:
         columns = dataset.weight_columns if self.weight_columns == "all" else self.weight_columns
         wanted = self.cache_key(split, None, columns)
         on_disk = dict(dataset.meta["components"])
-        on_disk["data"] = {"sources": on_disk["data"]["sources"]}
+        on_disk["data"] = {k: v for k, v in on_disk["data"].items() if k != "digest"}
         if found := differences(on_disk, wanted):
             with naming_fields(split):
                 raise PreparedMismatch(path, found)
         config_lib.check_columns(self.config, dataset.weight_columns)
+        vocabulary.check_rows(self.tokenizer, self.model.vocab_size, dataset, str(path))
         return dataset
 
 

@@ -93,9 +93,10 @@ class TrainProgress(Bar):
 
     def metrics(self, done: int, values: Mapping[str, float]) -> None:
         """Shows a line of training metrics."""
+        ties = values["rewards/weighted_ties"]
         self._shown = (
             f"loss {values['loss']:.4f}  accuracy {values['rewards/weighted_accuracies']:.2f}  "
-            f"{values['pairs_per_second']:.2f} pairs/s"
+            f"{f'ties {ties:.2f}  ' if ties else ''}{values['pairs_per_second']:.2f} pairs/s"
         )
         if self._bar is not None:
             self._bar.update(self._task, description=self._shown)

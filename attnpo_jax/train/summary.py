@@ -8,6 +8,7 @@ from rich.table import Table
 _ROWS = (
     ("loss", "eval_unweighted_loss", "eval_loss"),
     ("reward accuracy", "eval_rewards/accuracies", "eval_rewards/weighted_accuracies"),
+    ("reward ties", "eval_rewards/ties", "eval_rewards/weighted_ties"),
     ("reward margin", "eval_rewards/margins", "eval_rewards/weighted_margins"),
 )
 
@@ -24,6 +25,7 @@ def summary(before: dict[str, Any], after: dict[str, Any]) -> Table:
     for name in ("before", "after", "weighted, before", "weighted, after"):
         table.add_column(name, justify="right")
     for label, plain, weighted in _ROWS:
-        cells = (line[name] for name in (plain, weighted) for line in (before, after))
-        table.add_row(label, *(f"{cell:.4f}" for cell in cells))
+        cells = [line.get(name) for name in (plain, weighted) for line in (before, after)]
+        if None not in cells:  # earlier versions counted no ties
+            table.add_row(label, *(f"{cell:.4f}" for cell in cells))
     return table

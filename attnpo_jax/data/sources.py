@@ -23,7 +23,9 @@ ignored. Three forms are accepted:
   a string equal to the first user turn;
 - hh-rlhf: `chosen` and `rejected` are strings `\\n\\nHuman: ... \\n\\nAssistant: ...`.
 
-Turns alternate between `user` and `assistant`, after an optional `system` message.
+Turns alternate between `user` and `assistant`, after an optional `system` message; those of `tool`
+stand behind the assistant's turn with the `tool_calls`. What else a message holds, and the JSON
+schemas in `tools`, go to the chat template.
 """
 
 import collections
@@ -37,13 +39,13 @@ from typing import Any, NamedTuple
 
 from attnpo_jax.data import mixture, precomputed_weights
 from attnpo_jax.data.formats import own_id, pair_of_example
-from attnpo_jax.data.pair import BadExample, Pair
+from attnpo_jax.data.pair import SIDES, BadExample, Pair, extra_fields
 from attnpo_jax.data.readers import ACCEPTED_SOURCES, Examples, check_alike, open_source
 from attnpo_jax.runtime import atomic
 from attnpo_jax.runtime.errors import UserError
 from attnpo_jax.runtime.team import ALONE, Team
 
-_FIELDS = ("id", "prompt_id", "prompt", "chosen", "rejected")
+_FIELDS = ("id", "prompt_id", "prompt", "chosen", "rejected", "tools")
 _AT_ONCE = 1024  # examples that are Python objects at once, so that no big file is held twice
 
 
@@ -288,8 +290,15 @@ def _runs(places: Iterable[_Place]) -> Iterator[list[_Place]]:
 
 def _pair_digest(pair: Pair) -> str:
     """sha256 (hex) of what a pair holds beside its id."""
-    turns = [[message["role"], message["content"]] for message in pair.prompt]
-    digest = hashlib.sha256(json.dumps([turns, pair.chosen, pair.rejected]).encode())
+    held: list[Any] = [
+        [[message["role"], message["content"]] for message in pair.prompt],
+        pair.chosen,
+        pair.rejected,
+    ]
+    fields = [extra_fields(message) for message in (*pair.prompt, *map(pair.response, SIDES))]
+    if pair.tools or any(fields):
+        held += [pair.tools, fields]
+    digest = hashlib.sha256(json.dumps(held).encode())
     if pair.precomputed is not None:
         digest.update(pair.precomputed.digest())
     return digest.hexdigest()

@@ -118,7 +118,7 @@ class PairTokenizer:
         precomputed = None
         if self._weight_reader is not None and pair.precomputed is not None:
             precomputed = self._weight_reader.carry(
-                pair.precomputed, pair.chosen, pair.rejected, tokenized
+                pair.precomputed, tokenized.chosen_text, tokenized.rejected_text, tokenized
             )
         prompt = None if self._prompter is None else self._prompter.build(pair)
         return PairForms(tokenized, prompt, precomputed)

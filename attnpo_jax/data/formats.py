@@ -215,7 +215,7 @@ def _message(message: Mapping[str, Any], where: str) -> Message:
     if "tool_calls" in fields:
         _check_calls(fields["tool_calls"], where)
     content = message.get("content")
-    if isinstance(content, list):
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
         content = "".join(_part(part, i, where) for i, part in enumerate(content, 1))
     elif content is None and any(key in fields for key in _SPEECH):
         content = ""
@@ -224,11 +224,12 @@ def _message(message: Mapping[str, Any], where: str) -> Message:
     return {"role": message["role"], "content": content, **fields}
 
 
-def _part(part: Any, number: int, where: str) -> str:
+def _part(part: dict[str, Any], number: int, where: str) -> str:
     """The text of a part of a content."""
-    if not isinstance(part, dict) or part.get("type") != "text":
-        kind = f"of type {part.get('type')!r}" if isinstance(part, dict) else _kind(part)
-        raise BadExample(f"part {number} of `content` of {where} is {kind}; accepted: `text` alone")
+    if part.get("type") != "text":
+        raise BadExample(
+            f"part {number} of `content` of {where} is of type {part.get('type')!r}; accepted: text"
+        )
     others = [key for key, value in part.items() if key not in ("type", "text") and value]
     if others or not isinstance(part.get("text"), str):
         found = f"`{others[0]}`" if others else f"a `text` that is {_found(part, 'text')}"

@@ -38,12 +38,13 @@ class TokenizedPair:
       prompt_ids: int32 (P,).
       chosen_ids, rejected_ids: int32 (T,), closing template tokens included.
       chosen_text_length, rejected_text_length: how many leading tokens of the response are text.
-      chosen_text, rejected_text: the stripped response as the template writes it; see
-        `responses.Response`.
       chosen_spans, rejected_spans: int32 (text length, 2), the text tokens' [start, end) characters
-        in that text; empty for a token before or after it, such as surrounding white space.
+        in the stripped text (`text`); empty for a token before or after it, such as surrounding
+        white space.
       prompt_truncated, chosen_truncated, rejected_truncated: whether tokens were cut off to keep
         the allowed lengths.
+      written: by side, the stripped text of a response that is more than its content, as the
+        template writes it (see `responses.Response`).
     """
 
     id: str
@@ -54,11 +55,14 @@ class TokenizedPair:
     rejected_text_length: int
     chosen_spans: np.ndarray
     rejected_spans: np.ndarray
-    chosen_text: str
-    rejected_text: str
     prompt_truncated: bool = False
     chosen_truncated: bool = False
     rejected_truncated: bool = False
+    written: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def text(self, pair: Pair, side: str) -> str:
+        """The stripped text of a response of the pair, `chosen` or `rejected`."""
+        return self.written.get(side, getattr(pair, side).strip())
 
 
 class ChatTokenizer:
@@ -379,7 +383,8 @@ def tokenize_pair(
             max_length,
         )
         tokenized |= {f"{side}_{name}": value for name, value in of_response.items()}
-    return TokenizedPair(id=pair.id, prompt_ids=prompt_ids, **tokenized)
+    written = {s: responses[s].text for s in SIDES if getattr(pair, f"{s}_fields")}
+    return TokenizedPair(id=pair.id, prompt_ids=prompt_ids, written=written, **tokenized)
 
 
 def _border(
@@ -420,6 +425,5 @@ def _response_tokens(
         "ids": ids[:room],
         "text_length": text_length,
         "truncated": len(ids) > room,
-        "text": text,
         "spans": close_gaps(spans, len(text) if whole else None),
     }

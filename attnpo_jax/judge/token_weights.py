@@ -51,7 +51,7 @@ def token_weights(
                 is_chosen=jnp.array([side == "chosen"]),
             )
         )
-        text, spans = (getattr(tokenized, f"{side}_{name}") for name in ("text", "spans"))
+        text, spans = tokenized.text(pair, side), getattr(tokenized, f"{side}_spans")
         weights = jax.device_get(weights_BT)[0, :text_length].tolist()
         pieces = [text[start:end] for start, end in spans]
         sides.append(list(zip(pieces, weights, strict=True)))

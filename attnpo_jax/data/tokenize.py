@@ -105,6 +105,8 @@ class ChatTokenizer:
         }
         self._is_control = np.zeros(max(self._backend.get_vocab().values()) + 1, bool)
         self._is_control[list(self._control)] = True
+        # Taken now: an encoder that these are given to as special tokens flags them so.
+        self._words = {token_id for token_id, token in self._control.items() if not token.special}
         self._text_encoder: TextEncoder | None = None
         self._tokenizer_json: bytes | None = None
         self.warned_of_opening = False  # see `responses.warn_of_opening`
@@ -247,7 +249,7 @@ class ChatTokenizer:
         """Control tokens that are the assistant's own words: those not flagged special, and
         what the template writes for reasoning and tool calls alone.
         """
-        emitted = {token_id for token_id, token in self._control.items() if not token.special}
+        emitted = set(self._words)
         call = {"name": "f", "arguments": {"a": "b"}}
         calls = [{"id": "abcdefghi", "type": "function", "function": call}]
         question = {"role": "user", "content": "?"}

@@ -256,7 +256,7 @@ def _tools(value: Any) -> tuple[dict[str, Any], ...]:
     if not value:
         return ()
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise BadExample(f"`tools` is {_kind(value)}; accepted: a list of JSON schemas")
+        raise BadExample(f"`tools` is {_kind(value)}; accepted: a list of JSON schemas (objects)")
     return tuple(value)
 
 

@@ -109,18 +109,18 @@ def _content(
     if start is None:
         raise BadExample(
             f"`{side}`: the chat template of {tokenizer.origin} does not write its text as it is: "
-            f"{content.strip()[:60]!r}... becomes {_last(rendered, opening)!r}; accepted: a text "
-            "that the template leaves as it is, or another template (model.chat_template)"
+            f"{content.strip()[:60]!r}, but {_turn(tokenizer, prompt, rendered)!r}; accepted: a "
+            "text that it leaves as it is, or another template (model.chat_template)"
         )
     end = start + len(content.strip())
     trailing = content[len(content.rstrip()) :]
     return start, end + len(os.path.commonprefix([rendered[end:], trailing]))
 
 
-def _last(rendered: str, opening: str) -> str:
+def _turn(tokenizer: ChatTokenizer, prompt: Conversation, rendered: str) -> str:
     """The beginning of the last turn, for an error."""
-    start = len(os.path.commonprefix([rendered, opening]))
-    return rendered[start : start + 60]
+    start = len(os.path.commonprefix([rendered, tokenizer.template.render(prompt)]))
+    return rendered[start : start + 100].strip()
 
 
 def _stretch(

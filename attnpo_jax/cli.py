@@ -67,7 +67,7 @@ COMMANDS = {
     ),
     "data": Command(
         "attnpo_jax.prepare.data_report",
-        "data_report",
+        "show",
         "Show what the config's data are: counts, lengths, truncations, bad rows, examples.",
         {"json": Option("as_json", bool, "Print JSON.")},
     ),

@@ -14,6 +14,19 @@ from attnpo_jax.weighting import ResponseTokens
 
 Metrics = dict[str, jax.Array]
 
+_RESOLUTION = {"float32": 2e-6, "bfloat16": 0.025}
+
+
+def resolution(dtype) -> float:
+    """The error of a token's log-prob that rounding makes, relative to the log-prob (or to 1, where
+    it is smaller), in passes that compute in `dtype`, float32 or bfloat16.
+
+    Tuned against SmolLM2-135M, 12 pairs of 312 tokens a response: margins between the same model's
+    log-probs in rows of one pair and in rows of two were within 1.8e-6 and 0.021 times the root of
+    the sum that `pair_losses` takes (root mean squares: 0.8e-6 and 0.008).
+    """
+    return _RESOLUTION[jnp.dtype(dtype).name]
+
 
 def pair_losses(
     weigh: Callable[[ResponseTokens], jax.Array],
@@ -23,6 +36,7 @@ def pair_losses(
     valid_P: jax.Array,
     *,
     beta: float,
+    resolution: float = 0.0,
 ) -> tuple[jax.Array, Metrics]:
     """TwDPO (Huang et al. 2026): an objective of the weighted sums of both responses' log-probs.
 
@@ -33,11 +47,13 @@ def pair_losses(
       responses: the same tokens, with the reference's log-probs, as `weigh` sees them.
       valid_P: bool, false for empty slots.
       beta: scale of the reported rewards.
+      resolution: relative error of a log-prob, see the function of this name.
 
     Returns:
       loss_P, 0 for empty slots, and a dict of metrics (P,): `unweighted_loss` (what the loss would
       be with uniform weights), and `rewards/*` and `logps/*`, plain and weighted, under the names
-      that TRL gives them.
+      that TRL gives them. A margin no larger than what rounding makes of it, with the tokens'
+      errors independent, is a tie (`rewards/ties`), and no win (`rewards/accuracies`).
     """
     # The reference is frozen, and a weighting that reads the policy is not differentiated through.
     weights, reference = jax.lax.stop_gradient((weigh(responses), responses.reference_logps_BT))
@@ -56,28 +72,42 @@ def pair_losses(
             length_B=jnp.where(valid_P, jnp.sum(m, axis=-1), 1),
         )
 
+    def rounding(weights):
+        """What rounding makes of the pairs' margins of log-ratios (P,)."""
+        squares = sum(jnp.square(jnp.maximum(1, jnp.abs(x))) for x in (policy_BT, reference))
+        squares_B = jnp.sum(jnp.where(mask, jnp.square(weights) * squares, 0.0), axis=-1)
+        return resolution * jnp.sqrt(jnp.sum(squares_B.reshape(-1, 2), axis=-1))
+
     chosen, rejected = score(weights, 0), score(weights, 1)
     loss_P = jnp.where(valid_P, objective(chosen, rejected), 0.0)
     ones = mask.astype(weights.dtype)
     plain = score(ones, 0), score(ones, 1)
     metrics = {
         "unweighted_loss": objective(*plain),
-        **_reports(beta, *plain, ""),
-        **_reports(beta, chosen, rejected, "weighted_"),
+        **_reports(beta, *plain, rounding(ones), ""),
+        **_reports(beta, chosen, rejected, rounding(weights), "weighted_"),
     }
     return loss_P, jax.tree.map(
         lambda x: jnp.where(valid_P, x, 0.0), jax.lax.stop_gradient(metrics)
     )
 
 
-def _reports(beta: float, chosen: ResponseScores, rejected: ResponseScores, prefix: str) -> Metrics:
+def _reports(
+    beta: float,
+    chosen: ResponseScores,
+    rejected: ResponseScores,
+    rounding_P: jax.Array,
+    prefix: str,
+) -> Metrics:
     reward_c = beta * (chosen.policy_B - chosen.reference_B)
     reward_r = beta * (rejected.policy_B - rejected.reference_B)
+    margin, least = reward_c - reward_r, beta * rounding_P
     return {
         f"rewards/{prefix}chosen": reward_c,
         f"rewards/{prefix}rejected": reward_r,
-        f"rewards/{prefix}accuracies": (reward_c > reward_r).astype(jnp.float32),
-        f"rewards/{prefix}margins": reward_c - reward_r,
+        f"rewards/{prefix}accuracies": (margin > least).astype(jnp.float32),
+        f"rewards/{prefix}ties": (jnp.abs(margin) <= least).astype(jnp.float32),
+        f"rewards/{prefix}margins": margin,
         f"logps/{prefix}chosen": chosen.policy_B,
         f"logps/{prefix}rejected": rejected.policy_B,
     }

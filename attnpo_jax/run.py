@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from ml_collections import config_dict
 
 from attnpo_jax import config as config_lib
-from attnpo_jax.data import mixture
+from attnpo_jax.data import mixture, vocabulary
 from attnpo_jax.data.cache_key import cache_key, naming_fields
+from attnpo_jax.data.columns import Columns
 from attnpo_jax.data.manifest import PreparedMismatch, differences
 from attnpo_jax.data.prepared import METADATA, Prepared
 from attnpo_jax.data.tokenize import ChatTokenizer
@@ -36,6 +37,7 @@ _LOG = logging.getLogger(__name__)
 _ROWS = (
     ("loss", "eval_unweighted_loss", "eval_loss"),
     ("reward accuracy", "eval_rewards/accuracies", "eval_rewards/weighted_accuracies"),
+    ("reward ties", "eval_rewards/ties", "eval_rewards/weighted_ties"),
     ("reward margin", "eval_rewards/margins", "eval_rewards/weighted_margins"),
 )
 
@@ -87,6 +89,11 @@ class Run:
     def splits(self) -> tuple[str, ...]:
         """`train`, and `eval` if there are held-out pairs."""
         return ("train", "eval") if mixture.parse(self.config.data.eval) else ("train",)
+
+    @property
+    def columns(self) -> Columns:
+        """How the columns of examples are read."""
+        return config_lib.columns(self.config)
 
     @property
     def weight_columns(self) -> str | tuple[str, ...]:
@@ -210,6 +217,7 @@ class Run:
             },
             sources=config.data[split],
             pairs_digest=pairs_digest,
+            columns=self.columns,
             lengths={
                 "max_length": config.data.max_length,
                 "max_prompt_length": config.data.max_prompt_length,
@@ -229,6 +237,7 @@ class Run:
           FileNotFoundError: there is none, or it is not finished.
           PreparedMismatch: it was prepared with other settings.
           ConfigError: it lacks the precomputed weights that `weighting.column` names.
+          UserError: a token is beyond the model's vocabulary.
           DamagedShard: a shard is not what was written.
         """
         path = self.prepared_path(split)
@@ -241,11 +250,12 @@ class Run:
         columns = dataset.weight_columns if self.weight_columns == "all" else self.weight_columns
         wanted = self.cache_key(split, None, columns)
         on_disk = dict(dataset.meta["components"])
-        on_disk["data"] = {"sources": on_disk["data"]["sources"]}
+        on_disk["data"] = {k: v for k, v in on_disk["data"].items() if k != "digest"}
         if found := differences(on_disk, wanted):
             with naming_fields(split):
                 raise PreparedMismatch(path, found)
         config_lib.check_columns(self.config, dataset.weight_columns)
+        vocabulary.check_rows(self.tokenizer, self.model.vocab_size, dataset, str(path))
         return dataset
 
 
@@ -296,6 +306,7 @@ def summary(before: dict[str, Any], after: dict[str, Any]) -> "Table":
     for name in ("before", "after", "weighted, before", "weighted, after"):
         table.add_column(name, justify="right")
     for label, plain, weighted in _ROWS:
-        cells = (line[name] for name in (plain, weighted) for line in (before, after))
-        table.add_row(label, *(f"{cell:.4f}" for cell in cells))
+        cells = [line.get(name) for name in (plain, weighted) for line in (before, after)]
+        if None not in cells:  # earlier versions counted no ties
+            table.add_row(label, *(f"{cell:.4f}" for cell in cells))
     return table

@@ -84,7 +84,7 @@ def test_data_page_s_rows_are_all_the_same_pair(tmp_path):
     file = tmp_path / "pairs.jsonl"
     file.write_text(text)
     pairs = sources.load_pairs(str(file)).pairs
-    assert len(pairs) == 4
+    assert len(pairs) == 10
     assert {(p.prompt[-1]["content"], p.chosen.strip(), p.rejected.strip()) for p in pairs} == {
         ("Name a prime.", "7", "8")
     }

@@ -18,7 +18,9 @@ from tests import tiny
 
 
 def eval_line(**changes):
-    names = {f"rewards/{w}{k}": 0.0 for w in ("", "weighted_") for k in ("accuracies", "margins")}
+    names = {
+        f"rewards/{w}{k}": 0.0 for w in ("", "weighted_") for k in ("accuracies", "ties", "margins")
+    }
     names |= {"loss": 0.6931, "unweighted_loss": 0.6931}
     return {f"eval_{name}": value for name, value in (names | changes).items()}
 
@@ -56,6 +58,14 @@ def run_with(tmp_path, monkeypatch, lines):
     console = Console(file=text, width=100)
     run_lib.run(Run.resolve(config_lib.default_config(), tmp_path), console=console)
     return calls, text.getvalue()
+
+
+def test_closing_table_of_metrics_that_count_no_ties(tmp_path, monkeypatch):
+    lines = [(step, {k: v for k, v in AFTER.items() if "ties" not in k}) for step in (0, 8)]
+    _, printed = run_with(tmp_path, monkeypatch, lines)
+    assert "reward accuracy" in printed and "ties" not in printed
+    _, printed = run_with(tmp_path / "new", monkeypatch, [(0, AFTER), (8, AFTER)])
+    assert "reward ties" in printed
 
 
 def test_closing_table_compares_the_first_with_the_last_evaluation(tmp_path, monkeypatch):

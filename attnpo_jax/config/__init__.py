@@ -8,6 +8,7 @@ from attnpo_jax.config.files import diff, from_json, load_file, to_json
 from attnpo_jax.config.layers import (
     check_columns,
     check_layers,
+    columns,
     judge_layers,
     source_layers,
     weight_columns,
@@ -21,6 +22,7 @@ __all__ = [
     "bind_section",
     "check_columns",
     "check_layers",
+    "columns",
     "complete_sections",
     "default_config",
     "diff",

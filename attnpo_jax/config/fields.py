@@ -115,6 +115,37 @@ FIELDS: dict[str, Field] = {
         "source of the held-out pairs; `''` for no evaluation",
         mixed=True,
     ),
+    **{
+        f"data.fields.{field}": Field(
+            "",
+            rules.text_or_none(),
+            f"column of the examples that holds `{field}`{meaning}; `''`: the column of that name, "
+            "or as the forms have it ([data.md](data.md#examples))",
+        )
+        for field, meaning in (
+            ("id", ""),
+            ("prompt", ""),
+            ("chosen", ""),
+            ("rejected", ""),
+            ("system", ", the text of a system message"),
+            ("tools", ", what the chat template gets as `tools`"),
+            ("input", ", which the prompt is continued with on a new line"),
+            ("answers", ", ranked answers in place of `chosen` and `rejected`"),
+        )
+    },
+    "data.ignored_columns": Field(
+        (),
+        rules.texts("a column's name", empty=True),
+        "columns of the examples that are left out, though they may be part of the conversation "
+        "([data.md](data.md#columns))",
+        mixed=True,
+    ),
+    "data.ranked": Field(
+        "best_worst",
+        rules.one_of("best_worst", "best_rest", "all"),
+        "of several ranked answers, or rejected ones: `best_worst` pairs the best with the worst, "
+        "`best_rest` the best with each that is worse, `all` each with each that is worse",
+    ),
     "data.weight_columns": Field(
         (),
         rules.columns(),

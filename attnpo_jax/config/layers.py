@@ -2,12 +2,16 @@
 
 import logging
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ml_collections import config_dict
 
 from attnpo_jax import weighting
 from attnpo_jax.config.errors import ConfigError
 from attnpo_jax.config.rules import as_tuple
+
+if TYPE_CHECKING:
+    from attnpo_jax.data.columns import Columns
 
 _LOG = logging.getLogger(__name__)
 
@@ -153,6 +157,18 @@ def _is_layer(config: config_dict.ConfigDict, num_layers: int) -> bool:
     """Whether the weighting reads one layer."""
     layer = config.weighting.layer
     return isinstance(layer, int) and -num_layers <= layer < num_layers
+
+
+def columns(config: config_dict.ConfigDict) -> "Columns":
+    """How `data.fields`, `data.ignored_columns` and `data.ranked` have examples read."""
+    # Here, since a config is checked without the libraries that read data.
+    from attnpo_jax.data.columns import Columns
+
+    return Columns(
+        names={field: column for field, column in config.data.fields.items() if column},
+        ignored=as_tuple(config.data.ignored_columns),
+        ranked=config.data.ranked,
+    )
 
 
 def weight_columns(config: config_dict.ConfigDict) -> str | tuple[str, ...]:

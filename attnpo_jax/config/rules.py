@@ -80,6 +80,10 @@ def text() -> Rule:
     return Rule(lambda v: isinstance(v, str) and bool(v.strip()), "a text that is not empty")
 
 
+def text_or_none() -> Rule:
+    return Rule(lambda v: isinstance(v, str), "a text, or '' for none")
+
+
 def optional_text() -> Rule:
     given = text()
     return Rule(lambda v: v is None or given.accepts(v), f"None or {given.accepted}")

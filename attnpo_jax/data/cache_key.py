@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from attnpo_jax.data import mixture
+from attnpo_jax.data.columns import AS_THEY_ARE, Columns
 from attnpo_jax.data.manifest import PreparedMismatch
 
 # By component, the config's field that decides it, where that has another name.
@@ -26,6 +27,7 @@ def cache_key(
     judge: Mapping[str, Any],
     sources: Any,
     pairs_digest: str | None,
+    columns: Columns = AS_THEY_ARE,
     lengths: Mapping[str, int],
     source_layers: Sequence[int],
     num_layers: int,
@@ -39,12 +41,17 @@ def cache_key(
       judge: the template's digest, and how it is asked; counts only where layers are kept.
       sources: the split's sources, as `data.train` has them.
       pairs_digest: that of the split's pairs; None leaves it out.
+      columns: how their examples were read; counts where it is not the usual way.
       lengths: `max_length` and `max_prompt_length` of what is trained on.
       weights_tokenizer: whose tokens those weights stand for; None: the model's.
     """
     data: dict[str, Any] = {"sources": mixture.names(sources)}
     if pairs_digest is not None:
         data["digest"] = pairs_digest
+    if columns.names:
+        data["fields"] = dict(columns.names)
+    if columns.ranked != AS_THEY_ARE.ranked:
+        data["ranked"] = columns.ranked
     precomputed: dict[str, Any] = {}
     if weight_columns:
         precomputed["weight_columns"] = list(weight_columns)

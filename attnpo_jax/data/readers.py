@@ -5,37 +5,39 @@ Several processes may read one source together: each looks at a part of it only.
 
 import bisect
 import functools
+import glob
 import itertools
-import json
-import mmap
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import datasets
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from attnpo_jax.data.pair import BadExample
+from attnpo_jax.data import text_files
 from attnpo_jax.runtime.errors import UserError
-from attnpo_jax.runtime.team import Team
+from attnpo_jax.runtime.paths import searched
+from attnpo_jax.runtime.team import Team, check_alike
 
 ACCEPTED_SOURCES = (
-    "builtin:train, builtin:eval, a .json, .jsonl, .parquet or .arrow file, a folder saved by "
+    "builtin:train, builtin:eval, a .json, .jsonl, .csv or .tsv file (or one of these and .gz or "
+    ".zst), a .parquet or .arrow file, a pattern of files (data/*.jsonl), a folder saved by "
     "datasets (FOLDER or FOLDER@split) or copied from the hub (FOLDER@split), or a hub id "
     "owner/name@split, owner/name:config@split or owner/name/folder@split"
 )
 
 _BUILTIN = pathlib.Path(__file__).parent / "builtin"
-_FILE_ENDINGS = (".json", ".jsonl", ".parquet", ".arrow")
+_TEXT_ENDINGS = (".json", ".jsonl", ".csv", ".tsv")
+_PACKED_ENDINGS = tuple(a + b for a in _TEXT_ENDINGS for b in text_files.PACKED)
+_FILE_ENDINGS = (*_TEXT_ENDINGS, ".parquet", ".arrow", *_PACKED_ENDINGS)
 _HUB_ID = re.compile(
     r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?:/(?P<folder>\w[\w./-]*)|:(?P<config>[^@:]+))?"
     r"(?:@(?P<split>[^@]+))?"
 )
-_READ = mmap.ACCESS_READ
-_Fields = Callable[[str], bool]  # whether a column of a table is wanted
+# From the columns that a table has, and its source's name, those to read.
+_Select = Callable[[Sequence[str], str], list[str]]
 
 
 class Examples(Protocol):
@@ -73,54 +75,86 @@ def hub_split(source: str) -> HubSplit | None:
 
 def _hub_id(source: str) -> HubSplit | None:
     hub = _HUB_ID.fullmatch(source)
-    if hub is None or (hub["folder"] or hub["name"]).endswith(_FILE_ENDINGS):
+    if hub is None or (hub["folder"] or hub["name"]).lower().endswith(_FILE_ENDINGS):
         return None
     return HubSplit(**{field: hub[field] for field in HubSplit._fields})
 
 
-def open_source(source: str, fields: _Fields, team: Team) -> tuple[str, Examples]:
+def expand(source: str, team: Team) -> list[str]:
+    """The files that a pattern stands for, by name; any other source as it is.
+
+    Raises:
+      FileNotFoundError: a pattern that no file matches.
+    """
+    path = pathlib.Path(source).expanduser()
+    plain = source.startswith("builtin:") or path.exists() or _hub_id(source) is not None
+    if plain or not glob.has_magic(source):
+        return [source]
+    found = sorted(glob.glob(str(path), recursive=True))
+    check_alike(team, source, "files", len(found))
+    if not found:
+        folder = pathlib.Path(*itertools.takewhile(lambda x: not glob.has_magic(x), path.parts))
+        looked = f"no file in {folder.absolute()} matches" if folder.is_dir() else searched(folder)
+        raise FileNotFoundError(f"no data at {source!r}: {looked}; accepted: {ACCEPTED_SOURCES}")
+    return found
+
+
+def open_source(source: str, select: _Select, team: Team) -> tuple[str, Examples]:
     """A source's short name (for fallback ids) and its examples."""
     if source.startswith("builtin:"):
         split = source.removeprefix("builtin:")
         if split not in ("train", "eval"):
             raise UserError(f"no builtin data {source!r}; accepted: builtin:train, builtin:eval")
-        return f"builtin-{split}", _JsonLines(_BUILTIN / f"{split}.jsonl", team)
+        path = _BUILTIN / f"{split}.jsonl"
+        return f"builtin-{split}", text_files.JsonLines(path, source, team, None)
 
     path = pathlib.Path(source).expanduser()
     if path.is_file():
-        return path.stem, _open_file(path, source, fields, team)
+        packed = path.suffix.lower() in text_files.PACKED
+        short_name = pathlib.Path(path.stem).stem if packed else path.stem
+        return short_name, _open_file(path, source, select, team)
     if path.is_dir():
-        return path.name, _Table(_saved_dataset(path, None, source), source, fields)
+        return path.name, _Table(_saved_dataset(path, None, source), source, select)
     folder, at, split = source.rpartition("@")
     folder = pathlib.Path(folder).expanduser()
     if at and folder.is_dir():
         dataset = _saved_dataset(folder, split, source)
-        return f"{folder.name}@{split}", _Table(dataset, source, fields)
+        return f"{folder.name}@{split}", _Table(dataset, source, select)
     if at and folder.is_file():
         raise UserError(f"{source}: a single file has no splits; write {str(folder)!r}")
 
     hub = _hub_id(source)
     if hub is None:
-        raise FileNotFoundError(f"no data at {source!r}; accepted: {ACCEPTED_SOURCES}")
+        raise FileNotFoundError(
+            f"no data at {source!r}; accepted: {ACCEPTED_SOURCES}; {searched(path)}"
+        )
     if hub.split is None:
         raise FileNotFoundError(
             f"no data at {source!r}; if it is a hub id, name the split: {source}@train"
         )
     dataset = datasets.load_dataset(hub.name, hub.config, data_dir=hub.folder, split=hub.split)
-    return source, _Table(dataset, source, fields)
+    return source, _Table(dataset, source, select)
 
 
-def _open_file(path: pathlib.Path, source: str, fields: _Fields, team: Team) -> Examples:
-    match path.suffix:
+def _open_file(path: pathlib.Path, source: str, select: _Select, team: Team) -> Examples:
+    name, unpacked = path.name.lower(), None
+    if name.endswith(_PACKED_ENDINGS):
+        unpacked = text_files.Unpacked(path, source)
+        path, name = unpacked.path, name.rpartition(".")[0]
+    match pathlib.Path(name).suffix:
         case ".jsonl":
-            return _JsonLines(path, team)
+            return text_files.JsonLines(path, source, team, unpacked)
         case ".json":
-            return _JsonList(path, source)
+            return text_files.json_list(path, source)
+        case ".csv":
+            return text_files.delimited(path, source, ",", select)
+        case ".tsv":
+            return text_files.delimited(path, source, "\t", select)
         case ".parquet":
-            return _Parquet(path, source, fields)
+            return _Parquet(path, source, select)
         case ".arrow":
             try:
-                return _Table(datasets.Dataset.from_file(str(path)), source, fields)
+                return _Table(datasets.Dataset.from_file(str(path)), source, select)
             except pa.ArrowInvalid as error:
                 raise UserError(f"{source}: not an Arrow stream file ({error})") from error
     raise UserError(
@@ -128,69 +162,15 @@ def _open_file(path: pathlib.Path, source: str, fields: _Fields, team: Team) -> 
     )
 
 
-class _JsonLines:
-    """A file of one object a line; blank lines are no examples."""
-
-    def __init__(self, path: pathlib.Path, team: Team):
-        self._path = path
-        size = path.stat().st_size
-        check_alike(team, path, "bytes", size)
-        part = team.part(size)
-        ends: list[int] = []
-        if part:
-            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=_READ) as content:
-                start = part.start
-                while (end := content.find(b"\n", start, part.stop)) >= 0:
-                    ends.append(start := end + 1)
-        self._starts = np.concatenate([[0], *team.exchange(ends)]).astype(np.int64)
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def read(self, places: Sequence[int]) -> Iterator[tuple[int, Any]]:
-        with self._path.open("rb") as file:
-            for place in places:
-                file.seek(self._starts[place])
-                line = file.readline()
-                if not line.strip():
-                    continue
-                try:
-                    # utf-8-sig: some editors put a byte order mark before the first line.
-                    yield place + 1, json.loads(line.decode("utf-8-sig"))
-                except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                    yield place + 1, BadExample(f"not a line of JSON ({error})")
-
-
-class _JsonList:
-    """A file that is one JSON document: every process has to read all of it."""
-
-    def __init__(self, path: pathlib.Path, source: str):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8-sig"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"{source}: not a JSON file ({error}); a file with one object a line ends in .jsonl"
-            ) from error
-        self._examples = content.get("data") if isinstance(content, dict) else content
-        if not isinstance(self._examples, list):
-            raise UserError(f'{source}: accepted is a list of examples or {{"data": [examples]}}')
-
-    def __len__(self) -> int:
-        return len(self._examples)
-
-    def read(self, places: Sequence[int]) -> Iterator[tuple[int, Any]]:
-        return ((place + 1, self._examples[place]) for place in places)
-
-
 class _Parquet:
     """A Parquet file; of its row groups, the one that was read last is kept."""
 
-    def __init__(self, path: pathlib.Path, source: str, fields: _Fields):
+    def __init__(self, path: pathlib.Path, source: str, select: _Select):
         try:
             self._file = pq.ParquetFile(path)
         except pa.ArrowInvalid as error:
             raise UserError(f"{source}: not a Parquet file ({error})") from error
-        self._columns = _needed_columns(fields, self._file.schema_arrow.names, source)
+        self._columns = select(self._file.schema_arrow.names, source)
         metadata = self._file.metadata
         sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         self._starts = list(itertools.accumulate(sizes, initial=0))
@@ -216,8 +196,8 @@ class _Parquet:
 class _Table:
     """A dataset in Arrow's form, which stays on disk."""
 
-    def __init__(self, dataset: datasets.Dataset, source: str, fields: _Fields):
-        columns = _needed_columns(fields, dataset.column_names, source)
+    def __init__(self, dataset: datasets.Dataset, source: str, select: _Select):
+        columns = select(dataset.column_names, source)
         self._dataset = dataset.select_columns(columns).with_format("arrow")
 
     def __len__(self) -> int:
@@ -226,17 +206,6 @@ class _Table:
     def read(self, places: Sequence[int]) -> Iterator[tuple[int, Any]]:
         rows = self._dataset[list(places)].to_pylist() if places else []
         return zip((place + 1 for place in places), rows, strict=True)
-
-
-def check_alike(team: Team, source: Any, unit: str, found: int) -> None:
-    """Checks that a source is as long for each of a team; UserError if it is not."""
-    everyones = team.exchange(found)
-    if len(set(everyones)) > 1:
-        listed = ", ".join(map(str, everyones))
-        raise UserError(
-            f"{source}: the processes find different numbers of {unit} ({listed}); accepted: the "
-            "same data for all of them"
-        )
 
 
 def _saved_dataset(folder: pathlib.Path, split: str | None, source: str) -> datasets.Dataset:
@@ -261,10 +230,3 @@ def _saved_dataset(folder: pathlib.Path, split: str | None, source: str) -> data
     if split is not None:
         raise UserError(f"{source}: this folder has no splits; write {str(folder)!r}")
     return dataset
-
-
-def _needed_columns(fields: _Fields, columns: Sequence[str], source: str) -> list[str]:
-    for needed in ("chosen", "rejected"):
-        if needed not in columns:
-            raise UserError(f"{source}: no column `{needed}`; columns found: {', '.join(columns)}")
-    return [name for name in columns if fields(name)]

@@ -3,8 +3,9 @@
 A source is named by one string:
 
 - `builtin:train`, `builtin:eval`: the pairs that come with the package;
-- a `.jsonl` file (one object a line), a `.json` file (a list, or `{"data": [...]}`), a `.parquet`
-  or an `.arrow` file;
+- a `.jsonl` file (one object a line), a `.json` file (a list, or `{"data": [...]}`), a `.csv` or
+  `.tsv` file with a line of column names, any of these packed (`.jsonl.gz`, `.jsonl.zst`); a
+  `.parquet` or an `.arrow` file; a pattern of such files (`data/*.jsonl`), read in order of name;
 - a folder written by datasets' `save_to_disk`; `FOLDER@split` for one split of a DatasetDict;
 - `FOLDER@split` of a local copy of a hub dataset (its Parquet or JSON files as published);
 - a Hugging Face hub id, `owner/name@split`; one of its parts, if it has several, by its config,
@@ -12,8 +13,8 @@ A source is named by one string:
 
 Several sources are read one after another; with shares (see `mixture`) they are mixed.
 
-An example holds `chosen`, `rejected` and perhaps `prompt`, `id` or `prompt_id`; other fields are
-ignored. Three forms are accepted:
+An example holds `chosen`, `rejected` and perhaps `prompt`, `system`, `tools`, `id` or `prompt_id`.
+These forms are accepted:
 
 - explicit prompt: `prompt` is a string (one user turn), a list of chat messages, or an hh-rlhf
   transcript that ends in `\\n\\nAssistant:`; `chosen` and `rejected` are strings, or lists with the
@@ -21,11 +22,20 @@ ignored. Three forms are accepted:
 - implicit prompt: `chosen` and `rejected` are whole conversations (lists of messages) that share
   all but their last turn. A `prompt` beside them must agree: messages equal to the shared turns, or
   a string equal to the first user turn;
-- hh-rlhf: `chosen` and `rejected` are strings `\\n\\nHuman: ... \\n\\nAssistant: ...`.
+- hh-rlhf: `chosen` and `rejected` are strings `\\n\\nHuman: ... \\n\\nAssistant: ...`;
+- ShareGPT: messages are `{"from", "value"}`, the prompt is `conversations`;
+- Alpaca: the prompt is `instruction`, and `input` on the line after it;
+- Orca: the prompt is `question`;
+- ranked: `answers` is a list of objects with `answer` and `rank` (1 is best) or `score`, in place
+  of `chosen` and `rejected`; or `rejected` is a list of several responses. `ranking` makes pairs.
 
-Turns alternate between `user` and `assistant`, after an optional `system` message; those of `tool`
-stand behind the assistant's turn with the `tool_calls`. What else a message holds, and the JSON
-schemas in `tools`, go to the chat template.
+Turns alternate between `user` and `assistant`, after an optional `system` message, which may be the
+column `system`; an empty text there is an empty system message. Turns of `tool` stand behind the
+assistant's turn with the `tool_calls`. What else a message holds, and the JSON schemas in `tools`,
+go to the chat template. Nulls are as nothing.
+
+Any other column is either harmless, see `harmless`, or makes a bad example. `columns.Columns` says
+where columns have other names, and which are left out.
 """
 
 import collections
@@ -38,14 +48,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from attnpo_jax.data import mixture, precomputed_weights
+from attnpo_jax.data.columns import AS_THEY_ARE, Columns
 from attnpo_jax.data.formats import own_id, pair_of_example
 from attnpo_jax.data.pair import SIDES, BadExample, Pair, extra_fields
-from attnpo_jax.data.readers import ACCEPTED_SOURCES, Examples, check_alike, open_source
+from attnpo_jax.data.readers import ACCEPTED_SOURCES, Examples, expand, open_source
 from attnpo_jax.runtime import atomic
 from attnpo_jax.runtime.errors import UserError
-from attnpo_jax.runtime.team import ALONE, Team
+from attnpo_jax.runtime.team import ALONE, Team, check_alike
 
-_FIELDS = ("id", "prompt_id", "prompt", "chosen", "rejected", "tools")
 _AT_ONCE = 1024  # examples that are Python objects at once, so that no big file is held twice
 
 
@@ -92,9 +102,10 @@ class Pairs(Sequence[Pair]):
         """The pairs at these places; UserError if one has changed since it was loaded."""
         for run in _runs(places):
             source = self._sources[run[0].source]
-            found = dict(source.read([place.place for place in run]))
+            places = list(dict.fromkeys(place.place for place in run))
+            found = {(place, part): pair for place, part, pair in source.read(places)}
             for place in run:
-                pair = found.get(place.place)
+                pair = found.get((place.place, place.part))
                 if not isinstance(pair, Pair) or _pair_digest(pair) != place.digest:
                     raise UserError(
                         f"{source.name}, example {place.place + 1}: another one than when the "
@@ -109,6 +120,7 @@ def load_pairs(
     on_bad_row: str = "error",
     bad_rows_path: str | os.PathLike | None = None,
     weight_columns: str | Sequence[str] = (),
+    columns: Columns = AS_THEY_ARE,
     team: Team = ALONE,
 ) -> LoadedPairs:
     """Read and validate the preference pairs of one or several sources, in order.
@@ -119,8 +131,9 @@ def load_pairs(
     spread evenly over them, the same whenever they are the same.
 
     A pair's id is the example's `id`, else its `prompt_id`, else `NAME:NUMBER` with the source's
-    short name and the example's number. An id that was seen before gets `#2`, `#3`,
-    ... in order of appearance.
+    short name and the example's number; `/I-J` behind it tells the pair of answers I and J, where
+    `columns.ranked` makes several of an example. An id that was seen before gets `#2`, `#3`, ... in
+    order of appearance.
 
     Args:
         sources: one source or several, each as the module's docstring says.
@@ -129,6 +142,7 @@ def load_pairs(
             replaced, or removed when none is bad.
         weight_columns: names of precomputed weights to read (see `precomputed_weights`); `all` for
             those of the first example that has any. An example without them is a bad one.
+        columns: how the columns of examples are read.
         team: the processes that load the same sources together. Each reads a part of the
             examples, and gets the others' ids and digests, but not their texts.
 
@@ -142,28 +156,26 @@ def load_pairs(
     if not names:
         raise UserError(f"no data source given; accepted: {ACCEPTED_SOURCES}")
 
-    every_column = weight_columns == "all"
-    columns = () if every_column else tuple(weight_columns)
-    wanted_fields = {*_FIELDS, *(precomputed_weights.fields(columns) if columns else ())}
-
-    def fields(name: str) -> bool:
-        return name in wanted_fields or (every_column and precomputed_weights.is_field(name))
-
+    every_weight = weight_columns == "all"
+    weights = () if every_weight else tuple(weight_columns)
     opened: list[_Source] = []
     by_source: list[list[_Place]] = []
     bad_rows: list[dict[str, Any]] = []
     unique = _UniqueIds()
-    for index, name in enumerate(names):
-        short_name, examples = open_source(name, fields, team)
+    for name, group in [(name, i) for i, of in enumerate(names) for name in expand(of, team)]:
+        short_name, examples = open_source(name, columns.select, team)
         check_alike(team, name, "examples", len(examples))
-        if every_column and not columns:
-            columns = _first_columns(examples, team)
-        read = columns if columns or every_column else None
-        opened.append(_Source(name, short_name, examples, read))
-        by_source.append([])
+        if every_weight and not weights:
+            weights = _first_columns(examples, team)
+        read = weights if weights or every_weight else None
+        opened.append(_Source(name, short_name, examples, read, columns))
+        by_source += [[] for _ in range(group + 1 - len(by_source))]
         looked = opened[-1].look(team, stop_at_bad=on_bad_row == "error")
         for good, bad in team.exchange(looked):
-            by_source[-1] += [_Place(index, at, unique(id), digest) for at, id, digest in good]
+            by_source[group] += [
+                _Place(len(opened) - 1, at, part, unique(id), digest)
+                for at, part, id, digest in good
+            ]
             if bad and on_bad_row == "error":
                 raise BadExample(**bad[0])
             bad_rows += [BadExample(**of_bad).as_record() for of_bad in bad]
@@ -179,7 +191,7 @@ def load_pairs(
         found = f"all {len(bad_rows)} examples are bad" if bad_rows else "no examples"
         first = f", the first one: {bad_rows[0]['reason']}" if bad_rows else ""
         raise UserError(f"{', '.join(names)}: no preference pair found ({found}{first})")
-    return LoadedPairs(Pairs(opened, places), bad_rows, columns)
+    return LoadedPairs(Pairs(opened, places), bad_rows, weights)
 
 
 def pairs_digest(pairs: Iterable[Pair]) -> str:
@@ -188,50 +200,69 @@ def pairs_digest(pairs: Iterable[Pair]) -> str:
 
 
 class _Place(NamedTuple):
-    """Where a pair is, by its source's index and its example's place there, and which it is."""
+    """Where a pair is, by its source's index, its example's place there and its own among the
+    example's pairs; and which it is.
+    """
 
     source: int
     place: int
+    part: int
     id: str
     digest: str
 
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """An open source; `columns` names the precomputed weights to read, None for none."""
+    """An open source; `weights` names the precomputed weights to read, None for none."""
 
     name: str
     short_name: str
     examples: Examples
-    columns: tuple[str, ...] | None
+    weights: tuple[str, ...] | None
+    columns: Columns
 
-    def read(self, places: Sequence[int]) -> Iterator[tuple[int, Pair | BadExample]]:
-        """What is in the examples at these places, each with its place."""
+    def read(self, places: Sequence[int]) -> Iterator[tuple[int, int, Pair | BadExample]]:
+        """What is in the examples at these places: its place, its part of the example, and what."""
         for number, example in self.examples.read(places):
+            for part, found in enumerate(self._found(number, example)):
+                yield number - 1, part, found
+
+    def _found(self, number: int, example: Any) -> list[Pair | BadExample]:
+        """The pairs of an example, or what is wrong with each."""
+        found: list[Pair | BadExample] = []
+        id = own_id(self.columns.id_of(example))
+        try:
+            plain = self.columns.plain(example)
+        except BadExample as bad:
+            return [BadExample(bad.reason, self.name, number, id)]
+        for one in plain:
             try:
-                origin = (self.name, number)
-                pair = pair_of_example(example, f"{self.short_name}:{number}", origin)
-                if self.columns is not None:
-                    pair = dataclasses.replace(
-                        pair, precomputed=precomputed_weights.read(example, self.columns)
-                    )
+                pair = pair_of_example(
+                    one.example, f"{self.short_name}:{number}", (self.name, number)
+                )
+                pair = one.completed(pair)
+                if self.weights is not None:
+                    precomputed = precomputed_weights.read(example, self.weights)
+                    pair = dataclasses.replace(pair, precomputed=precomputed)
             except BadExample as bad:
-                yield number - 1, BadExample(bad.reason, self.name, number, own_id(example))
+                bad_id = None if id is None else id + one.suffix
+                found.append(BadExample(bad.reason, self.name, number, bad_id))
             else:
-                yield number - 1, pair
+                found.append(pair)
+        return found
 
     def look(self, team: Team, *, stop_at_bad: bool) -> tuple[list[Any], list[Any]]:
         """Looks at this process's part of the examples.
 
         Returns:
-            Place, id and digest of the pairs, and the attributes of each BadExample; where
+            Place, part, id and digest of the pairs, and the attributes of each BadExample; where
             `stop_at_bad`, up to the first bad one only.
         """
         good, bad = [], []
         for places in _chunks(team.part(len(self.examples))):
-            for place, found in self.read(places):
+            for place, part, found in self.read(places):
                 if isinstance(found, Pair):
-                    good.append((place, found.id, _pair_digest(found)))
+                    good.append((place, part, found.id, _pair_digest(found)))
                     continue
                 bad.append(vars(found))
                 if stop_at_bad:
@@ -279,7 +310,7 @@ def _runs(places: Iterable[_Place]) -> Iterator[list[_Place]]:
     """Places that can be read at once: of one source, ascending, not too many."""
     run: list[_Place] = []
     for place in places:
-        follows = run and run[-1].source == place.source and run[-1].place < place.place
+        follows = run and run[-1].source == place.source and run[-1][1:3] < place[1:3]
         if run and (not follows or len(run) == _AT_ONCE):
             yield run
             run = []

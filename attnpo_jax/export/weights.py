@@ -54,6 +54,7 @@ def export_weights(run: "Run", *, console: Console | None = None) -> None:
             run.config.data[split],
             on_bad_row=run.config.data.on_bad_row,
             weight_columns=run.weight_columns,
+            columns=run.columns,
         ).pairs
         if pairs.digest != dataset.meta["components"]["data"]["digest"]:
             raise UserError(

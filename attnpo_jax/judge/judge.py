@@ -20,6 +20,7 @@ from attnpo_jax.data.align import align
 from attnpo_jax.data.packing import choose_buckets
 from attnpo_jax.data.pair import SIDES, Pair
 from attnpo_jax.data.tokenize import TokenizedPair, tokenize_pair
+from attnpo_jax.data.vocabulary import check_ids
 from attnpo_jax.judge.language_model import LanguageModel
 from attnpo_jax.judge.prompt import JudgePrompt, JudgePrompter, JudgeTemplate, common_beginning
 from attnpo_jax.models import decoder, lm_head, placement
@@ -151,8 +152,16 @@ class Judge:
         self._lengths = tuple(row_lengths or choose_buckets(np.array(lengths), self._num_buckets))
 
     def judge(self, pairs: Sequence[Pair], tokenized: Sequence[TokenizedPair]) -> list[Judgement]:
-        """Judges pairs, and carries the attention over to the tokens that are trained on."""
+        """Judges pairs, and carries the attention over to the tokens that are trained on.
+
+        Raises UserError where a token is beyond the model's vocabulary.
+        """
         prompts = [self.prompter.build(pair) for pair in pairs]
+        for pair, prompt in zip(pairs, prompts, strict=True):
+            sequences = {"judge prompt": np.concatenate(prompt.ids)}
+            check_ids(
+                self._model.tokenizer, self._model.config.vocab_size, sequences, f"pair {pair.id}"
+            )
         if prompts and not self._lengths:
             self.fit(prompts[:SAMPLE])
         judgements: list[Judgement | None] = [None] * len(pairs)
@@ -328,4 +337,7 @@ def judge_pairs(
     """
     lengths = {"max_length": max_length, "max_prompt_length": max_prompt_length}
     tokenized = [tokenize_pair(model.tokenizer, pair, **lengths) for pair in pairs]
+    for pair in tokenized:
+        sequences = {part: getattr(pair, f"{part}_ids") for part in ("prompt", *SIDES)}
+        check_ids(model.tokenizer, model.config.vocab_size, sequences, f"pair {pair.id}")
     return list(zip(tokenized, Judge(model, **settings).judge(pairs, tokenized), strict=True))

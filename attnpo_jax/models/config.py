@@ -125,6 +125,18 @@ class ModelConfig:
                 f"layer_windows has {len(self.layer_windows)} entries for {self.num_layers} layers"
             )
 
+    @property
+    def positions(self) -> int:
+        """How many positions the model was made for, those that a scaled rope adds included.
+
+        `max_position_embeddings` counts them already but for linear scaling, and there in Gemma 3
+        too.
+        """
+        scaling = self.rope_scaling
+        if isinstance(scaling, LinearRopeScaling) and not self.model_type.startswith("gemma3"):
+            return int(self.max_position_embeddings * scaling.factor)
+        return self.max_position_embeddings
+
     def facts(self) -> dict[str, Any]:
         """What the model itself is, as JSON: all fields but those that a run adds."""
         facts = dataclasses.asdict(self)

@@ -3,7 +3,9 @@
 import datasets
 from ml_collections import config_dict
 
+from attnpo_jax import config as config_lib
 from attnpo_jax.data import mixture, readers, sources
+from attnpo_jax.data.columns import Columns
 
 # Rows of the splits that configs/ trains on, from the datasets' cards on the hub.
 KNOWN = {
@@ -21,17 +23,18 @@ def count(config: config_dict.ConfigDict) -> int | None:
     taken, all rows counted as usable pairs.
     """
     parsed = mixture.parse(config.data.train)
-    counts = [_of_source(source) for source, _ in parsed]
+    columns = config_lib.columns(config)
+    counts = [_of_source(source, columns) for source, _ in parsed]
     if None in counts:
         return None
     shares = [share for _, share in parsed]
     return sum(counts if None in shares else mixture.take(counts, shares))
 
 
-def _of_source(source: str) -> int | None:
+def _of_source(source: str, columns: Columns) -> int | None:
     hub = readers.hub_split(source)
     if hub is None:
-        return len(sources.load_pairs(source, on_bad_row="skip").pairs)
+        return len(sources.load_pairs(source, on_bad_row="skip", columns=columns).pairs)
     return KNOWN[source] if source in KNOWN else _of_hub(hub)
 
 

@@ -12,10 +12,13 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from attnpo_jax.data.pair import Pair
+from attnpo_jax import config as config_lib
+from attnpo_jax.data.pair import BadExample, Pair
 from attnpo_jax.data.sources import load_pairs
 from attnpo_jax.data.tokenize import ChatTokenizer
+from attnpo_jax.prepare.look_ahead import Beyond
 from attnpo_jax.prepare.pair_forms import PairForms, PairTokenizer
+from attnpo_jax.runtime.errors import UserError
 from attnpo_jax.runtime.progress import CountProgress
 
 if TYPE_CHECKING:
@@ -41,6 +44,8 @@ class SplitReport:
       lengths: tokens by part: `prompt`, `chosen`, `rejected`, `row` (all three), as trained on, and
         `judge` (the longer order of the judge prompt), each at the `PERCENTILES`.
       truncated: pairs that lost tokens, by part: `prompt`, `chosen`, `rejected`, `judge`.
+      positions: those that the model was made for; None where no config.json tells.
+      beyond_positions: pairs that take more, by `row` (prompt and longer response) and `judge`.
       weight_columns: the precomputed weights that were read.
       examples: of a few pairs, `id`, and as text with all control tokens `chosen`, `rejected` (both
         with the prompt) and `judge` (order 0).
@@ -52,8 +57,32 @@ class SplitReport:
     bad_rows: list[dict[str, Any]]
     lengths: dict[str, list[int]]
     truncated: dict[str, int]
+    positions: int | None
+    beyond_positions: dict[str, int]
     weight_columns: tuple[str, ...]
     examples: list[dict[str, str]]
+
+
+def show(run: "Run", *, as_json: bool = False) -> None:
+    """Prints the report on a config's data, and raises where `prepare` would stop.
+
+    Raises:
+      UserError: there are bad rows, and `data.on_bad_row` is `error`; or no pair is left.
+    """
+    reports = data_report(run, as_json=as_json)
+    bad = [row for report in reports for row in report.bad_rows]
+    if bad and run.config.data.on_bad_row == "error":
+        first = BadExample(bad[0]["reason"], bad[0]["file"], bad[0]["row"])
+        raise UserError(
+            f"{len(bad)} bad rows, where prepare stops (data.on_bad_row = 'error'), the first: "
+            f"{first}"
+        )
+    for report in reports:
+        if not report.pairs:
+            raise UserError(
+                f"data.{report.split}: no pair can be prepared: all are bad rows, the first: "
+                f"{bad[0]['reason']}"
+            )
 
 
 def data_report(
@@ -72,7 +101,8 @@ def data_report(
       One report a split.
 
     Raises:
-      UserError, OSError: a source or the tokenizer can't be read.
+      UserError, OSError: a source or the tokenizer can't be read, a token is beyond the model's
+        vocabulary, or the model or the data lack what the config's weighting reads.
     """
     config, splits = run.config, run.splits
     loaded = {
@@ -80,15 +110,28 @@ def data_report(
             config.data[split],
             on_bad_row="skip",
             weight_columns=run.weight_columns,
+            columns=run.columns,
         )
         for split in splits
     }
-    tokenize = PairTokenizer.from_config(config, run.tokenizer, run.template, on_bad_row="skip")
+    for of_split in loaded.values():
+        config_lib.check_columns(config, of_split.weight_columns)
+    model = run.model if (run.model_folder / "config.json").is_file() else None
+    if model is not None:
+        config_lib.check_layers(config, model.num_layers, model.layer_windows)
+    tokenize = PairTokenizer.from_config(
+        config,
+        run.tokenizer,
+        run.template,
+        vocab_size=None if model is None else model.vocab_size,
+        on_bad_row="skip",
+    )
     reports = []
     for split in splits:
         pairs = loaded[split].pairs
         forms: list[_Figures] = []
         bad_rows = list(loaded[split].bad_rows)
+        beyond = None if model is None else Beyond(model.positions)
         with CountProgress(
             f"tokenize {split}", len(pairs), "pairs", bar=config.log.progress
         ) as progress:
@@ -96,8 +139,12 @@ def data_report(
                 some = pairs[start : start + _AT_A_TIME]
                 done, refused = tokenize(some)
                 forms += map(_figures, done)
+                if beyond is not None:
+                    beyond.add(done)
                 bad_rows += [bad_row.as_record() for bad_row in refused]
                 progress.add(len(some))
+        if beyond is not None:
+            beyond.warn(split, len(pairs))
         origins = {pair.id: pair.origin[0] for pair in pairs}
         reports.append(
             SplitReport(
@@ -107,17 +154,22 @@ def data_report(
                 bad_rows=bad_rows,
                 weight_columns=loaded[split].weight_columns,
                 **_summed(forms),
+                positions=None if beyond is None else beyond.limit,
+                beyond_positions={} if beyond is None else beyond.counts,
                 examples=_examples(run.tokenizer, tokenize, pairs, forms),
             )
         )
-    console = console or Console()
+    _print(reports, as_json, console or Console())
+    return reports
+
+
+def _print(reports: Sequence[SplitReport], as_json: bool, console: Console) -> None:
     if as_json:
         by_split = {report.split: dataclasses.asdict(report) for report in reports}
         console.file.write(json.dumps(by_split, indent=2) + "\n")
     else:
         for report in reports:
             console.print(render(report))
-    return reports
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,6 +234,9 @@ def render(report: SplitReport) -> Group:
     counts.add_row("bad rows", str(len(report.bad_rows)))
     if report.weight_columns:
         counts.add_row("precomputed weights", ", ".join(report.weight_columns))
+    for part, count in report.beyond_positions.items():
+        if count:
+            counts.add_row(f"{part}: beyond the model's {report.positions} positions", str(count))
     parts: list[Any] = [counts]
     if report.lengths:
         lengths = Table(title="tokens")

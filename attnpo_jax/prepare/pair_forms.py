@@ -9,7 +9,9 @@ from ml_collections import config_dict
 from attnpo_jax.config.rules import as_tuple
 from attnpo_jax.data.pair import SIDES, BadExample, Pair
 from attnpo_jax.data.precomputed_weights import WeightReader
+from attnpo_jax.data.rendered import RenderedTexts
 from attnpo_jax.data.tokenize import ChatTokenizer, TokenizedPair, load_backend, tokenize_pair
+from attnpo_jax.data.vocabulary import check_ids
 from attnpo_jax.judge.prompt import JudgePrompt, JudgePrompter, JudgeTemplate
 
 
@@ -28,6 +30,15 @@ class PairForms:
     prompt: JudgePrompt | None
     precomputed: tuple[np.ndarray, np.ndarray] | None = None
 
+    def positions(self) -> dict[str, int]:
+        """The positions that it takes, both as `row` trained on and, if it is, as `judge`d."""
+        pair = self.tokenized
+        responses = max(len(pair.chosen_ids), len(pair.rejected_ids))
+        positions = {"row": len(pair.prompt_ids) + responses}
+        if self.prompt is not None:
+            positions["judge"] = max(map(len, self.prompt.ids))
+        return positions
+
 
 class PairTokenizer:
     """Tokenizes pairs as a config says, and tells which of them do not fit.
@@ -36,6 +47,7 @@ class PairTokenizer:
       tokenizer: the model's.
       prompter: of the judge prompts; None without a judge.
       weight_reader: for the weights that come with the pairs; None where none are read.
+      vocab_size: rows of the model's embedding; None where there is no model to know it of.
       max_length, max_prompt_length: as in `data.tokenize.tokenize_pair`.
       on_bad_row: `error` or `skip`.
     """
@@ -46,6 +58,7 @@ class PairTokenizer:
         prompter: JudgePrompter | None,
         weight_reader: WeightReader | None = None,
         *,
+        vocab_size: int | None = None,
         max_length: int,
         max_prompt_length: int,
         on_bad_row: str = "error",
@@ -53,6 +66,8 @@ class PairTokenizer:
         self._tokenizer = tokenizer
         self._prompter = prompter
         self._weight_reader = weight_reader
+        self._vocab_size = vocab_size
+        self._rendered = RenderedTexts.of(tokenizer)
         self._lengths = {"max_length": max_length, "max_prompt_length": max_prompt_length}
         self._skip = on_bad_row == "skip"
 
@@ -63,6 +78,7 @@ class PairTokenizer:
         tokenizer: ChatTokenizer,
         template: JudgeTemplate,
         *,
+        vocab_size: int | None = None,
         on_bad_row: str | None = None,
     ) -> "PairTokenizer":
         """The tokenizer of a config's pairs, given the one of its model and the judge's template.
@@ -90,6 +106,7 @@ class PairTokenizer:
             tokenizer,
             prompter,
             reader,
+            vocab_size=vocab_size,
             max_length=config.data.max_length,
             max_prompt_length=config.data.max_prompt_length,
             on_bad_row=on_bad_row or config.data.on_bad_row,
@@ -100,6 +117,7 @@ class PairTokenizer:
 
         Raises:
           BadExample: a pair does not fit, and `on_bad_row` is `error`.
+          UserError: a token is beyond the model's vocabulary.
         """
         forms, bad_examples = [], []
         for pair in pairs:
@@ -113,12 +131,32 @@ class PairTokenizer:
         return forms, bad_examples
 
     def forms(self, pair: Pair) -> PairForms:
-        """One pair's forms; raises BadExample."""
+        """One pair's forms; raises as a call does."""
+        self._rendered.check(pair)
         tokenized = tokenize_pair(self._tokenizer, pair, **self._lengths)
+        if np.array_equal(tokenized.chosen_ids, tokenized.rejected_ids):
+            cut = tokenized.chosen_truncated or tokenized.rejected_truncated
+            limit = f", cut to data.max_length = {self._lengths['max_length']}" if cut else ""
+            raise BadExample(
+                f"`chosen` and `rejected` are the same {len(tokenized.chosen_ids)} tokens{limit}"
+            )
         precomputed = None
         if self._weight_reader is not None and pair.precomputed is not None:
             precomputed = self._weight_reader.carry(
                 pair.precomputed, *(tokenized.text(pair, side) for side in SIDES), tokenized
             )
         prompt = None if self._prompter is None else self._prompter.build(pair)
-        return PairForms(tokenized, prompt, precomputed)
+        forms = PairForms(tokenized, prompt, precomputed)
+        if self._vocab_size is not None:
+            self._check_ids(pair, forms)
+        return forms
+
+    def _check_ids(self, pair: Pair, forms: PairForms) -> None:
+        parts = ("prompt", "chosen", "rejected")
+        sequences = {part: getattr(forms.tokenized, f"{part}_ids") for part in parts}
+        if forms.prompt is not None:
+            sequences["judge prompt"] = np.concatenate(forms.prompt.ids)
+            sequences["judge's answer"] = np.array(forms.prompt.letter_ids)
+        origin = "" if pair.origin is None else "{}, example {}, ".format(*pair.origin)
+        where = f"{origin}pair {pair.id}"
+        check_ids(self._tokenizer, self._vocab_size, sequences, where)

@@ -27,6 +27,7 @@ from attnpo_jax.judge.language_model import LanguageModel
 from attnpo_jax.models.attention import implementations
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.parallel import preemption, processes
+from attnpo_jax.prepare.look_ahead import look_ahead
 from attnpo_jax.prepare.pair_forms import PairForms, PairTokenizer
 from attnpo_jax.prepare.reference import Reference
 from attnpo_jax.runtime import atomic
@@ -60,6 +61,7 @@ def prepare(run: "Run", *, keep_params: bool = False, console: Console | None = 
       PreparedMismatch: the dataset on disk was prepared with other settings.
       MeshError: the devices or the model do not fit `parallel.mesh`.
       AttentionError: `model.attention` cannot serve the model on these devices.
+      UserError: a token is beyond the model's vocabulary.
       Preempted: SIGTERM came; the shard under way is lost, those before it stay.
     """
     console = console or Console()
@@ -72,6 +74,7 @@ def prepare(run: "Run", *, keep_params: bool = False, console: Console | None = 
     todo = [
         dataclasses.replace(split, status=status) for split, status in zip(todo, seen, strict=True)
     ]
+    look_ahead(run, {split.name: split.pairs for split in todo if split.status != "complete"})
     passes: _Passes | None = None
     for split in todo:
         if split.status != "complete":
@@ -93,6 +96,7 @@ def _load_pairs(run: "Run", split: str) -> LoadedPairs:
         on_bad_row=run.config.data.on_bad_row,
         bad_rows_path=_bad_rows_path(path) if write else None,
         weight_columns=run.weight_columns,
+        columns=run.columns,
         team=processes.team(),
     )
 
@@ -166,7 +170,9 @@ def _fill(run: "Run", passes: _Passes, split: _Split) -> None:
         either = preemption.agreed_each([shard in mine for shard in range(writer.num_shards)])
         pending = [(k, *writer.row_range(k)) for k, missing in enumerate(either) if missing]
     if preemption.agreed(bool(pending)):
-        tokenize = PairTokenizer.from_config(config, run.tokenizer, run.template)
+        tokenize = PairTokenizer.from_config(
+            config, run.tokenizer, run.template, vocab_size=run.model.vocab_size
+        )
         sample = _sample(tokenize, split.pairs, everyone)
     if pending:
         judge = _judge(run, passes, split.components["source_layers"], sample)

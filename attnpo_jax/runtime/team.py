@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from attnpo_jax.runtime.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Team:
@@ -26,3 +28,14 @@ class Team:
 
 
 ALONE = Team()
+
+
+def check_alike(team: Team, source: Any, unit: str, found: int) -> None:
+    """Checks that a source is as long for each of a team; UserError if it is not."""
+    everyones = team.exchange(found)
+    if len(set(everyones)) > 1:
+        listed = ", ".join(map(str, everyones))
+        raise UserError(
+            f"{source}: the processes find different numbers of {unit} ({listed}); accepted: the "
+            "same data for all of them"
+        )

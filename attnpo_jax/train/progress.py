@@ -74,9 +74,10 @@ class TrainProgress(Bar):
 
     def metrics(self, done: int, values: Mapping[str, float]) -> None:
         """Shows a line of training metrics."""
+        ties = values["rewards/ties"]
         text = (
             f"loss {values['loss']:.4f}  accuracy {values['rewards/accuracies']:.2f}  "
-            f"{values['pairs_per_second']:.2f} pairs/s"
+            f"{f'ties {ties:.2f}  ' if ties else ''}{values['pairs_per_second']:.2f} pairs/s"
         )
         if self._bar is not None:
             self._bar.update(self._task, description=text)

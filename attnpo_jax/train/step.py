@@ -99,6 +99,7 @@ def pair_losses(
         responses,
         batch.valid_BG.reshape(-1),
         beta=settings.beta,
+        resolution=pair_loss.resolution(settings.dtype),
     )
 
 

@@ -64,7 +64,7 @@ def of_team(count, work):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_are_found_by_place(tmp_path, kind):
-    _, opened = open_source(write(tmp_path, kind), lambda name: name in row(0), ALONE)
+    _, opened = open_source(write(tmp_path, kind), lambda names, source: list(names), ALONE)
     step = 2 if kind == "jsonl" else 1
     wanted = [3, 4, 13, 14, 39]
     found = list(opened.read([i * step for i in wanted]))

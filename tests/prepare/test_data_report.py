@@ -111,7 +111,19 @@ def test_the_command(config, tmp_path, capsys):
         "from attnpo_jax.config import from_json\n\n\n"
         f"def get_config():\n    return from_json({config_lib.to_json(config)!r})\n"
     )
-    assert cli.main(["data", f"--config={file}", "--json"]) == 0
+    # As prepare would, it fails on the bad row; the report is printed all the same.
+    assert cli.main(["data", f"--config={file}", "--json"]) == exit_codes.FAILED
+    out, err = capsys.readouterr()
+    assert json.loads(out)["train"]["pairs"] == 4
+    assert "1 bad rows, where prepare stops (data.on_bad_row = 'error'), the first: " in err
+    assert "rows.jsonl, example 4: no `prompt`" in err
+    skip = "--config.data.on_bad_row=skip"
+    assert cli.main(["data", f"--config={file}", "--json", skip]) == 0
     assert json.loads(capsys.readouterr().out)["train"]["pairs"] == 4
+    # Nor is there anything to prepare where no pair fits: cut, the responses are alike.
+    tiny.write_lines(tmp_path / "rows.jsonl", [{"prompt": "p", "chosen": "abc", "rejected": "abd"}])
+    short = ["--config.data.max_length=6", "--config.data.max_prompt_length=4"]
+    assert cli.main(["data", f"--config={file}", skip, *short]) == exit_codes.FAILED
+    assert "no pair can be prepared: all are bad rows" in capsys.readouterr().err
     assert cli.main(["train", f"--config={file}", "--workdir=x", "--json"]) == exit_codes.USAGE
     assert "unknown option --json" in capsys.readouterr().err

@@ -106,8 +106,8 @@ def test_lines_of_a_whole_run(tmp_path, model):
     assert [line["epoch"] for line in training] == [s / 3 for s in range(1, 7)]
     assert [line["pairs"] for line in training] == [4, 4, 2, 4, 4, 2]
     assert all(line["pairs_per_second"] > 0 and line["tokens_per_second"] > 0 for line in training)
-    names = {f"rewards/{k}" for k in ("chosen", "rejected", "accuracies", "margins")}
-    names |= {f"rewards/weighted_{k}" for k in ("chosen", "rejected", "accuracies", "margins")}
+    names = {f"rewards/{k}" for k in ("chosen", "rejected", "accuracies", "ties", "margins")}
+    names |= {name.replace("/", "/weighted_") for name in names}
     names |= {f"logps/{w}{k}" for w in ("", "weighted_") for k in SIDES}
     assert names | {"loss"} <= training[0].keys()
     assert {f"eval_{name}" for name in names | {"loss"}} <= last.keys()

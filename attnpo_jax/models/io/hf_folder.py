@@ -35,6 +35,7 @@ from attnpo_jax.models.io.tensors import (
     whole_shapes,
 )
 from attnpo_jax.runtime.errors import UserError
+from attnpo_jax.runtime.paths import searched
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -96,7 +97,9 @@ def resolve(source: str | os.PathLike, *, weights: bool = True) -> Path:
         return folder
     accepted = f"a local Hugging Face folder, {embedded.ALIAS!r}, or a hub id 'owner/name'"
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text):
-        raise FolderError(f"model.source {text!r} is not a folder; accepted: {accepted}")
+        raise FolderError(
+            f"model.source {text!r} is not a folder; accepted: {accepted}; {searched(folder)}"
+        )
     wanted = ["config.json", INDEX, *(["*.safetensors"] if weights else []), *COMPANIONS]
     try:
         downloaded = huggingface_hub.snapshot_download(
@@ -108,7 +111,7 @@ def resolve(source: str | os.PathLike, *, weights: bool = True) -> Path:
     except Exception as error:
         raise FolderError(
             f"model.source {text!r} is not a local folder and could not be downloaded from the "
-            f"hub: {error}. Accepted: {accepted}"
+            f"hub: {error}. Accepted: {accepted}; {searched(folder)}"
         ) from error
     return Path(downloaded)
 

@@ -1,0 +1,27 @@
+"""What a message says of a path at which nothing is."""
+
+import difflib
+import os
+import pathlib
+
+
+def searched(path: str | os.PathLike) -> str:
+    """The folder in which a path was looked for, and the closest name in it.
+
+    Where the path's folder is missing too, that is told of the first one that is.
+
+    Args:
+      path: where nothing is; a relative one counts from the current folder.
+    """
+    missing = pathlib.Path(os.path.abspath(pathlib.Path(path).expanduser()))
+    while not missing.parent.is_dir() and missing.parent != missing:
+        missing = missing.parent
+    folder = missing.parent
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        return f"searched {folder} ({error.strerror})"
+    by_lower = {name.lower(): name for name in reversed(names)}
+    close = difflib.get_close_matches(missing.name.lower(), by_lower, n=1, cutoff=0.5)
+    found = f"the closest name there is {by_lower[close[0]]!r}" if close else "nothing alike there"
+    return f"searched {folder} for {missing.name!r}: {found}"

@@ -142,7 +142,8 @@ class Run:
     @functools.cached_property
     def tokenizer(self) -> ChatTokenizer:
         """The model's tokenizer, with the chat template in use."""
-        return ChatTokenizer.load(self.model_folder, self.chat_template)
+        variables = self.config.model.chat_template_kwargs
+        return ChatTokenizer.load(self.model_folder, self.chat_template, variables)
 
     @functools.cached_property
     def weights_digest(self) -> str:

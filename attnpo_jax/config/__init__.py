@@ -3,6 +3,7 @@
 from attnpo_jax.config.checks import validate
 from attnpo_jax.config.default import default_config
 from attnpo_jax.config.errors import ConfigError
+from attnpo_jax.config.fields import flatten
 from attnpo_jax.config.files import diff, from_json, load_file, to_json
 from attnpo_jax.config.layers import (
     check_columns,
@@ -14,7 +15,6 @@ from attnpo_jax.config.layers import (
 )
 from attnpo_jax.config.overrides import load_config
 from attnpo_jax.config.sections import SECTIONS, bind_section, complete_sections, section_for
-from attnpo_jax.runtime.nested import flatten
 
 __all__ = [
     "ConfigError",

@@ -9,10 +9,9 @@ from ml_collections import config_dict
 
 from attnpo_jax.config import rules
 from attnpo_jax.config.errors import ConfigError
-from attnpo_jax.config.fields import FIELDS
+from attnpo_jax.config.fields import FIELDS, flatten
 from attnpo_jax.config.sections import SECTIONS
 from attnpo_jax.registry import REQUIRED, PluginError, RegistryError, load_plugins
-from attnpo_jax.runtime.nested import flatten
 
 _BUILTIN_HYPERPARAMETERS: dict[str, rules.Rule] = {
     "objective.beta": rules.positive(),

@@ -6,9 +6,11 @@ function's hyperparameters, see `attnpo_jax.config.sections`.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from attnpo_jax.config import rules
+from attnpo_jax.runtime import nested
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +57,13 @@ FIELDS: dict[str, Field] = {
         None,
         rules.file_or(None),
         "Jinja file that replaces the tokenizer's own chat template",
+        mixed=True,
+    ),
+    "model.chat_template_kwargs": Field(
+        None,
+        rules.template_variables(),
+        "variables of the chat template, a dict as `{'enable_thinking': True}`; `enable_thinking` "
+        "is False unless it is among them",
         mixed=True,
     ),
     "model.dtype": Field(
@@ -422,3 +431,11 @@ DECISIVE = (*(name for name, field in FIELDS.items() if field.decisive), *SECTIO
 The data and the judge's part are covered by what the prepared dataset says of itself; anything else
 (how often to log or save, batch shapes, devices) may change when a run is resumed.
 """
+
+
+_DICTS = ("model.chat_template_kwargs",)
+
+
+def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
+    """All values of a config by dotted name, lists as tuples."""
+    return nested.flatten(values, whole=_DICTS)

@@ -21,9 +21,10 @@ from ml_collections import config_dict
 
 from attnpo_jax.config.default import default_config
 from attnpo_jax.config.errors import ConfigError
+from attnpo_jax.config.fields import flatten
 from attnpo_jax.config.sections import SECTIONS
 from attnpo_jax.runtime import python_file
-from attnpo_jax.runtime.nested import as_tuples, differences, flatten
+from attnpo_jax.runtime.nested import as_tuples, differences
 
 ABSENT = "(absent)"
 """Stands in `diff` for the value of a field that one of two configs lacks."""

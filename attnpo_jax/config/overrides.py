@@ -8,10 +8,10 @@ from absl import flags
 from ml_collections import config_dict, config_flags
 
 from attnpo_jax.config.checks import accepted_words, suggest
+from attnpo_jax.config.fields import flatten
 from attnpo_jax.config.files import load_file
 from attnpo_jax.config.sections import SECTIONS, complete_sections, former_name
 from attnpo_jax.runtime.errors import UsageError
-from attnpo_jax.runtime.nested import flatten
 
 _LOG = logging.getLogger(__name__)
 

@@ -1,6 +1,7 @@
 """Rules for one value: a test, and the words for what passes it."""
 
 import dataclasses
+import json
 import math
 import pathlib
 import types
@@ -10,6 +11,26 @@ from typing import Any
 
 from attnpo_jax.data import mixture
 from attnpo_jax.models.config import LORA_GROUPS, PROJECTIONS
+
+# Of `apply_chat_template`: what a row or the config's other fields give, and what is not the
+# template's.
+_NOT_VARIABLES = {
+    "add_generation_prompt",
+    "chat_template",
+    "continue_final_message",
+    "conversation",
+    "messages",
+    "max_length",
+    "padding",
+    "return_assistant_tokens_mask",
+    "return_dict",
+    "return_tensors",
+    "sanitize_control_tokens",
+    "tokenize",
+    "tokenizer_kwargs",
+    "tools",
+    "truncation",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +112,21 @@ def file_or(word: str | None) -> Rule:
         return value == word or (isinstance(value, str) and pathlib.Path(value).is_file())
 
     return Rule(accepts, f"{word!r} or an existing file")
+
+
+def template_variables() -> Rule:
+    def accepts(value):
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError):
+            return False
+        if value is None:
+            return True
+        named = isinstance(value, dict) and all(isinstance(key, str) for key in value)
+        return named and not _NOT_VARIABLES & {*value}
+
+    reserved = ", ".join(sorted(_NOT_VARIABLES))
+    return Rule(accepts, f"None, or a dict of names and JSON values without the names {reserved}")
 
 
 def folder_or_bucket() -> Rule:

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 from ml_collections import config_dict
 
 from attnpo_jax.config.default import default_config
-from attnpo_jax.config.fields import FIELDS
+from attnpo_jax.config.fields import FIELDS, flatten
 from attnpo_jax.config.files import ABSENT, diff, to_json
 from attnpo_jax.config.sections import SECTIONS
-from attnpo_jax.runtime.nested import flatten
 
 if TYPE_CHECKING:
     from attnpo_jax.run import Run

@@ -12,7 +12,7 @@ from attnpo_jax.data.manifest import PreparedMismatch
 _FIELDS = {
     "model.weights": "model.source (its weights)",
     "num_layers": "model.source (its num_layers)",
-    "tokenizer": "model.source or model.chat_template (the tokenizer)",
+    "tokenizer": "model.source, model.chat_template or model.chat_template_kwargs (the tokenizer)",
     "judge.template": "judge.template (its text)",
     "source_layers": "judge.layers",
     "max_length": "data.max_length",

@@ -1,4 +1,6 @@
-"""Encoding of rendered conversations in which only the template writes control tokens."""
+"""Encoding of rendered conversations in which some control tokens are text, since messages spell
+them.
+"""
 
 import copy
 import dataclasses
@@ -14,18 +16,26 @@ class Piece:
     """A stretch of a rendered conversation."""
 
     text: str
-    # Index of the message whose content this is; None for the template's own text, the only text in
-    # which control tokens are recognised.
-    message: int | None = None
-    trimmed: int = 0  # how many characters the template cut off the content's left end
+    spelled: bool = False  # whether it is text of a message that no control token is to come from
+
+
+def pieces_of(text: str, spelled: Sequence[tuple[int, int]]) -> list[Piece]:
+    """A text in pieces, those at the [start, end) characters `spelled` marked as such."""
+    pieces, done = [], 0
+    for start, end in sorted(set(spelled)):
+        start = max(start, done)
+        pieces += [Piece(text[done:start]), Piece(text[start:end], spelled=True)]
+        done = max(end, done)
+    pieces.append(Piece(text[done:]))
+    return [piece for piece in pieces if piece.text]
 
 
 class TextEncoder:
-    """Encodes pieces so that control tokens come from the template's text alone.
+    """Encodes pieces so that no control token comes from those that are spelled.
 
     A copy of the tokenizer, in which every control token is switched off, and stands under an alias
-    that no text contains. The template's text is written with the aliases, so all is still encoded
-    in one go: segments encoded one by one would each be given the word-start mark that some
+    that no text contains. The other pieces are written with the aliases, so all is still encoded in
+    one go: segments encoded one by one would each be given the word-start mark that some
     tokenizers put at the beginning.
     """
 
@@ -39,7 +49,6 @@ class TextEncoder:
         self._break = self._add_alias("break", tokenizers.AddedToken("", normalized=False))
         self._aliases: dict[int, str] = {}
         self._token_of_alias: dict[int, int] = {}
-        self._found: dict[str, list[tuple[int, int, int]]] = {}
 
     def _add_alias(self, name: str, like: tokenizers.AddedToken) -> str:
         alias = f"\ue002{self._nonce}.{name}\ue003"
@@ -55,18 +64,16 @@ class TextEncoder:
         return alias
 
     def _controls(self, text: str) -> list[tuple[int, int, int]]:
-        """Start, end and id of every control token in a text of the template's own."""
-        if text not in self._found:
-            encoding = self._plain.encode(text, add_special_tokens=False)
-            found = []
-            for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-                if token_id in self._control:
-                    content = self._control[token_id].content
-                    at = text.find(content, start, end)
-                    if at >= 0:
-                        found.append((at, at + len(content), token_id))
-            self._found[text] = found
-        return self._found[text]
+        """Start, end and id of every control token in a text where they are recognised."""
+        encoding = self._plain.encode(text, add_special_tokens=False)
+        found = []
+        for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            if token_id in self._control:
+                content = self._control[token_id].content
+                at = text.find(content, start, end)
+                if at >= 0:
+                    found.append((at, at + len(content), token_id))
+        return found
 
     def encode(self, pieces: Sequence[Piece], breaks: set[int]) -> tuple[np.ndarray, np.ndarray]:
         """Ids (n,) and offsets (n, 2) as of the joined text; no token crosses the character places
@@ -76,7 +83,7 @@ class TextEncoder:
         edits = [(at, at, self._break) for at in breaks]
         start = 0
         for piece in pieces:
-            if piece.message is None:
+            if not piece.spelled:
                 for first, last, token_id in self._controls(piece.text):
                     if token_id not in self._aliases:
                         alias = self._add_alias(str(token_id), self._control[token_id])

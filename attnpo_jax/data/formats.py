@@ -1,14 +1,26 @@
 """From an example of a preference file to a validated pair; `sources` lists the forms."""
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from attnpo_jax.data.pair import BadExample, Message, Pair
+from attnpo_jax.data.pair import BadExample, Message, Pair, extra_fields
 
 _TRANSCRIPT_START = "\n\nHuman:"
 _TRANSCRIPT_TURN = re.compile(r"\n\n(Human|Assistant):")
 _TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
+# Keys of a message that are about it, not of it: no template writes them.
+_HARMLESS = frozenset(
+    """
+    id message_id parent_id index turn turn_id turn_index timestamp created created_at date model
+    language lang source split tokens token_count num_tokens n_tokens length logprob logprobs
+    score rating annotation annotations metadata meta
+    """.split()
+)
+# Keys that say something without any content.
+_SPEECH = ("tool_calls", "reasoning_content", "reasoning", "thinking")
+_NOT_TEXT = ("images", "image", "audios", "audio", "videos", "video")
 
 
 def pair_of_example(example: Any, fallback_id: str, origin: tuple[str, int]) -> Pair:
@@ -43,22 +55,43 @@ def pair_of_example(example: Any, fallback_id: str, origin: tuple[str, int]) -> 
     rejected_prefix, rejected = _response(example["rejected"], "rejected")
     prompt = _prompt(example.get("prompt"), chosen_prefix, rejected_prefix)
     for number, message in enumerate(prompt, 1):
-        # An empty system message means something: it silences the template's default one.
-        if message["role"] != "system" and not message["content"].strip():
+        # An empty system message means something: it silences the template's default one. So does
+        # the empty answer of a tool.
+        if message["role"] not in ("system", "tool") and not _says_something(message):
             raise BadExample(f"message {number} of the prompt ({message['role']}) is empty")
-    for field, text in (("chosen", chosen), ("rejected", rejected)):
-        if not text.strip():
+    for field, response in (("chosen", chosen), ("rejected", rejected)):
+        if not _says_something(response):
             raise BadExample(f"`{field}` is empty or white space only")
-    if chosen.strip() == rejected.strip():
+    if _stripped([chosen]) == _stripped([rejected]):
         raise BadExample("`chosen` equals `rejected`")
 
-    pair = Pair(own_id(example) or fallback_id, prompt, chosen, rejected, origin)
+    pair = Pair(
+        own_id(example) or fallback_id,
+        prompt,
+        chosen["content"],
+        rejected["content"],
+        origin,
+        tools=_tools(example.get("tools")),
+        chosen_fields=extra_fields(chosen),
+        rejected_fields=extra_fields(rejected),
+    )
     try:
-        for text in (pair.id, chosen, rejected, *(message["content"] for message in prompt)):
+        for text in texts_in([pair.id, prompt, chosen, rejected, pair.tools]):
             text.encode()
     except UnicodeEncodeError as error:
         raise BadExample(f"text that is not Unicode ({error.reason})") from None
     return pair
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """All texts in messages or tools, keys of objects included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from texts_in([*value.keys(), *value.values()])
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            yield from texts_in(one)
 
 
 def own_id(example: Any) -> str | None:
@@ -72,20 +105,20 @@ def own_id(example: Any) -> str | None:
     return None
 
 
-def _response(value: Any, field: str) -> tuple[tuple[Message, ...] | None, str]:
-    """The turns before the response (None if the value holds the response alone), and its text."""
+def _response(value: Any, field: str) -> tuple[tuple[Message, ...] | None, Message]:
+    """The turns before the response (None if the value holds it alone), and the response."""
     if isinstance(value, str):
         if not value.startswith(_TRANSCRIPT_START):
-            return None, value
+            return None, {"role": "assistant", "content": value}
         messages = _parse_transcript(value)
     else:
         messages = _messages(value, field)
     if messages[-1]["role"] != "assistant":
         raise BadExample(f"the last turn of `{field}` is {messages[-1]['role']}, not assistant")
     if len(messages) == 1:
-        return None, messages[0]["content"]
+        return None, messages[0]
     _check_turns(messages, field)
-    return tuple(messages[:-1]), messages[-1]["content"]
+    return tuple(messages[:-1]), messages[-1]
 
 
 def _prompt(
@@ -122,8 +155,8 @@ def _prompt(
         turns.pop()
     else:
         turns = _messages(given, "prompt")
-    if turns[-1]["role"] != "user":
-        raise BadExample(f"the last turn of `prompt` is {turns[-1]['role']}, not user")
+    if turns[-1]["role"] not in ("user", "tool"):
+        raise BadExample(f"the last turn of `prompt` is {turns[-1]['role']}, not user or tool")
     _check_turns(turns, "prompt")
     if chosen_prefix is None:
         return tuple(turns)
@@ -132,8 +165,8 @@ def _prompt(
     return chosen_prefix
 
 
-def _stripped(messages: Sequence[Message]) -> list[tuple[str, str]]:
-    return [(message["role"], message["content"].strip()) for message in messages]
+def _stripped(messages: Sequence[Message]) -> list[Message]:
+    return [message | {"content": message["content"].strip()} for message in messages]
 
 
 def _messages(value: Any, field: str) -> list[Message]:
@@ -148,26 +181,114 @@ def _messages(value: Any, field: str) -> list[Message]:
                 f"message {number} of `{field}` is {_kind(message)}; accepted: an object with "
                 "`role` and `content`"
             )
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                found = _kind(message[key]) if key in message else "missing"
-                raise BadExample(
-                    f"`{key}` of message {number} of `{field}` is {found}, not a string"
-                )
-        messages.append({"role": message["role"], "content": message["content"]})
+        where = f"message {number} of `{field}`"
+        if not isinstance(message.get("role"), str):
+            raise BadExample(f"`role` of {where} is {_found(message, 'role')}, not a string")
+        messages.append(_message(message, where))
     return messages
 
 
+def _found(message: Mapping[str, Any], key: str) -> str:
+    return _kind(message[key]) if key in message else "missing"
+
+
+def _says_something(message: Message) -> bool:
+    return bool(message["content"].strip()) or any(key in message for key in _SPEECH)
+
+
+def _message(message: Mapping[str, Any], where: str) -> Message:
+    """A message with a text as its content, and without what is null, empty or known to be
+    harmless.
+    """
+    fields = {}
+    for key, value in extra_fields(dict(message)).items():
+        value = without_nulls(value)
+        if (
+            key in _HARMLESS
+            or value is None
+            or (isinstance(value, (str, list, dict)) and not value)
+        ):
+            continue
+        if key in _NOT_TEXT:
+            raise BadExample(f"`{key}` of {where} is not empty; accepted: messages of text alone")
+        fields[key] = value
+    if "tool_calls" in fields:
+        _check_calls(fields["tool_calls"], where)
+    content = message.get("content")
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        content = "".join(_part(part, i, where) for i, part in enumerate(content, 1))
+    elif content is None and any(key in fields for key in _SPEECH):
+        content = ""
+    if not isinstance(content, str):
+        raise BadExample(f"`content` of {where} is {_found(message, 'content')}, not a string")
+    return {"role": message["role"], "content": content, **fields}
+
+
+def _part(part: dict[str, Any], number: int, where: str) -> str:
+    """The text of a part of a content."""
+    if part.get("type") != "text":
+        raise BadExample(
+            f"part {number} of `content` of {where} is of type {part.get('type')!r}; accepted: text"
+        )
+    others = [key for key, value in part.items() if key not in ("type", "text") and value]
+    if others or not isinstance(part.get("text"), str):
+        found = f"`{others[0]}`" if others else f"a `text` that is {_found(part, 'text')}"
+        raise BadExample(
+            f"part {number} of `content` of {where} holds {found}; accepted: `type` and `text`, a "
+            "string"
+        )
+    return part["text"]
+
+
+def _check_calls(calls: Any, where: str) -> None:
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise BadExample(f"`tool_calls` of {where} is {_kind(calls)}; accepted: a list of objects")
+
+
+def _tools(value: Any) -> tuple[dict[str, Any], ...]:
+    """The tools' schemas, also of a text that holds them as JSON, as Arrow files often do."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise BadExample(f"`tools` is a text that is not JSON ({error})") from None
+    value = without_nulls(value)
+    if not value:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise BadExample(f"`tools` is {_kind(value)}; accepted: a list of JSON schemas (objects)")
+    return tuple(value)
+
+
+def without_nulls(value: Any) -> Any:
+    """A value without the null entries of its objects: Arrow gives all objects of a column the same
+    keys.
+    """
+    if isinstance(value, Mapping):
+        return {key: without_nulls(x) for key, x in value.items() if x is not None}
+    if isinstance(value, (list, tuple)):
+        return [without_nulls(x) for x in value]
+    return value
+
+
 def _check_turns(messages: Sequence[Message], field: str) -> None:
-    """Turns after an optional system message are user, assistant, user, ..."""
+    """Turns after an optional system message are user, assistant, user, ...; a tool's turns, and
+    the assistant's next one, may follow a turn of the assistant with tool calls.
+    """
     start = 1 if messages[0]["role"] == "system" else 0
-    for place, message in enumerate(messages[start:]):
-        wanted = ("user", "assistant")[place % 2]
-        if message["role"] != wanted:
+    due = ("user",)
+    for place, message in enumerate(messages[start:], start + 1):
+        role = message["role"]
+        if role not in due:
             raise BadExample(
-                f"message {start + place + 1} of `{field}` has role {message['role']!r} where "
-                f"{wanted!r} is due; turns alternate user, assistant after an optional system"
+                f"message {place} of `{field}` has role {role!r} where "
+                f"{' or '.join(map(repr, due))} is due; turns alternate user, assistant after an "
+                "optional system, and tool may follow an assistant's `tool_calls`"
             )
+        if role == "assistant":
+            due = ("user", "tool") if "tool_calls" in message else ("user",)
+        else:
+            due = ("assistant", "tool") if role == "tool" else ("assistant",)
 
 
 def _parse_transcript(text: str) -> list[Message]:

@@ -15,7 +15,9 @@ from attnpo_jax.runtime.errors import UserError
 
 SIDES = ("chosen", "rejected")
 
-Message = dict[str, str]
+# `role`, `content` (a text), and what else a chat template may read of a turn: `tool_calls`,
+# `reasoning_content`, ... Of these none is null or empty.
+Message = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,11 +46,13 @@ class Pair:
 
     Attributes:
         id: unique among the pairs that were loaded together.
-        prompt: chat messages `{"role", "content"}`, the last one the user's.
-        chosen: the preferred response, as in the source (white space kept).
-        rejected: the other response, likewise.
+        prompt: chat messages, the last one the user's or a tool's.
+        chosen: the content of the preferred response, as in the source (white space kept).
+        rejected: that of the other response, likewise.
         origin: the source, as the user named it, and the example's number there.
         precomputed: token weights that came with the pair, where they were asked for.
+        tools: the JSON schemas of the tools that the model may call.
+        chosen_fields, rejected_fields: what the responses' messages hold beside role and content.
     """
 
     id: str
@@ -57,6 +61,19 @@ class Pair:
     rejected: str
     origin: tuple[str, int] | None = dataclasses.field(default=None, compare=False)
     precomputed: PrecomputedWeights | None = dataclasses.field(default=None, compare=False)
+    tools: tuple[dict[str, Any], ...] = ()
+    chosen_fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    rejected_fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def response(self, side: str) -> Message:
+        """A response, `chosen` or `rejected`, as the assistant's message."""
+        fields = getattr(self, f"{side}_fields")
+        return {"role": "assistant", "content": getattr(self, side), **fields}
+
+
+def extra_fields(message: Message) -> dict[str, Any]:
+    """What a message holds beside its role and content."""
+    return {key: value for key, value in message.items() if key not in ("role", "content")}
 
 
 class BadExample(UserError):

@@ -30,7 +30,9 @@ These forms are accepted:
   of `chosen` and `rejected`; or `rejected` is a list of several responses. `ranking` makes pairs.
 
 Turns alternate between `user` and `assistant`, after an optional `system` message, which may be the
-column `system`; an empty text there is an empty system message. Nulls are as nothing.
+column `system`; an empty text there is an empty system message. Turns of `tool` stand behind the
+assistant's turn with the `tool_calls`. What else a message holds, and the JSON schemas in `tools`,
+go to the chat template. Nulls are as nothing.
 
 Any other column is either harmless, see `harmless`, or makes a bad example. `columns.Columns` says
 where columns have other names, and which are left out.
@@ -48,7 +50,7 @@ from typing import Any, NamedTuple
 from attnpo_jax.data import mixture, precomputed_weights
 from attnpo_jax.data.columns import AS_THEY_ARE, Columns
 from attnpo_jax.data.formats import own_id, pair_of_example
-from attnpo_jax.data.pair import BadExample, Pair
+from attnpo_jax.data.pair import SIDES, BadExample, Pair, extra_fields
 from attnpo_jax.data.readers import ACCEPTED_SOURCES, Examples, expand, open_source
 from attnpo_jax.runtime import atomic
 from attnpo_jax.runtime.errors import UserError
@@ -319,8 +321,15 @@ def _runs(places: Iterable[_Place]) -> Iterator[list[_Place]]:
 
 def _pair_digest(pair: Pair) -> str:
     """sha256 (hex) of what a pair holds beside its id."""
-    turns = [[message["role"], message["content"]] for message in pair.prompt]
-    digest = hashlib.sha256(json.dumps([turns, pair.chosen, pair.rejected]).encode())
+    held: list[Any] = [
+        [[message["role"], message["content"]] for message in pair.prompt],
+        pair.chosen,
+        pair.rejected,
+    ]
+    fields = [extra_fields(message) for message in (*pair.prompt, *map(pair.response, SIDES))]
+    if pair.tools or any(fields):
+        held += [pair.tools, fields]
+    digest = hashlib.sha256(json.dumps(held).encode())
     if pair.precomputed is not None:
         digest.update(pair.precomputed.digest())
     return digest.hexdigest()

@@ -1,61 +1,33 @@
-"""Chat-template rendering and the tokenization of preference pairs for training.
+"""The tokenization of conversations, and of preference pairs for training.
 
-A chat template is rendered once per conversation shape (its roles), with a marker in place of every
-message. So the template's own text and the places of the messages are known exactly, nothing is
-searched for in user text, and text that happens to read like a control token is encoded as text.
+Tokens are those of the text that the chat template gives for the very conversation, save that
+control tokens which messages spell are text: all that stand in what users, systems and tools say,
+and in what the assistant says those that it does not emit itself, as the end of a turn.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
+import os
 import pathlib
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
 import numpy as np
 import tokenizers
 import transformers
 
 from attnpo_jax.data.align import close_gaps
-from attnpo_jax.data.control_tokens import Piece, TextEncoder
-from attnpo_jax.data.pair import BadExample, Pair
+from attnpo_jax.data.chat_template import ChatTemplate, Conversation, spelled_places
+from attnpo_jax.data.control_tokens import Piece, TextEncoder, pieces_of
+from attnpo_jax.data.pair import SIDES, BadExample, Message, Pair
+from attnpo_jax.data.responses import Response, warn_of_opening, write_response, writes_plainly
 from attnpo_jax.runtime.errors import UserError
 
-# Private-use characters: templates neither trim them nor branch on them. The letters betray a
-# template that changes case.
-_MARK = "\ue000aB{}\ue001"
-_MARK_RE = re.compile("\ue000aB([0-9]+)\ue001")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_PROBES = " \n\t\r"
-# Templates that print today's date would otherwise tokenize the same pair differently every day.
-# This hides the function that they ask; the empty expression at its end keeps the line break that
-# Jinja would take from behind a block.
-_DATE = {"%d": "26", "%m": "07", "%b": "Jul", "%B": "July", "%y": "24", "%Y": "2024"}
-_FIXED_DATE = (
-    "{%- macro strftime_now(format) -%}{{- format"
-    + "".join(f" | replace('{code}', '{value}')" for code, value in _DATE.items())
-    + " -}}{%- endmacro -%}{{ '' }}"
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Slot:
-    """The place of a message in a rendered template, and the white space the template trims there.
-
-    left, right: the characters trimmed; None for all white space.
-    """
-
-    message: int
-    left: str | None
-    right: str | None
-
-    def fill(self, content: str) -> Piece:
-        kept = content.lstrip(self.left)
-        return Piece(kept.rstrip(self.right), self.message, len(content) - len(kept))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +39,12 @@ class TokenizedPair:
       chosen_ids, rejected_ids: int32 (T,), closing template tokens included.
       chosen_text_length, rejected_text_length: how many leading tokens of the response are text.
       chosen_spans, rejected_spans: int32 (text length, 2), the text tokens' [start, end) characters
-        in the stripped response; empty for a token that is all surrounding white space.
+        in the stripped text (`text`); empty for a token before or after it, such as surrounding
+        white space.
       prompt_truncated, chosen_truncated, rejected_truncated: whether tokens were cut off to keep
         the allowed lengths.
+      written: by side, the stripped text of a response that is more than its content, as the
+        template writes it (see `responses.Response`).
     """
 
     id: str
@@ -83,15 +58,27 @@ class TokenizedPair:
     prompt_truncated: bool = False
     chosen_truncated: bool = False
     rejected_truncated: bool = False
+    written: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def text(self, pair: Pair, side: str) -> str:
+        """The stripped text of a response of the pair, `chosen` or `rejected`."""
+        return self.written.get(side, getattr(pair, side).strip())
 
 
 class ChatTokenizer:
     """A fast tokenizer with its chat template. Make one with `ChatTokenizer.load`."""
 
-    def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase, *, origin: str):
+    def __init__(
+        self,
+        tokenizer: transformers.PreTrainedTokenizerBase,
+        *,
+        origin: str,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ):
         """Wrap a transformers tokenizer; `origin` names it in errors.
 
-        Raises UserError when the tokenizer is not a fast one, or has no chat template.
+        `chat_template_kwargs` are variables of the template. Raises UserError when the tokenizer is
+        not a fast one, or has no chat template.
         """
         if not tokenizer.is_fast:
             raise UserError(
@@ -104,27 +91,35 @@ class ChatTokenizer:
             )
         self.tokenizer = tokenizer
         self.origin = origin
-        self.chat_template: str = tokenizer.get_chat_template()
+        self.template = ChatTemplate(tokenizer, origin, chat_template_kwargs or {})
         self._backend: tokenizers.Tokenizer = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = False
         # Not all control tokens are flagged special; those that the template writes count too.
+        written = self.template.text + self.template.tool_text
         self._control = {
             token_id: token
             for token_id, token in self._backend.get_added_tokens_decoder().items()
-            if token.special or (token.content.strip() and token.content in self.chat_template)
+            if token.special or (token.content.strip() and token.content in written)
         }
         self._is_control = np.zeros(max(self._backend.get_vocab().values()) + 1, bool)
         self._is_control[list(self._control)] = True
-        self._skeletons: dict[tuple, tuple[str | _Slot, ...]] = {}
+        # Taken now: an encoder that these are given to as special tokens flags them so.
+        self._words = {token_id for token_id, token in self._control.items() if not token.special}
         self._text_encoder: TextEncoder | None = None
-        self._digest: str | None = None
+        self._tokenizer_json: bytes | None = None
+        self.warned_of_opening = False  # see `responses.warn_of_opening`
 
     @classmethod
-    def load(cls, folder: str | pathlib.Path, chat_template: str | None = None) -> ChatTokenizer:
+    def load(
+        cls,
+        folder: str | pathlib.Path,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> ChatTokenizer:
         """Load the tokenizer of a Hugging Face folder; `chat_template` (Jinja text) replaces its
-        own.
+        own, `chat_template_kwargs` are variables of the template.
 
         Raises UserError when the tokenizer is not a fast one, or has no chat template.
         """
@@ -138,51 +133,53 @@ class ChatTokenizer:
         )
         if chat_template is not None:
             tokenizer.chat_template = chat_template
-        loaded = cls(tokenizer, origin=str(folder))
+        loaded = cls(tokenizer, origin=str(folder), chat_template_kwargs=chat_template_kwargs)
         file = pathlib.Path(folder) / "tokenizer.json"
         if file.is_file():
-            loaded._digest = loaded._hash(file.read_bytes())
+            loaded._tokenizer_json = file.read_bytes()
         return loaded
 
-    def digest(self) -> str:
-        """sha256 over tokenizer.json, the special-token names that the template may print, and the
-        template.
-        """
-        if self._digest is None:
-            self._digest = self._hash(self._backend.to_str().encode())
-        return self._digest
+    @property
+    def chat_template(self) -> str:
+        """The chat template, Jinja text."""
+        return self.template.text
 
-    def _hash(self, tokenizer_json: bytes) -> str:
+    @functools.cached_property
+    def _digest(self) -> str:
         named = {k: str(v) for k, v in self.tokenizer.special_tokens_map.items()}
-        parts = (
-            tokenizer_json,
+        parts = [
+            self._tokenizer_json or self._backend.to_str().encode(),
             json.dumps(named, sort_keys=True).encode(),
-            self.chat_template.encode(),
-        )
+            self.template.text.encode(),
+        ]
+        # Only where there are such things, so that what was prepared without them stays valid.
+        if self.template.tool_text != self.template.text:
+            parts.append(b"tools: " + self.template.tool_text.encode())
+        if self.template.kwargs:
+            parts.append(b"kwargs: " + json.dumps(self.template.kwargs, sort_keys=True).encode())
+        if not writes_plainly(self):
+            parts.append(b"rendered row by row")
         return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
-    def pieces(self, messages: Sequence[dict[str, str]], *, generation_prompt: bool) -> list[Piece]:
-        """Render a conversation, and tell the template's text from the messages'.
-
-        The pieces' texts, joined, are what the chat template renders, save that no template
-        branches on the contents. Thinking is switched off, and the date is a fixed one. Raises
-        BadExample when the template refuses the conversation, and UserError when it alters a
-        message by more than trimming it.
+    def digest(self) -> str:
+        """sha256 over tokenizer.json, the special-token names that the template may print, the
+        template and its variables.
         """
-        roles = tuple(message["role"] for message in messages)
-        key = (roles, generation_prompt)
-        if key not in self._skeletons:
-            self._skeletons[key] = self._skeleton(roles, generation_prompt)
-        return [
-            part.fill(messages[part.message]["content"]) if isinstance(part, _Slot) else Piece(part)
-            for part in self._skeletons[key]
-        ]
+        return self._digest
 
-    def render(self, messages: Sequence[dict[str, str]], *, generation_prompt: bool) -> str:
-        """The conversation as text, by the chat template; see `pieces`."""
-        return "".join(
-            piece.text for piece in self.pieces(messages, generation_prompt=generation_prompt)
-        )
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        generation_prompt: bool,
+        tools: Sequence[dict[str, Any]] = (),
+    ) -> str:
+        """The conversation as text, by the chat template.
+
+        Thinking is switched off unless the template's variables say otherwise, and the date is a
+        fixed one. Raises BadExample when the template refuses the conversation.
+        """
+        return self.template.render(Conversation(tuple(messages), tuple(tools), generation_prompt))
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids and [start, end) character offsets of rendered text.
@@ -193,18 +190,115 @@ class ChatTokenizer:
         encoding = self._backend.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
+    def encode_conversation(
+        self, conversation: Conversation, text: str | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids int32 (n,) of a conversation as the template writes it, and their [start, end)
+        characters int32 (n, 2) in there; control tokens that messages spell are text.
+
+        Args:
+          text: what the template writes, or a beginning of it, where that is known.
+
+        Raises:
+          BadExample: the template refuses the conversation, or a control token can't be told from
+            the template's own, or the vocabulary has no other way to write it.
+        """
+        if text is None:
+            text = self.template.render(conversation)
+        ids, offsets = self._encode(text)
+        found = self._places(ids, offsets, text)
+        suspects = {text[start:end] for start, end, _ in found}
+        spelled = spelled_places(conversation, suspects, self._spelled_in, self.template.render)
+        if not spelled:
+            return ids, offsets
+        return self.encode_pieces(pieces_of(text, [p for p in spelled if p[1] <= len(text)]))
+
+    def _encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        return np.array(encoding.ids, np.int32), np.array(encoding.offsets, np.int32).reshape(-1, 2)
+
+    def controls(self, text: str) -> list[tuple[int, int, int]]:
+        """Start and end, in characters, and id of every control token in a text."""
+        return self._places(*self._encode(text), text)
+
+    def _spelled_in(self, text: str, by_assistant: bool) -> list[tuple[int, int]]:
+        return [
+            (start, end)
+            for start, end, token_id in self.controls(text)
+            if not (by_assistant and token_id in self.emitted)
+        ]
+
+    def _places(
+        self, ids: np.ndarray, offsets: np.ndarray, text: str
+    ) -> list[tuple[int, int, int]]:
+        places = []
+        for i in np.flatnonzero(self._is_control[ids]).tolist():
+            start, end = offsets[i].tolist()
+            covered = text[start:end]
+            # The unknown token stands for a character outside the vocabulary: nobody spelled it.
+            if ids[i] == self.tokenizer.unk_token_id and self.tokenizer.unk_token not in covered:
+                continue
+            # Tokens that strip their surroundings cover white space beside them.
+            start += len(covered) - len(covered.lstrip())
+            end -= len(covered) - len(covered.rstrip())
+            places.append((start, max(start, end), int(ids[i])))
+        return places
+
+    @functools.cached_property
+    def emitted(self) -> frozenset[int]:
+        """Control tokens that are the assistant's own words: those not flagged special, and
+        what the template writes for reasoning and tool calls alone.
+        """
+        emitted = set(self._words)
+        call = {"name": "f", "arguments": {"a": "b"}}
+        calls = [{"id": "abcdefghi", "type": "function", "function": call}]
+        question = {"role": "user", "content": "?"}
+        plain = {"role": "assistant", "content": "a"}
+        try:
+            usual = self.controls(
+                self.render([question, plain, question, plain], generation_prompt=False)
+            )
+        except UserError:
+            return frozenset(emitted)
+        for content in ("a", ""):
+            for fields in ({"tool_calls": calls}, {"reasoning_content": "b"}):
+                message = plain | {"content": content} | fields
+                try:
+                    found = self.controls(self.render([question, message], generation_prompt=False))
+                except UserError:
+                    continue
+                # The last one ends the turn.
+                emitted |= {id for *_, id in found[:-1]} - {id for *_, id in usual}
+        return frozenset(emitted)
+
+    @functools.cached_property
+    def closing(self) -> str | None:
+        """What the template writes after an answer, if it writes a plain one as it is."""
+        question = {"role": "user", "content": "?"}
+        try:
+            return self.template.around_answer(Conversation((question,)))[1]
+        except UserError:
+            return None
+
+    def cut_opening(self, before: str, after: str) -> str:
+        """What stands after an answer, without the header of the assistant's next turn, which some
+        templates write always; `before` stands before the answer and ends with that header.
+        """
+        first = next(iter(self.controls(after)), (0, 0, 0))[1]
+        end = len(after) - len(after[first:].lstrip())
+        opening = after[end:]
+        return after[:end] if opening and before.endswith(opening) else after
+
     def encode_pieces(self, pieces: Sequence[Piece]) -> tuple[np.ndarray, np.ndarray]:
         """Encode pieces jointly: ids int32 (n,) and [start, end) character offsets int32 (n, 2) in
         the joined text.
 
-        The same as encoding the joined text, but a message's text never yields a control token.
+        The same as encoding the joined text, but one that is spelled never yields a control token.
         Raises BadExample when that is impossible: a control token of a single character that the
         vocabulary has no other way to write.
         """
         text = "".join(piece.text for piece in pieces)
-        encoding = self._backend.encode(text, add_special_tokens=False)
-        ids = np.array(encoding.ids, np.int32)
-        offsets = np.array(encoding.offsets, np.int32).reshape(-1, 2)
+        ids, offsets = self._encode(text)
         if not self._strays(ids, offsets, text, pieces):
             return ids, offsets
         if self._text_encoder is None:
@@ -215,97 +309,27 @@ class ChatTokenizer:
             strays = self._strays(ids, offsets, text, pieces)
             if not strays:
                 return ids, offsets
-            for i in strays:
-                start, end = map(int, offsets[i])
+            for start, end, token_id in strays:
                 inside = set(range(start + 1, end)) - breaks
                 if not inside:
                     raise BadExample(
                         f"{self.origin}: {text[start:end]!r} in a message can only be encoded "
-                        f"as the control token {self._control[int(ids[i])].content!r}"
+                        f"as the control token {self._control[token_id].content!r}"
                     )
                 breaks.add(min(inside))
 
     def _strays(
         self, ids: np.ndarray, offsets: np.ndarray, text: str, pieces: Sequence[Piece]
-    ) -> list[int]:
-        """Indices of the control tokens that stem from messages' text."""
-        found = np.flatnonzero(self._is_control[ids])
-        if not len(found):
-            return []
+    ) -> list[tuple[int, int, int]]:
+        """Places and ids of the control tokens that stem from pieces that are spelled."""
         ends = np.cumsum([len(piece.text) for piece in pieces])
         strays = []
-        for i in found.tolist():
-            start, end = offsets[i].tolist()
-            covered = text[start:end]
-            # The unknown token stands for a character outside the vocabulary: nobody spelled it.
-            if ids[i] == self.tokenizer.unk_token_id and self.tokenizer.unk_token not in covered:
-                continue
-            # Tokens that strip their surroundings cover white space of the neighbouring piece.
-            start += len(covered) - len(covered.lstrip())
-            end -= len(covered) - len(covered.rstrip())
+        for start, end, token_id in self._places(ids, offsets, text):
             first = np.searchsorted(ends, start, side="right")
             last = np.searchsorted(ends, max(end - 1, start), side="right")
-            if any(piece.message is not None for piece in pieces[first : last + 1]):
-                strays.append(i)
+            if any(piece.spelled for piece in pieces[first : last + 1]):
+                strays.append((start, end, token_id))
         return strays
-
-    def _skeleton(self, roles: tuple[str, ...], generation_prompt: bool) -> tuple[str | _Slot, ...]:
-        """Texts and slots in turn, a text (maybe empty) first and last."""
-
-        template = self.chat_template
-        if "strftime_now" in template:
-            template = _FIXED_DATE + template
-
-        def parts(before: str = "", after: str = "") -> list[str]:
-            messages = [
-                {"role": role, "content": before + _MARK.format(i) + after}
-                for i, role in enumerate(roles)
-            ]
-            try:
-                rendered = self.tokenizer.apply_chat_template(
-                    messages,
-                    chat_template=template,
-                    tokenize=False,
-                    add_generation_prompt=generation_prompt,
-                    enable_thinking=False,
-                )
-            except jinja2.TemplateError as error:
-                raise BadExample(
-                    f"{self.origin}: the chat template refuses a conversation of the roles "
-                    f"{', '.join(roles)}: {error}"
-                ) from error
-            return _MARK_RE.split(rendered)
-
-        plain = parts()
-        if any(_MARK[0] in text for text in plain):
-            raise self._altered("conversation's")
-        slots = range(1, len(plain), 2)
-        trimmed_left = {k: "" for k in slots}
-        trimmed_right = {k: "" for k in slots}
-        for probe in _PROBES:
-            left, right = parts(before=probe), parts(after=probe)
-            for k in slots:
-                if left[k - 1 : k + 1] == plain[k - 1 : k + 1]:
-                    trimmed_left[k] += probe
-                elif left[k - 1 : k + 1] != [plain[k - 1] + probe, plain[k]]:
-                    raise self._altered(f"{roles[int(plain[k])]} message's")
-                if right[k : k + 2] == plain[k : k + 2]:
-                    trimmed_right[k] += probe
-                elif right[k : k + 2] != [plain[k], probe + plain[k + 1]]:
-                    raise self._altered(f"{roles[int(plain[k])]} message's")
-        skeleton: list[str | _Slot] = list(plain)
-        for k in slots:
-            skeleton[k] = _Slot(
-                message=int(plain[k]),
-                left=None if trimmed_left[k] == _PROBES else trimmed_left[k],
-                right=None if trimmed_right[k] == _PROBES else trimmed_right[k],
-            )
-        return tuple(skeleton)
-
-    def _altered(self, whose: str) -> UserError:
-        return UserError(
-            f"{self.origin}: the chat template alters a {whose} text by more than trimming its ends"
-        )
 
 
 def load_backend(source: str) -> tokenizers.Tokenizer:
@@ -321,64 +345,87 @@ def tokenize_pair(
 ) -> TokenizedPair:
     """Tokenize a pair for training.
 
-    The prompt is rendered with its generation prompt; a response is its text and the closing
-    template text, tokenized on its own. White space that the template puts between the two goes
-    with the response; other text there (an empty thinking block) goes with the prompt. The prompt
-    keeps its last `max_prompt_length` tokens, a response its first tokens up to `max_length`
-    together with the prompt. Raises BadExample naming the pair when a response would be left with
-    no token of its text.
+    Prompt and response are the tokens of both together, as the chat template writes them, to the
+    end of the response's turn. The prompt ends where the generation prompt does, a response is the
+    rest: a token across the border goes with the response, and so does white space that the
+    template puts between. Other text there, the same for both responses (an empty thinking block),
+    goes with the prompt. Where the generation prompt is not what both responses follow (it opens a
+    thinking block that they have not), the prompt ends where it parts from them.
+
+    The prompt keeps its last `max_prompt_length` tokens, a response its first tokens up to
+    `max_length` together with the prompt. Raises BadExample when the template does not write what
+    the pair holds, and when a response would be left with no token of its text.
     """
-    prompt = tokenizer.pieces(pair.prompt, generation_prompt=True)
-    responses = {}
-    for field, content in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-        before, *responses[field] = _split_response(tokenizer, pair, content, prompt)
-    prompt_ids, _ = tokenizer.encode_pieces(before)
-    excess = max(0, len(prompt_ids) - max_prompt_length)
-    prompt_ids = prompt_ids[excess:]
-    room = max_length - len(prompt_ids)
-    tokenized: dict[str, Any] = {"prompt_truncated": excess > 0}
-    for field, (lead, text, closing) in responses.items():
-        content = getattr(pair, field)
-        ids, offsets = tokenizer.encode_pieces([lead, text, *closing])
-        end = len(lead.text) + len(text.text)
-        text_length = min(int(np.searchsorted(offsets[:, 0], end)), room)
-        if text_length <= 0:
-            raise BadExample(
-                f"the {field} response is left with no token: the prompt takes "
-                f"{len(prompt_ids)} of data.max_length = {max_length} tokens, the response has "
-                f"{len(ids)}",
-                id=pair.id,
-            )
-        stripped = content.strip()
-        shift = text.trimmed - len(lead.text) - (len(content) - len(content.lstrip()))
-        tokenized[f"{field}_ids"] = ids[:room]
-        tokenized[f"{field}_text_length"] = text_length
-        tokenized[f"{field}_truncated"] = len(ids) > room
-        spans = np.clip(offsets[:text_length] + shift, 0, len(stripped))
-        whole = len(ids) == text_length or offsets[text_length, 0] >= end
-        tokenized[f"{field}_spans"] = close_gaps(spans, len(stripped) if whole else None)
-    return TokenizedPair(id=pair.id, prompt_ids=prompt_ids, **tokenized)
+    asked = Conversation(pair.prompt, pair.tools, generation_prompt=True)
+    opening = tokenizer.template.render(asked)
+    names = {i: f"message {i + 1} of the prompt" for i in range(len(pair.prompt))}
+    tokenizer.template.check_tools(asked)
+    tokenizer.template.check_fields(asked, names)
+    responses = {side: write_response(tokenizer, pair, side, opening) for side in SIDES}
+    encoded = {}
+    for side, response in responses.items():
+        conversation = asked.and_answer(pair.response(side))
+        encoded[side] = tokenizer.encode_conversation(conversation, response.rendered)
+    border = _border(tokenizer, pair, opening, responses)
+    length = min(int((offsets[:, 1] > border).argmax()) for _, offsets in encoded.values())
+    (first, _), (second, _) = encoded.values()
+    differs = np.flatnonzero(first[:length] != second[:length])
+    length = int(differs[0]) if len(differs) else length
 
-
-def _split_response(
-    tokenizer: ChatTokenizer, pair: Pair, content: str, prompt: list[Piece]
-) -> tuple[list[Piece], Piece, Piece, list[Piece]]:
-    """The prompt, the white space between it and the response, the response, and its closing."""
-    messages = [*pair.prompt, {"role": "assistant", "content": content}]
-    full = tokenizer.pieces(messages, generation_prompt=False)
-    places = [i for i, piece in enumerate(full) if piece.message == len(pair.prompt)]
-    if len(places) != 1:
-        raise UserError(
-            f"{tokenizer.origin}: the chat template writes the last assistant message "
-            f"{len(places)} times; once is needed to train on it"
+    prompt_ids = first[max(0, length - max_prompt_length) : length]
+    tokenized: dict[str, Any] = {"prompt_truncated": length > max_prompt_length}
+    for side, (ids, offsets) in encoded.items():
+        of_response = _response_tokens(
+            pair.id,
+            side,
+            responses[side],
+            ids[length:],
+            offsets[length:],
+            len(prompt_ids),
+            max_length,
         )
-    at = places[0]
-    before, text, closing = full[:at], full[at], full[at + 1 :]
-    prompt_text = "".join(piece.text for piece in prompt)
-    before_text = "".join(piece.text for piece in before)
-    between = before_text.removeprefix(prompt_text)
-    if not before_text.startswith(prompt_text) or not between:
-        return prompt, Piece(""), text, closing
-    if between.strip():
-        return before, Piece(""), text, closing
-    return prompt, Piece(between), text, closing
+        tokenized |= {f"{side}_{name}": value for name, value in of_response.items()}
+    written = {s: responses[s].text for s in SIDES if getattr(pair, f"{s}_fields")}
+    return TokenizedPair(id=pair.id, prompt_ids=prompt_ids, written=written, **tokenized)
+
+
+def _border(
+    tokenizer: ChatTokenizer, pair: Pair, opening: str, responses: Mapping[str, Response]
+) -> int:
+    """How many first characters are the prompt."""
+    shared = os.path.commonprefix([r.rendered[: r.start] for r in responses.values()])
+    if shared.startswith(opening):
+        return len(shared) if shared[len(opening) :].strip() else len(opening)
+    border = len(os.path.commonprefix([shared, opening]))
+    warn_of_opening(tokenizer, pair, opening, border)
+    return border
+
+
+def _response_tokens(
+    id: str,
+    side: str,
+    response: Response,
+    ids: np.ndarray,
+    offsets: np.ndarray,
+    prompt_length: int,
+    max_length: int,
+) -> dict[str, Any]:
+    """A response's fields of a `TokenizedPair`, by their names without the side."""
+    room = max_length - prompt_length
+    text_length = min(int(np.searchsorted(offsets[:, 0], response.end)), room)
+    if text_length <= 0:
+        raise BadExample(
+            f"the {side} response is left with no token: the prompt takes {prompt_length} of "
+            f"data.max_length = {max_length} tokens, the response has {len(ids)}",
+            id=id,
+        )
+    text = response.text
+    begin = response.rendered.index(text, response.start)
+    spans = np.clip(offsets[:text_length] - begin, 0, len(text))
+    whole = len(ids) == text_length or offsets[text_length, 0] >= response.end
+    return {
+        "ids": ids[:room],
+        "text_length": text_length,
+        "truncated": len(ids) > room,
+        "spans": close_gaps(spans, len(text) if whole else None),
+    }

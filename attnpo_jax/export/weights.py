@@ -75,9 +75,10 @@ def published_rows(dataset: Prepared, pairs: Iterable[Pair]) -> Iterator[dict[st
             "prompt": next(turn["content"] for turn in pair.prompt if turn["role"] == "user"),
             "prompt_id": pair.id,
         }
+        if pair.tools:
+            line["tools"] = list(pair.tools)
         for side in SIDES:
-            answer = {"role": "assistant", "content": getattr(pair, side)}
-            line[side] = [*pair.prompt, answer]
+            line[side] = [*pair.prompt, pair.response(side)]
         for side in SIDES:
             line[f"{side}_tokens"] = row[f"{side}_ids"][: row[f"{side}_text_length"]].tolist()
         if dataset.source_layers:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -28,16 +30,21 @@ class LanguageModel:
 
 
 def load_model(
-    source: str, *, param_dtype=jnp.float32, chat_template: str | None = None
+    source: str,
+    *,
+    param_dtype=jnp.float32,
+    chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> LanguageModel:
     """Loads a model and its tokenizer.
 
     Args:
       source: a local Hugging Face folder, a hub id, or `smollm2-135m-instruct`.
       chat_template: Jinja text that replaces the tokenizer's own template.
+      chat_template_kwargs: variables of the template.
     """
     folder = hf_folder.resolve(source)
     config = hf_folder.load_config(folder)
-    tokenizer = ChatTokenizer.load(folder, chat_template)
+    tokenizer = ChatTokenizer.load(folder, chat_template, chat_template_kwargs)
     params = hf_folder.load_params(folder, config, param_dtype=param_dtype)
     return LanguageModel(folder, config, params, tokenizer)

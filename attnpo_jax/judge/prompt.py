@@ -5,15 +5,20 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.resources
+import json
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from attnpo_jax.data.align import close_gaps
-from attnpo_jax.data.pair import BadExample, Pair
-from attnpo_jax.data.tokenize import ChatTokenizer, Piece
+from attnpo_jax.data.chat_template import MARK, Conversation, find_content
+from attnpo_jax.data.control_tokens import Piece
+from attnpo_jax.data.pair import SIDES, BadExample, Message, Pair, extra_fields
+from attnpo_jax.data.responses import response_text
+from attnpo_jax.data.tokenize import ChatTokenizer
 from attnpo_jax.runtime.errors import UserError
 
 SLOTS = ("question", "answer_a", "answer_b")
@@ -137,6 +142,7 @@ class JudgePrompter:
         self.template = template
         self.max_length = max_length
         self.max_answer_length = max_answer_length
+        self._around = self._around_request()
         self.letter_ids = (self._letter("A"), self._letter("B"))
         if self.letter_ids[0] == self.letter_ids[1]:
             raise UserError(
@@ -152,11 +158,11 @@ class JudgePrompter:
         have the same texts.
 
         Raises:
-          BadExample: not even an empty question fits.
+          BadExample: not even an empty question fits, or the chat template does not write the
+            responses or the judge's request as they are.
         """
-        question = conversation_text(pair.prompt)
-        chosen = pair.chosen.strip() or " "
-        rejected = pair.rejected.strip() or " "
+        question = conversation_text(pair.prompt, pair.tools)
+        chosen, rejected = (response_text(self.tokenizer, pair, side) or " " for side in SIDES)
         orders = self._both(question, chosen, rejected)
         truncated = not self._fits(orders)
         if truncated:
@@ -189,15 +195,49 @@ class JudgePrompter:
         text, places = self.template.fill(
             {"question": question, "answer_a": answer_a, "answer_b": answer_b}
         )
-        pieces = self.tokenizer.pieces([{"role": "user", "content": text}], generation_prompt=True)
-        start, message = _message(self.tokenizer, pieces, 0)
-        end = start + len(message.text)
+        asked = self._ask(text)
+        rendered = self.tokenizer.template.render(asked)
+        shift, first, last = self._place(text, rendered)
         places = {
-            name: tuple(min(max(start + at - message.trimmed, start), end) for at in place)
+            name: tuple(min(max(at + shift, first), last) for at in place)
             for name, place in places.items()
         }
-        ids, offsets = self.tokenizer.encode_pieces(pieces)
+        ids, offsets = self.tokenizer.encode_conversation(asked, rendered)
         return _Order(ids, offsets, places)
+
+    def _around_request(self) -> tuple[str, str]:
+        """What the chat template writes before and after a request."""
+        parts = self.tokenizer.template.render(self._ask(MARK)).split(MARK)
+        if len(parts) != 2:
+            raise UserError(
+                f"{self.tokenizer.origin}: the chat template writes a user's message "
+                f"{len(parts) - 1} times as it is; once is needed to judge"
+            )
+        return parts[0], parts[1]
+
+    @staticmethod
+    def _ask(text: str) -> Conversation:
+        return Conversation(({"role": "user", "content": text},), generation_prompt=True)
+
+    def _place(self, text: str, rendered: str) -> tuple[int, int, int]:
+        """How far a request's characters are moved in what is rendered of it, and its [first, last)
+        characters there.
+        """
+        lead = len(text) - len(text.lstrip())
+        before, after = self._around
+        first, last = len(before), len(rendered) - len(after)
+        if rendered.startswith(before) and rendered.endswith(after):
+            written = rendered[first:last]
+            if written.strip() == text.strip():
+                return last - len(written.lstrip()) - lead, first, last
+        start = find_content(text, rendered, lambda t: self.tokenizer.template.render(self._ask(t)))
+        if start is None:
+            raise BadExample(
+                f"{self.tokenizer.origin}: the chat template does not write the judge's request "
+                "as it is; accepted: texts that it leaves as they are, or another template "
+                "(model.chat_template)"
+            )
+        return start - lead, start, start + len(text.strip())
 
     def _shorten(
         self, pair: Pair, question: str, chosen: str, rejected: str
@@ -215,7 +255,7 @@ class JudgePrompter:
                 "or raise judge.max_length",
                 id=pair.id,
             )
-        _, offsets = self.tokenizer.encode_pieces([Piece(question, message=0)])
+        _, offsets = self.tokenizer.encode_pieces([Piece(question, spelled=True)])
         keep = len(offsets)
         excess = keep - (self.max_length - 1 - max(len(order.ids) for order in bare))
         while True:
@@ -230,46 +270,45 @@ class JudgePrompter:
             excess = max(len(order.ids) for order in orders) - (self.max_length - 1)
 
     def _first_tokens(self, answer: str) -> str:
-        _, offsets = self.tokenizer.encode_pieces([Piece(answer, message=0)])
+        _, offsets = self.tokenizer.encode_pieces([Piece(answer, spelled=True)])
         if len(offsets) <= self.max_answer_length:
             return answer
         return answer[: _boundary(offsets, self.max_answer_length)[0]]
 
     def _letter(self, letter: str) -> int:
         """Id of the token that carries the letter where it is all of the assistant's answer."""
-        pieces = self.tokenizer.pieces(
-            [{"role": "user", "content": "?"}, {"role": "assistant", "content": letter}],
-            generation_prompt=False,
-        )
-        place, _ = _message(self.tokenizer, pieces, 1)
-        ids, offsets = self.tokenizer.encode_pieces(pieces)
+        asked = self._ask("?")
+        before, after = self.tokenizer.template.around_answer(asked)
+        place = len(before)
+        answered = asked.and_answer({"role": "assistant", "content": letter})
+        ids, offsets = self.tokenizer.encode_conversation(answered, before + letter + after)
         inside = np.flatnonzero((offsets[:, 0] <= place) & (offsets[:, 1] > place))
         if not len(inside):
             raise UserError(f"{self.tokenizer.origin}: the letter {letter} has no token")
         return int(ids[inside[0]])
 
 
-def conversation_text(messages: Sequence[Mapping[str, str]]) -> str:
+def conversation_text(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> str:
     """The question to judge: a lone user message is its content, as it is.
 
     A longer conversation is written out, one paragraph a message: "System: …", "User: …",
-    "Assistant: …".
+    "Assistant: …", "Tool: …". Tool calls, reasoning and what else a message holds are lines of JSON
+    behind its content, and tools are a first paragraph "Tools: …", one of them a line.
     """
-    if len(messages) == 1 and messages[0]["role"] == "user":
+    if len(messages) == 1 and messages[0]["role"] == "user" and not tools:
         return messages[0]["content"]
-    return "\n\n".join(
-        f"{message['role'].capitalize()}: {message['content']}" for message in messages
-    )
+    paragraphs = []
+    if tools:
+        paragraphs.append("\n".join(["Tools:", *map(_json, tools)]))
+    for message in messages:
+        fields = [_json({key: value}) for key, value in extra_fields(message).items()]
+        lines = [text for text in (message["content"], *fields) if text or not fields]
+        paragraphs.append(f"{message['role'].capitalize()}: " + "\n".join(lines))
+    return "\n\n".join(paragraphs)
 
 
-def _message(tokenizer: ChatTokenizer, pieces: Sequence[Piece], index: int) -> tuple[int, Piece]:
-    """Where a message starts in the rendered text, and its piece."""
-    start = 0
-    for piece in pieces:
-        if piece.message == index:
-            return start, piece
-        start += len(piece.text)
-    raise UserError(f"{tokenizer.origin}: the chat template leaves out a message's text")
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _boundary(offsets: np.ndarray, k: int) -> tuple[int, int]:

@@ -58,7 +58,7 @@ def token_weights(
                 num_layers=judgement.num_layers,
             )
         )
-        text, spans = getattr(pair, side).strip(), getattr(tokenized, f"{side}_spans")
+        text, spans = tokenized.text(pair, side), getattr(tokenized, f"{side}_spans")
         weights = jax.device_get(weights_BT)[0, :text_length].tolist()
         pieces = [text[start:end] for start, end in spans]
         sides.append(list(zip(pieces, weights, strict=True)))

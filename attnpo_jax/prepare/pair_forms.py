@@ -7,7 +7,7 @@ import numpy as np
 from ml_collections import config_dict
 
 from attnpo_jax.config.rules import as_tuple
-from attnpo_jax.data.pair import BadExample, Pair
+from attnpo_jax.data.pair import SIDES, BadExample, Pair
 from attnpo_jax.data.precomputed_weights import WeightReader
 from attnpo_jax.data.rendered import RenderedTexts
 from attnpo_jax.data.tokenize import ChatTokenizer, TokenizedPair, load_backend, tokenize_pair
@@ -143,7 +143,7 @@ class PairTokenizer:
         precomputed = None
         if self._weight_reader is not None and pair.precomputed is not None:
             precomputed = self._weight_reader.carry(
-                pair.precomputed, pair.chosen, pair.rejected, tokenized
+                pair.precomputed, *(tokenized.text(pair, side) for side in SIDES), tokenized
             )
         prompt = None if self._prompter is None else self._prompter.build(pair)
         forms = PairForms(tokenized, prompt, precomputed)

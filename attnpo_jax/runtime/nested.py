@@ -1,22 +1,31 @@
 """Nested mappings: flattened to dotted names, and compared."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ml_collections import config_dict
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(
+    values: Mapping[str, Any], prefix: str = "", whole: Collection[str] = ()
+) -> dict[str, Any]:
     """All values by dotted name, lists as tuples.
+
+    Args:
+      values: mappings, nested.
+      prefix: of all names.
+      whole: dotted names of values that are kept as they are, mappings or not.
 
     >>> flatten({"train": {"steps": 3}, "layers": [0, -1]})
     {'train.steps': 3, 'layers': (0, -1)}
     """
     flat: dict[str, Any] = {}
     for key, value in values.items():
+        if prefix + key in whole:
+            flat[prefix + key] = value
         # A ConfigDict is no Mapping.
-        if isinstance(value, (config_dict.ConfigDict, Mapping)):
-            flat.update(flatten(value, f"{prefix}{key}."))
+        elif isinstance(value, (config_dict.ConfigDict, Mapping)):
+            flat.update(flatten(value, f"{prefix}{key}.", whole))
         else:
             flat[prefix + key] = as_tuples(value)
     return flat

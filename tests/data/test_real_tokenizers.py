@@ -15,7 +15,7 @@ import pytest
 
 from attnpo_jax.data.align import align
 from attnpo_jax.data.formats import Pair
-from attnpo_jax.data.pair import PrecomputedWeights
+from attnpo_jax.data.pair import BadExample, PrecomputedWeights
 from attnpo_jax.data.precomputed_weights import WeightReader
 from attnpo_jax.data.sources import load_pairs
 from attnpo_jax.data.tokenize import ChatTokenizer, tokenize_pair
@@ -27,6 +27,7 @@ LLAMA2_TEMPLATE = (
     "{{ bos_token + '[INST] ' + m['content'].strip() + ' [/INST]' }}"
     "{% else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
+EMPTY_BLOCK = "<think>\n\n</think>\n\n"
 TEMPLATES = {"llama2": LLAMA2_TEMPLATE}
 
 NASTY = [
@@ -137,6 +138,8 @@ def test_every_pair_is_aligned(tokenizer, pairs):
             assert covered(spans) == everything, (pair.id, side)
             assert not control & set(ids.tolist()), (pair.id, side)
             decoded = tokenizer.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+            # Beside an answer that thinks, one that doesn't brings the template's empty block.
+            decoded = decoded.removeprefix("" if text.startswith("<think>") else EMPTY_BLOCK)
             assert as_read_back(decoded) == as_read_back(text), (pair.id, side)
             for order in (0, 1):
                 places = getattr(judged, f"{side}_tokens")[order]
@@ -208,29 +211,33 @@ def squeezed(text):
 
 
 @pytest.mark.parametrize("earlier", [(), BEFORE], ids=["first", "later"])
-def test_answers_are_not_parsed_by_the_template(tokenizer, tokenizer_name, earlier):
-    """What the template writes around a plain answer stands around every answer."""
+def test_answers_stand_as_the_template_writes_them(tokenizer, tokenizer_name, earlier):
+    """Or are refused, where it takes them for reasoning and an answer."""
     prompter = JudgePrompter(tokenizer, JudgeTemplate.load("default"), 100_000, 10_000)
     apply = functools.partial(
         tokenizer.tokenizer.apply_chat_template, tokenize=False, enable_thinking=False
     )
     decode = functools.partial(tokenizer.tokenizer.decode, clean_up_tokenization_spaces=False)
     prompt = (*earlier, {"role": "user", "content": "Why?"})
-    before, after = apply([*prompt, {"role": "assistant", "content": "PLAIN"}]).split("PLAIN")
     question = [{"role": "user", "content": "PLAIN"}]
     _, ending = apply(question, add_generation_prompt=True).split("PLAIN")
-    if tokenizer_name == "qwen3":
-        assert before.endswith("assistant\n<think>\n\n</think>\n\n")
-        assert ending.endswith("assistant\n<think>\n\n</think>\n\n")
+    refused = []
     for answer in REASONING:
-        trained = tokenize_pair(
-            tokenizer, Pair("p", prompt, answer, "No."), max_length=9999, max_prompt_length=9999
-        )
+        pair = Pair("p", prompt, answer, "No.")
+        written = apply([*prompt, {"role": "assistant", "content": answer}])
+        if tokenizer_name == "llama3":  # which opens the next turn always
+            written = written.removesuffix(ending.removeprefix("<|eot_id|>"))
+        try:
+            trained = tokenize_pair(tokenizer, pair, max_length=9999, max_prompt_length=9999)
+        except BadExample as bad:
+            assert "does not write its text as it is" in bad.reason
+            refused.append(answer)
+            continue
         text = TRIMS[tokenizer_name](answer)
         decoded = decode(trained.chosen_ids[: trained.chosen_text_length])
         assert decoded.strip() == text.strip(), answer
         whole = decode(np.concatenate([trained.prompt_ids, trained.chosen_ids]))
-        assert squeezed(whole) == squeezed(before + text + after), answer
+        assert squeezed(whole) == squeezed(written), answer
         judged = prompter.build(Pair("p", question, answer, "No."))
         for order in (0, 1):
             asked = squeezed(decode(judged.ids[order]))
@@ -238,6 +245,8 @@ def test_answers_are_not_parsed_by_the_template(tokenizer, tokenizer_name, earli
             assert asked.count(squeezed(ending)) == 1 + squeezed(answer).count(squeezed(ending))
             places = judged.chosen_tokens[order]
             assert answer.strip() in decode(judged.ids[order][places]), answer
+    parsed = ["</think>", "<think>a</think>b", "x </think> y"]
+    assert refused == (parsed if tokenizer_name == "qwen3" else [])
 
 
 def agreeing(judge_ids, judge_spans, ids, spans):

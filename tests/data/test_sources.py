@@ -58,9 +58,34 @@ def test_prompt_as_messages_with_system_and_earlier_turns(tmp_path):
     assert (pair.chosen, pair.rejected) == ("Because.", "Fish.")
 
 
-def test_fields_of_a_message_besides_role_and_content_are_dropped(tmp_path):
-    pair = load_row(tmp_path, GOOD | {"prompt": [user("Why?") | {"name": "Ann"}]})
-    assert pair.prompt == (user("Why?"),)
+def test_fields_of_a_message_are_kept_unless_null_or_harmless(tmp_path):
+    nothing = {"tool_calls": [], "images": None, "reasoning_content": "", "turn_id": 3}
+    pair = load_row(tmp_path, GOOD | {"prompt": [user("Why?") | {"name": "Ann"} | nothing]})
+    assert pair.prompt == (user("Why?") | {"name": "Ann"},)
+    assert pairs_digest([pair]) != pairs_digest([load_row(tmp_path, GOOD)])
+    plain = load_row(tmp_path, GOOD | {"prompt": [user("Why?") | nothing], "id": "r:1"})
+    assert plain.prompt == (user("Why?"),)
+
+
+def test_tools_and_calls_are_kept_without_the_nulls_of_arrow(tmp_path):
+    call = {"function": {"name": "tide", "arguments": {"harbour": "Cove", "depth": None}}}
+    tool = {"type": "function", "function": {"name": "tide", "parameters": None}}
+    turns = [user("Tide?"), assistant(None) | {"tool_calls": [call]}]
+    turns.append({"role": "tool", "content": "", "name": "tide"})
+    chosen = [assistant(None) | {"tool_calls": [call], "reasoning_content": None}]
+    for tools in ([tool], json.dumps([tool])):
+        row = {"prompt": turns, "chosen": chosen, "rejected": "3 m", "tools": tools}
+        pair = load_row(tmp_path, row)
+        kept = {"function": {"name": "tide", "arguments": {"harbour": "Cove"}}}
+        assert pair.tools == ({"type": "function", "function": {"name": "tide"}},)
+        assert pair.prompt[1] == assistant("") | {"tool_calls": [kept]}
+        assert pair.response("chosen") == assistant("") | {"tool_calls": [kept]}
+        assert pair.response("rejected") == assistant("3 m")
+
+
+def test_parts_of_text_are_joined(tmp_path):
+    parts = [{"type": "text", "text": "Why", "image": None}, {"type": "text", "text": "?"}]
+    assert load_row(tmp_path, GOOD | {"prompt": [user(parts)]}).prompt == (user("Why?"),)
 
 
 @pytest.mark.parametrize("prompt", [None, "Hi ", [user("Hi"), assistant("Hello"), user("Why?")]])
@@ -286,6 +311,53 @@ BAD_ROWS = {
             "rejected": "\n\nHuman: a\n\nAssistant: d",
         },
         "last turn of `chosen` is user",
+    ),
+    "images": (
+        GOOD | {"prompt": [user("Why?") | {"images": ["a.png"]}]},
+        "`images` of message 1 of `prompt` is not empty; accepted: messages of text alone",
+    ),
+    "image part": (
+        GOOD | {"prompt": [user([{"type": "text", "text": "Why?"}, {"type": "image"}])]},
+        "part 2 of `content` of message 1 of `prompt` is of type 'image'; accepted: text",
+    ),
+    "part with more": (
+        GOOD | {"prompt": [user([{"type": "text", "text": "Why?", "citations": [1]}])]},
+        "part 1 of `content` of message 1 of `prompt` holds `citations`; accepted: `type` and",
+    ),
+    "calls type": (
+        GOOD | {"chosen": [assistant("a") | {"tool_calls": "tide()"}]},
+        "`tool_calls` of message 1 of `chosen` is a string; accepted: a list of objects",
+    ),
+    "tools type": (GOOD | {"tools": ["tide"]}, "`tools` is a list; accepted: a list of JSON"),
+    "tools text": (GOOD | {"tools": "tide"}, "`tools` is a text that is not JSON"),
+    "tool without a call": (
+        GOOD | {"prompt": [user("Hi"), assistant("a"), {"role": "tool", "content": "3"}]},
+        "message 3 of `prompt` has role 'tool' where 'user' is due",
+    ),
+    "user after a tool": (
+        GOOD
+        | {
+            "prompt": [
+                user("Hi"),
+                assistant("") | {"tool_calls": [{"function": {"name": "f"}}]},
+                {"role": "tool", "content": "3"},
+                user("And?"),
+            ]
+        },
+        "message 4 of `prompt` has role 'user' where 'assistant' or 'tool' is due",
+    ),
+    "developer": (
+        GOOD | {"prompt": [{"role": "developer", "content": "Be brief."}, user("Hi")]},
+        "message 1 of `prompt` has role 'developer' where 'user' is due",
+    ),
+    "null content": (
+        GOOD | {"prompt": [user(None)]},
+        "`content` of message 1 of `prompt` is null, not a string",
+    ),
+    "empty user with a name": (GOOD | {"prompt": [user("") | {"name": "Ann"}]}, "is empty"),
+    "lone surrogate in a call": (
+        GOOD | {"chosen": [assistant("") | {"tool_calls": [{"name": "\ud800"}]}]},
+        "not Unicode",
     ),
     "lone surrogate": (GOOD | {"chosen": "\ud800"}, "not Unicode"),
 }

@@ -12,7 +12,10 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from attnpo_jax.data import align as alignment
 from attnpo_jax.data import sources
-from attnpo_jax.data.tokenize import ChatTokenizer, Piece, tokenize_pair
+from attnpo_jax.data.chat_template import Conversation
+from attnpo_jax.data.control_tokens import Piece
+from attnpo_jax.data.pair import BadExample
+from attnpo_jax.data.tokenize import ChatTokenizer, tokenize_pair
 from tests.tiny import CHATML
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
@@ -156,7 +159,8 @@ def test_ordinary_text_is_rendered_and_encoded_as_transformers_does(
     text = apply(CONVERSATION, tokenize=False, **kwargs)
     assert tokenizer.render(CONVERSATION, generation_prompt=True) == text
     expected = apply(CONVERSATION, tokenize=True, return_dict=False, **kwargs)
-    ids, offsets = tokenizer.encode_pieces(tokenizer.pieces(CONVERSATION, generation_prompt=True))
+    asked = Conversation(tuple(CONVERSATION), generation_prompt=True)
+    ids, offsets = tokenizer.encode_conversation(asked)
     assert ids.tolist() == expected
     assert tokenizer.encode(text) == (expected, [tuple(span) for span in offsets.tolist()])
 
@@ -166,33 +170,40 @@ def test_ordinary_text_is_rendered_and_encoded_as_transformers_does(
 def test_text_never_becomes_a_control_token(chat_tokenizers, kind, template):
     tokenizer = chat_tokenizers[kind, template]
     control = control_ids(tokenizer)
-    spelled = "</s> <|im_end|>\n<|im_start|>system <think> </think> <s>the<|im_end|>"
+    spelled = "</s> <|im_end|>\n<|im_start|>system <s>the<|im_end|>"
+    # In the assistant's turn these are its own words.
+    words = "<think> </think>"
 
-    def found(content: str) -> list[int]:
-        messages = [
-            {"role": "user", "content": content},
-            {"role": "assistant", "content": "A" + content},
-        ]
-        pieces = tokenizer.pieces(messages, generation_prompt=False)
-        ids, offsets = tokenizer.encode_pieces(pieces)
-        text = "".join(piece.text for piece in pieces)
-        assert text.count(content) == 2
+    def found(asked: str, answered: str) -> list[int]:
+        messages = (
+            {"role": "user", "content": asked},
+            {"role": "assistant", "content": "A" + answered},
+        )
+        conversation = Conversation(messages)
+        ids, offsets = tokenizer.encode_conversation(conversation)
+        text = tokenizer.template.render(conversation)
+        assert asked in text and answered in text
         assert offsets[:, 1].max() == len(text.rstrip()) or offsets[:, 1].max() == len(text)
         return [i for i in ids.tolist() if i in control]
 
-    assert found(spelled) == found("the") != []
+    assert found(spelled + words, spelled) == found("the", "the") != []
 
 
 def test_spelled_control_tokens_decode_to_the_text_again(chat_tokenizers):
     tokenizer = chat_tokenizers["byte_level", "thinking"]
-    text = "He wrote </think>, then <|im_end|>."
-    tokenized = long(tokenizer, pair(text))
+    text = "He wrote <think>, then <|im_end|>."
+    tokenized = long(tokenizer, pair(text, prompt=text))
     assert tokenizer.tokenizer.decode(tokenized.chosen_ids) == text + "<|im_end|>\n"
     length = tokenized.chosen_text_length
     assert tokenizer.tokenizer.decode(tokenized.chosen_ids[:length]) == text
-    assert "<b>" in tokenizer.tokenizer.convert_ids_to_tokens(
-        long(tokenizer, pair("a<b>")).chosen_ids
-    )
+    # Not flagged special, it is a token in what the assistant says, and text in what others say.
+    tokens = tokenizer.tokenizer.convert_ids_to_tokens
+    assert "<think>" in tokens(tokenized.chosen_ids)
+    # The one in the prompt is that of the empty block before the answer.
+    assert tokens(tokenized.prompt_ids).count("<think>") == 1
+    assert "<|im_end|>" not in tokens(tokenized.chosen_ids[:length])
+    assert "<b>" in tokens(long(tokenizer, pair("a<b>", prompt="c<b>")).chosen_ids)
+    assert "<b>" in tokens(long(tokenizer, pair("a<b>", prompt="c<b>")).prompt_ids)
 
 
 def test_spelling_a_control_token_leaves_the_rest_as_it_was(chat_tokenizers):
@@ -257,9 +268,10 @@ def test_white_space_around_a_response_has_no_characters(chat_tokenizers):
 
 def test_template_that_trims_line_ends_alone(chat_tokenizers):
     tokenizer = chat_tokenizers["byte_level", "thinking"]
-    messages = [{"role": "assistant", "content": "\n\n \n x \n"}]
-    piece = tokenizer.pieces(messages, generation_prompt=False)[1]
-    assert piece == Piece(" \n x \n", 0, trimmed=2)
+    tokenized = long(tokenizer, pair("\n\n \n x \n"))
+    kept = tokenized.chosen_ids[: tokenized.chosen_text_length]
+    assert tokenizer.tokenizer.decode(kept) == " \n x \n"
+    assert covered(tokenized.chosen_spans) == [0]
 
 
 def test_white_space_before_the_answer_belongs_to_the_response(chat_tokenizers):
@@ -334,10 +346,10 @@ def test_missing_chat_template_is_refused_and_can_be_given(tmp_path):
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        (CHATML.replace("m['content']", "m['content'] | upper"), "alters a conversation's text"),
+        (CHATML.replace("m['content']", "m['content'] | upper"), "assistant message 0 times"),
         (
             CHATML.replace("m['content']", "m['content'] | replace(' ', '_')"),
-            "alters a user message's text",
+            "does not write its text as it is: 'one and', but '<.im_start.>assistant.none_and<",
         ),
         (CHATML.replace("m['role']", "raise_exception('no ' + m['role'])"), "no user"),
         (CHATML.replace("m['content']", "''"), "last assistant message 0 times"),
@@ -347,7 +359,7 @@ def test_missing_chat_template_is_refused_and_can_be_given(tmp_path):
 def test_templates_that_alter_messages_are_refused(template, reason):
     tokenizer = wrap(byte_level(), template)
     with pytest.raises(ValueError, match=reason):
-        long(tokenizer, pair("one"))
+        long(tokenizer, pair("one and"))
 
 
 def test_dates_in_templates_stand_still():
@@ -411,14 +423,19 @@ def test_any_text_is_covered_and_keeps_its_mass(chat_tokenizers, template, text,
     tokenizer = chat_tokenizers[kind, template]
     stripped = text.strip()
     hypothesis.assume(stripped)
-    tokenized = long(tokenizer, pair(text))
+    try:
+        tokenized = long(tokenizer, pair(text))
+    except BadExample as bad:
+        # The template takes the text for reasoning and an answer.
+        assert "does not write its text as it is" in bad.reason and "</think>" in text
+        return
     spans = tokenized.chosen_spans
     assert len(spans) == tokenized.chosen_text_length
     assert covered(spans) == list(range(len(stripped)))
     text_ids = set(tokenized.chosen_ids[: tokenized.chosen_text_length].tolist())
-    assert not text_ids & control_ids(tokenizer)
+    assert not text_ids & control_ids(tokenizer) - tokenizer.emitted
     # The same response inside another text.
-    pieces = [Piece("<|im_start|>"), Piece("x " + stripped + "\n", 0), Piece("<|im_end|>")]
+    pieces = [Piece("<|im_start|>"), Piece(f"x {stripped}\n", spelled=True), Piece("<|im_end|>")]
     _, offsets = tokenizer.encode_pieces(pieces)
     start = len("<|im_start|>x ")
     source = np.clip(offsets - start, 0, len(stripped))

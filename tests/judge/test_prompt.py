@@ -231,6 +231,13 @@ def test_conversations_are_written_out():
     ]
     text = "System: Be brief.\n\nUser: Hi\n\nAssistant: Hello\n\nUser: Why?"
     assert conversation_text(messages) == text
+    assert conversation_text(messages[1:2], [{"name": "tide"}]) == (
+        'Tools:\n{"name": "tide"}\n\nUser: Hi'
+    )
+    called = {"role": "assistant", "content": "", "tool_calls": [{"name": "tide"}]}
+    assert conversation_text([messages[1], called, {"role": "tool", "content": "3 m"}]) == (
+        'User: Hi\n\nAssistant: {"tool_calls": [{"name": "tide"}]}\n\nTool: 3 m'
+    )
     judge = prompter()
     prompt = judge.build(sources.Pair("p8", tuple(messages), "good", "bad"))
     assert decode(judge, prompt.ids[0]) == rendered(text, "good", "bad")

@@ -34,6 +34,7 @@ from attnpo_jax.judge.language_model import load_model
 from attnpo_jax.models import decoder
 from attnpo_jax.models.io import hf_folder as checkpoints
 from attnpo_jax.prepare import stage as prepare_module
+from attnpo_jax.prepare.data_report import data_report
 from attnpo_jax.prepare.stage import prepare
 from attnpo_jax.run import Run
 from attnpo_jax.runtime import atomic
@@ -240,6 +241,10 @@ def test_other_templates_are_refused(inputs, finished, tmp_path, no_model):
     with pytest.raises(PreparedMismatch) as caught:
         run(tiny.small_config(inputs, model__chat_template=str(template)), finished)
     assert list(caught.value.differences) == ["tokenizer"]
+    variables = {"enable_thinking": True}
+    with pytest.raises(PreparedMismatch, match="model.chat_template_kwargs") as caught:
+        run(tiny.small_config(inputs, model__chat_template_kwargs=variables), finished)
+    assert list(caught.value.differences) == ["tokenizer"]
 
 
 def test_other_pairs_are_refused(inputs, finished, tmp_path, no_model):
@@ -445,6 +450,26 @@ def test_bad_rows_are_skipped_counted_and_written_down(inputs, tmp_path):
     records = [json.loads(line) for line in lines]
     assert [record["row"] for record in records] == [2, 3]
     assert "rejected" in records[0]["reason"]
+
+
+def test_rows_that_the_chat_template_can_not_write_are_bad_rows(inputs, tmp_path):
+    calls = [{"function": {"name": "tide", "arguments": {}}}]
+    called = {"role": "assistant", "content": "Hm.", "tool_calls": calls}
+    rows = [
+        {"prompt": "Hi", "chosen": "a", "rejected": "b"},
+        {"prompt": "Hi", "chosen": [called], "rejected": "b"},
+    ]
+    tiny.write_lines(tmp_path / "calls.jsonl", rows)
+    changes = {"data__train": str(tmp_path / "calls.jsonl"), "data__eval": ""}
+    reason = "`tool_calls` of `chosen`: the chat template of .* does not write it; accepted: "
+    with pytest.raises(BadExample, match=f"calls.jsonl, example 2: {reason}"):
+        run(tiny.small_config(inputs, **changes), tmp_path / "stops")
+    config = tiny.small_config(inputs, **changes, data__on_bad_row="skip")
+    run(config, tmp_path)
+    (line,) = (tmp_path / "prepared" / "train.bad_rows.jsonl").read_text().splitlines()
+    assert re.match(reason, json.loads(line)["reason"])
+    (report,) = data_report(Run.resolve(config), console=Console(file=io.StringIO()))
+    assert report.pairs == 1 and [row["row"] for row in report.bad_rows] == [2]
 
 
 def test_a_template_without_a_slot(inputs, tmp_path, no_model):

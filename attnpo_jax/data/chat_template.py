@@ -1,0 +1,354 @@
+"""What a chat template writes for a conversation, and where in it the texts of messages are.
+
+Templates branch on what messages hold, so every conversation is rendered as it is. Where a text was
+written is found by rendering it once more with a mark in it: if that changes nothing but the mark,
+the mark's place is the text's.
+"""
+
+import dataclasses
+import re
+import uuid
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import jinja2
+import transformers
+
+from attnpo_jax.data.pair import BadExample, Message, extra_fields
+from attnpo_jax.runtime.errors import UserError
+
+# Private-use characters, which templates neither trim nor branch on, around what no text holds.
+_NONCE = uuid.uuid4().hex
+MARK = f"\ue000{_NONCE}\ue001"
+_NUMBERED = f"\ue000{_NONCE}.{{}}\ue001"
+_NUMBERED_RE = re.compile(_NUMBERED.format("([0-9]+)"))
+# Templates that print today's date would otherwise tokenize the same pair differently every day.
+# This hides the function that they ask; the empty expression at its end keeps the line break that
+# Jinja would take from behind a block.
+_DATE = {"%d": "26", "%m": "07", "%b": "Jul", "%B": "July", "%y": "24", "%Y": "2024"}
+_FIXED_DATE = (
+    "{%- macro strftime_now(format) -%}{{- format"
+    + "".join(f" | replace('{code}', '{value}')" for code, value in _DATE.items())
+    + " -}}{%- endmacro -%}{{ '' }}"
+)
+# What templates raise for conversations that they cannot take; the latter four come of expressions
+# in them that meet another type than they expect.
+_REFUSALS = (jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError)
+# Reasoning of earlier turns is left out on purpose.
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_LABELS = ("name", "tool_call_id")  # of a message; may be left out
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """What a chat template is given.
+
+    Attributes:
+      messages: in turn.
+      tools: JSON schemas.
+      generation_prompt: whether the header of the assistant's next turn is wanted.
+    """
+
+    messages: tuple[Message, ...]
+    tools: tuple[dict[str, Any], ...] = ()
+    generation_prompt: bool = False
+
+    def and_answer(self, answer: Message) -> "Conversation":
+        """The conversation with the answer, without a header behind it."""
+        return Conversation((*self.messages, answer), self.tools)
+
+
+class ChatTemplate:
+    """A tokenizer's chat template.
+
+    Args:
+      origin: names the tokenizer in errors.
+      kwargs: variables of the template. Thinking is switched off unless they say otherwise.
+    """
+
+    def __init__(
+        self,
+        tokenizer: transformers.PreTrainedTokenizerBase,
+        origin: str,
+        kwargs: Mapping[str, Any],
+    ):
+        self._tokenizer = tokenizer
+        self.origin = origin
+        self.kwargs = dict(kwargs)
+        self.text: str = tokenizer.get_chat_template()
+        named = tokenizer.chat_template
+        # Some tokenizers have another template for conversations with tools.
+        self.tool_text = named.get("tool_use", self.text) if isinstance(named, dict) else self.text
+
+    def render(self, conversation: Conversation, **kwargs: Any) -> str:
+        """The conversation as `apply_chat_template` writes it, but that the date is a fixed one.
+
+        `kwargs` take the place of the template's own. Raises BadExample where the template refuses
+        the conversation.
+        """
+        template = self.tool_text if conversation.tools else self.text
+        if "strftime_now" in template:
+            template = _FIXED_DATE + template
+        try:
+            return self._tokenizer.apply_chat_template(
+                list(conversation.messages),
+                tools=list(conversation.tools) or None,
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=conversation.generation_prompt,
+                **{"enable_thinking": False, **self.kwargs, **kwargs},
+            )
+        except _REFUSALS as error:
+            roles = ", ".join(message["role"] for message in conversation.messages)
+            raise BadExample(
+                f"{self.origin}: the chat template refuses a conversation of the roles {roles}: "
+                f"{error}"
+            ) from error
+
+    def around_answer(self, prompt: Conversation) -> tuple[str, str]:
+        """What is written before and after an answer of plain text.
+
+        Raises UserError when the template doesn't write it once, as it is.
+        """
+        parts = self.render(prompt.and_answer({"role": "assistant", "content": MARK})).split(MARK)
+        if len(parts) != 2:
+            raise UserError(
+                f"{self.origin}: the chat template writes the last assistant message "
+                f"{len(parts) - 1} times as it is; once is needed to train on it"
+            )
+        return parts[0], parts[1]
+
+    def check_tools(self, conversation: Conversation) -> None:
+        """Raises BadExample where there are tools that the template does not write."""
+        without = dataclasses.replace(conversation, tools=())
+        if conversation.tools and self.render(conversation) == self._try(without):
+            raise BadExample(
+                f"`tools`: the chat template of {self.origin} does not write them; accepted: a "
+                "template that does (model.chat_template), or none"
+            )
+
+    def check_fields(self, conversation: Conversation, names: Mapping[int, str]) -> None:
+        """Checks that the template writes what messages hold beside role and content.
+
+        Reasoning of earlier turns may be left out by a template that writes it in the last one.
+
+        Args:
+          names: of the messages to check, by place, as errors have them.
+
+        Raises:
+          BadExample: a field is not written; the reason names it.
+        """
+        for i, name in names.items():
+            message = conversation.messages[i]
+            fields = extra_fields(message)
+            if not fields:
+                continue
+            rendered = self.render(conversation)
+            for key in fields:
+                if key not in _LABELS and not self._writes(conversation, rendered, i, key):
+                    raise BadExample(
+                        f"`{key}` of {name}: the chat template of {self.origin} does not write it; "
+                        "accepted: a template that does (model.chat_template), or none"
+                    )
+            if message["content"].strip() and "tool_calls" in message:
+                emptied = self._with(conversation, i, message | {"content": ""})
+                if rendered == self._try(emptied):
+                    raise BadExample(
+                        f"`content` of {name}: the chat template of {self.origin} does not write "
+                        "it beside `tool_calls`; accepted: one of them"
+                    )
+            self._check_arguments(message, rendered, name)
+
+    def _check_arguments(self, message: Message, rendered: str, name: str) -> None:
+        """Refuses arguments in JSON that the template takes for a text, and quotes."""
+        for call in message.get("tool_calls", ()):
+            arguments = call.get("function", call)
+            arguments = arguments.get("arguments") if isinstance(arguments, dict) else None
+            if not isinstance(arguments, str):
+                continue
+            quoted = arguments.replace("\\", "\\\\").replace('"', '\\"')
+            if quoted != arguments and arguments not in rendered and quoted in rendered:
+                raise BadExample(
+                    f"`tool_calls` of {name}: the chat template of {self.origin} quotes "
+                    f"`arguments` that are a text, {arguments!r}; accepted: an object"
+                )
+
+    def _writes(self, conversation: Conversation, rendered: str, i: int, key: str) -> bool:
+        message = conversation.messages[i]
+        without = {k: value for k, value in message.items() if k != key}
+        if rendered != self._try(self._with(conversation, i, without)):
+            return True
+        if key not in _REASONING:
+            return False
+        question = {"role": "user", "content": "?"}
+        last, last_without = (self._try(Conversation((question, m))) for m in (message, without))
+        return last != last_without
+
+    def _try(self, conversation: Conversation) -> str | None:
+        try:
+            return self.render(conversation)
+        except BadExample:
+            return None
+
+    @staticmethod
+    def _with(conversation: Conversation, i: int, message: Message) -> Conversation:
+        messages = (*conversation.messages[:i], message, *conversation.messages[i + 1 :])
+        return dataclasses.replace(conversation, messages=messages)
+
+
+def find_content(content: str, rendered: str, render: Callable[[str], str]) -> int | None:
+    """Where a message's content, less the white space around it, begins in a rendered conversation;
+    None where it isn't there as it is.
+
+    Args:
+      render: renders the conversation with another content in its place.
+    """
+    text = content.strip()
+    if not text or text not in rendered:
+        return None
+    lead = len(content) - len(content.lstrip())
+    n = len(text)
+    # The template may look for something in the text, which a mark inside would hide, and leave out
+    # or rewrite the text on one side of it. So several places are tried.
+    for k in dict.fromkeys((n, 0, n // 2, n // 4, n - n // 4, n - 1, 1)):
+        at = lead + k
+        marked = render(content[:at] + MARK + content[at:])
+        if marked.count(MARK) == 1 and marked.replace(MARK, "") == rendered:
+            start = marked.index(MARK) - k
+            if start >= 0 and rendered.startswith(text, start):
+                return start
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+    """A text somewhere in a conversation: the keys and indices that lead there from messages and
+    tools, whether it is the key of an object, and whether the assistant says it.
+    """
+
+    path: tuple[Any, ...]
+    text: str
+    is_key: bool
+    by_assistant: bool
+
+
+def _leaves(conversation: Conversation) -> Iterator[_Leaf]:
+    def walk(value: Any, path: tuple[Any, ...], by_assistant: bool) -> Iterator[_Leaf]:
+        if isinstance(value, str):
+            yield _Leaf(path, value, False, by_assistant)
+        elif isinstance(value, Mapping):
+            for key, one in value.items():
+                yield _Leaf((*path, key), str(key), True, by_assistant)
+                yield from walk(one, (*path, key), by_assistant)
+        elif isinstance(value, (list, tuple)):
+            for i, one in enumerate(value):
+                yield from walk(one, (*path, i), by_assistant)
+
+    for i, message in enumerate(conversation.messages):
+        for key, value in message.items():
+            if key != "role":
+                yield from walk(value, ("messages", i, key), message["role"] == "assistant")
+    yield from walk(conversation.tools, ("tools",), False)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Spelled:
+    """A control token in a text, at its [start, end) characters."""
+
+    leaf: _Leaf
+    start: int
+    end: int
+
+    @property
+    def text(self) -> str:
+        return self.leaf.text[self.start : self.end]
+
+
+def _replaced(value: Any, path: Sequence[Any], text: str) -> Any:
+    if not path:
+        return text
+    first, *rest = path
+    if isinstance(value, Mapping):
+        return {**value, first: _replaced(value[first], rest, text)}
+    copy = list(value)
+    copy[first] = _replaced(copy[first], rest, text)
+    return type(value)(copy)
+
+
+def spelled_places(
+    conversation: Conversation,
+    suspects: Collection[str],
+    controls: Callable[[str, bool], list[tuple[int, int]]],
+    render: Callable[[Conversation], str],
+) -> list[tuple[int, int]]:
+    """[start, end) characters, in the rendered conversation, of the control tokens that messages
+    and tools spell.
+
+    Args:
+      suspects: the texts of all control tokens in there.
+      controls: [start, end) characters of the control tokens in a text that shall not be any, given
+        the text and whether the assistant says it.
+
+    Raises:
+      BadExample: one can't be told from those that the template writes.
+    """
+    spelled = []
+    for leaf in _leaves(conversation):
+        if not any(suspect in leaf.text for suspect in suspects):
+            continue
+        found = controls(leaf.text, leaf.by_assistant)
+        if found and leaf.is_key:
+            raise BadExample(
+                f"a key in `tools` or `tool_calls` spells control tokens: {leaf.text!r}"
+            )
+        spelled += [_Spelled(leaf, start, end) for start, end in found]
+    if not spelled:
+        return []
+    rendered = render(conversation)
+    everything = [(token, token.start + 1) for token in spelled]
+    if (places := _marked(conversation, rendered, everything, render)) is not None:
+        return places
+    # The template looks for one of them: it is left whole, with the mark beside it.
+    result = []
+    for token in spelled:
+        for at in (token.start + 1, token.end, token.start):
+            places = _marked(conversation, rendered, [(token, at)], render)
+            if places is not None and all(rendered[s:e] == token.text for s, e in places):
+                result += places
+                break
+        else:
+            raise BadExample(
+                f"{token.text!r} in a message changes what the chat template writes, and can't be "
+                "told from the template's own; accepted: texts without it"
+            )
+    return result
+
+
+def _marked(
+    conversation: Conversation,
+    rendered: str,
+    marks: Sequence[tuple[_Spelled, int]],
+    render: Callable[[Conversation], str],
+) -> list[tuple[int, int]] | None:
+    """Where tokens stand in the rendered conversation, by marks at places of their texts; None
+    where the marks change what is rendered. The marks are in order, those of the same text too.
+    """
+    texts: dict[tuple[Any, ...], str] = {}
+    for number, (token, at) in reversed(list(enumerate(marks))):
+        text = texts.get(token.leaf.path, token.leaf.text)
+        texts[token.leaf.path] = text[:at] + _NUMBERED.format(number) + text[at:]
+    changed: Any = {"messages": conversation.messages, "tools": conversation.tools}
+    for path, text in texts.items():
+        changed = _replaced(changed, path, text)
+    try:
+        parts = _NUMBERED_RE.split(render(dataclasses.replace(conversation, **changed)))
+    except BadExample:
+        return None
+    if "".join(parts[::2]) != rendered:
+        return None
+    places, done = [], 0
+    for before, number in zip(parts[:-1:2], parts[1::2], strict=True):
+        token, at = marks[int(number)]
+        done += len(before)
+        places.append((done - at + token.start, done - at + token.end))
+    return places

@@ -200,6 +200,13 @@ def test_an_empty_system_message_gives_no_block():
     )
 
 
+def test_the_tokens_of_a_row_with_an_empty_system_message():
+    turns = [{"role": "system", "content": ""}, {"role": "user", "content": "Name a river."}]
+    _, tokenized = forms(real("qwen3", chat_families.PHI), row_of("The Elbe.", "A lake.", turns))
+    # With the empty block they would be 37.
+    assert len(tokenized.prompt_ids) + len(tokenized.chosen_ids) == 27
+
+
 def test_a_flag_in_the_system_message_is_the_template_s():
     tokenizer = tokenizer_of(chat_families.SMOLLM3)
     for given, written in (

@@ -251,6 +251,7 @@ def copy_companions(source_folder: Path, folder: Path, chat_template: str | None
             target = folder / companion.relative_to(source_folder)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(companion, target)
+    _name_for_transformers_4(folder / "tokenizer_config.json")
     if chat_template is None:
         return
     (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
@@ -260,6 +261,25 @@ def copy_companions(source_folder: Path, folder: Path, chat_template: str | None
             content = read_json(folder / name)
             if "chat_template" in content:
                 write_json(folder / name, content | {"chat_template": chat_template})
+
+
+def _name_for_transformers_4(file: Path) -> None:
+    """Replaces what transformers 5 writes to a tokenizer's config and 4 fails at.
+
+    By the names of version 4, which 5 takes too; a file without them stays as it is.
+    """
+    if not file.is_file():
+        return
+    content = old = read_json(file)
+    if old.get("tokenizer_class") == "TokenizersBackend":
+        content = content | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    # Special tokens without a role; version 4 takes this name for a table of roles.
+    if isinstance(old.get("extra_special_tokens"), list):
+        unnamed = old["extra_special_tokens"]
+        content = {k: v for k, v in content.items() if k != "extra_special_tokens"}
+        content = {"additional_special_tokens": unnamed} | content
+    if content is not old:
+        write_json(file, content)
 
 
 @contextlib.contextmanager

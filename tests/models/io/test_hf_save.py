@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from attnpo_jax.models import decoder
 from attnpo_jax.models.io import hf_folder, hf_save
 from attnpo_jax.models.io.hf_folder import FolderError
+from tests import tiny
 from tests.models.io.test_hf_folder import (
     COMPANIONS,
     OTHERS,
@@ -52,6 +53,41 @@ def test_files_of_every_tokenizer_that_decoders_have_go_into_an_export(tmp_path)
         (tmp_path / name).write_text("{}")
     hf_save.copy_companions(tmp_path, tmp_path / "out", None)
     assert {file.name for file in (tmp_path / "out").iterdir()} == names
+
+
+def test_an_exported_tokenizer_has_names_that_transformers_4_knows(tmp_path):
+    transformers = pytest.importorskip("transformers", minversion="5")
+    tokenizer = tiny.byte_tokenizer(
+        (*tiny.MARKS, "<|extra|>"), eos_token="<|im_end|>", extra_special_tokens=["<|extra|>"]
+    )
+    source, out = tmp_path / "source", tmp_path / "out"
+    tokenizer.save_pretrained(source)
+    of_source = json.loads((source / "tokenizer_config.json").read_text())
+    assert of_source["tokenizer_class"] == "TokenizersBackend"  # or there is nothing to test
+    assert of_source["extra_special_tokens"] == ["<|extra|>"]
+    out.mkdir()
+    hf_save.copy_companions(source, out, None)
+    # transformers 4.57 finds no class of the other name, and asks the list for its keys.
+    written = json.loads((out / "tokenizer_config.json").read_text())
+    changed = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "additional_special_tokens": ["<|extra|>"],
+    }
+    del of_source["extra_special_tokens"]
+    assert written == of_source | changed
+    again = transformers.AutoTokenizer.from_pretrained(out)
+    assert again.eos_token == "<|im_end|>"
+    assert again.all_special_tokens == ["<|im_end|>", "<|extra|>"]
+    assert again.chat_template == tokenizer.chat_template
+    assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+
+
+def test_a_tokenizer_config_that_version_4_reads_is_copied_as_it_is(tmp_path):
+    text = '{"tokenizer_class":"LlamaTokenizer", "extra_special_tokens": {"image_token": "<i>"}}'
+    (tmp_path / "tokenizer_config.json").write_text(text)
+    (tmp_path / "out").mkdir()
+    hf_save.copy_companions(tmp_path, tmp_path / "out", None)
+    assert (tmp_path / "out" / "tokenizer_config.json").read_text() == text
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 20_000])

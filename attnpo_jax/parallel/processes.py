@@ -29,6 +29,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from attnpo_jax.parallel import slurm
 from attnpo_jax.runtime.errors import UserError
 from attnpo_jax.runtime.team import Team
 
@@ -92,10 +93,10 @@ def initialize(
 
 def find(
     environ: Mapping[str, str], options: Mapping[str, str] | None = None
-) -> dict[str, str | int] | None:
+) -> dict[str, Any] | None:
     """Arguments for `jax.distributed.initialize`; None for a process that is alone.
 
-    An empty dict leaves it to JAX to ask the cluster.
+    What is not in the dict, JAX asks the cluster.
 
     Args:
       options: values of `coordinator-address`, `num-processes` and `process-id`, all of them or
@@ -111,9 +112,11 @@ def find(
     given = {name: environ[name] for name in _EXPLICIT if environ.get(name)}
     if given:
         return _explicit(given, _EXPLICIT, "{}")
+    # A shell inside an allocation has the job's variables, but not those of a step.
+    if _above_one(environ, "SLURM_STEP_NUM_TASKS") and "SLURM_PROCID" in environ:
+        own = slurm.local_device_ids(environ)
+        return {} if own is None else {"local_device_ids": own}
     several = (
-        # A shell inside an allocation has the job's variables, but not those of a step.
-        _above_one(environ, "SLURM_STEP_NUM_TASKS") and "SLURM_PROCID" in environ,
         _above_one(environ, "OMPI_COMM_WORLD_SIZE"),
         "," in environ.get("TPU_PROCESS_ADDRESSES", environ.get("TPU_WORKER_HOSTNAMES", "")),
         bool(environ.get("MEGASCALE_COORDINATOR_ADDRESS")),

@@ -130,25 +130,29 @@ def make_train_step(
     def loss_sum(trained, base, microbatch):
         loss_P, metrics = pair_losses(settings, policy_params(trained, base), microbatch)
         totals = jax.tree.map(jnp.sum, {"loss": loss_P, **metrics})
-        return totals["loss"], (totals, loss_P)
+        policy_P2 = jnp.stack([metrics["logps/chosen"], metrics["logps/rejected"]], axis=-1)
+        reference_P2 = jnp.sum(microbatch.reference_logps_BG2T, axis=-1).reshape(-1, 2)
+        by_slot = {"pair_loss": loss_P, "log_ratio": policy_P2 - reference_P2}
+        return totals["loss"], (totals, jax.lax.stop_gradient(by_slot))
 
     gradient = jax.grad(loss_sum, has_aux=True)
 
     def train_step(state: TrainState, batch: PairBatch) -> tuple[TrainState, Metrics]:
         def accumulate(grads, microbatch):
-            g, (totals, loss_P) = gradient(state.params, state.base, microbatch)
-            return jax.tree.map(jnp.add, grads, g), (totals, loss_P)
+            g, reports = gradient(state.params, state.base, microbatch)
+            return jax.tree.map(jnp.add, grads, g), reports
 
         if batch.tokens_BL.shape[0] == 1:
             only = jax.tree.map(lambda x: x[0], batch)
-            grads, (totals, loss_nP) = gradient(state.params, state.base, only)
+            grads, (totals, by_slot) = gradient(state.params, state.base, only)
         else:
             zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
-            grads, (totals, loss_nP) = jax.lax.scan(accumulate, zeros, batch)
+            grads, (totals, by_slot) = jax.lax.scan(accumulate, zeros, batch)
             totals = jax.tree.map(jnp.sum, totals)
+            by_slot = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), by_slot)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         pairs, tokens = jnp.sum(batch.valid_BG), jnp.sum(batch.branch_BL > 0)
-        by_slot = {"pair": batch.pair_BG.reshape(-1), "pair_loss": loss_nP.reshape(-1)}
+        by_slot["pair"] = batch.pair_BG.reshape(-1)
         if axis_name is not None:
             grads, totals, pairs, tokens = jax.lax.psum((grads, totals, pairs, tokens), axis_name)
             by_slot = jax.lax.all_gather(by_slot, axis_name, tiled=True)

@@ -138,6 +138,40 @@ def test_clusters_that_jax_can_ask(monkeypatch, environ, several):
     assert processes.find(environ) == ({} if several else None)
 
 
+@pytest.mark.process
+def test_two_slurm_tasks_on_nodes_of_their_own_meet_and_see_all_gpus():
+    """With stand-ins for the variables that Slurm sets, as of `srun -N2 --ntasks-per-node=1`."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    code = (
+        "import jax; from attnpo_jax.parallel import processes; assert processes.initialize(); "
+        "print(jax.process_count(), jax.config.read('jax_cuda_visible_devices'))"
+    )
+    step = {
+        "SLURM_JOB_ID": "17",
+        "JAX_COORDINATOR_PORT": str(port),
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+        "SLURM_LOCALID": "0",
+        "SLURM_GPUS_ON_NODE": "8",
+        "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7",
+    }
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=environment() | step | {"SLURM_PROCID": str(i), "SLURM_NODEID": str(i)},
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    # Left to itself, JAX would say 0 here: the first GPU alone.
+    assert [task.communicate(timeout=120)[0].split() for task in tasks] == [["2", "all"]] * 2
+
+
 @pytest.mark.parametrize(
     "endpoints, changes, several",
     [

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -27,6 +28,8 @@ from attnpo_jax.models.io import embedded, hf_config
 from attnpo_jax.models.io.tensors import (
     Part,
     Slot,
+    by_full_name,
+    is_buffer,
     is_carried,
     parts,
     read_part,
@@ -37,6 +40,8 @@ from attnpo_jax.models.io.tensors import (
 from attnpo_jax.runtime.errors import UserError
 from attnpo_jax.runtime.paths import searched
 
+_LOG = logging.getLogger(__name__)
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FLOAT_TYPES = {
@@ -45,6 +50,8 @@ FLOAT_TYPES = {
     "F16": np.dtype(np.float16),
     "F64": np.dtype(np.float64),
 }
+# Values of two tensors that are compared at a time.
+_COMPARED = 1 << 24
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl")
 # What tokenizers and processors consist of, in any of the forms that transformers reads; not
 # whatever lies in a folder, which may be an adapter's config or a record of its training.
@@ -74,6 +81,7 @@ class Stored(NamedTuple):
     """Where a tensor lies on disk and what its file's header says of it."""
 
     file: Path
+    name: str  # in the file
     shape: tuple[int, ...]
     dtype: str
 
@@ -130,13 +138,50 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def load_config(folder: str | os.PathLike) -> ModelConfig:
-    """The model's shape from a folder's config.json."""
+    """The model's shape from a folder's config.json, and from its weights if they are there.
+
+    Of these, what decides is whether a model whose config.json ties embedding and head has a head
+    of its own all the same: then the two are not tied, as in transformers 5.
+    """
     path = Path(folder) / "config.json"
     content = read_json(path)
     try:
-        return hf_config.read(content)
+        config = hf_config.read(content)
     except ValueError as error:
         raise FolderError(f"{path}: {error}") from error
+    if config.tie_word_embeddings and _has_own_head(Path(folder), config):
+        _LOG.warning(
+            "%s: config.json says tie_word_embeddings true, but the lm_head.weight that is stored "
+            "differs from the embedding: both are used, untied, and an export says so (as "
+            "transformers does; tie_word_embeddings false in config.json ends this warning)",
+            folder,
+        )
+        return dataclasses.replace(config, tie_word_embeddings=False)
+    return config
+
+
+def _has_own_head(folder: Path, config: ModelConfig) -> bool:
+    """Whether a folder holds both an embedding and a head, and they are not the same."""
+    try:
+        stored = stored_tensors(weight_files(folder)[0])
+    except FolderError:
+        return False  # no weights, or none that can be read: told of when they are wanted
+    stored = by_full_name(config, stored)
+    slots = table(config, text_prefix(stored))
+    both = [stored.get(slots[path].name) for path in ("embedding", "lm_head")]
+    if None in both:
+        return False
+    embedding, head = both
+    if embedding.shape != head.shape or len(head.shape) != 2:
+        return True
+    with open_file(embedding.file) as one, open_file(head.file) as other:
+        slices = one.get_slice(embedding.name), other.get_slice(head.name)
+        size, width = head.shape
+        rows = max(1, _COMPARED // width)
+        return not all(
+            np.array_equal(*(tensor[start : min(start + rows, size)] for tensor in slices))
+            for start in range(0, size, rows)
+        )
 
 
 def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
@@ -173,7 +218,7 @@ def stored_tensors(files: list[Path]) -> dict[str, Stored]:
         with open_file(file) as opened:
             for name in opened.keys():
                 slice_ = opened.get_slice(name)
-                stored[name] = Stored(file, tuple(slice_.get_shape()), slice_.get_dtype())
+                stored[name] = Stored(file, name, tuple(slice_.get_shape()), slice_.get_dtype())
     return stored
 
 
@@ -197,17 +242,16 @@ def _check_stored(
             file = weight_map.get(name, INDEX if weight_map else SINGLE)
             missing.append(f"{name} (not in {file})")
         elif found.shape != shape:
-            misshapen.append(f"{name} in {found.file.name}: found {found.shape}, expected {shape}")
+            where = f"{found.name} in {found.file.name}"
+            misshapen.append(f"{where}: found {found.shape}, expected {shape}")
         elif found.dtype not in FLOAT_TYPES:
-            not_float.append(f"{name} in {found.file.name}: {found.dtype}")
-    # A tied head and the rotary table are copies of what the model has or computes anyway.
+            not_float.append(f"{found.name} in {found.file.name}: {found.dtype}")
+    # A tied head is a copy of what the model has anyway: see `load_config`.
     known = {*shapes, slots["lm_head"].name}
     extra = [
-        f"{name} in {found.file.name}"
+        f"{found.name} in {found.file.name}"
         for name, found in stored.items()
-        if name not in known
-        and not name.endswith("rotary_emb.inv_freq")
-        and not is_carried(config, name)
+        if name not in known and not is_carried(config, name)
     ]
     problems = []
     for what, names in (
@@ -242,8 +286,9 @@ def _parameter_reader(
         stack = np.empty([stop - start for start, stop in bounds], leaf.dtype)
         for row, part in enumerate(layers[slice(*bounds[0])]):
             # Opened anew for every part: pages of a file that stays mapped count as our memory.
-            with open_file(stored[part.name].file) as opened:
-                tensor = opened.get_slice(part.name)
+            found = stored[part.name]
+            with open_file(found.file) as opened:
+                tensor = opened.get_slice(found.name)
                 stack[row] = read_part(tensor, shape[1:], layout, bounds[1:], part.start)
         stacks[bounds] = stack if stacked else stack[0]
         return stacks[bounds]
@@ -272,7 +317,7 @@ def load_params(
     files, weight_map = weight_files(folder)
     as_stored = dataclasses.replace(config, int8=False)
     shapes = flatten_dict(abstract_params(as_stored, param_dtype), sep="/")
-    stored = stored_tensors(files)
+    stored = by_full_name(config, stored_tensors(files))
     slots = table(config, text_prefix(stored))
     wanted = list(parts(slots, shapes))
     _check_stored(folder, config, slots, wanted, stored, weight_map)
@@ -302,8 +347,12 @@ def load_params(
 
 def stored_dtype(folder: str | os.PathLike) -> np.dtype:
     """The narrowest dtype, of at most 32 bits, that holds all of a folder's weights unchanged."""
-    stored = stored_tensors(weight_files(Path(folder))[0]).values()
-    found = {FLOAT_TYPES[tensor.dtype] for tensor in stored if tensor.dtype in FLOAT_TYPES}
+    stored = stored_tensors(weight_files(Path(folder))[0]).items()
+    found = {
+        FLOAT_TYPES[tensor.dtype]
+        for name, tensor in stored
+        if tensor.dtype in FLOAT_TYPES and not is_buffer(name)
+    }
     if not found:
         raise FolderError(f"{folder}: no weights of a floating dtype; accepted: a model's folder")
     widest = functools.reduce(jnp.promote_types, found)

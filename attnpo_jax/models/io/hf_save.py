@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict
 from safetensors import SafetensorError
 
 from attnpo_jax.models.decoder import ModelConfig, abstract_params
+from attnpo_jax.models.io import hf_config
 from attnpo_jax.models.io.hf_folder import (
     COMPANIONS,
     FLOAT_TYPES,
@@ -33,6 +34,7 @@ from attnpo_jax.models.io.hf_folder import (
 from attnpo_jax.models.io.tensors import (
     Part,
     Slot,
+    by_full_name,
     is_carried,
     parts,
     table,
@@ -58,11 +60,14 @@ class _Export(NamedTuple):
 
 
 def _source_tensors(folder: Path, config: ModelConfig) -> dict[str, Stored]:
-    """The tensors of the folder that a model came from; none for one that came from its config."""
+    """The tensors of the folder that a model came from; none for one that came from its config.
+
+    Under the names that they have in a model with its head, whatever the folder calls them.
+    """
     has_weights = (folder / SINGLE).is_file() or (folder / INDEX).is_file()
     if not has_weights and config.model_type != "gemma3":
         return {}
-    return stored_tensors(weight_files(folder)[0])
+    return by_full_name(config, stored_tensors(weight_files(folder)[0]))
 
 
 def _exports(
@@ -143,7 +148,7 @@ def _write_weights(
                 arrays[name] = _assembled(exports[name], slots, params)
             else:
                 with open_file(source[name].file) as opened:
-                    arrays[name] = opened.get_tensor(name)
+                    arrays[name] = opened.get_tensor(source[name].name)
             weight_map[name] = file
             total += arrays[name].nbytes
         # transformers refuses safetensors files that do not say which framework laid them out.
@@ -206,9 +211,9 @@ def save(
     """Exports parameters as an HF folder that transformers loads.
 
     Writes safetensors (shards of 5 GB with an index above that size), and from `source_folder`
-    config.json with its dtype brought up to date, tokenizer, chat template and generation config,
-    and the tensors of parts that are not trained here, such as a vision tower. A tensor has the
-    dtype that it has in `source_folder`, or the parameter's own if that is narrower. Everything
+    config.json brought up to date, tokenizer, chat template and generation config, and the tensors
+    of parts that are not trained here, such as a vision tower. A tensor has the dtype that it has
+    in `source_folder`, or the parameter's own if that is narrower. Everything
     goes to a folder beside the target first, so the target is whole or absent.
 
     Args:
@@ -229,10 +234,30 @@ def save(
     with replacing(folder, overwrite=overwrite, origin=origin) as temporary:
         copy_companions(source_folder, temporary, chat_template)
         dtype = _write_weights(temporary, config, flat, source)
-        # transformers 5 writes `dtype`, earlier versions know only `torch_dtype`.
-        for key in {"dtype", "torch_dtype"} & content.keys() or {"torch_dtype"}:
-            content[key] = dtype.name
-        write_json(temporary / "config.json", content)
+        write_json(temporary / "config.json", _config_of_export(content, config, dtype))
+
+
+def _config_of_export(
+    content: Mapping[str, Any], config: ModelConfig, dtype: np.dtype
+) -> dict[str, Any]:
+    """The source's config.json, with what an export has other than the source may have."""
+    content = dict(content)
+    # transformers 5 writes `dtype`, earlier versions know only `torch_dtype`.
+    for key in {"dtype", "torch_dtype"} & content.keys() or {"torch_dtype"}:
+        content[key] = dtype.name
+    if hf_config.read(content).tie_word_embeddings != config.tie_word_embeddings:
+        content["tie_word_embeddings"] = config.tie_word_embeddings
+    # The tensors have the names of a model with its head; a source without one says otherwise.
+    if isinstance(content.get("architectures"), list):
+        content["architectures"] = [_with_head(name) for name in content["architectures"]]
+    return content
+
+
+def _with_head(architecture: str) -> str:
+    """transformers' name for a model with its head, from its name for the same without."""
+    if architecture == "Gemma3Model":
+        return "Gemma3ForConditionalGeneration"
+    return re.sub("(Text)?Model$", "ForCausalLM", architecture)
 
 
 def copy_companions(source_folder: Path, folder: Path, chat_template: str | None) -> None:
@@ -244,6 +269,7 @@ def copy_companions(source_folder: Path, folder: Path, chat_template: str | None
         target = folder / companion.relative_to(source_folder)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(companion, target)
+    _name_for_transformers_4(folder / "tokenizer_config.json")
     if chat_template is None:
         return
     (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
@@ -253,6 +279,25 @@ def copy_companions(source_folder: Path, folder: Path, chat_template: str | None
             content = read_json(folder / name)
             if "chat_template" in content:
                 write_json(folder / name, content | {"chat_template": chat_template})
+
+
+def _name_for_transformers_4(file: Path) -> None:
+    """Replaces what transformers 5 writes to a tokenizer's config and 4 fails at.
+
+    By the names of version 4, which 5 takes too; a file without them stays as it is.
+    """
+    if not file.is_file():
+        return
+    content = old = read_json(file)
+    if old.get("tokenizer_class") == "TokenizersBackend":
+        content = content | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    # Special tokens without a role; version 4 takes this name for a table of roles.
+    if isinstance(old.get("extra_special_tokens"), list):
+        unnamed = old["extra_special_tokens"]
+        content = {k: v for k, v in content.items() if k != "extra_special_tokens"}
+        content = {"additional_special_tokens": unnamed} | content
+    if content is not old:
+        write_json(file, content)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,9 @@
 """How the decoder's parameters lie in an HF folder: names, layouts, fused tensors."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -21,6 +22,16 @@ _HEADS_VECTOR = ((0, 1),)  # (N, H) -> (N * H,)
 
 # A model's text part may lie below one of these; the first is the one for text-only models.
 TEXT_PREFIXES = ("model.", "language_model.model.", "model.language_model.")
+# Where it lies in folders of a model without its head (transformers' AutoModel), whose names lack
+# the leading "model.".
+_HEADLESS_PREFIXES = ("", "language_model.")
+
+# What some folders hold beside parameters, by the end of the name: tables that a model computes
+# anyway, and causal masks. None is the end of a parameter's name.
+_BUFFER = re.compile(
+    r"(^|\.)(\w*inv_freq|cos_cached|sin_cached|masked_bias|\w*attn\.bias|causal_mask|position_ids"
+    r"|embed_scale)$"
+)
 
 # Parts of models that also see images: neither read nor trained, but carried into an export.
 _CARRIED_PREFIXES = (
@@ -51,6 +62,9 @@ _FUSED = {
 }
 
 
+_T = TypeVar("_T")
+
+
 class Slot(NamedTuple):
     """Where a parameter lies: the tensor's name, with `{layer}` for stacked ones, and its layout.
 
@@ -72,11 +86,32 @@ class Part(NamedTuple):
 
 
 def text_prefix(names: Mapping[str, Any]) -> str:
-    """What the names of a model's text part begin with, told by where its embedding lies."""
+    """What the names of a model's text part begin with, told by where its last norm lies."""
     for prefix in TEXT_PREFIXES:
-        if f"{prefix}embed_tokens.weight" in names:
+        if f"{prefix}norm.weight" in names:
             return prefix
     return TEXT_PREFIXES[0]
+
+
+def by_full_name(config: ModelConfig, tensors: Mapping[str, _T]) -> dict[str, _T]:
+    """A folder's tensors, buffers left out, under the names that a model with a head has for them.
+
+    Those of a folder without head get the "model." in front that they lack. Where embedding and
+    head are one and only the head is stored, it stands for the embedding.
+    """
+    kept = {name: tensor for name, tensor in tensors.items() if not is_buffer(name)}
+    if any(f"{prefix}norm.weight" in kept for prefix in _HEADLESS_PREFIXES):
+        kept = {n if n == "lm_head.weight" else f"model.{n}": t for n, t in kept.items()}
+    slots = table(config, text_prefix(kept))
+    embedding, head = slots["embedding"].name, slots["lm_head"].name
+    if config.tie_word_embeddings and embedding not in kept and head in kept:
+        kept[embedding] = kept.pop(head)
+    return kept
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a tensor is none of a model's parameters, but a table that it computes anyway."""
+    return _BUFFER.search(name) is not None
 
 
 def is_carried(config: ModelConfig, name: str) -> bool:

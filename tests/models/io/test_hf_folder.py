@@ -209,9 +209,97 @@ def test_only_the_slices_that_are_needed_are_read(tmp_path, monkeypatch):
     assert [size for name, size in sizes if name == "lm_head.weight"] == [40 * 24]
 
 
-def test_a_stored_copy_of_a_tied_head_is_left_aside(tmp_path):
-    folder = write_folder(tmp_path / "m", hf_tensors(), tie_word_embeddings=True)
+@pytest.mark.parametrize("write", [write_folder, write_sharded])
+def test_a_stored_copy_of_a_tied_head_is_left_aside(tmp_path, write, monkeypatch, caplog):
+    monkeypatch.setattr(hf_folder, "_COMPARED", 3 * 24)  # three rows of the 40 at a time
+    tensors = hf_tensors(tied=True)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    folder = write(tmp_path / "m", tensors, tie_word_embeddings=True)
     assert "lm_head" not in load(folder)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("write", [write_folder, write_sharded])
+@pytest.mark.parametrize("row", [0, 39])
+def test_a_tied_head_that_is_stored_with_other_values_is_used(
+    tmp_path, write, row, monkeypatch, caplog
+):
+    monkeypatch.setattr(hf_folder, "_COMPARED", 3 * 24)
+    tensors = hf_tensors(tied=True)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    tensors["lm_head.weight"][row, 23] += 1
+    folder = write(tmp_path / "m", tensors, tie_word_embeddings=True)
+    assert not hf_folder.load_config(folder).tie_word_embeddings
+    (warning,) = caplog.records
+    assert str(folder) in warning.getMessage()
+    assert "lm_head.weight that is stored differs from the embedding" in warning.getMessage()
+    params = load(folder)
+    np.testing.assert_array_equal(params["lm_head"], tensors["lm_head.weight"])
+    np.testing.assert_array_equal(params["embedding"], tensors["model.embed_tokens.weight"])
+
+
+def test_a_stored_head_of_another_shape_than_the_embedding_is_named(tmp_path):
+    tensors = hf_tensors(tied=True) | {"lm_head.weight": np.zeros((44, 24), np.float32)}
+    folder = write_folder(tmp_path / "m", tensors, tie_word_embeddings=True)
+    found = r"lm_head.weight in model.safetensors: found \(44, 24\), expected \(40, 24\)"
+    with pytest.raises(FolderError, match=found):
+        load(folder)
+
+
+@pytest.mark.parametrize("write", [write_folder, write_sharded])
+def test_a_model_without_its_head_has_no_prefix_and_loads_where_the_head_is_tied(tmp_path, write):
+    tensors = hf_tensors(tied=True)
+    whole = load(write(tmp_path / "whole", tensors, tie_word_embeddings=True))
+    bare = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    base = load(write(tmp_path / "base", bare, tie_word_embeddings=True))
+    jax.tree.map(np.testing.assert_array_equal, base, whole)
+    with pytest.raises(FolderError, match="1 missing:\n    lm_head.weight"):
+        load(write(tmp_path / "untied", bare))
+    del bare["layers.1.mlp.up_proj.weight"]
+    bare["layers.1.mlp.bias_proj.weight"] = np.zeros(3, np.float32)
+    with pytest.raises(FolderError) as raised:
+        load(write(tmp_path / "wrong", bare, tie_word_embeddings=True))
+    assert "model.layers.1.mlp.up_proj.weight (not in" in str(raised.value)
+    assert "\n    layers.1.mlp.bias_proj.weight in" in str(raised.value)  # as the file calls it
+
+
+@pytest.mark.parametrize("write", [write_folder, write_sharded])
+def test_a_tied_model_that_stores_its_head_alone_has_it_for_embedding(tmp_path, write):
+    tensors = hf_tensors(tied=True)
+    expected = load(write(tmp_path / "whole", tensors, tie_word_embeddings=True))
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    folder = write(tmp_path / "m", tensors, tie_word_embeddings=True)
+    jax.tree.map(np.testing.assert_array_equal, load(folder), expected)
+    with pytest.raises(FolderError, match="missing:\n    model.embed_tokens.weight"):
+        load(write(tmp_path / "untied", tensors))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", np.float32),
+        ("model.rotary_emb.original_inv_freq", np.float32),
+        ("model.rotary_emb_local.inv_freq", np.float32),
+        ("model.layers.2.self_attn.rotary_emb.cos_cached", np.float32),
+        ("model.layers.1.self_attn.masked_bias", np.float32),
+        ("model.layers.1.self_attn.bias", np.bool_),
+        ("model.embed_tokens.embed_scale", np.float32),
+        ("model.position_ids", np.int64),
+    ],
+)
+def test_buffers_are_no_parameters_whatever_their_type(tmp_path, name, dtype):
+    tensors = hf_tensors(dtype=ml_dtypes.bfloat16)
+    plain = load(write_folder(tmp_path / "plain", tensors))
+    folder = write_folder(tmp_path / "m", tensors | {name: np.ones((1, 4), dtype)})
+    jax.tree.map(np.testing.assert_array_equal, load(folder), plain)
+    assert hf_folder.stored_dtype(folder) == ml_dtypes.bfloat16
+
+
+def test_a_folder_whose_weights_are_not_there_has_the_shape_that_its_config_says(tmp_path):
+    folder = write_sharded(tmp_path / "m", hf_tensors(), tie_word_embeddings=True)
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    assert hf_folder.load_config(folder).tie_word_embeddings
 
 
 # --- What is wrong with a folder -----------------------------------------------------------------

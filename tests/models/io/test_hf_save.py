@@ -11,11 +11,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from attnpo_jax.models import decoder
 from attnpo_jax.models.io import hf_folder, hf_save
 from attnpo_jax.models.io.hf_folder import FolderError
+from tests import tiny
 from tests.models.io.test_hf_folder import (
     COMPANIONS,
     OTHERS,
@@ -52,6 +53,41 @@ def test_files_of_every_tokenizer_that_decoders_have_go_into_an_export(tmp_path)
         (tmp_path / name).write_text("{}")
     hf_save.copy_companions(tmp_path, tmp_path / "out", None)
     assert {file.name for file in (tmp_path / "out").iterdir()} == names
+
+
+def test_an_exported_tokenizer_has_names_that_transformers_4_knows(tmp_path):
+    transformers = pytest.importorskip("transformers", minversion="5")
+    tokenizer = tiny.byte_tokenizer(
+        (*tiny.MARKS, "<|extra|>"), eos_token="<|im_end|>", extra_special_tokens=["<|extra|>"]
+    )
+    source, out = tmp_path / "source", tmp_path / "out"
+    tokenizer.save_pretrained(source)
+    of_source = json.loads((source / "tokenizer_config.json").read_text())
+    assert of_source["tokenizer_class"] == "TokenizersBackend"  # or there is nothing to test
+    assert of_source["extra_special_tokens"] == ["<|extra|>"]
+    out.mkdir()
+    hf_save.copy_companions(source, out, None)
+    # transformers 4.57 finds no class of the other name, and asks the list for its keys.
+    written = json.loads((out / "tokenizer_config.json").read_text())
+    changed = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "additional_special_tokens": ["<|extra|>"],
+    }
+    del of_source["extra_special_tokens"]
+    assert written == of_source | changed
+    again = transformers.AutoTokenizer.from_pretrained(out)
+    assert again.eos_token == "<|im_end|>"
+    assert again.all_special_tokens == ["<|im_end|>", "<|extra|>"]
+    assert again.chat_template == tokenizer.chat_template
+    assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+
+
+def test_a_tokenizer_config_that_version_4_reads_is_copied_as_it_is(tmp_path):
+    text = '{"tokenizer_class":"LlamaTokenizer", "extra_special_tokens": {"image_token": "<i>"}}'
+    (tmp_path / "tokenizer_config.json").write_text(text)
+    (tmp_path / "out").mkdir()
+    hf_save.copy_companions(tmp_path, tmp_path / "out", None)
+    assert (tmp_path / "out" / "tokenizer_config.json").read_text() == text
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 20_000])
@@ -126,6 +162,71 @@ def test_transformers_models_survive_the_round_trip(tmp_path, tied):
     hidden = decoder.forward(ours, params, tokens_BL, positions_BL, jnp.ones_like(tokens_BL))
     logits = hidden @ decoder.unembedding(params).T
     np.testing.assert_allclose(logits, expected.numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Gemma3Text", "Gemma3"])
+@pytest.mark.parametrize("stored", ["copy", "other head", "head alone", "without head"])
+def test_stored_heads_of_tied_models_count_as_in_transformers(tmp_path, kind, stored):
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    torch.manual_seed(0)
+    shape = {k: v for k, v in SHAPE.items() if k not in ("model_type", "rope_theta", "hidden_act")}
+    text = {**shape, "initializer_range": 0.3, "tie_word_embeddings": True}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+              "num_attention_heads": 2, "image_size": 28, "patch_size": 14}  # fmt: skip
+    config, head = {
+        "Llama": lambda: (transformers.LlamaConfig(**text), "lm_head.weight"),
+        "Gemma3Text": lambda: (transformers.Gemma3TextConfig(**text), "lm_head.weight"),
+        "Gemma3": lambda: (
+            transformers.Gemma3Config(text_config=text, vision_config=vision),
+            "language_model.lm_head.weight",
+        ),
+    }[kind]()
+    makers = transformers.AutoModelForImageTextToText, transformers.AutoModelForCausalLM
+    whole = makers[kind != "Gemma3"].from_config(config)
+    (whole.model if stored == "without head" else whole).save_pretrained(tmp_path / "hf")
+    if stored != "without head":
+        tensors = load_file(tmp_path / "hf" / "model.safetensors")
+        embedding = next(name for name in tensors if name.endswith("embed_tokens.weight"))
+        tensors[head] = tensors[embedding].copy()
+        if stored == "other head":
+            tensors[head] += np.random.default_rng(0).normal(size=(40, 24)).astype(np.float32)
+        if stored == "head alone":
+            del tensors[embedding]
+        save_file(tensors, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+
+    ours = hf_folder.load_config(tmp_path / "hf")
+    assert ours.tie_word_embeddings == (stored != "other head")
+    params = hf_folder.load_params(tmp_path / "hf", ours)
+    hf_save.save(tmp_path / "export", ours, params, source_folder=tmp_path / "hf")
+    written = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert written.get("tie_word_embeddings", True) == (stored != "other head")
+    last = "ForConditionalGeneration" if kind == "Gemma3" else "ForCausalLM"
+    assert written["architectures"] == [f"{kind.removesuffix('Text')}{last}"]
+    assert (head in load_file(tmp_path / "export" / "model.safetensors")) == (
+        stored == "other head"
+    )
+
+    ids = torch.arange(12)[None] * 3 % 39
+    tokens_BL, positions_BL = jnp.asarray(ids.numpy(), jnp.int32), jnp.arange(12)[None]
+    hidden = decoder.forward(ours, params, tokens_BL, positions_BL, jnp.ones_like(tokens_BL))
+    logits = hidden @ decoder.unembedding(params).T
+    for folder in ("hf", "export"):
+        model = makers[1].from_pretrained(tmp_path / folder, dtype=torch.float32).eval()
+        with torch.no_grad():
+            np.testing.assert_allclose(logits, model(ids).logits.numpy(), atol=1e-4)
+
+
+def test_a_head_that_stands_for_the_embedding_is_exported_as_one_in_its_dtype(tmp_path):
+    tensors = hf_tensors(tied=True, dtype=ml_dtypes.bfloat16)
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    source = write_folder(tmp_path / "m", tensors, tie_word_embeddings=True)
+    config = hf_folder.load_config(source)
+    hf_save.save(tmp_path / "out", config, hf_folder.load_params(source, config),
+                 source_folder=source)  # fmt: skip
+    tensors["model.embed_tokens.weight"] = tensors.pop("lm_head.weight")
+    assert_bit_equal(load_file(tmp_path / "out" / "model.safetensors"), tensors)
 
 
 def test_sharded_parameters_are_exported_whole(tmp_path):

@@ -236,6 +236,55 @@ REFUSED = {
         {"chosen": "The sky is blue.", "rejected": "The sky is green."},
         "no `prompt`",
     ),
+    "conversations that part early": (
+        {
+            "chosen": [*CHATS["chosen"], user("And a sea?"), assistant("The North Sea.")],
+            "rejected": [*TURNS, assistant("Elbe"), user("And a sea?"), assistant("A desert.")],
+        },
+        "the conversations in `chosen` and `rejected` differ before their last turn",
+    ),
+    "prompt is the last turn": (
+        {"prompt": "And a sea?"}
+        | {side: [*CHATS["chosen"], user("And a sea?"), assistant(side)] for side in CHATS},
+        "`prompt` is not the first user turn of the conversation in `chosen`",
+    ),
+    "system on one side": (
+        CHATS | {"prompt": "Name a river.", "chosen": [system("Be brief."), *CHATS["chosen"]]},
+        "the conversations in `chosen` and `rejected` differ before their last turn",
+    ),
+    "developer": (
+        PAIR | {"prompt": [{"role": "developer", "content": "Be brief."}, *TURNS]},
+        "message 1 of `prompt` has role 'developer' where 'user' is due",
+    ),
+    "begun answer": (
+        PAIR | {"prompt": [*TURNS, assistant("The river is")]},
+        "the last turn of `prompt` is assistant",
+    ),
+    "two users": (
+        PAIR | {"prompt": [*TURNS, user("In Germany.")]},
+        "message 2 of `prompt` has role 'user' where 'assistant' is due",
+    ),
+    "transcript quoted in an answer": (
+        {
+            "chosen": "\n\nHuman: Quote one.\n\nAssistant: So:\n\nHuman: hi\n\nAssistant: hello",
+            "rejected": "\n\nHuman: Quote one.\n\nAssistant: No.",
+        },
+        "the conversations in `chosen` and `rejected` differ before their last turn",
+    ),
+    "transcript without an answer": (
+        {
+            "chosen": "\n\nHuman: Name a river.\n\nAssistant: The Elbe.",
+            "rejected": "\n\nHuman: Name a river.\n\nAssistant:",
+        },
+        "`rejected` is empty or white space only",
+    ),
+    "transcripts that differ in their last line ends": (
+        {
+            "chosen": "\n\nHuman: Name a river.\n\nAssistant: The Elbe.\n\n",
+            "rejected": "\n\nHuman: Name a river.\n\nAssistant: The Elbe.",
+        },
+        "`chosen` equals `rejected`",
+    ),
     "unknown form": (
         {"prompt": "p", "completion_a": "a", "completion_b": "b"},
         "no `chosen`; fields found: prompt, completion_a, completion_b",

@@ -7,6 +7,7 @@ these inherit the variables that say where.
 import http.server
 import os
 import pathlib
+import signal
 import socket
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -26,6 +27,9 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 from attnpo_jax.models.io import embedded
+
+# A shell that puts tests into the background has them, and what they launch, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long an example takes says more about the machine than about the code.
 hypothesis.settings.register_profile("no_deadline", deadline=None)

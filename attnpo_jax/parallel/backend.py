@@ -21,6 +21,11 @@ from attnpo_jax.models.decoder import ModelConfig, Params, abstract_params
 from attnpo_jax.parallel import mesh as meshes
 from attnpo_jax.parallel import processes, sharding
 
+# Every program rounds to bfloat16 where the model does. XLA would leave that out within what it
+# fuses, which differs with the shape of rows: policy and reference would round differently, though
+# they are one model to begin with (see docs/performance.md). `jax.pmap` takes no such option.
+_COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
+
 # Of a device's memory, what parameters may take where each process prepares by itself.
 _FULL = 0.5
 
@@ -192,11 +197,13 @@ class Sharded:
     def train_step(self, step: Callable[[Any, Any], tuple[Any, Any]], state: Any) -> Callable:
         placed = jax.tree.map(lambda x: x.sharding, state)
         shardings = {"in_shardings": (placed, self._rows), "out_shardings": (placed, self._whole)}
-        return self._on_mesh(jax.jit(step, donate_argnums=0, **shardings))
+        options = {"donate_argnums": 0, "compiler_options": _COMPILER_OPTIONS}
+        return self._on_mesh(jax.jit(step, **shardings, **options))
 
     def eval_step(self, step: Callable[[Params, Any], Any]) -> Callable:
         placed = self.parameter_shardings(), self._rows
-        return self._on_mesh(jax.jit(step, in_shardings=placed, out_shardings=self._whole))
+        shardings = {"in_shardings": placed, "out_shardings": self._whole}
+        return self._on_mesh(jax.jit(step, **shardings, compiler_options=_COMPILER_OPTIONS))
 
     def put_batch(self, batch: Any) -> Any:
         return sharding.put(batch, self._rows)
@@ -224,7 +231,12 @@ class Sharded:
 
     def _compile(self, function: Callable, out: Any, static: Mapping[str, Any]) -> Callable:
         # By name, and not bound beforehand: so JAX knows the function again and compiles it once.
-        compiled = jax.jit(function, static_argnames=tuple(static), out_shardings=out)
+        compiled = jax.jit(
+            function,
+            static_argnames=tuple(static),
+            out_shardings=out,
+            compiler_options=_COMPILER_OPTIONS,
+        )
         bound = functools.partial(compiled, **static)
         bound.lower = functools.partial(compiled.lower, **static)
         return self._on_mesh(bound)

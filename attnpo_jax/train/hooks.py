@@ -5,6 +5,7 @@ is asked after every step; where it is due, all metrics up to that step are writ
 called with the loop. `begin(loop)` is called once, before the first step.
 """
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -20,6 +21,13 @@ from attnpo_jax.runtime.errors import Preempted, UserError
 from attnpo_jax.runtime.metrics import read as read_metrics
 from attnpo_jax.train import loop as loops
 from attnpo_jax.train.loop import TrainLoop
+
+_LOG = logging.getLogger(__name__)
+
+# Of log-ratios times beta, root mean square over the first step's responses: what rounding may set
+# policy and reference apart. Half of it is usual in bfloat16 at a beta of 0.1, see
+# docs/performance.md; at this much the losses of the first step are off log 2 by some 0.05.
+MOST_SPREAD = 0.1
 
 
 class Hook(Protocol):
@@ -62,10 +70,11 @@ class Report:
     Args:
       data: the prepared pairs, to name those whose loss is not finite.
       every: steps between two lines of metrics.
+      beta: scale of the rewards.
     """
 
-    def __init__(self, data: Prepared, *, every: int):
-        self._data, self._every = data, every
+    def __init__(self, data: Prepared, *, every: int, beta: float):
+        self._data, self._every, self._beta = data, every, beta
 
     def __call__(self, loop: TrainLoop, step: int, of_step: Mapping[str, jax.Array]) -> None:
         """Waits for a step; raises NonFiniteError."""
@@ -73,6 +82,8 @@ class Report:
         values = {k: v.item() for k, v in _fetch(of_step, counted).items()}
         finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
         loop.speed.add(values["pairs"], values["tokens"])
+        if step == 1 and finite and processes.is_first():
+            _tell_spread(of_step, self._beta)
         if step % self._every == 0 or step == loop.total_steps or not finite:
             scalars = [name for name, value in of_step.items() if value.ndim == 0]
             values = {k: v.item() for k, v in _fetch(of_step, scalars).items()}
@@ -227,6 +238,28 @@ def evaluate(
     totals = {name: math.fsum(float(s[name]) for s in on_host) for name in on_host[0]}
     pairs = totals.pop("pairs")
     return {f"eval_{name}": total / pairs for name, total in totals.items()}
+
+
+def _tell_spread(of_step: Mapping[str, jax.Array], beta: float) -> None:
+    """Says how far the first step's policy is from the reference, which is the same model."""
+    arrays = _fetch(of_step, ("pair", "log_ratio"))
+    log_ratios = arrays["log_ratio"][arrays["pair"] >= 0]
+    spread = math.sqrt(np.mean(np.square(log_ratios, dtype=np.float64)))
+    found = (
+        "at the first step, where policy and reference are one model, log-ratios of responses are "
+        f"{spread:.1e} (root mean square; largest {np.abs(log_ratios).max():.1e}), which times "
+        f"beta is {beta * spread:.1e}"
+    )
+    if beta * spread <= MOST_SPREAD:
+        _LOG.info("%s", found)
+    else:
+        _LOG.warning(
+            "%s, above %g, and stays in all losses: the reference was computed with other rounding "
+            "than the policy is; with model.dtype = 'float32' there is next to none, with "
+            "model.prepare_weights = 'int8' it is large",
+            found,
+            MOST_SPREAD,
+        )
 
 
 def _fetch(values: Mapping[str, jax.Array], names: Any) -> dict[str, np.ndarray]:

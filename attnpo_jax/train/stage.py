@@ -114,7 +114,7 @@ def train(run: "Run", *, console: Console | None = None) -> None:
                 compiled.run,
                 backend.put_batch,
                 notice.after_step,
-                hooks.Report(data["train"], every=config.train.log_every),
+                hooks.Report(data["train"], every=config.train.log_every, beta=settings.beta),
                 [evaluates, saves, hooks.Stop(checkpoints)],  # in this order
                 checkpoints,
             )

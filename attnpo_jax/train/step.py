@@ -123,8 +123,9 @@ def make_train_step(
 
     Returns:
       `step(state, batch) -> (state, metrics)`. Metrics are means over the pairs, `grad_norm`
-      (before clipping), `learning_rate`, the counts `pairs` and `tokens`, and two arrays over the
-      batch's slots: `pair` (row of the prepared dataset, -1 for empty) and `pair_loss`.
+      (before clipping), `learning_rate`, the counts `pairs` and `tokens`, and arrays over the
+      batch's slots: `pair` (row of the prepared dataset, -1 for empty), `pair_loss`, and
+      `log_ratio` (of policy to reference, unweighted: chosen, rejected).
     """
 
     def loss_sum(trained, base, microbatch):

@@ -6,6 +6,7 @@ import re
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -75,6 +76,29 @@ def test_loss_and_gradients_are_those_of_one_device(alone, name):
     expected = dict(zip(alone[1]["pair"], alone[1]["pair_loss"], strict=True))
     assert by_pair.keys() == expected.keys() == {*range(29), -1}
     assert all(abs(by_pair[pair] - expected[pair]) < 1e-5 for pair in range(29))
+
+
+def test_programs_round_to_bfloat16_where_the_model_does():
+    """1.0078125 squared is 1.01568603515625, of which bfloat16's 8 bits keep 1.015625."""
+
+    def square(x):
+        low = x.astype(jnp.bfloat16)
+        return (low * low).astype(jnp.float32)
+
+    backend = backends.one_device(tiny.MODEL)
+    x, whole = np.full((1, 1), 1.0078125, np.float32), backend.replicate(np.float32(0))
+    batch, params = backend.put_batch(x), jax.device_put(tiny.params())
+    state = backend.abstract_state(jax.eval_shape(lambda: {"seen": jnp.zeros(())}))
+    steps = backend.train_step(lambda state, batch: (state, square(batch)), state)
+    found = {
+        "whole_pass": backend.whole_pass(lambda _, x: square(x))(whole, x),
+        "row_pass": backend.row_pass(lambda _, rows: (square(rows),), (0,))(whole, x)[0],
+        "eval_step": backend.eval_step(lambda _, batch: square(batch))(params, batch),
+        "train_step": steps({"seen": whole}, batch)[1],
+    }
+    assert {name: float(value[0, 0]) for name, value in found.items()} == dict.fromkeys(
+        found, 1.015625
+    )
 
 
 def test_an_odd_vocabulary_gives_the_same():

@@ -162,6 +162,63 @@ def test_microbatches_that_leave_devices_without_a_pair_are_warned_of(tmp_path, 
     assert "groups of devices" not in caplog.text
 
 
+def test_the_first_step_tells_how_far_policy_is_from_reference(tmp_path, model, caplog):
+    caplog.set_level("INFO", hooks.__name__)
+    one_pair = {"data__shuffle": False, "train__batch_size": 1, "train__microbatch_size": 1}
+    config = tiny.training_config(model, **one_pair, train__steps=1)
+
+    def told():
+        found = [r for r in caplog.records if "at the first step" in r.getMessage()]
+        caplog.clear()
+        return [(record.levelname, record.getMessage()) for record in found]
+
+    # Where all references are 0, the log-ratios are the policy's log-probs.
+    write_prepared(tmp_path / "a", reference=lambda row, side, logps: 0 * logps)
+    line = next(line for line in run(tmp_path / "a", config) if "loss" in line)
+    chosen, rejected = (line[f"logps/{side}"] for side in SIDES)
+    spread = math.sqrt((chosen**2 + rejected**2) / 2)
+    ((level, text),) = told()
+    assert level == "WARNING" and f"log-ratios of responses are {spread:.1e} (root" in text
+    assert f"largest {max(-chosen, -rejected):.1e}), which times beta" in text
+    assert f"beta is {0.1 * spread:.1e}, above 0.1, and stays in all losses" in text
+
+    # References that the policy of the first pair is half a nat above, and half a nat below.
+    def near(row, side, logps):
+        total = {"chosen": chosen - 0.5, "rejected": rejected + 0.5}[side]
+        return np.full_like(logps, total / len(logps))
+
+    write_prepared(tmp_path / "b", reference=near)
+    run(tmp_path / "b", config)
+    assert told() == [
+        (
+            "INFO",
+            "at the first step, where policy and reference are one model, log-ratios of responses "
+            "are 5.0e-01 (root mean square; largest 5.0e-01), which times beta is 5.0e-02",
+        )
+    ]
+
+
+def test_a_resumed_run_takes_no_later_step_for_the_first(tmp_path, model, caplog, monkeypatch):
+    caplog.set_level("INFO", hooks.__name__)
+    config = tiny.training_config(model, train__save_every=2)
+
+    class Killed(Exception):
+        pass
+
+    def killed(self, loop):
+        raise Killed
+
+    monkeypatch.setattr(hooks.Stop, "is_due", lambda self, loop: loop.step == 3)
+    monkeypatch.setattr(hooks.Stop, "__call__", killed)
+    with pytest.raises(Killed):
+        run(tmp_path, config)
+    monkeypatch.undo()
+    monkeypatch.setattr(Run, "open_prepared", open_unchecked)
+    run(tmp_path, config)
+    assert steps_of(metrics.read(tmp_path), "train") == [1, 2, 3, 4, 5, 6]
+    assert sum("at the first step" in record.getMessage() for record in caplog.records) == 1
+
+
 def test_log_every_does_not_change_the_run(tmp_path, model):
     every = run(tmp_path / "a", tiny.training_config(model))
     some = run(tmp_path / "b", tiny.training_config(model, train__log_every=3))

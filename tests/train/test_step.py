@@ -169,6 +169,8 @@ def test_empty_slots_count_for_nothing(params, packed):
     slots = metrics.pop("pair")
     assert len(slots) > 3 and slots[slots >= 0].tolist() == [10, 11, 12]
     assert not np.any(metrics.pop("pair_loss")[slots < 0])
+    of_pairs = metrics.pop("log_ratio")[slots >= 0]
+    np.testing.assert_allclose(of_pairs, whole["log_ratio"], rtol=1e-5, atol=1e-4)
     for name, value in metrics.items():
         np.testing.assert_allclose(value, whole[name], rtol=1e-5, atol=1e-5, err_msg=name)
 
@@ -272,6 +274,7 @@ def test_metrics_by_hand(monkeypatch):
         "tokens": 12,
         "pair": [5, 6],
         "pair_loss": losses_by_hand,
+        "log_ratio": [[1, -1], [-4, 3]],
     }
     assert metrics.keys() == want.keys()
     for name, value in want.items():

@@ -142,38 +142,48 @@ def attention_rows(
     past: Past | None = None,
 ) -> jax.Array:
     """Attention probabilities (B, N, Q, P + L), float32, of the queries that stand at `read_BQ`."""
-    return _probabilities(q_BQNH, k_BLKH, read_BQ, layout, rule, past)
+    return jax.nn.softmax(_scores(q_BQNH, k_BLKH, read_BQ, layout, rule, past), axis=-1)
 
 
 def weighted_values(p_BNQL: jax.Array, v_BLKH: jax.Array, *, past: Past | None = None) -> jax.Array:
-    """Values summed with attention probabilities: (B, Q, N, H)."""
+    """Values summed with attention probabilities: (B, Q, N, H), in the values' dtype."""
+    return _sums_of_values(p_BNQL, v_BLKH, past).astype(v_BLKH.dtype)
+
+
+def _sums_of_values(p_BNQL, v_BLKH, past: Past | None) -> jax.Array:
+    """Values summed with what queries weigh them by: float32 (B, Q, N, H)."""
     B, N, Q, _ = p_BNQL.shape
     L, K, H = v_BLKH.shape[1:]
     p_BKGQL = p_BNQL.astype(v_BLKH.dtype).reshape(B, K, N // K, Q, -1)
-    out_BQKGH = jnp.einsum("bkgql,blkh->bqkgh", p_BKGQL[..., -L:], v_BLKH)
+    out_BQKGH = _product("bkgql,blkh->bqkgh", p_BKGQL[..., -L:], v_BLKH)
     if past is not None:
-        out_BQKGH += jnp.einsum("bkgqp,pkh->bqkgh", p_BKGQL[..., :-L], past.values)
+        out_BQKGH += _product("bkgqp,pkh->bqkgh", p_BKGQL[..., :-L], past.values)
     return out_BQKGH.reshape(B, Q, N, H)
 
 
 def _attend_block(q_BLNH, k_BLKH, v_BLKH, *, start: int, layout, rule, past: Past | None):
     B, L = q_BLNH.shape[:2]
     query_BL = jnp.broadcast_to(jnp.arange(start, start + L), (B, L))
-    p_BNLL = _probabilities(q_BLNH, k_BLKH, query_BL, layout, rule, past)
-    return weighted_values(p_BNLL, v_BLKH, past=past)
+    s_BNLL = _scores(q_BLNH, k_BLKH, query_BL, layout, rule, past)
+    # Divided by their sum afterwards: in what they are rounded to for the product, they then do not
+    # depend on the order in which a row's length has them summed.
+    highest = jax.lax.stop_gradient(jnp.max(s_BNLL, axis=-1, keepdims=True))
+    p_BNLL = jnp.exp(s_BNLL - highest)
+    sums_BLN1 = jnp.sum(p_BNLL, axis=-1).swapaxes(1, 2)[..., None]
+    return (_sums_of_values(p_BNLL, v_BLKH, past) / sums_BLN1).astype(v_BLKH.dtype)
 
 
-def _probabilities(
+def _scores(
     q_BQNH, k_BLKH, query_BQ, layout: RowLayout, rule: ScoreRule, past: Past | None
 ) -> jax.Array:
+    """Scores (B, N, Q, P + L), float32, those of what a query does not see far below all others."""
     B, Q, N, H = q_BQNH.shape
     K = k_BLKH.shape[2]
     scale = H**-0.5 if rule.scale is None else rule.scale
     q_BQKGH = (q_BQNH * scale).reshape(B, Q, K, N // K, H)
 
     def scores(spec, keys, mask_BQL):
-        s = jnp.einsum(spec, q_BQKGH, keys, preferred_element_type=jnp.float32)
-        s = soft_cap(s, rule.softcap)
+        s = soft_cap(_product(spec, q_BQKGH, keys), rule.softcap)
         return s if mask_BQL is None else jnp.where(mask_BQL[:, None, None], s, MASKED)
 
     mask_BQL = layout.visible(query_BQ, 0, k_BLKH.shape[1], rule.window)
@@ -182,4 +192,7 @@ def _probabilities(
         mask_BQP = layout.past_visible(query_BQ, past.keys.shape[0], rule.window)
         scores_past = scores("bqkgh,pkh->bkgqp", past.keys, mask_BQP)
         scores_BKGQL = jnp.concatenate([scores_past, scores_BKGQL], axis=-1)
-    return jax.nn.softmax(scores_BKGQL, axis=-1).reshape(B, N, Q, -1)
+    return scores_BKGQL.reshape(B, N, Q, -1)
+
+
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)

@@ -72,41 +72,20 @@ def _matrix_shapes(columns: datasets.Features) -> dict[str, tuple[int, ...]]:
 
 def to_table(rows: Sequence[Mapping[str, Any]], columns: datasets.Features) -> pa.Table:
     """Rows as a table with exactly `columns`; ValueError names the row and column that is wrong."""
-    if not rows:
-        return columns.arrow_schema.empty_table()
-    shapes = _matrix_shapes(columns)
+    schema, shapes = columns.arrow_schema, _matrix_shapes(columns)
     checked = [_checked_row(row, columns, shapes) for row in rows]
-
-    def gather(name: str) -> list[np.ndarray]:
-        return [row[name] for row in checked]
-
-    arrays: dict[str, pa.Array] = {"id": pa.array([row["id"] for row in checked], pa.string())}
-    for name in (*_INT_LISTS, *_FLOAT_LISTS):
-        parts = gather(name)
-        arrays[name] = _list_array([len(part) for part in parts], parts)
-    for name in _TEXT_LENGTHS:
-        arrays[name] = pa.array(np.array(gather(name), np.int32))
-    for name, shape in shapes.items():
-        parts = gather(name)
-        lengths = np.repeat([part.shape[-1] for part in parts], math.prod(shape))
-        array = _list_array(lengths, [part.reshape(-1) for part in parts])
-        for size in reversed(shape):
-            array = pa.FixedSizeListArray.from_arrays(array, size)
-        arrays[name] = array
-    if "judge_verdict" in columns:
-        verdicts = pa.array(np.concatenate(gather("judge_verdict")))
-        arrays["judge_verdict"] = pa.FixedSizeListArray.from_arrays(verdicts, 2)
-    schema = columns.arrow_schema
-    return pa.Table.from_arrays([arrays[name] for name in schema.names], schema=schema)
+    arrays = []
+    for field in schema:
+        values = [row[field.name] for row in checked]
+        if (size := sum(map(np.size, values))) > np.iinfo(np.int32).max:
+            raise UserError(f"{size} values in a column of one shard; lower rows_per_shard")
+        arrays.append(pa.array(map(_lists, values), field.type))
+    return pa.Table.from_arrays(arrays, schema=schema)
 
 
-def _list_array(lengths: Sequence[int] | np.ndarray, parts: Sequence[np.ndarray]) -> pa.Array:
-    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    if offsets[-1] > np.iinfo(np.int32).max:
-        raise UserError(f"{offsets[-1]} values in a column of one shard; lower rows_per_shard")
-    return pa.ListArray.from_arrays(
-        pa.array(offsets.astype(np.int32)), pa.array(np.concatenate(parts))
-    )
+def _lists(value: Any) -> Any:
+    """An array as lists of its last axis's arrays, which Arrow copies as they are."""
+    return [_lists(part) for part in value] if np.ndim(value) > 1 else value
 
 
 def _checked_row(

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 
 from attnpo_jax.models import placement
 from attnpo_jax.models.attention.core import Past, RowLayout, attention_rows, weighted_values
@@ -77,116 +78,7 @@ class Decoder(nnx.Module):
         if not config.tie_word_embeddings:
             self.lm_head = param((V, D), ("vocab", "embed"), rngs, dtype)
 
-    def __call__(
-        self, tokens_BL, positions_BL, layout: RowLayout, *, dtype, remat: str, attention: str
-    ):
-        """Final hidden states (B, L, D)."""
-        x_BLD, _ = self._run(tokens_BL, positions_BL, layout, dtype, remat, attention)
-        return self._final(x_BLD)
-
-    def make_past(self, tokens_P, *, dtype, attention: str) -> Past:
-        """Keys and values of every layer for tokens that all rows of later passes begin with."""
-        tokens_BL, positions_BL = tokens_P[None], jnp.arange(tokens_P.shape[0])[None]
-        layout = row_layout(self.config, jnp.ones_like(tokens_BL), positions_BL)
-        _, past = self._run(tokens_BL, positions_BL, layout, dtype, "none", attention, keep=True)
-        return past
-
-    def _run(
-        self, tokens_BL, positions_BL, layout, dtype, remat: str, attention: str, keep: bool = False
-    ):
-        """All layers' output (B, L, D) and, where asked to `keep` them, the first row's `Past`."""
-        ropes = rope_tables(self.config, positions_BL)
-        graphdef, stacked = nnx.split(self.layers)
-        run_attention = self._attention(attention, layout)
-
-        def body(x_BLD, slice_and_kind):
-            slice_, kind = slice_and_kind
-            layer, rope = nnx.merge(graphdef, slice_), kind.rope_of(ropes)
-            normed = layer.normed_for_attention(x_BLD)
-            q_BLNH, k_BLKH = layer.queries(normed, rope), layer.keys(normed, rope)
-            v_BLKH = layer.values(normed)
-            attended = run_attention(kind, q_BLNH, k_BLKH, v_BLKH)
-            kept = Past(k_BLKH[0], v_BLKH[0]) if keep else None
-            return layer.after_attention(x_BLD, attended), kept
-
-        policy = placement.checkpoint_policy(REMAT_POLICIES[remat])
-        if policy is not None:
-            body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-        layers = stacked, layer_kinds(self.config)
-        return jax.lax.scan(body, self._embed(tokens_BL, dtype), layers)
-
-    def read(
-        self,
-        tokens_BL,
-        positions_BL,
-        layout: RowLayout,
-        read_BQ,
-        *,
-        layers: tuple[int, ...],
-        past: Past | None,
-        with_hidden: bool,
-        dtype,
-        attention: str,
-    ) -> ReadOutput:
-        """Attention rows of some layers at the read positions; nothing else is kept.
-
-        Layers above the last one needed do not run, and in that one only the read positions go
-        past the attention row. Not meant to be differentiated.
-        """
-        last = self.config.num_layers - 1 if with_hidden else max(layers)
-        positions_BQ = jnp.take_along_axis(positions_BL, read_BQ, axis=1)
-        ropes = rope_tables(self.config, positions_BL)
-        ropes_read = rope_tables(self.config, positions_BQ)
-        graphdef, stacked = nnx.split(self.layers)
-        kinds = layer_kinds(self.config)
-        run_attention = self._attention(attention, layout, past)
-        wanted = jnp.asarray([i in layers for i in range(self.config.num_layers)])
-
-        def layer_at(i):
-            # Indexing (rather than scanning over the stack itself) leaves the stack whole in place
-            # when only its first layers run.
-            slice_, kind = jax.tree.map(lambda p: p[i], (stacked, kinds))
-            layer_past = None if past is None else jax.tree.map(lambda p: p[i].astype(dtype), past)
-            return nnx.merge(graphdef, slice_), kind, layer_past
-
-        def row_of(layer, kind, normed, k_BLKH, layer_past):
-            """Attention probabilities (B, N, Q, P + L) of the read positions."""
-            at_read = jnp.take_along_axis(normed, read_BQ[:, :, None], axis=1)
-            q_BQNH = layer.queries(at_read, kind.rope_of(ropes_read))
-            rule = kind.score_rule(self.config)
-            return attention_rows(q_BQNH, k_BLKH, layout, read_BQ, rule=rule, past=layer_past)
-
-        def mean_over_heads(p_BNQL):
-            return jnp.mean(p_BNQL, axis=1)[..., -tokens_BL.shape[1] :]
-
-        def body(x_BLD, i):
-            layer, kind, layer_past = layer_at(i)
-            rope = kind.rope_of(ropes)
-            normed = layer.normed_for_attention(x_BLD)
-            k_BLKH, v_BLKH = layer.keys(normed, rope), layer.values(normed)
-            row = jax.lax.cond(
-                wanted[i],
-                lambda: mean_over_heads(row_of(layer, kind, normed, k_BLKH, layer_past)),
-                lambda: jnp.zeros((*read_BQ.shape, tokens_BL.shape[1])),
-            )
-            q_BLNH = layer.queries(normed, rope)
-            attended = run_attention(kind, q_BLNH, k_BLKH, v_BLKH, layer_past)
-            return layer.after_attention(x_BLD, attended), row
-
-        x_BLD, rows = jax.lax.scan(body, self._embed(tokens_BL, dtype), jnp.arange(last))
-        layer, kind, layer_past = layer_at(last)
-        normed = layer.normed_for_attention(x_BLD)
-        k_BLKH = layer.keys(normed, kind.rope_of(ropes))
-        p_BNQL = row_of(layer, kind, normed, k_BLKH, layer_past)
-        rows = jnp.concatenate([rows, mean_over_heads(p_BNQL)[None]])
-        hidden_BQD = None
-        if with_hidden:
-            attended = weighted_values(p_BNQL, layer.values(normed), past=layer_past)
-            residual = jnp.take_along_axis(x_BLD, read_BQ[:, :, None], axis=1)
-            hidden_BQD = self._final(layer.after_attention(residual, attended))
-        return ReadOutput(rows_SBQL=rows[jnp.asarray(layers)], hidden_BQD=hidden_BQD)
-
-    def _attention(self, implementation: str, layout: RowLayout, past: Past | None = None):
+    def attention(self, implementation: str, layout: RowLayout, past: Past | None = None):
         """`(kind, q, k, v, past of the layer) -> attended` on rows of one layout."""
         rule = layer_kinds(self.config).score_rule(self.config)
         past_length = 0 if past is None else past.keys.shape[1]
@@ -206,13 +98,13 @@ class Decoder(nnx.Module):
 
         return run
 
-    def _embed(self, tokens_BL, dtype):
+    def embed(self, tokens_BL, dtype):
         x_BLD = placement.lookup(self.embedding[...], tokens_BL, dtype)
         scale = self.config.embedding_scale
         # Rounded to the activations' dtype first, as the models were trained.
         return x_BLD if scale is None else x_BLD * jnp.asarray(scale, dtype)
 
-    def _final(self, x_BLD):
+    def final(self, x_BLD):
         c = self.config
         return rms_norm(x_BLD, self.final_norm[...], c.rms_norm_eps, c.norm_style)
 
@@ -221,9 +113,6 @@ def row_layout(config: ModelConfig, branch_BL, positions_BL, segment_BL=None) ->
     """The rows' layout, with positions where the model has windows to count in them."""
     positions = None if config.layer_windows is None else positions_BL
     return RowLayout(branch_BL, segment_BL, positions)
-
-
-# --- Pure functions of (config, params) --------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=32)
@@ -244,13 +133,7 @@ def abstract_params(config: ModelConfig, param_dtype=jnp.float32) -> Params:
 def logical_axes(config: ModelConfig) -> Params:
     """The same tree with, for each parameter, the names of its axes."""
     flat = nnx.to_flat_state(_abstract(config, jnp.dtype(jnp.float32))[1])
-    tree: Params = {}
-    for path, variable in flat:
-        node = tree
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = variable.get_metadata()["axes"]
-    return tree
+    return unflatten_dict({path: variable.get_metadata()["axes"] for path, variable in flat})
 
 
 def init_params(config: ModelConfig, key: jax.Array, param_dtype=jnp.float32) -> Params:
@@ -286,10 +169,50 @@ def forward(
       dtype: what activations are computed in; norms and softmax stay in float32.
       remat: what the backward pass recomputes, a key of `REMAT_POLICIES`.
     """
+    model = _decoder(config, params)
     layout = row_layout(config, branch_BL, positions_BL, segment_BL)
-    return _decoder(config, params)(
-        tokens_BL, positions_BL, layout, dtype=dtype, remat=remat, attention=attention
-    )
+    x_BLD, _ = _run(model, tokens_BL, positions_BL, layout, dtype, remat, attention)
+    return model.final(x_BLD)
+
+
+def make_past(
+    config: ModelConfig,
+    params: Params,
+    tokens_P: jax.Array,
+    *,
+    dtype=jnp.float32,
+    attention: str = "xla",
+) -> Past:
+    """Runs tokens that many rows begin with once: their keys and values in every layer."""
+    tokens_BL, positions_BL = tokens_P[None], jnp.arange(tokens_P.shape[0])[None]
+    layout = row_layout(config, jnp.ones_like(tokens_BL), positions_BL)
+    model = _decoder(config, params)
+    _, past = _run(model, tokens_BL, positions_BL, layout, dtype, "none", attention, keep=True)
+    return past
+
+
+def _run(
+    model: Decoder, tokens_BL, positions_BL, layout, dtype, remat: str, attention: str, keep=False
+):
+    """All layers' output (B, L, D) and, where asked to `keep` them, the first row's `Past`."""
+    ropes = rope_tables(model.config, positions_BL)
+    graphdef, stacked = nnx.split(model.layers)
+    run_attention = model.attention(attention, layout)
+
+    def body(x_BLD, slice_and_kind):
+        slice_, kind = slice_and_kind
+        layer, rope = nnx.merge(graphdef, slice_), kind.rope_of(ropes)
+        normed = layer.normed_for_attention(x_BLD)
+        q_BLNH, k_BLKH = layer.queries(normed, rope), layer.keys(normed, rope)
+        v_BLKH = layer.values(normed)
+        attended = run_attention(kind, q_BLNH, k_BLKH, v_BLKH)
+        kept = Past(k_BLKH[0], v_BLKH[0]) if keep else None
+        return layer.after_attention(x_BLD, attended), kept
+
+    policy = placement.checkpoint_policy(REMAT_POLICIES[remat])
+    if policy is not None:
+        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+    return jax.lax.scan(body, model.embed(tokens_BL, dtype), (stacked, layer_kinds(model.config)))
 
 
 def read(
@@ -308,34 +231,64 @@ def read(
 ) -> ReadOutput:
     """Where the tokens at `read_BQ` look, in each of some layers: the judge's pass.
 
+    Layers above the last one needed do not run, and in that one only the read positions go past
+    the attention row. Not meant to be differentiated.
+
     Args:
-      tokens_BL: int32 token ids (B, L), without those of `past`.
-      positions_BL: int32 positions (B, L), counted from the start of `past`.
-      branch_BL: int32 (B, L); 0 padding, 1 prefix, 2 and 3 the branches.
+      tokens_BL, positions_BL, branch_BL: as for `forward`, without the tokens of `past`; positions
+        are counted from its start.
       read_BQ: int32 places in the row (B, Q) whose attention rows are wanted.
       past: keys and values of tokens that every row begins with (see `make_past`), or None.
       with_hidden: whether the final hidden states at the read positions are wanted too.
     """
-    return _decoder(config, params).read(
-        tokens_BL,
-        positions_BL,
-        row_layout(config, branch_BL, positions_BL),
-        read_BQ,
-        layers=layers,
-        past=past,
-        with_hidden=with_hidden,
-        dtype=dtype,
-        attention=attention,
-    )
+    model, layout = _decoder(config, params), row_layout(config, branch_BL, positions_BL)
+    last = config.num_layers - 1 if with_hidden else max(layers)
+    ropes = rope_tables(config, positions_BL)
+    ropes_read = rope_tables(config, jnp.take_along_axis(positions_BL, read_BQ, axis=1))
+    graphdef, stacked = nnx.split(model.layers)
+    kinds = layer_kinds(config)
+    run_attention = model.attention(attention, layout, past)
+    wanted = jnp.asarray([i in layers for i in range(config.num_layers)])
 
+    def enter(x_BLD, i):
+        """A layer, its kind and past, and what it first makes of its input: norm and keys."""
+        # Indexing (rather than scanning over the stack itself) leaves the stack whole in place
+        # when only its first layers run.
+        slice_, kind = jax.tree.map(lambda p: p[i], (stacked, kinds))
+        layer = nnx.merge(graphdef, slice_)
+        layer_past = None if past is None else jax.tree.map(lambda p: p[i].astype(dtype), past)
+        normed = layer.normed_for_attention(x_BLD)
+        return layer, kind, layer_past, normed, layer.keys(normed, kind.rope_of(ropes))
 
-def make_past(
-    config: ModelConfig,
-    params: Params,
-    tokens_P: jax.Array,
-    *,
-    dtype=jnp.float32,
-    attention: str = "xla",
-) -> Past:
-    """Runs tokens that many rows begin with once: their keys and values in every layer."""
-    return _decoder(config, params).make_past(tokens_P, dtype=dtype, attention=attention)
+    def row_of(layer, kind, layer_past, normed, k_BLKH):
+        """Attention probabilities (B, N, Q, P + L) of the read positions."""
+        at_read = jnp.take_along_axis(normed, read_BQ[:, :, None], axis=1)
+        q_BQNH = layer.queries(at_read, kind.rope_of(ropes_read))
+        rule = kind.score_rule(config)
+        return attention_rows(q_BQNH, k_BLKH, layout, read_BQ, rule=rule, past=layer_past)
+
+    def mean_over_heads(p_BNQL):
+        return jnp.mean(p_BNQL, axis=1)[..., -tokens_BL.shape[1] :]
+
+    def body(x_BLD, i):
+        layer, kind, layer_past, normed, k_BLKH = entered = enter(x_BLD, i)
+        v_BLKH = layer.values(normed)
+        row = jax.lax.cond(
+            wanted[i],
+            lambda: mean_over_heads(row_of(*entered)),
+            lambda: jnp.zeros((*read_BQ.shape, tokens_BL.shape[1])),
+        )
+        q_BLNH = layer.queries(normed, kind.rope_of(ropes))
+        attended = run_attention(kind, q_BLNH, k_BLKH, v_BLKH, layer_past)
+        return layer.after_attention(x_BLD, attended), row
+
+    x_BLD, rows = jax.lax.scan(body, model.embed(tokens_BL, dtype), jnp.arange(last))
+    layer, _, layer_past, normed, _ = entered = enter(x_BLD, last)
+    p_BNQL = row_of(*entered)
+    rows = jnp.concatenate([rows, mean_over_heads(p_BNQL)[None]])
+    hidden_BQD = None
+    if with_hidden:
+        attended = weighted_values(p_BNQL, layer.values(normed), past=layer_past)
+        residual = jnp.take_along_axis(x_BLD, read_BQ[:, :, None], axis=1)
+        hidden_BQD = model.final(layer.after_attention(residual, attended))
+    return ReadOutput(rows_SBQL=rows[jnp.asarray(layers)], hidden_BQD=hidden_BQD)

@@ -39,7 +39,7 @@ from attnpo_jax.parallel.checkpoint_damage import (
     set_aside,
 )
 from attnpo_jax.parallel.state import TrainState
-from attnpo_jax.runtime import disk
+from attnpo_jax.runtime import disk, nested
 
 _ITEMS = ("params", "optimizer", "metadata")
 
@@ -152,37 +152,23 @@ class Checkpoints:
 
         abstract = _without_base(abstract)
 
-        def load(manager: ocp.CheckpointManager, step: int) -> tuple[TrainState, Any]:
-            metadata = _read_metadata(manager, step)
-            differences = differing(metadata["identity"], self._identity)
-            differences |= differing(metadata["tree"], _describe(abstract))
-            if differences:
-                raise CheckpointMismatch(self.folder / str(step), differences)
-            items = manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardRestore(_placed(abstract.params)),
-                    optimizer=ocp.args.StandardRestore(_placed(_optimizer_item(abstract))),
-                ),
-            )
-            state = dataclasses.replace(abstract, params=items["params"], **items["optimizer"])
-            return state, metadata["sums"]
+        def load(step: int) -> tuple[dict[str, Any], Any]:
+            optimizer = _optimizer_item(abstract)
+            return _load(reader, self.folder, step, abstract.params, optimizer, self._identity)
 
         # Every process reads its part alone: one that fails leaves no other in a barrier of Orbax.
         with _reader(self.folder) as reader:
-            found = newest_whole(
-                self.folder, self.steps(), lambda step: load(reader, step), _verify, outcomes_of_all
-            )
+            found = newest_whole(self.folder, self.steps(), load, _verify, outcomes_of_all)
         if found is None:
             return None
-        restored, damaged = found
+        _, items, damaged = found
         if damaged:
             if jax.process_index() == 0:
                 for step in damaged:
                     set_aside(self.folder / str(step))
             multihost_utils.sync_global_devices("damaged checkpoints set aside")
             self._manager.reload()
-        return restored
+        return dataclasses.replace(abstract, **items)
 
 
 def _absolute(folder: str | os.PathLike) -> epath.Path:
@@ -251,21 +237,9 @@ def restore_params(
     """
     folder = _absolute(folder)
     with _reader(folder) as manager:
-        taken: list[int] = []
 
-        def load(step: int) -> tuple[Any, Any]:
-            metadata = _read_metadata(manager, step)
-            wanted = _describe({"params": abstract_params})
-            saved = {
-                path: kind for path, kind in metadata["tree"].items() if path.startswith("params")
-            }
-            asked = identity or {}
-            differences = differing(_like(metadata["identity"], asked), asked)
-            if differences := differences | differing(saved, wanted):
-                raise CheckpointMismatch(folder / str(step), differences)
-            args = ocp.args.Composite(params=ocp.args.StandardRestore(_placed(abstract_params)))
-            taken[:] = [step]
-            return {"params": manager.restore(step, args=args)["params"]}, metadata["sums"]
+        def load(step: int) -> tuple[dict[str, Any], Any]:
+            return _load(manager, folder, step, abstract_params, None, identity or {})
 
         together = any(
             x.sharding is not None and not x.sharding.is_fully_addressable
@@ -275,7 +249,39 @@ def restore_params(
         found = newest_whole(folder, sorted(manager.all_steps()), load, _verify, outcomes)
     if found is None:
         raise FileNotFoundError(f"{folder} holds no checkpoint: train first")
-    return found[0]["params"], taken[0]
+    step, items, _ = found
+    return items["params"], step
+
+
+def _load(
+    manager: ocp.CheckpointManager,
+    folder: epath.Path,
+    step: int,
+    params: Any,
+    optimizer: dict[str, Any] | None,
+    identity: Mapping[str, Any],
+) -> tuple[dict[str, Any], Mapping[str, int]]:
+    """Arrays like the abstract ones, and the checksums of all that the checkpoint has.
+
+    Where no optimizer is asked for, neither are the other arrays of a run, nor what else its
+    identity has.
+    """
+    metadata = _read_metadata(manager, step)
+    tree, absent = metadata["tree"], "nothing"
+    if optimizer is None:
+        tree = {path: kind for path, kind in tree.items() if path.startswith("params")}
+    found = nested.differences(metadata["identity"], identity, absent)
+    if optimizer is None:
+        found = {name: pair for name, pair in found.items() if pair[1] != absent}
+    items = {"params": params, **(optimizer or {})}
+    found |= nested.differences(tree, _describe(items), absent)
+    if found:
+        raise CheckpointMismatch(folder / str(step), found)
+    args = {"params": ocp.args.StandardRestore(_placed(params))}
+    if optimizer is not None:
+        args["optimizer"] = ocp.args.StandardRestore(_placed(optimizer))
+    restored = manager.restore(step, args=ocp.args.Composite(**args))
+    return {"params": restored["params"], **(restored.get("optimizer") or {})}, metadata["sums"]
 
 
 @contextlib.contextmanager
@@ -290,30 +296,6 @@ def _reader(folder: str | os.PathLike) -> Iterator[ocp.CheckpointManager]:
         yield manager
     finally:
         manager.close()
-
-
-def differing(saved: Any, wanted: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
-    """Leaves of two nested JSON objects that differ, by dotted name: (saved, wanted)."""
-    if isinstance(saved, Mapping) and isinstance(wanted, Mapping):
-        found: dict[str, tuple[Any, Any]] = {}
-        for key in [*saved, *(key for key in wanted if key not in saved)]:
-            inner = f"{name}.{key}" if name else key
-            found |= differing(saved.get(key, "nothing"), wanted.get(key, "nothing"), inner)
-        return found
-    # JSON has no tuples.
-    same = _as_lists(saved) == _as_lists(wanted)
-    return {} if same else {name: (saved, wanted)}
-
-
-def _like(saved: Any, wanted: Any) -> Any:
-    """Of a nested JSON object, what another one has too."""
-    if not isinstance(saved, Mapping) or not isinstance(wanted, Mapping):
-        return saved
-    return {key: _like(saved[key], value) for key, value in wanted.items() if key in saved}
-
-
-def _as_lists(value: Any) -> Any:
-    return [_as_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _open(folder: epath.Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:

@@ -58,8 +58,8 @@ def newest_whole(
     load: Callable[[int], tuple[Any, Any]],
     verify: Callable[[Any, Any], None],
     outcomes: Callable[[int], list[int]],
-) -> tuple[Any, list[int]] | None:
-    """The newest step's arrays that can be read and are whole, and the newer steps that are not.
+) -> tuple[int, Any, list[int]] | None:
+    """The newest step that can be read and is whole, its arrays, and the newer steps that are not.
 
     Args:
       steps: in order; the same on all processes that read together.
@@ -77,7 +77,7 @@ def newest_whole(
             _, error = _attempt(lambda loaded=loaded: verify(*loaded))
             error = _agree(folder / str(step), error, outcomes)
         if error is None:
-            return loaded[0], list(damaged)
+            return step, loaded[0], list(damaged)
         # The next one may need the room: nothing may hold on to these arrays, as tracebacks do.
         loaded = None
         _forget_frames(error)

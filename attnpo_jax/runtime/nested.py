@@ -41,7 +41,7 @@ def differences(
 ) -> dict[str, tuple[Any, Any]]:
     """What differs, by dotted name: (value in `old`, value in `new`).
 
-    A mapping that only one side has is one difference.
+    A mapping that only one side has is one difference; a list is no other than the same tuple.
 
     Args:
       old, new: mappings, nested or flat.
@@ -56,6 +56,6 @@ def differences(
         a, b = old.get(name, absent), new.get(name, absent)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             found |= differences(a, b, absent, f"{prefix}{name}.")
-        elif a != b or (name in old) != (name in new):
+        elif as_tuples(a) != as_tuples(b) or (name in old) != (name in new):
             found[f"{prefix}{name}"] = (a, b)
     return found

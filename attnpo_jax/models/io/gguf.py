@@ -6,7 +6,6 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,29 +13,15 @@ from pathlib import Path
 import gguf
 import numpy as np
 import safetensors.numpy
+from flax.traverse_util import flatten_dict
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from attnpo_jax.models.decoder import abstract_params
+from attnpo_jax.models.io import hf_config
+from attnpo_jax.models.io.tensors import parts, table
 from attnpo_jax.runtime.errors import UserError
 
 _REQUIRED = object()
-
-# GGUF tensor names -> Hugging Face names; the block number goes between prefix and suffix.
-_TOP_LEVEL = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_IN_BLOCK = {
-    "attn_norm.weight": "input_layernorm.weight",
-    "attn_q.weight": "self_attn.q_proj.weight",
-    "attn_k.weight": "self_attn.k_proj.weight",
-    "attn_v.weight": "self_attn.v_proj.weight",
-    "attn_output.weight": "self_attn.o_proj.weight",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
-    "ffn_gate.weight": "mlp.gate_proj.weight",
-    "ffn_up.weight": "mlp.up_proj.weight",
-    "ffn_down.weight": "mlp.down_proj.weight",
-}
 
 
 def _pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
@@ -178,23 +163,22 @@ def build_tokenizer(metadata: _Metadata) -> tuple[Tokenizer, dict]:
     return tokenizer, config
 
 
-def _hf_name(name: str) -> str | None:
-    if name in _TOP_LEVEL:
-        return _TOP_LEVEL[name]
-    match = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
-    if match and match[2] in _IN_BLOCK:
-        return f"model.layers.{match[1]}.{_IN_BLOCK[match[2]]}"
-    return None
+def _hf_names(config: Mapping[str, object]) -> dict[str, str]:
+    """GGUF's names of a model's tensors -> Hugging Face's."""
+    model = hf_config.read(config)
+    of_gguf = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.num_layers)
+    shapes = flatten_dict(abstract_params(model), sep="/")
+    names = [part.name for part in parts(table(model), shapes)]
+    return {of_gguf.get_name(name, try_suffixes=(".weight",)): name for name in names}
 
 
 def read_tensors(
     path: Path, reader: gguf.GGUFReader, config: Mapping[str, object]
 ) -> dict[str, np.ndarray]:
     """Every tensor of the file under its Hugging Face name, float32, in Hugging Face row order."""
-    tensors = {}
-    unknown = []
+    tensors, unknown, names = {}, [], _hf_names(config)
     for tensor in reader.tensors:
-        name = _hf_name(tensor.name)
+        name = names.get(tensor.name)
         if name is None:
             unknown.append(tensor.name)
             continue

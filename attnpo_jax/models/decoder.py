@@ -34,8 +34,10 @@ __all__ = [
     "Params",
     "ReadOutput",
     "abstract_params",
+    "as_module",
     "forward",
     "init_params",
+    "keys_and_values",
     "logical_axes",
     "make_past",
     "read",
@@ -121,7 +123,8 @@ def _abstract(config: ModelConfig, dtype) -> tuple[nnx.GraphDef, nnx.State]:
     return nnx.split(model)
 
 
-def _decoder(config: ModelConfig, params: Params) -> Decoder:
+def as_module(config: ModelConfig, params: Params) -> Decoder:
+    """The parameters as a module, to be used while a function is traced."""
     return nnx.merge(_abstract(config, jnp.dtype(jnp.float32))[0], nnx.State(params))
 
 
@@ -169,7 +172,7 @@ def forward(
       dtype: what activations are computed in; norms and softmax stay in float32.
       remat: what the backward pass recomputes, a key of `REMAT_POLICIES`.
     """
-    model = _decoder(config, params)
+    model = as_module(config, params)
     layout = row_layout(config, branch_BL, positions_BL, segment_BL)
     x_BLD, _ = _run(model, tokens_BL, positions_BL, layout, dtype, remat, attention)
     return model.final(x_BLD)
@@ -186,33 +189,67 @@ def make_past(
     """Runs tokens that many rows begin with once: their keys and values in every layer."""
     tokens_BL, positions_BL = tokens_P[None], jnp.arange(tokens_P.shape[0])[None]
     layout = row_layout(config, jnp.ones_like(tokens_BL), positions_BL)
-    model = _decoder(config, params)
-    _, past = _run(model, tokens_BL, positions_BL, layout, dtype, "none", attention, keep=True)
-    return past
+    model = as_module(config, params)
+    _, kept = _run(model, tokens_BL, positions_BL, layout, dtype, "none", attention, keep=True)
+    return jax.tree.map(lambda x: x[:, 0], kept)
+
+
+def keys_and_values(
+    config: ModelConfig,
+    params: Params,
+    tokens_BL: jax.Array,
+    positions_BL: jax.Array,
+    branch_BL: jax.Array,
+    *,
+    past: Past | None = None,
+    dtype=jnp.float32,
+    attention: str = "xla",
+) -> Past:
+    """Keys and values of all rows in every layer: (layers, B, L, K, H).
+
+    Args:
+      tokens_BL, positions_BL, branch_BL: as for `forward`, without the tokens of `past`; positions
+        are counted from its start.
+      past: keys and values of tokens that every row begins with, or None.
+    """
+    model, layout = as_module(config, params), row_layout(config, branch_BL, positions_BL)
+    options = {"past": past, "keep": True}
+    return _run(model, tokens_BL, positions_BL, layout, dtype, "none", attention, **options)[1]
 
 
 def _run(
-    model: Decoder, tokens_BL, positions_BL, layout, dtype, remat: str, attention: str, keep=False
+    model: Decoder,
+    tokens_BL,
+    positions_BL,
+    layout,
+    dtype,
+    remat: str,
+    attention: str,
+    past: Past | None = None,
+    keep: bool = False,
 ):
-    """All layers' output (B, L, D) and, where asked to `keep` them, the first row's `Past`."""
+    """All layers' output (B, L, D) and, where asked to `keep` them, the rows' keys and values."""
     ropes = rope_tables(model.config, positions_BL)
     graphdef, stacked = nnx.split(model.layers)
-    run_attention = model.attention(attention, layout)
+    run_attention = model.attention(attention, layout, past)
 
-    def body(x_BLD, slice_and_kind):
-        slice_, kind = slice_and_kind
+    def body(x_BLD, of_layer):
+        slice_, kind, layer_past = of_layer
         layer, rope = nnx.merge(graphdef, slice_), kind.rope_of(ropes)
         normed = layer.normed_for_attention(x_BLD)
         q_BLNH, k_BLKH = layer.queries(normed, rope), layer.keys(normed, rope)
         v_BLKH = layer.values(normed)
-        attended = run_attention(kind, q_BLNH, k_BLKH, v_BLKH)
-        kept = Past(k_BLKH[0], v_BLKH[0]) if keep else None
+        if layer_past is not None:
+            layer_past = jax.tree.map(lambda p: p.astype(dtype), layer_past)
+        attended = run_attention(kind, q_BLNH, k_BLKH, v_BLKH, layer_past)
+        kept = Past(k_BLKH, v_BLKH) if keep else None
         return layer.after_attention(x_BLD, attended), kept
 
     policy = placement.checkpoint_policy(REMAT_POLICIES[remat])
     if policy is not None:
         body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-    return jax.lax.scan(body, model.embed(tokens_BL, dtype), (stacked, layer_kinds(model.config)))
+    scanned = stacked, layer_kinds(model.config), past
+    return jax.lax.scan(body, model.embed(tokens_BL, dtype), scanned)
 
 
 def read(
@@ -241,7 +278,7 @@ def read(
       past: keys and values of tokens that every row begins with (see `make_past`), or None.
       with_hidden: whether the final hidden states at the read positions are wanted too.
     """
-    model, layout = _decoder(config, params), row_layout(config, branch_BL, positions_BL)
+    model, layout = as_module(config, params), row_layout(config, branch_BL, positions_BL)
     last = config.num_layers - 1 if with_hidden else max(layers)
     ropes = rope_tables(config, positions_BL)
     ropes_read = rope_tables(config, jnp.take_along_axis(positions_BL, read_BQ, axis=1))

@@ -243,6 +243,11 @@ def row_shards() -> int:
     return math.prod(_sizes().get(axis, 1) for axis in ROWS)
 
 
+def first_row(count: int) -> jax.Array | int:
+    """Within `per_device`: where this device's rows begin, of which each device has `count`."""
+    return jax.lax.axis_index(ROWS) * count if _sizes() else 0
+
+
 _constrain = jax.lax.with_sharding_constraint
 
 

@@ -1,0 +1,202 @@
+"""Decoding with a KV cache, held against the whole forward pass over the same tokens."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnpo_jax.models import decode, decoder, int8, kv_cache, lm_head, lora
+from attnpo_jax.models.config import LinearRopeScaling, LoraConfig, ModelConfig
+from attnpo_jax.models.kv_cache import CacheShape
+from attnpo_jax.parallel import mesh as meshes
+from attnpo_jax.parallel import sharding
+
+TINY = ModelConfig(
+    vocab_size=61,
+    hidden_size=24,
+    intermediate_size=40,
+    num_layers=3,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=8,
+    rope_theta=1000.0,
+)
+GEMMA = dataclasses.replace(
+    TINY,
+    norm_style="gemma",
+    post_norms=True,
+    qk_norm="head",
+    layer_windows=(6, None, 6),
+    local_rope_theta=100.0,
+    rope_scaling=LinearRopeScaling(2.0),
+    attn_logit_softcapping=2.0,
+    final_logit_softcapping=3.0,
+    embedding_scale=3.0,
+)
+VARIANTS = {
+    "plain": TINY,
+    "windows": dataclasses.replace(TINY, layer_windows=(6, 6, 6)),
+    "gemma": GEMMA,
+    "no positions": dataclasses.replace(TINY, nope_layers=(1,)),
+    "adapters": dataclasses.replace(TINY, lora=LoraConfig(2, 4.0, ("query", "down"))),
+}
+LENGTHS = (1, 9, 5, 14)  # of the prompts
+STEPS = 12
+BLOCK = 4
+
+
+def random_params(config):
+    """Weights far from zero, so that attention is far from uniform."""
+    params = decoder.init_params(config, jax.random.key(0))
+    return jax.tree.map(lambda p: p * 8 if p.std() > 0 else p, params)
+
+
+def whole_pass(config, params, tokens):
+    """Logits (n, V) at every position of a sequence, by the forward pass."""
+    row = jnp.asarray(tokens)[None]
+    hidden = decoder.forward(
+        config, params, row, jnp.arange(row.shape[1])[None], jnp.ones_like(row)
+    )
+    unembedding = decoder.unembedding(params)
+    return lm_head.logits(hidden, unembedding, softcap=config.final_logit_softcapping)[0]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "shape", "fresh"))
+def _decode(config, params, cache, shape, tokens_BL, length_B, slot_B, past, next_BT, fresh=True):
+    if tokens_BL.shape[1]:
+        cache = decode.prefill(config, params, cache, shape, tokens_BL, length_B, slot_B, past=past)
+    start = 0 if past is None else past.keys.shape[1]
+    by_slot = jnp.zeros(shape.slots, jnp.int32).at[slot_B].set(start + length_B, mode="drop")
+
+    def one(carry, token_B):
+        cache, length_B = carry
+        logits, cache = decode.step(config, params, cache, shape, token_B, length_B)
+        return (cache, length_B + 1), logits
+
+    (cache, _), logits = jax.lax.scan(one, (cache, by_slot), next_BT.T)
+    return logits, cache
+
+
+def decoded(config, params, sequences, lengths, shape, past_tokens=(), cache=None):
+    """Logits (STEPS, B, V) when what follows the prompts is read token by token.
+
+    Rows go to the slots in another order than theirs, and one row goes nowhere.
+    """
+    B, P = len(sequences), len(past_tokens)
+    slots = np.arange(B)[::-1]
+    longest = max(lengths)
+    tokens = np.zeros((B + 1, longest), np.int32)
+    for b, (sequence, n) in enumerate(zip(sequences, lengths, strict=True)):
+        tokens[b, :n] = sequence[P : P + n]
+    tokens[B] = 7
+    following = np.zeros((shape.slots, STEPS), np.int32)
+    for slot, sequence, n in zip(slots, sequences, lengths, strict=True):
+        following[slot] = sequence[P + n : P + n + STEPS]
+    past = decoder.make_past(config, params, jnp.asarray(past_tokens)) if P else None
+    cache = kv_cache.empty(shape) if cache is None else cache
+    length_B = np.array([*lengths, 3], np.int32)
+    slot_B = np.array([*slots, shape.slots], np.int32)
+    logits, cache = _decode(config, params, cache, shape, tokens, length_B, slot_B, past, following)
+    return np.asarray(logits)[:, slots], cache
+
+
+def sequences_of(config, lengths, past=0):
+    rng = np.random.default_rng(0)
+    common = rng.integers(0, config.vocab_size, past)
+    return [
+        np.concatenate([common, rng.integers(0, config.vocab_size, n + STEPS)]).astype(np.int32)
+        for n in lengths
+    ]
+
+
+def expected(config, params, sequences, lengths, past=0):
+    logits = [
+        np.asarray(whole_pass(config, params, sequence))[past + n :][:STEPS]
+        for sequence, n in zip(sequences, lengths, strict=True)
+    ]
+    return np.stack(logits, 1)
+
+
+@pytest.mark.parametrize("past", [0, 10])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_steps_give_the_forward_passes_logits(name, past):
+    config = VARIANTS[name]
+    params = random_params(config)
+    sequences = sequences_of(config, LENGTHS, past)
+    shape = CacheShape.of(config, 4, 64, jnp.float32, block=BLOCK)
+    common = sequences[0][:past]
+    # A second time over what the first has left in the slots.
+    cache = None
+    for _ in range(2):
+        logits, cache = decoded(config, params, sequences, LENGTHS, shape, common, cache)
+        wanted = expected(config, params, sequences, LENGTHS, past)
+        np.testing.assert_allclose(logits, wanted, atol=2e-5)
+
+
+def test_layers_with_a_window_hold_no_more_than_it():
+    shape = CacheShape.of(GEMMA, 4, 64, jnp.float32, block=BLOCK)
+    assert shape.blocks == (2, 16, 2)  # 5 positions beside the query's, and 64
+    assert shape.first_blocks.tolist() == [0, 2, 18]
+    # Keys and values, 4 heads of 8, float32.
+    assert shape.nbytes == 20 * BLOCK * 4 * (2 * 4 * 8 * 4)
+
+
+def test_an_int8_cache_is_near_and_smaller():
+    params = random_params(TINY)
+    sequences = sequences_of(TINY, LENGTHS)
+    exact = expected(TINY, params, sequences, LENGTHS)
+    shape = CacheShape.of(TINY, 4, 64, jnp.float32, quantized=True, block=BLOCK)
+    logits, _ = decoded(TINY, params, sequences, LENGTHS, shape)
+    error = np.sqrt(np.mean((logits - exact) ** 2)) / np.std(exact)
+    assert 1e-5 < error < 0.02  # rounding to a 254th of a head's range
+    plain = CacheShape.of(TINY, 4, 64, jnp.float32, block=BLOCK)
+    assert shape.nbytes == plain.nbytes * (8 + 4) / (8 * 4)
+
+
+def test_int8_weights_decode_as_they_score():
+    exact = random_params(TINY)
+    config = int8.quantized(TINY)
+    layers = {}
+    for name, weight in exact["layers"].items():
+        if int8.is_quantized(f"layers/{name}"):
+            layers[name], layers[name + int8.SCALE] = int8.quantize(f"layers/{name}", weight)
+        else:
+            layers[name] = weight
+    params = {**exact, "layers": layers}
+    sequences = sequences_of(TINY, LENGTHS)
+    shape = CacheShape.of(config, 4, 64, jnp.float32, block=BLOCK)
+    logits, _ = decoded(config, params, sequences, LENGTHS, shape)
+    np.testing.assert_allclose(logits, expected(config, params, sequences, LENGTHS), atol=2e-5)
+
+
+def test_merged_adapters_decode_as_unmerged_ones():
+    config = VARIANTS["adapters"]
+    params = random_params(config)
+    base = {**params, "layers": {k: v for k, v in params["layers"].items() if "lora" not in k}}
+    merged = lora.merge(config, base, params)
+    sequences = sequences_of(TINY, LENGTHS)
+    shape = CacheShape.of(TINY, 4, 64, jnp.float32, block=BLOCK)
+    logits, _ = decoded(TINY, merged, sequences, LENGTHS, shape)
+    np.testing.assert_allclose(logits, expected(config, params, sequences, LENGTHS), atol=2e-5)
+
+
+@pytest.mark.parametrize("axis", ["data", "fsdp", "tensor"])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_on_a_mesh_as_on_one_device(axis, quantized):
+    params = random_params(GEMMA)
+    sequences = sequences_of(GEMMA, LENGTHS, past=10)
+    shape = CacheShape.of(GEMMA, 4, 64, jnp.float32, quantized=quantized, block=BLOCK)
+    common = sequences[0][:10]
+    wanted, _ = decoded(GEMMA, params, sequences, LENGTHS, shape, common)
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1} | {axis: 4}
+    mesh = meshes.make_mesh(sizes, jax.devices()[:4])
+    placed = jax.device_put(params, sharding.parameter_shardings(GEMMA, mesh))
+    split = jax.sharding.NamedSharding(mesh, kv_cache.SPLIT)
+    cache = jax.device_put(kv_cache.empty(shape), split)
+    with jax.set_mesh(mesh):
+        logits, cache = decoded(GEMMA, placed, sequences, LENGTHS, shape, common, cache)
+    np.testing.assert_allclose(logits, wanted, atol=1e-4 if quantized else 2e-5)
+    assert all(x.sharding.is_equivalent_to(split, x.ndim) for x in jax.tree.leaves(cache))

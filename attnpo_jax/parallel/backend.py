@@ -241,6 +241,36 @@ class Sharded:
         bound.lower = functools.partial(compiled.lower, **static)
         return self._on_mesh(bound)
 
+    def zeros(self, shapes: Any, specs: Any) -> Any:
+        """Zeros of some shapes and dtypes, split as partition specs say, a prefix of the tree."""
+        placed = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
+
+        def make():
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+        return jax.jit(make, out_shardings=placed)()
+
+    def state_pass(self, function: Callable, state: Any, **static: Any) -> Callable:
+        """Compiles `(shared, state, arrays) -> (state, results)` for what is done over and over.
+
+        The state is donated and stays where it is; arrays and results are whole on every device.
+
+        Args:
+          state: arrays, or `jax.ShapeDtypeStruct`s with shardings.
+          **static: hashable keyword arguments of the function.
+        """
+        placed = jax.tree.map(lambda x: x.sharding, state)
+        compiled = jax.jit(
+            function,
+            static_argnames=tuple(static),
+            donate_argnums=1,
+            out_shardings=(placed, self._whole),
+            compiler_options=_COMPILER_OPTIONS,
+        )
+        bound = functools.partial(compiled, **static)
+        bound.lower = functools.partial(compiled.lower, **static)
+        return self._on_mesh(bound)
+
     def replicate(self, tree: Any) -> Any:
         return sharding.put(tree, self._whole)
 

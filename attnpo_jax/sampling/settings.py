@@ -1,0 +1,172 @@
+"""What is asked of a response: how it is drawn, and where it ends."""
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from attnpo_jax.runtime.errors import UserError
+from attnpo_jax.sampling.sample import Features
+
+
+class SettingsError(UserError):
+    """A sampling setting has a value that is not accepted; the message names it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingSettings:
+    """How a response is drawn, and where it ends.
+
+    The defaults leave the model's distribution as it is.
+
+    Attributes:
+      temperature: logits are divided by it; 0 takes the likeliest token.
+      top_k: only the k likeliest tokens are drawn from; 0 for all.
+      top_p: only the likeliest tokens that have this probability together (arXiv 1904.09751).
+      min_p: only tokens at least this likely, as a part of the likeliest one's probability
+        (arXiv 2407.01082).
+      repetition_penalty: what stands in prompt or response has its logit divided by it where that
+        is positive, and multiplied where it is negative (arXiv 1909.05858); 1 for none.
+      presence_penalty: what stands in the response has it taken off its logit.
+      max_new_tokens: the most that a response has.
+      min_new_tokens: no stop token before so many others.
+      stop: texts that end a response, and do not belong to it.
+      stop_token_ids: tokens that end a response, beside those of the model.
+      logit_bias: by token id, what is added to its logit.
+      seed: of the draws.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    max_new_tokens: int = 512
+    min_new_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, (accepts, accepted) in _RULES.items():
+            value = getattr(self, name)
+            if not accepts(value):
+                raise SettingsError(f"{name} = {value!r}; accepted: {accepted}")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise SettingsError(
+                f"min_new_tokens = {self.min_new_tokens} is above max_new_tokens = "
+                f"{self.max_new_tokens}"
+            )
+
+    @property
+    def features(self) -> Features:
+        """What a program needs for them."""
+        draws = self.temperature > 0
+        return Features(
+            draws=draws,
+            top_k=draws and self.top_k > 0,
+            top_p=draws and self.top_p < 1,
+            min_p=draws and self.min_p > 0,
+            penalties=self.repetition_penalty != 1 or self.presence_penalty != 0,
+            bias=bool(self.logit_bias),
+            min_new_tokens=self.min_new_tokens > 0,
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """The settings as JSON."""
+        facts = dataclasses.asdict(self)
+        facts |= {"stop": list(self.stop), "stop_token_ids": list(self.stop_token_ids)}
+        return facts | {"logit_bias": {str(k): v for k, v in self.logit_bias.items()}}
+
+
+def _number(value: Any, least: float, most: float) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value) and least <= value <= most
+
+
+def _whole(value: Any, least: int, most: int) -> bool:
+    return isinstance(value, int) and _number(value, least, most)
+
+
+MOST_TOKENS = 2**31 - 1
+_RULES = {
+    "temperature": (
+        lambda v: v == 0 or _number(v, 0.01, 100),
+        "0 (the likeliest token), or a number from 0.01 to 100",
+    ),
+    "top_k": (lambda v: _whole(v, 0, MOST_TOKENS), "a whole number, 0 for all tokens"),
+    "top_p": (lambda v: _number(v, 1e-6, 1), "a number above 0 (from 1e-6) up to 1"),
+    "min_p": (lambda v: _number(v, 0, 1), "a number from 0 to 1"),
+    "repetition_penalty": (lambda v: _number(v, 0.01, 100), "a number from 0.01 to 100"),
+    "presence_penalty": (lambda v: _number(v, -100, 100), "a number from -100 to 100"),
+    "max_new_tokens": (lambda v: _whole(v, 1, MOST_TOKENS), "a whole number from 1 up"),
+    "min_new_tokens": (lambda v: _whole(v, 0, MOST_TOKENS), "a whole number from 0 up"),
+    "stop": (
+        lambda v: isinstance(v, tuple) and all(isinstance(s, str) and s for s in v),
+        "texts that are not empty",
+    ),
+    "stop_token_ids": (
+        lambda v: isinstance(v, tuple) and all(_whole(i, 0, MOST_TOKENS) for i in v),
+        "token ids",
+    ),
+    "logit_bias": (
+        lambda v: (
+            isinstance(v, Mapping)
+            and all(_whole(k, 0, MOST_TOKENS) and _number(b, -1e4, 1e4) for k, b in v.items())
+        ),
+        "numbers from -10000 to 10000 by token id",
+    ),
+    "seed": (lambda v: _whole(v, -(2**63), 2**63 - 1), "a whole number of 64 bits"),
+}
+
+# What transformers' generation_config.json says that means the same here.
+_OF_GENERATION_CONFIG = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "max_new_tokens",
+    "min_new_tokens",
+)
+
+
+def defaults_of(folder: str | pathlib.Path) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """What a model's authors say of sampling: settings, and the tokens that end a response.
+
+    Both are those of the folder's `generation_config.json`; the ends are also config.json's.
+
+    Raises:
+      UserError: a file is no JSON object, or what it says of a setting is not accepted.
+    """
+    folder = pathlib.Path(folder)
+    generation, config = (_read(folder / f) for f in ("generation_config.json", "config.json"))
+    settings = {k: generation[k] for k in _OF_GENERATION_CONFIG if generation.get(k) is not None}
+    if generation.get("do_sample") is False:
+        settings["temperature"] = 0
+    ends: list[int] = []
+    for said in (generation.get("eos_token_id"), config.get("eos_token_id")):
+        for end in said if isinstance(said, list) else [said]:
+            if end is not None and end not in ends:
+                ends.append(end)
+    try:
+        SamplingSettings(**settings, stop_token_ids=tuple(ends))
+    except SettingsError as error:
+        raise UserError(f"{folder / 'generation_config.json'}: {error}") from error
+    return settings, tuple(ends)
+
+
+def _read(file: pathlib.Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not JSON ({type(error).__name__})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: {type(content).__name__} where an object is expected")
+    return content

@@ -5,32 +5,12 @@ from here. The sections `weighting` and `objective` are not here: their fields a
 function's hyperparameters, see `attnpo_jax.config.sections`.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from attnpo_jax.config import rules
+from attnpo_jax.config import generate_fields, rules
+from attnpo_jax.config.field import Field
 from attnpo_jax.runtime import nested
-
-
-@dataclasses.dataclass(frozen=True)
-class Field:
-    """One field.
-
-    Attributes:
-      default: its value where nothing else is said.
-      rule: what it accepts.
-      help: what it means, as in docs/config.md, whose links and backticks it has.
-      mixed: whether it takes values of several types, so that a config holds it without one.
-      decisive: whether a run resumes only with the same value.
-    """
-
-    default: Any
-    rule: rules.Rule
-    help: str
-    mixed: bool = False
-    decisive: bool = False
-
 
 _PRECISIONS = ("float32", "bfloat16")
 
@@ -379,6 +359,7 @@ FIELDS: dict[str, Field] = {
         "where checkpoints go instead of `WORKDIR/checkpoints`; of one run alone. A bucket "
         "needs the package gcsfs",
     ),
+    **generate_fields.FIELDS,
     "parallel.backend": Field(
         "jit",
         rules.one_of("jit", "pmap"),
@@ -433,7 +414,7 @@ The data and the judge's part are covered by what the prepared dataset says of i
 """
 
 
-_DICTS = ("model.chat_template_kwargs",)
+_DICTS = ("model.chat_template_kwargs", "generate.logit_bias")
 
 
 def flatten(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from attnpo_jax.data import mixture
 from attnpo_jax.models.config import LORA_GROUPS, PROJECTIONS
+from attnpo_jax.sampling.rules import SETTINGS
 
 # Of `apply_chat_template`: what a row or the config's other fields give, and what is not the
 # template's.
@@ -70,6 +71,25 @@ def share(below: float, *, inclusive: bool) -> Rule:
 
 def one_of(*values: str) -> Rule:
     return Rule(lambda v: isinstance(v, str) and v in values, ", ".join(map(repr, values)))
+
+
+def or_none(rule: Rule) -> Rule:
+    return Rule(lambda v: v is None or rule.accepts(v), f"None, or {rule.accepted}")
+
+
+def of_sampling(name: str) -> Rule:
+    """What `sampling` accepts for one of its settings, in the forms that a config has it in."""
+    accepts, accepted = SETTINGS[name]
+    return Rule(lambda v: accepts(as_sampling(name, v)), accepted)
+
+
+def as_sampling(name: str, value: Any) -> Any:
+    """A setting of `sampling` from a config's value; JSON has lists, and texts for keys."""
+    if name in ("stop", "stop_token_ids"):
+        return as_tuple(value)
+    if name == "logit_bias" and isinstance(value, dict):
+        return {int(k) if str(k).isdecimal() else k: v for k, v in value.items()}
+    return value
 
 
 def boolean() -> Rule:

@@ -161,7 +161,7 @@ def load_pairs(
     opened: list[_Source] = []
     by_source: list[list[_Place]] = []
     bad_rows: list[dict[str, Any]] = []
-    unique = _UniqueIds()
+    unique = UniqueIds()
     for name, group in [(name, i) for i, of in enumerate(names) for name in expand(of, team)]:
         short_name, examples = open_source(name, columns.select, team)
         check_alike(team, name, "examples", len(examples))
@@ -342,7 +342,7 @@ def _digest(pairs: Iterable[tuple[str, str]]) -> str:
     return digest.hexdigest()
 
 
-class _UniqueIds:
+class UniqueIds:
     """Gives ids that were given before a number behind them."""
 
     def __init__(self):

@@ -7,9 +7,12 @@ at the end. Embedding, head, norms and biases stay as they are.
 
 import dataclasses
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from attnpo_jax.models.config import PROJECTIONS, ModelConfig
 from attnpo_jax.models.layers import num_inputs
@@ -45,6 +48,19 @@ def quantize(path: str, weight: jax.Array, shardings=None) -> tuple[jax.Array, j
     """
     inputs = num_inputs(path.removeprefix("layers/"))
     return _compiled(inputs, shardings)(weight)
+
+
+def quantize_params(params: Mapping[str, Any], shardings: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's parameters with int8 projections; `shardings` are those of the result."""
+    placed = flatten_dict(shardings, sep="/")
+    quantized = {}
+    for path, weight in flatten_dict(params, sep="/").items():
+        quantized[path] = weight
+        if is_quantized(path):
+            pair = path, path + SCALE
+            found = quantize(path, weight, tuple(placed[name] for name in pair))
+            quantized |= dict(zip(pair, found, strict=True))
+    return unflatten_dict(quantized, sep="/")
 
 
 @functools.lru_cache(maxsize=32)

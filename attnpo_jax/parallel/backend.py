@@ -103,6 +103,19 @@ def for_preparing(model: ModelConfig, parallel: Any, devices: str, param_dtype: 
         process's own devices.
       devices: `prepare.devices` of the config.
     """
+    where = _where_prepared(model, parallel, devices, param_dtype)
+    return _make(model, parallel.backend, *where)
+
+
+def for_sampling(model: ModelConfig, parallel: Any, devices: str, param_dtype: Any) -> "Sharded":
+    """What samples, on a mesh of the devices that `for_preparing` has."""
+    return Sharded(model, *_where_prepared(model, parallel, devices, param_dtype))
+
+
+def _where_prepared(
+    model: ModelConfig, parallel: Any, devices: str, param_dtype: Any
+) -> tuple[Mapping[str, int], Sequence[jax.Device]]:
+    """Sizes of the axes, and devices, of what a process prepares on."""
     sizes = meshes.axis_sizes(parallel.mesh, jax.device_count())
     local = jax.local_devices()
     if jax.process_count() > 1:
@@ -110,8 +123,8 @@ def for_preparing(model: ModelConfig, parallel: Any, devices: str, param_dtype: 
         known = processes.exchange(_memory(local))
         memory = None if None in known else min(known)
         if prepares_together(model, devices, param_dtype, sizes, len(local), memory):
-            return for_training(model, parallel)
-    return _make(model, parallel.backend, meshes.local_sizes(sizes, len(local)), local)
+            return sizes, jax.devices()
+    return meshes.local_sizes(sizes, len(local)), local
 
 
 def prepares_together(
@@ -179,6 +192,10 @@ class Sharded:
         self._model = model
         self._whole = NamedSharding(self.mesh, PartitionSpec())
         self._rows = sharding.row_sharding(self.mesh, axis=1)
+
+    def of(self, model: ModelConfig) -> "Sharded":
+        """The same devices for another model."""
+        return Sharded(model, self.mesh.shape, self.devices)
 
     def parameter_shardings(self) -> Any:
         return sharding.parameter_shardings(self._model, self.mesh)

@@ -247,18 +247,21 @@ class Engine:
             return
         self._shared, self._past = common.astype(np.int32), None
 
-    def run(self, requests: Sequence[Request]) -> Iterator[Response]:
-        """Yields the responses as they finish, those of long prompts first.
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Puts many requests into the queue, those of long prompts first, and has them `share`.
 
         Raises:
-          UserError: a request can't be served; none was begun.
+          UserError: one can't be served, see `add`; none was put there.
         """
         for request in requests:
             self.check(request)
-        if not requests:
-            return
-        self.share([request.tokens for request in requests])
+        if requests:
+            self.share([request.tokens for request in requests])
         self._waiting.extend(sorted(requests, key=lambda r: (-len(r.tokens), r.id, r.sample)))
+
+    def run(self, requests: Sequence[Request]) -> Iterator[Response]:
+        """Yields the responses as they finish; see `submit`."""
+        self.submit(requests)
         while self.running or self.waiting:
             for update in self.step():
                 if update.response is not None:

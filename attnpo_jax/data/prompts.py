@@ -1,0 +1,143 @@
+"""Prompts to answer, from files as `sources` has them, or from texts and messages at hand."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from attnpo_jax.data.columns import AS_THEY_ARE, Columns
+from attnpo_jax.data.formats import own_id, pair_of_example
+from attnpo_jax.data.pair import BadExample, Message
+from attnpo_jax.data.readers import Examples, expand, open_source
+from attnpo_jax.data.sources import UniqueIds
+from attnpo_jax.runtime.errors import UserError
+from attnpo_jax.runtime.team import ALONE
+
+STANDARD_INPUT = "-"
+
+# What a prompt is made of; all else that a row holds is left alone.
+_COLUMNS = (
+    "id",
+    "prompt_id",
+    "question_id",
+    "prompt",
+    "messages",
+    "conversations",
+    "instruction",
+    "input",
+    "question",
+    "system",
+    "tools",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A conversation that waits for the assistant's answer.
+
+    Attributes:
+      id: unique among the prompts that were loaded together.
+      messages: chat messages, the last one the user's or a tool's.
+      tools: the JSON schemas of the tools that the model may call.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    tools: tuple[dict[str, Any], ...] = ()
+
+
+def load_prompts(
+    source: str, columns: Columns = AS_THEY_ARE
+) -> tuple[list[Prompt], list[BadExample]]:
+    """The prompts of a source, and its examples that are none.
+
+    A row holds `prompt` (a text, or messages), `messages`, `instruction` (with `input`), `question`
+    or `conversations`, and perhaps `system`, `tools` and `id`; or it is a preference pair, whose
+    prompt is taken. What else it holds is left alone. Ids are as `sources.load_pairs` gives them.
+
+    Args:
+      source: as in the docstring of `sources`; `-` for standard input, a JSON object or a plain
+        text a line.
+      columns: how the columns of preference pairs are read.
+
+    Raises:
+      FileNotFoundError, UserError: there is no such source, or no prompt in it.
+    """
+    unique = UniqueIds()
+    good: list[Prompt] = []
+    bad: list[BadExample] = []
+    for name in expand(source, ALONE) if source != STANDARD_INPUT else [source]:
+        short_name, rows = _rows(name)
+        for number, row in rows:
+            try:
+                prompt = _prompt(row, f"{short_name}:{number}", columns)
+                good.append(dataclasses.replace(prompt, id=unique(prompt.id)))
+            except BadExample as error:
+                bad.append(BadExample(error.reason, name, number, own_id(row)))
+    if not good and not bad:
+        raise UserError(f"{source}: no prompt found; accepted: at least one")
+    return good, bad
+
+
+def as_prompts(prompts: Iterable[str | Sequence[Message] | Prompt]) -> list[Prompt]:
+    """Prompts of texts (a user's turn each) or messages; their ids are their places, from 0.
+
+    Raises:
+      BadExample: one is empty, or no conversation that waits for an answer.
+    """
+    made = []
+    for place, prompt in enumerate(prompts):
+        if not isinstance(prompt, Prompt):
+            if not isinstance(prompt, str):
+                prompt = list(prompt)
+            prompt = _prompt({"prompt": prompt}, str(place), AS_THEY_ARE)
+        made.append(prompt)
+    return made
+
+
+def _rows(source: str) -> tuple[str, Iterable[tuple[int, Any]]]:
+    if source == STANDARD_INPUT:
+        lines = (line.rstrip("\n") for line in sys.stdin)
+        return "stdin", [(k, _line(line)) for k, line in enumerate(lines, 1) if line.strip()]
+    short_name, examples = open_source(source, lambda found, _: list(found), ALONE)
+    return short_name, _in_turn(examples)
+
+
+def _in_turn(examples: Examples) -> Iterable[tuple[int, Any]]:
+    at_once = 1024
+    for start in range(0, len(examples), at_once):
+        yield from examples.read(range(start, min(start + at_once, len(examples))))
+
+
+def _line(line: str) -> Any:
+    if not line.lstrip().startswith("{"):
+        return {"prompt": line}
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return BadExample(f"a line that begins with {{ and is no JSON ({error})")
+
+
+def _prompt(row: Any, fallback_id: str, columns: Columns) -> Prompt:
+    if isinstance(row, BadExample):
+        raise row
+    if not isinstance(row, Mapping):
+        raise BadExample(f"{type(row).__name__}; a row is an object with `prompt`")
+    if row.get("chosen") is not None and row.get("rejected") is not None:
+        plain = columns.plain(dict(row))[0]
+    else:
+        held = {name: row[name] for name in _COLUMNS if row.get(name) is not None}
+        if "messages" in held:
+            held.setdefault("prompt", held.pop("messages"))
+        if "question_id" in held:
+            held.setdefault("id", held.pop("question_id"))
+        if not {"prompt", "conversations", "instruction", "question"} & {*held}:
+            raise BadExample(
+                f"no `prompt`; fields found: {', '.join(map(str, row)) or 'none'}; accepted: "
+                "`prompt`, `messages`, `instruction`, `question`, or `conversations`"
+            )
+        # The checks are those of a pair's prompt.
+        plain = AS_THEY_ARE.plain(held | {"chosen": "a", "rejected": "b"})[0]
+    pair = plain.completed(pair_of_example(plain.example, fallback_id, ("", 1)))
+    return Prompt(pair.id, pair.prompt, pair.tools)

@@ -49,6 +49,8 @@ from attnpo_jax.data.manifest import (
 from attnpo_jax.runtime import atomic
 from attnpo_jax.runtime.errors import UserError
 
+STATUSES = ("absent", "partial", "complete")
+
 
 class DamagedShard(UserError):
     """A shard of a complete dataset is missing or is not what was written."""

@@ -27,10 +27,11 @@ from attnpo_jax.judge.language_model import LanguageModel
 from attnpo_jax.models.attention import implementations
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.parallel import preemption, processes
+from attnpo_jax.prepare import wire
 from attnpo_jax.prepare.look_ahead import look_ahead
 from attnpo_jax.prepare.pair_forms import PairForms, PairTokenizer
 from attnpo_jax.prepare.reference import Reference
-from attnpo_jax.runtime import atomic
+from attnpo_jax.runtime import atomic, schema
 from attnpo_jax.runtime.errors import Preempted, UserError
 from attnpo_jax.runtime.progress import CountProgress
 from attnpo_jax.runtime.team import ALONE, Team
@@ -70,7 +71,8 @@ def prepare(run: "Run", *, keep_params: bool = False, console: Console | None = 
     # All splits are checked before any of them is computed.
     todo = [_Split.check(run, split, loaded[split]) for split in run.splits]
     # The first process has finished a dataset, so what it sees of one counts for all.
-    seen = processes.exchange([split.status for split in todo])[0]
+    statuses = schema.Listed(schema.Choice(prepared.STATUSES))
+    seen = processes.exchange([split.status for split in todo], statuses)[0]
     todo = [
         dataclasses.replace(split, status=status) for split, status in zip(todo, seen, strict=True)
     ]
@@ -310,9 +312,12 @@ def _of_all(
     team: Team, forms: list[PairForms], bad_rows: list[BadExample]
 ) -> tuple[list[PairForms], list[BadExample]]:
     """What all of a team have tokenized, in the order of their parts."""
-    parts = team.exchange((forms, [vars(bad_row) for bad_row in bad_rows]))
+    if team.count == 1:
+        return forms, bad_rows
+    own = [wire.to_json(form) for form in forms], [bad_row.as_json() for bad_row in bad_rows]
+    parts = team.exchange(own, schema.Row((wire.FORMS, schema.Listed(BadExample.FORM))))
     return (
-        [form for of_one, _ in parts for form in of_one],
+        [wire.from_json(form) for of_one, _ in parts for form in of_one],
         [BadExample(**bad_row) for _, of_one in parts for bad_row in of_one],
     )
 

@@ -137,11 +137,12 @@ def sweep(points: Sequence[Point], workdir: pathlib.Path, console: Console) -> l
     run = Run.resolve(points[0].config, workdir)
     for point in points:
         config_lib.check_layers(point.config, run.model.num_layers, run.model.layer_windows)
-    prepare.prepare(run, console=console)
     outcomes = []
-    for number, point in enumerate(points, 1):
-        console.print(f"[{number}/{len(points)}] {point.name}", highlight=False, markup=False)
-        outcomes.append(_train(point, workdir))
+    with run.writing():
+        prepare.prepare(run, console=console)
+        for number, point in enumerate(points, 1):
+            console.print(f"[{number}/{len(points)}] {point.name}", highlight=False, markup=False)
+            outcomes.append(_train(point, workdir))
     ranking = COLUMNS["accuracy"]
     finished = [outcome for outcome in outcomes if outcome.evaluation is not None]
     finished.sort(key=lambda outcome: -outcome.evaluation[ranking])

@@ -222,6 +222,18 @@ def origin(folder: str | os.PathLike, step: int | None = None) -> dict[str, Any]
     return {"step": steps[-1], "params": hashlib.sha256(text.encode()).hexdigest()}
 
 
+def newest_identity(folder: str | os.PathLike) -> tuple[int, Mapping[str, Any]] | None:
+    """The newest checkpoint's step and identity; None if there is none or it can't be read."""
+    if not _absolute(folder).exists():
+        return None
+    with _reader(folder) as manager:
+        steps = sorted(manager.all_steps())
+        try:
+            return (steps[-1], _read_metadata(manager, steps[-1])["identity"]) if steps else None
+        except (ValueError, KeyError, OSError):
+            return None  # damaged; restoring tells of it
+
+
 def restore_params(
     folder: str | os.PathLike, abstract_params: Any, identity: Mapping[str, Any] | None = None
 ) -> tuple[Any, int]:

@@ -34,7 +34,7 @@ import jax
 from jax._src import distributed  # the coordination service's key-value store has no public name
 
 from attnpo_jax.parallel import preemption, processes
-from attnpo_jax.runtime import exit_codes
+from attnpo_jax.runtime import exit_codes, lock
 from attnpo_jax.runtime import program as programs
 
 _FOLDER = "attnpo_jax/failed/"
@@ -160,6 +160,7 @@ def _watch_abort(program: str) -> None:
             print(message, file=sys.stderr, flush=True)
         if processes.own_index() == 0:
             time.sleep(PROBE_SECONDS)  # others ask whether it is there
+            lock.release_all()
         os._exit(exit_codes.LOST)
 
     # To the very end: JAX's farewell may miss another process too.
@@ -214,6 +215,7 @@ def _end(message: str, code: int, tell: str | None = None) -> None:
         if processes.own_index() == 0:
             # JAX aborts those that are still there when the service goes with this process.
             time.sleep(2 * POLL_SECONDS if tell is not None else STAY_SECONDS + 2 * POLL_SECONDS)
+        lock.release_all()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

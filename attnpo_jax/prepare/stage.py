@@ -64,8 +64,13 @@ def prepare(run: "Run", *, keep_params: bool = False, console: Console | None = 
       AttentionError: `model.attention` cannot serve the model on these devices.
       UserError: a token is beyond the model's vocabulary.
       Preempted: SIGTERM or Ctrl-C came; the shard under way is lost, those before it stay.
+      LockedError: another run writes to the folder.
     """
-    console = console or Console()
+    with run.writing():
+        _prepare(run, keep_params, console or Console())
+
+
+def _prepare(run: "Run", keep_params: bool, console: Console) -> None:
     # The data come first: a mistake in them shall not wait for a model to be downloaded.
     loaded = {split: _load_pairs(run, split) for split in run.splits}
     # All splits are checked before any of them is computed.

@@ -174,7 +174,7 @@ class Checkpoints:
 def _absolute(folder: str | os.PathLike) -> epath.Path:
     path = epath.Path(folder)
     # Resolved, a bucket's name would become a folder of this machine.
-    return path if "://" in os.fspath(path) else path.resolve()
+    return path if "://" in os.fspath(path) else epath.Path(os.path.realpath(path))
 
 
 def _warn_of_unfinished(folder: epath.Path) -> None:

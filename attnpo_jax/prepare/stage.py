@@ -97,8 +97,10 @@ def _prepare(run: "Run", keep_params: bool, console: Console) -> None:
 
 def _load_pairs(run: "Run", split: str) -> LoadedPairs:
     path = run.prepared_path(split)
-    # A finished dataset's list has more rows than are found bad here.
-    write = processes.is_first() and not (path / prepared.METADATA).is_file()
+    # One that was begun may turn out to be another one's, and has a list already; a finished one's
+    # has more rows than are found bad here.
+    begun = any((path / name).is_file() for name in (prepared.PLAN, prepared.METADATA))
+    write = processes.is_first() and not begun
     return load_pairs(
         run.config.data[split],
         on_bad_row=run.config.data.on_bad_row,

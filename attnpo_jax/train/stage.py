@@ -112,7 +112,12 @@ def _train(run: "Run") -> None:
         bar = config.log.progress and first and start < len(batches)
         with (
             MetricsWriter(
-                run.workdir, start, log=config.log, config=config.to_dict(), writes=first
+                run.workdir,
+                start,
+                log=config.log,
+                config=config.to_dict(),
+                log_every=config.train.log_every,
+                writes=first,
             ) as metrics,
             preemption.watch_steps(start) as notice,
             TrainProgress(len(batches), start, bar=bar) as progress,

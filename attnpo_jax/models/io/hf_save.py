@@ -42,7 +42,7 @@ from attnpo_jax.models.io.tensors import (
     to_hf,
     whole_shapes,
 )
-from attnpo_jax.runtime import disk
+from attnpo_jax.runtime import disk, paths
 
 _TEMPLATES = "additional_chat_templates"
 _MARKER = "attnpo_export.json"
@@ -308,7 +308,7 @@ def replacing(folder: str | os.PathLike, *, overwrite: bool, origin: Any = None)
       overwrite: also replace a folder that is not an earlier export.
       origin: what the export is made of, as JSON values; see `read_origin`.
     """
-    folder = Path(folder).absolute()
+    folder = paths.followed(folder).absolute()
     if folder.exists() and not folder.is_dir():
         raise FolderError(f"{folder} is a file; an export needs a folder")
     clear_up(folder)
@@ -360,7 +360,7 @@ def clear_up(folder: str | os.PathLike) -> None:
 
     There must be no other export to it at this time.
     """
-    folder = Path(folder).absolute()
+    folder = paths.followed(folder).absolute()
     for path in sorted(folder.parent.glob(".*")):
         left = re.fullmatch(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{32}}\.(tmp|old)", path.name)
         if left is None:

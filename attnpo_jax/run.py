@@ -272,7 +272,7 @@ class Run:
         columns = dataset.weight_columns if self.weight_columns == "all" else self.weight_columns
         wanted = self.cache_key(split, None, columns)
         on_disk = dict(dataset.meta["components"])
-        on_disk["data"] = {k: v for k, v in on_disk["data"].items() if k != "digest"}
+        on_disk["data"] = {k: v for k, v in on_disk.get("data", {}).items() if k != "digest"}
         if found := differences(on_disk, wanted):
             with naming_fields(split):
                 raise PreparedMismatch(path, found)

@@ -29,7 +29,7 @@ from attnpo_jax import cli, prepare, train
 from attnpo_jax import config as config_lib
 from attnpo_jax.parallel import processes
 from attnpo_jax.run import Run
-from attnpo_jax.runtime import atomic, cache, metrics, program
+from attnpo_jax.runtime import atomic, cache, json_files, metrics, program, schema
 from attnpo_jax.runtime.errors import UsageError
 from attnpo_jax.train.hooks import NonFiniteError
 
@@ -154,7 +154,9 @@ def _train(point: Point, workdir: pathlib.Path) -> Outcome:
     result = folder / RESULT
     wanted = json.loads(config_lib.to_json(point.config))
     if result.exists():
-        found = json.loads(result.read_text())
+        of_any = schema.Mapped(schema.Anything())
+        form = schema.Table({"config": of_any, "evaluation": of_any})
+        found = json_files.read(result, form, "delete it, and the sweep looks at that run again")
         if found["config"] == wanted:
             return Outcome(point, found["evaluation"])
     folder.mkdir(parents=True, exist_ok=True)

@@ -60,7 +60,7 @@ def _export_weights(run: "Run", console: Console) -> None:
             weight_columns=run.weight_columns,
             columns=run.columns,
         ).pairs
-        if pairs.digest != dataset.meta["components"]["data"]["digest"]:
+        if pairs.digest != dataset.meta["components"]["data"].get("digest"):
             raise UserError(
                 f"config.data.{split} = {run.config.data[split]!r} holds other pairs than those "
                 f"that {dataset.path} was prepared from; accepted: the same pairs"

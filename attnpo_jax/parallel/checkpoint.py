@@ -39,9 +39,17 @@ from attnpo_jax.parallel.checkpoint_damage import (
     set_aside,
 )
 from attnpo_jax.parallel.state import TrainState
-from attnpo_jax.runtime import disk, nested
+from attnpo_jax.runtime import disk, nested, schema
 
 _ITEMS = ("params", "optimizer", "metadata")
+_METADATA = schema.Table(
+    {
+        "identity": schema.Mapped(schema.Anything()),
+        "tree": schema.Mapped(schema.Text()),
+        "sums": schema.Mapped(schema.Whole(0, 2**32 - 1)),
+    },
+    open=True,
+)
 
 
 class Checkpoints:
@@ -331,7 +339,12 @@ def _optimizer_item(state: TrainState) -> dict[str, Any]:
 
 def _read_metadata(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
-    return manager.restore(step, args=args)["metadata"]
+    try:
+        metadata = manager.restore(step, args=args)["metadata"]
+        schema.check(metadata, _METADATA)
+    except RecursionError:
+        raise schema.SchemaError("metadata: brackets are nested too deeply") from None
+    return metadata
 
 
 def _placed(abstract: Any) -> Any:

@@ -380,7 +380,7 @@ def summary(split: str, dataset: prepared.Prepared) -> Table:
     """A table of what was prepared and of how the judge judged, if it did."""
     table = Table(title=f"prepared: {split}", show_header=False)
     table.add_row("pairs", str(len(dataset)))
-    table.add_row("bad rows", str(dataset.meta["counts"]["bad_rows"]))
+    table.add_row("bad rows", str(dataset.meta["counts"].get("bad_rows", 0)))
     if dataset.weight_columns:
         table.add_row("precomputed weights", ", ".join(dataset.weight_columns))
     if not dataset.source_layers:

@@ -11,11 +11,13 @@ import contextlib
 import logging
 import os
 import pathlib
+import re
 import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from attnpo_jax.runtime import atomic, metric_lines
+from attnpo_jax.runtime.errors import UserError
 from attnpo_jax.runtime.metric_lines import Line
 
 _LOG = logging.getLogger(__name__)
@@ -215,9 +217,15 @@ class _Wandb:
         id_file = workdir / "wandb_id"
         if not id_file.exists():
             atomic.write_atomically(id_file, uuid.uuid4().hex[:12].encode())
+        found = id_file.read_bytes().strip()
+        if not re.fullmatch(rb"[A-Za-z0-9_-]{1,64}", found):
+            raise UserError(
+                f"{id_file}: damaged ({found[:40]!r}); write the id of the run at W&B into it, or "
+                "delete it to begin another run there"
+            )
         self._run = wandb.init(
             project=project,
-            id=id_file.read_text(),
+            id=found.decode(),
             resume="allow",
             dir=str(workdir),
             config=dict(config or {}),

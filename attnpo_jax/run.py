@@ -4,12 +4,13 @@ A config says what is wanted; a `Run` says what that comes to. Every stage takes
 below the stages takes plain values.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ml_collections import config_dict
@@ -26,6 +27,7 @@ from attnpo_jax.models import int8, lora
 from attnpo_jax.models.config import ModelConfig
 from attnpo_jax.models.io import hf_folder
 from attnpo_jax.parallel import processes
+from attnpo_jax.runtime import lock, paths
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,6 +52,7 @@ class Run:
     workdir: pathlib.Path | None
     template: JudgeTemplate
     _loaded: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
+    _writing: list[None] = dataclasses.field(default_factory=list, repr=False)  # one while it does
 
     @classmethod
     def resolve(
@@ -71,9 +74,36 @@ class Run:
         config_lib.complete_sections(config)
         template = JudgeTemplate.load(config.judge.template)
         if workdir is not None:
-            workdir = pathlib.Path(workdir)
+            workdir = paths.followed(workdir)
             processes.check_shared(workdir, "workdir")
         return cls(config, workdir, template)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Holds the workdir, and a folder of checkpoints elsewhere, for this run alone.
+
+        Whatever writes there does so inside of a `with run.writing()`; one inside of another has
+        it already. Several processes enter together, and share it. A bucket has no lock.
+
+        Raises:
+          LockedError: another run, which lives, has it.
+        """
+        if self._writing:
+            yield
+            return
+        folders = [self.workdir]
+        if "://" not in (self.config.train.checkpoint_dir or "://"):
+            folders.append(pathlib.Path(self.checkpoint_folder))
+        everyone = processes.exchange(lock.this_process(), lock.PROCESS)
+        with contextlib.ExitStack() as stack:
+            if processes.is_first():
+                for folder in dict.fromkeys(folder.resolve() for folder in folders):
+                    stack.enter_context(lock.held(folder, everyone))
+            processes.barrier("the workdir is locked")
+            self._writing.append(None)
+            stack.callback(self._writing.clear)
+            yield
+            processes.barrier("the workdir is released")
 
     # --- The data ---------------------------------------------------------------------------------
 
@@ -94,7 +124,7 @@ class Run:
 
     def prepared_path(self, split: str) -> pathlib.Path:
         """The folder of a split's prepared dataset."""
-        return self.workdir / "prepared" / split
+        return paths.followed(self.workdir / "prepared") / split
 
     @functools.cached_property
     def checkpoint_folder(self) -> Any:
@@ -242,7 +272,7 @@ class Run:
         columns = dataset.weight_columns if self.weight_columns == "all" else self.weight_columns
         wanted = self.cache_key(split, None, columns)
         on_disk = dict(dataset.meta["components"])
-        on_disk["data"] = {k: v for k, v in on_disk["data"].items() if k != "digest"}
+        on_disk["data"] = {k: v for k, v in on_disk.get("data", {}).items() if k != "digest"}
         if found := differences(on_disk, wanted):
             with naming_fields(split):
                 raise PreparedMismatch(path, found)
@@ -264,11 +294,14 @@ def run(run: Run, *, console: "Console | None" = None) -> None:
     from attnpo_jax import export, prepare, train
     from attnpo_jax.export.stage import export_folders
     from attnpo_jax.runtime import metrics
+    from attnpo_jax.train.stage import refuse_changed
 
     console = console or Console()
-    prepare.prepare(run, keep_params=True, console=console)
-    train.train(run, console=console)
-    export.export(run, console=console)
+    with run.writing():
+        refuse_changed(run)
+        prepare.prepare(run, keep_params=True, console=console)
+        train.train(run, console=console)
+        export.export(run, console=console)
     if not processes.is_first():
         return
     names = {"model": "model (Hugging Face)", "adapter": "adapters (PEFT)"}

@@ -47,7 +47,18 @@ submit=(
   --max-restarts=100 "--restart-on-exit-codes=75,76" --termination-grace-period-seconds=120
   --command="$command"
 )
-if [ -n "$ENV_FILE" ]; then submit+=(--env-file="$ENV_FILE"); fi
+
+# The pods know each other by a secret, which goes to them by a file, as what is in ENV_FILE does.
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+(
+  umask 077
+  {
+    if [ -n "$ENV_FILE" ]; then awk 1 "$ENV_FILE"; fi  # ends the last line, where it is not
+    echo "ATTNPO_SECRET=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')"
+  } > "$work/env"
+)
+submit+=(--env-file="$work/env")
 
 case "${1:-}" in
 "") "${submit[@]}" ;;

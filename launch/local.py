@@ -13,6 +13,7 @@ On CPU, each process has one device unless `--devices` says otherwise.
 import argparse
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -41,8 +42,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def environment(index: int, count: int, port: int, devices: int | None) -> dict[str, str]:
+def environment(
+    index: int, count: int, port: int, devices: int | None, secret: str
+) -> dict[str, str]:
     environ = dict(os.environ)
+    environ["ATTNPO_SECRET"] = environ.get("ATTNPO_SECRET") or secret
     environ["ATTNPO_COORDINATOR"] = f"127.0.0.1:{port}"
     environ["ATTNPO_NUM_PROCESSES"] = str(count)
     environ["ATTNPO_PROCESS_ID"] = str(index)
@@ -100,7 +104,8 @@ def main() -> int:
     if shutil.which(options.command[0]) is None:
         parser.error(f"there is no command {options.command[0]!r}")
 
-    port = free_port()
+    # By which the processes know each other; other users of this machine reach the port too.
+    port, secret = free_port(), secrets.token_hex(32)
     running: list[subprocess.Popen] = []
     first_failure, deadline, told = 0, None, set()
     stopped, stopped_at = None, 0
@@ -121,7 +126,7 @@ def main() -> int:
         running.append(
             subprocess.Popen(
                 options.command,
-                env=environment(index, options.processes, port, options.devices),
+                env=environment(index, options.processes, port, options.devices, secret),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

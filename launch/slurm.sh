@@ -46,6 +46,9 @@ if [ "${1:-}" = --dry-run ]; then
   exit
 fi
 
+# By which the processes know each other. Slurm hands it to the step with the job's environment.
+if [ -z "${ATTNPO_SECRET:-}" ]; then ATTNPO_SECRET=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n'); fi
+export ATTNPO_SECRET
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export ATTNPO_COORDINATOR="${hosts%%$'\n'*}:$PORT"
 code=0

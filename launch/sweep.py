@@ -29,7 +29,7 @@ from attnpo_jax import cli, prepare, train
 from attnpo_jax import config as config_lib
 from attnpo_jax.parallel import processes
 from attnpo_jax.run import Run
-from attnpo_jax.runtime import atomic, cache, metrics, program
+from attnpo_jax.runtime import atomic, cache, json_files, metrics, program, schema
 from attnpo_jax.runtime.errors import UsageError
 from attnpo_jax.train.hooks import NonFiniteError
 
@@ -137,11 +137,12 @@ def sweep(points: Sequence[Point], workdir: pathlib.Path, console: Console) -> l
     run = Run.resolve(points[0].config, workdir)
     for point in points:
         config_lib.check_layers(point.config, run.model.num_layers, run.model.layer_windows)
-    prepare.prepare(run, console=console)
     outcomes = []
-    for number, point in enumerate(points, 1):
-        console.print(f"[{number}/{len(points)}] {point.name}", highlight=False, markup=False)
-        outcomes.append(_train(point, workdir))
+    with run.writing():
+        prepare.prepare(run, console=console)
+        for number, point in enumerate(points, 1):
+            console.print(f"[{number}/{len(points)}] {point.name}", highlight=False, markup=False)
+            outcomes.append(_train(point, workdir))
     ranking = COLUMNS["accuracy"]
     finished = [outcome for outcome in outcomes if outcome.evaluation is not None]
     finished.sort(key=lambda outcome: -outcome.evaluation[ranking])
@@ -153,7 +154,9 @@ def _train(point: Point, workdir: pathlib.Path) -> Outcome:
     result = folder / RESULT
     wanted = json.loads(config_lib.to_json(point.config))
     if result.exists():
-        found = json.loads(result.read_text())
+        of_any = schema.Mapped(schema.Anything())
+        form = schema.Table({"config": of_any, "evaluation": of_any})
+        found = json_files.read(result, form, "delete it, and the sweep looks at that run again")
         if found["config"] == wanted:
             return Outcome(point, found["evaluation"])
     folder.mkdir(parents=True, exist_ok=True)

@@ -62,9 +62,13 @@ create)
   ;;
 install)
   # The whole repository, wherever this is called from.
-  do_ git -C "$(dirname "$0")/.." archive --format=tar.gz --output=/tmp/attnpo.tar.gz HEAD
-  do_ gcloud compute tpus tpu-vm scp /tmp/attnpo.tar.gz "$NAME:" --project="$PROJECT" \
-    --zone="$ZONE" --worker=all
+  work=$(mktemp -d)
+  trap 'rm -rf "$work"' EXIT
+  do_ git -C "$(dirname "$0")/.." archive --format=tar.gz --output="$work/attnpo.tar.gz" HEAD
+  # By which the hosts know each other; in a file, since all users of a host see its command lines.
+  (umask 077; od -An -N32 -tx1 /dev/urandom | tr -d ' \n' > "$work/attnpo_secret")
+  do_ gcloud compute tpus tpu-vm scp "$work/attnpo.tar.gz" "$work/attnpo_secret" "$NAME:" \
+    --project="$PROJECT" --zone="$ZONE" --worker=all
   # The image's own Python is older than 3.11; uv brings one.
   on_workers all "set -e
     apt='sudo apt-get -q -o DPkg::Lock::Timeout=300'  # a new VM is busy updating itself
@@ -73,6 +77,7 @@ install)
     sudo mkdir -p $MOUNT
     mountpoint -q $MOUNT || sudo mount -t nfs $(words "$SHARE") $MOUNT
     sudo chmod 777 $MOUNT
+    chmod 600 attnpo_secret
     mkdir -p attnpo_jax && tar -xzf attnpo.tar.gz -C attnpo_jax
     curl -LsSf https://astral.sh/uv/install.sh | sh
     ~/.local/bin/uv venv --clear --python 3.11 ~/attnpo_venv
@@ -89,6 +94,8 @@ run)
     if [ -e attnpo.pid ] && kill -0 \$(cat attnpo.pid) 2>/dev/null; then
       echo 'it is running already'; exit 1
     fi
+    ATTNPO_SECRET=\$(cat attnpo_secret)  # launch/tpu_pod.sh install puts it there
+    export ATTNPO_SECRET
     cd attnpo_jax
     ATTNPO_DISTRIBUTED=1 HF_HOME=$MOUNT/huggingface ATTNPO_CACHE=$MOUNT/cache \\
     setsid nohup ~/attnpo_venv/bin/attnpo $run > ~/attnpo.log 2>&1 < /dev/null &

@@ -6,13 +6,16 @@ import re
 import pytest
 from rich.console import Console
 
-from attnpo_jax import cli
+from attnpo_jax import cli, export, prepare, train
 from attnpo_jax import config as config_lib
 from attnpo_jax import run as run_lib
 from attnpo_jax.data.tokenize import ChatTokenizer
+from attnpo_jax.export import weights as export_weights
 from attnpo_jax.judge.prompt import JudgeTemplate
 from attnpo_jax.models.io import hf_folder
+from attnpo_jax.parallel.checkpoint_damage import CheckpointMismatch
 from attnpo_jax.run import Run
+from attnpo_jax.runtime import lock
 from tests import tiny
 
 
@@ -43,6 +46,85 @@ def test_without_held_out_pairs_there_is_no_table(tmp_path):
     text = io.StringIO()
     run_lib.run(Run.resolve(config, tmp_path / "work"), console=Console(file=text, width=100))
     assert "held-out" not in text.getvalue() and "/work/export" in text.getvalue()
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A config of one step, and the workdir of a finished run."""
+    folder = tmp_path_factory.mktemp("done")
+    tiny.write_small_inputs(folder)
+    config = tiny.small_config(folder, data__eval="", train__steps=1)
+    run_lib.run(Run.resolve(config, folder / "work"), console=Console(quiet=True))
+    return config, folder / "work"
+
+
+def contents(workdir):
+    """All files below, by name; with their times, so that one written anew counts as another."""
+    return {
+        path: (path.stat().st_mtime_ns, path.read_bytes())
+        for path in workdir.rglob("*")
+        if path.is_file() and path.name != lock.FILE
+    }
+
+
+STAGES = (
+    prepare.prepare, train.train, export.export, export_weights.export_weights, run_lib.run
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__)
+def test_a_second_run_at_the_same_time_is_refused_by_every_stage(done, stage):
+    config, workdir = done
+    before = contents(workdir)
+    with Run.resolve(config, workdir).writing():
+        other = config.copy_and_resolve_references()
+        other.optim.learning_rate = 0.5
+        with pytest.raises(lock.LockedError, match=f"{workdir} is being written by"):
+            stage(Run.resolve(other, workdir), console=Console(quiet=True))
+    assert contents(workdir) == before
+    assert not (workdir / lock.FILE).exists()
+
+
+def test_a_folder_of_checkpoints_elsewhere_is_one_run_s_too(done, tmp_path):
+    config, _ = done
+    config = config.copy_and_resolve_references()
+    config.train.checkpoint_dir = str(tmp_path / "checkpoints")
+    with Run.resolve(config, tmp_path / "one").writing():
+        with pytest.raises(lock.LockedError, match="checkpoints is being written by"):
+            train.train(Run.resolve(config, tmp_path / "other"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("stage", [train.train, run_lib.run], ids=["train", "run"])
+def test_a_changed_decisive_field_is_refused_before_anything_is_written(done, stage):
+    config, workdir = done
+    before = contents(workdir)
+    other = config.copy_and_resolve_references()
+    other.optim.learning_rate, other.data.max_length = 0.5, 150
+    with pytest.raises(CheckpointMismatch) as found:
+        stage(Run.resolve(other, workdir), console=Console(quiet=True))
+    assert "config.optim.learning_rate: 1e-06 in the checkpoint, 0.5 here" in str(found.value)
+    assert contents(workdir) == before
+
+
+def test_links_to_folders_elsewhere_are_those_folders(done, tmp_path):
+    """The workdir, and in it `prepared`, `checkpoints` and `export`; written twice."""
+    config, workdir = done
+    config = config.copy_and_resolve_references()
+    (tmp_path / "work").symlink_to(tmp_path / "disk" / "work")
+    (tmp_path / "disk" / "work").mkdir(parents=True)
+    for name in ("prepared", "checkpoints", "export"):
+        (tmp_path / "disk" / "work" / name).symlink_to(tmp_path / "disk" / name)
+    for number in range(2):
+        run_lib.run(Run.resolve(config, tmp_path / "work"), console=Console(quiet=True))
+        for name in ("prepared", "checkpoints", "export"):
+            assert (tmp_path / "disk" / "work" / name).is_symlink()
+            assert any((tmp_path / "disk" / name).iterdir())
+        ours, theirs = (w / "export" / "model.safetensors" for w in (tmp_path / "work", workdir))
+        assert ours.read_bytes() == theirs.read_bytes()
+        if number == 0:  # an export that is another one's is replaced
+            (tmp_path / "disk" / "export" / "config.json").write_text("{}")
+    assert [path.name for path in (tmp_path / "disk").glob(".*")] == []
 
 
 @pytest.mark.process

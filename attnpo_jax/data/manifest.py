@@ -1,5 +1,6 @@
 """What `prepared.json` and `plan.json` say, and whether it is what a run wants."""
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -10,8 +11,9 @@ from typing import Any
 import datasets
 
 from attnpo_jax.data import shards
-from attnpo_jax.runtime import nested
+from attnpo_jax.runtime import json_files, nested, schema
 from attnpo_jax.runtime.errors import UserError
+from attnpo_jax.runtime.schema import Flag, Listed, Mapped, Maybe, Table, Text, Whole
 
 FORMAT = 1
 PLAN, METADATA = "plan.json", "prepared.json"
@@ -70,7 +72,7 @@ def check_components(
     if num_rows is not None:
         wanted["num_rows"] = num_rows
     for name in (METADATA, PLAN):
-        found = read_json(path / name)
+        found = read(path / name)
         if found is None:
             continue
         on_disk = {"format": found["format"], **found["components"]}
@@ -98,14 +100,91 @@ def _short(value: Any, limit: int = 100) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
-def read_json(file: pathlib.Path) -> dict[str, Any] | None:
-    """The file's content, or None if there is no such file."""
-    try:
-        return json.loads(file.read_text())
-    except FileNotFoundError:
+_DIGEST = Text("[0-9a-f]{64}", "64 hexadecimal digits")
+_COMPONENTS = Table(
+    {"source_layers": Listed(Whole()), "num_layers": Whole(1)},
+    {
+        "weight_columns": Listed(Text()),
+        "judge": Maybe(Table({}, {"verdict": Flag()}, open=True)),
+        "data": Table({}, {"digest": Text()}, open=True),
+    },
+    open=True,
+)
+_SHARD = Table(
+    {
+        # A name, and no path that leads elsewhere.
+        "file": Text(r"data-\d{5,9}-of-\d{5,9}\.arrow", "the name of a shard"),
+        "rows": Whole(),
+        "bytes": Whole(),
+        "sha256": _DIGEST,
+    }
+)
+_CHECK = {"check": _DIGEST}  # which files of old lack
+_PLAN_FORM = Table(
+    {
+        "format": Whole(),
+        "components": _COMPONENTS,
+        "num_rows": Whole(1),
+        "rows_per_shard": Whole(1),
+    },
+    _CHECK,
+)
+_METADATA_FORM = Table(
+    {
+        "format": Whole(),
+        "fingerprint": _DIGEST,
+        "components": _COMPONENTS,
+        "num_rows": Whole(),
+        "rows_per_shard": Whole(1),
+        "shards": Listed(_SHARD),
+        "counts": Mapped(Whole()),
+        "versions": Mapped(Text()),
+    },
+    {"planned_rows": Whole(1), **_CHECK},
+)
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content with a digest of it under `check`."""
+    return {**content, "check": fingerprint(content)}
+
+
+def read(file: pathlib.Path) -> dict[str, Any] | None:
+    """What a `prepared.json` or `plan.json` says, checked; None if there is no such file.
+
+    Raises:
+      UserError: it is damaged, or of another format.
+    """
+    if not file.is_file():
         return None
-    except ValueError as error:
-        raise UserError(f"{file}: not readable ({error}); delete it and prepare again") from error
+    if file.name == PLAN:
+        form, remedy = _PLAN_FORM, f"delete the folder {file.parent} and run prepare again"
+    else:
+        form, remedy = _METADATA_FORM, "delete it and run prepare again, which keeps whole shards"
+    of_format = Table({"format": Whole()}, open=True)
+    content = json_files.read(file, of_format, remedy)
+    if content["format"] != FORMAT:
+        raise UserError(f"{file}: format {content['format']}; accepted: {FORMAT}")
+    return json_files.read(file, _Intact(form), remedy)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Intact:
+    """A form: what `sealed` made of another form, or of old, before there were digests."""
+
+    form: schema.Form
+
+    def check(self, value: Any, at: str) -> None:
+        self.form.check(value, at)
+        content = {key: one for key, one in value.items() if key != "check"}
+        if value.get("check", fingerprint(content)) != fingerprint(content):
+            raise schema.SchemaError("it holds something else than was written")
+        if "fingerprint" in value and value["fingerprint"] != fingerprint(value["components"]):
+            raise schema.SchemaError("fingerprint is not that of the components")
+        if "shards" in value:
+            rows = sum(shard["rows"] for shard in value["shards"])
+            if rows != value["num_rows"]:
+                raise schema.SchemaError(f"num_rows is {value['num_rows']}, of the shards {rows}")
 
 
 def file_digest(file: pathlib.Path) -> str:

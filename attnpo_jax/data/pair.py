@@ -12,6 +12,7 @@ from typing import Any, Self
 import numpy as np
 
 from attnpo_jax.runtime.errors import UserError
+from attnpo_jax.runtime.schema import Maybe, Table, Text, Whole
 
 SIDES = ("chosen", "rejected")
 
@@ -100,6 +101,15 @@ class BadExample(UserError):
         """The example that a pair came from."""
         file, number = pair.origin or (f"pair {pair.id}", 1)
         return cls(reason, file, number, pair.id)
+
+    # What processes tell each other of one.
+    FORM = Table(
+        {"reason": Text(), "file": Maybe(Text()), "number": Maybe(Whole()), "id": Maybe(Text())}
+    )
+
+    def as_json(self) -> dict[str, Any]:
+        """Its attributes: `BadExample(**as_json())` is its like in another process."""
+        return {name: getattr(self, name) for name in self.FORM.forms}
 
     def as_record(self) -> dict[str, Any]:
         """The line of `bad_rows.jsonl` for this example; its file and number must be known."""

@@ -13,7 +13,7 @@ A folder that `datasets.load_from_disk` reads:
 - `prepared.json`, written last: its presence means that all shards were there. It holds
   `fingerprint` and the `components` behind it (model, template, lengths, judged layers ...),
   `num_rows`, `planned_rows` (bad ones included), `rows_per_shard`, `shards` (file, rows, bytes,
-  sha256), `counts` and `versions`.
+  sha256), `counts`, `versions` and `check`, a digest of all of that; `plan.json` has one too.
 
 `components` is a JSON object. Some of its entries have a meaning here: `source_layers`, a list of
 layer indices (S of them, none without a judge), `num_layers`, the model's number of layers, and
@@ -43,11 +43,15 @@ from attnpo_jax.data.manifest import (
     features,
     file_digest,
     fingerprint,
-    read_json,
+    read,
+    sealed,
     versions,
 )
-from attnpo_jax.runtime import atomic
+from attnpo_jax.runtime import atomic, json_files, schema
 from attnpo_jax.runtime.errors import UserError
+
+_BAD_ROWS = schema.Listed(schema.Table({"id": schema.Text()}, open=True))
+STATUSES = ("absent", "partial", "complete")
 
 
 class DamagedShard(UserError):
@@ -67,9 +71,9 @@ def status(path: str | os.PathLike, components: Mapping[str, Any]) -> str:
     """
     path = pathlib.Path(path)
     check_components(path, components)
-    metadata = read_json(path / METADATA)
+    metadata = read(path / METADATA)
     if metadata is None:
-        return "absent" if read_json(path / PLAN) is None else "partial"
+        return "absent" if read(path / PLAN) is None else "partial"
     whole = all(
         (path / shard["file"]).is_file() and (path / shard["file"]).stat().st_size == shard["bytes"]
         for shard in metadata["shards"]
@@ -127,7 +131,7 @@ class PreparedWriter:
 
         self.path.mkdir(parents=True, exist_ok=True)
         check_components(self.path, self._components, num_rows)
-        plan = read_json(self.path / PLAN) or read_json(self.path / METADATA)
+        plan = read(self.path / PLAN) or read(self.path / METADATA)
         if plan is None:
             if any(self.path.glob("*.arrow")):
                 raise FileExistsError(
@@ -139,7 +143,7 @@ class PreparedWriter:
                 "num_rows": num_rows,
                 "rows_per_shard": rows_per_shard,
             }
-            atomic.write_json(self.path / PLAN, plan)
+            atomic.write_json(self.path / PLAN, sealed(plan))
         self.rows_per_shard: int = plan["rows_per_shard"]
         self.num_shards = -(-num_rows // self.rows_per_shard)
 
@@ -157,7 +161,14 @@ class PreparedWriter:
         file = self._bad_rows_file(shard)
         if not file.is_file():
             return []
-        return [json.loads(line) for line in file.read_text().splitlines()]
+        lines = file.read_bytes().splitlines()
+        try:
+            found = [json_files.loads(line) for line in lines]
+            schema.check(found, _BAD_ROWS)
+        except ValueError as error:
+            remedy = f"delete {self.shard_name(shard)} beside it and run prepare again"
+            raise UserError(f"{file}: damaged ({error}); {remedy}") from error
+        return found
 
     def _bad_rows_file(self, shard: int) -> pathlib.Path:
         return self.path / f"bad-{shard:05d}-of-{self.num_shards:05d}.jsonl"
@@ -284,7 +295,7 @@ class PreparedWriter:
             leftover.unlink()
         atomic.write_json(self.path / "state.json", state)
         atomic.write_json(self.path / "dataset_info.json", info)
-        atomic.write_json(self.path / METADATA, metadata)
+        atomic.write_json(self.path / METADATA, sealed(metadata))
 
     def _own_shards(self) -> range:
         return range(self._process_index, self.num_shards, self._process_count)
@@ -302,7 +313,7 @@ class PreparedWriter:
 
     def _recorded_digests(self) -> dict[str, str]:
         """File name -> sha256 of a finished dataset's shards, but for those written anew since."""
-        metadata = read_json(self.path / METADATA) or {"shards": []}
+        metadata = read(self.path / METADATA) or {"shards": []}
         return {shard["file"]: shard["sha256"] for shard in metadata["shards"]} | self._digests
 
     def _fault(self, shard: int, recorded: Mapping[str, str]) -> str | None:
@@ -345,11 +356,9 @@ class Prepared:
             DamagedShard: a shard is missing or its bytes have changed; the message says what to do.
         """
         path = pathlib.Path(path)
-        meta = read_json(path / METADATA)
+        meta = read(path / METADATA)
         if meta is None:
             raise FileNotFoundError(f"{path} has no {METADATA}: not prepared, or not to the end")
-        if meta["format"] != FORMAT:
-            raise UserError(f"{path / METADATA}: format {meta['format']}; accepted: {FORMAT}")
         expected = features(meta["components"])
         tables = []
         for shard in meta["shards"]:
@@ -363,8 +372,13 @@ class Prepared:
                     f"damaged (sha256 {found[:12]}..., written {shard['sha256'][:12]}...)",
                     "delete this file and ",
                 )
-            table = shards.read_table(file)
-            shards.check_table(table, expected, shard["rows"])
+            try:
+                table = shards.read_table(file)
+                shards.check_table(table, expected, shard["rows"])
+            except (pa.ArrowException, ValueError) as error:
+                raise DamagedShard(
+                    file, f"can't be used ({error})", f"delete it and {METADATA} and "
+                ) from error
             tables.append(table)
         return cls(path, meta, tables)
 

@@ -54,8 +54,11 @@ from attnpo_jax.data.pair import SIDES, BadExample, Pair, extra_fields
 from attnpo_jax.data.readers import ACCEPTED_SOURCES, Examples, expand, open_source
 from attnpo_jax.runtime import atomic
 from attnpo_jax.runtime.errors import UserError
+from attnpo_jax.runtime.schema import Listed, Row, Text, Whole
 from attnpo_jax.runtime.team import ALONE, Team, check_alike
 
+# What `_Source.look` returns.
+_LOOKED = Row((Listed(Row((Whole(), Whole(), Text(), Text()))), Listed(BadExample.FORM)))
 _AT_ONCE = 1024  # examples that are Python objects at once, so that no big file is held twice
 
 
@@ -171,7 +174,7 @@ def load_pairs(
         opened.append(_Source(name, short_name, examples, read, columns))
         by_source += [[] for _ in range(group + 1 - len(by_source))]
         looked = opened[-1].look(team, stop_at_bad=on_bad_row == "error")
-        for good, bad in team.exchange(looked):
+        for good, bad in team.exchange(looked, _LOOKED):
             by_source[group] += [
                 _Place(len(opened) - 1, at, part, unique(id), digest)
                 for at, part, id, digest in good
@@ -264,7 +267,7 @@ class _Source:
                 if isinstance(found, Pair):
                     good.append((place, part, found.id, _pair_digest(found)))
                     continue
-                bad.append(vars(found))
+                bad.append(found.as_json())
                 if stop_at_bad:
                     return good, bad
         return good, bad
@@ -299,7 +302,7 @@ def _first_columns(examples: Examples, team: Team) -> tuple[str, ...]:
         named = (precomputed_weights.names(e) for e in found_here if isinstance(e, dict))
         if found := next(filter(None, named), ()):
             break
-    return tuple(next(filter(None, team.exchange(found)), ()))
+    return tuple(next(filter(None, team.exchange(found, Listed(Text()))), ()))
 
 
 def _chunks(places: range) -> Iterator[range]:

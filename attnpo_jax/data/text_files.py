@@ -17,11 +17,13 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 
 from attnpo_jax.data.pair import BadExample
+from attnpo_jax.runtime import schema
 from attnpo_jax.runtime.errors import UserError
 from attnpo_jax.runtime.team import Team, check_alike
 
 PACKED = (".gz", ".zst")
 _READ = mmap.ACCESS_READ
+_ENDS = schema.Listed(schema.Whole())  # of lines, in bytes
 _Select = Callable[[Sequence[str], str], list[str]]  # a table's columns, its name -> those to read
 
 
@@ -70,7 +72,7 @@ class JsonLines:
                 start = part.start
                 while (end := content.find(b"\n", start, part.stop)) >= 0:
                     ends.append(start := end + 1)
-        self._starts = np.concatenate([[0], *team.exchange(ends)]).astype(np.int64)
+        self._starts = np.concatenate([[0], *team.exchange(ends, _ENDS)]).astype(np.int64)
 
     def __len__(self) -> int:
         return len(self._starts)

@@ -1,5 +1,6 @@
 """`attnpo export`: the newest checkpoint as a Hugging Face folder, or as an adapter for PEFT."""
 
+import contextlib
 import os
 import pathlib
 from collections.abc import Mapping
@@ -54,7 +55,13 @@ def export(
       MeshError: the devices or the model do not fit `parallel.mesh`.
       OSError: the folder can't be written; an earlier export stays. The other processes get
         `gathering.FirstProcessFailed`.
+      LockedError: another run writes to the workdir, and `out` is None.
     """
+    with run.writing() if out is None else contextlib.nullcontext():
+        return _export_all(run, out, console)
+
+
+def _export_all(run: "Run", out: str | os.PathLike | None, console: Console | None) -> pathlib.Path:
     run.checkpoint_folder  # noqa: B018  all processes look whether it is theirs
     folders, first = export_folders(run, out), processes.is_first()
     newest = None

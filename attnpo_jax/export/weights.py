@@ -42,10 +42,14 @@ def export_weights(run: "Run", *, console: Console | None = None) -> None:
     Raises:
       UserError: the sources hold other pairs than were prepared, or there are no weights to write.
       FileNotFoundError, PreparedMismatch: see `Run.open_prepared`.
+      LockedError: another run writes to the workdir.
     """
-    if not processes.is_first():
-        return
-    console = console or Console()
+    with run.writing():
+        if processes.is_first():
+            _export_weights(run, console or Console())
+
+
+def _export_weights(run: "Run", console: Console) -> None:
     prepared = {split: run.open_prepared(split) for split in run.splits}
     for split, dataset in prepared.items():
         if not dataset.source_layers and not dataset.weight_columns:
@@ -56,7 +60,7 @@ def export_weights(run: "Run", *, console: Console | None = None) -> None:
             weight_columns=run.weight_columns,
             columns=run.columns,
         ).pairs
-        if pairs.digest != dataset.meta["components"]["data"]["digest"]:
+        if pairs.digest != dataset.meta["components"]["data"].get("digest"):
             raise UserError(
                 f"config.data.{split} = {run.config.data[split]!r} holds other pairs than those "
                 f"that {dataset.path} was prepared from; accepted: the same pairs"

@@ -20,6 +20,7 @@ from attnpo_jax.models import placement
 from attnpo_jax.models.decoder import ModelConfig, Params, abstract_params
 from attnpo_jax.parallel import mesh as meshes
 from attnpo_jax.parallel import processes, sharding
+from attnpo_jax.runtime import schema
 
 # Every program rounds to bfloat16 where the model does. XLA would leave that out within what it
 # fuses, which differs with the shape of rows: policy and reference would round differently, though
@@ -120,7 +121,7 @@ def _where_prepared(
     local = jax.local_devices()
     if jax.process_count() > 1:
         # None of them may decide by a memory that others have not.
-        known = processes.exchange(_memory(local))
+        known = processes.exchange(_memory(local), schema.Maybe(schema.Whole()))
         memory = None if None in known else min(known)
         if prepares_together(model, devices, param_dtype, sizes, len(local), memory):
             return sizes, jax.devices()

@@ -39,9 +39,17 @@ from attnpo_jax.parallel.checkpoint_damage import (
     set_aside,
 )
 from attnpo_jax.parallel.state import TrainState
-from attnpo_jax.runtime import disk, nested
+from attnpo_jax.runtime import disk, nested, schema
 
 _ITEMS = ("params", "optimizer", "metadata")
+_METADATA = schema.Table(
+    {
+        "identity": schema.Mapped(schema.Anything()),
+        "tree": schema.Mapped(schema.Text()),
+        "sums": schema.Mapped(schema.Whole(0, 2**32 - 1)),
+    },
+    open=True,
+)
 
 
 class Checkpoints:
@@ -174,7 +182,7 @@ class Checkpoints:
 def _absolute(folder: str | os.PathLike) -> epath.Path:
     path = epath.Path(folder)
     # Resolved, a bucket's name would become a folder of this machine.
-    return path if "://" in os.fspath(path) else path.resolve()
+    return path if "://" in os.fspath(path) else epath.Path(os.path.realpath(path))
 
 
 def _warn_of_unfinished(folder: epath.Path) -> None:
@@ -220,6 +228,18 @@ def origin(folder: str | os.PathLike, step: int | None = None) -> dict[str, Any]
     of_params = {path: total for path, total in sums.items() if path.startswith("params")}
     text = json.dumps(of_params, sort_keys=True)
     return {"step": steps[-1], "params": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def newest_identity(folder: str | os.PathLike) -> tuple[int, Mapping[str, Any]] | None:
+    """The newest checkpoint's step and identity; None if there is none or it can't be read."""
+    if not _absolute(folder).exists():
+        return None
+    with _reader(folder) as manager:
+        steps = sorted(manager.all_steps())
+        try:
+            return (steps[-1], _read_metadata(manager, steps[-1])["identity"]) if steps else None
+        except (ValueError, KeyError, OSError):
+            return None  # damaged; restoring tells of it
 
 
 def restore_params(
@@ -319,7 +339,12 @@ def _optimizer_item(state: TrainState) -> dict[str, Any]:
 
 def _read_metadata(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
-    return manager.restore(step, args=args)["metadata"]
+    try:
+        metadata = manager.restore(step, args=args)["metadata"]
+        schema.check(metadata, _METADATA)
+    except RecursionError:
+        raise schema.SchemaError("metadata: brackets are nested too deeply") from None
+    return metadata
 
 
 def _placed(abstract: Any) -> Any:

@@ -34,10 +34,11 @@ import jax
 from jax._src import distributed  # the coordination service's key-value store has no public name
 
 from attnpo_jax.parallel import preemption, processes
-from attnpo_jax.runtime import exit_codes
+from attnpo_jax.runtime import exit_codes, lock
 from attnpo_jax.runtime import program as programs
 
 _FOLDER = "attnpo_jax/failed/"
+_KIND = "failed"  # as what reasons are signed
 POLL_SECONDS = 1
 # How long a process that fails stays for the others to learn why.
 STAY_SECONDS = 3
@@ -64,12 +65,14 @@ def join(options: Mapping[str, str] | None = None) -> None:
 
     Raises:
       ProcessesError: see `attnpo_jax.parallel.processes.find`.
+      SecretError: a process does not know the run's secret.
     """
     processes.initialize(options=options)
-    if processes.are_several():
+    if jax.distributed.is_initialized() and processes.own_count() > 1:
         meet = functools.partial(processes.barrier, "all are done")
         programs.others = programs.Others(meet, fail)
         watch()
+        processes.admit()
         preemption.take_interrupts()
         if not processes.is_first():
             # What all would say, the first one says; what this one alone knows, it says itself.
@@ -148,15 +151,16 @@ def _watch_abort(program: str) -> None:
         while not _is_aborting():
             time.sleep(ABORT_POLL_SECONDS)
         # The service's client waits for the aborting thread: nothing here may ask it.
-        if jax.process_index() > 0 and not _first_is_there():
+        if processes.own_index() > 0 and not _first_is_there():
             message = _ends_too(program, _first_is_gone())
         else:
             message = f"{program}: error: {_who()} is aborted, for the reason said above"
         # Whoever ends this process already has said why.
         if _ending.acquire(timeout=ABORT_POLL_SECONDS):
             print(message, file=sys.stderr, flush=True)
-        if jax.process_index() == 0:
+        if processes.own_index() == 0:
             time.sleep(PROBE_SECONDS)  # others ask whether it is there
+            lock.release_all()
         os._exit(exit_codes.LOST)
 
     # To the very end: JAX's farewell may miss another process too.
@@ -192,7 +196,7 @@ def _first_is_there() -> bool:
 
 
 def _first_is_gone() -> str:
-    return f"process 0 of {jax.process_count()}, which the others meet at, is gone without a word"
+    return f"process 0 of {processes.own_count()}, which the others meet at, is gone without a word"
 
 
 def _end(message: str, code: int, tell: str | None = None) -> None:
@@ -201,14 +205,17 @@ def _end(message: str, code: int, tell: str | None = None) -> None:
         print(message, file=sys.stderr, flush=True)
         if tell is not None:
             try:
-                key = f"{_FOLDER}{jax.process_index()}"
-                distributed.global_state.client.key_value_set(key, f"{code} {tell}")
+                mine = processes.own_index()
+                signature = processes.key.sign(_KIND, mine, f"{code} {tell}".encode())
+                text = f"{signature.hex()} {code} {tell}"
+                distributed.global_state.client.key_value_set(f"{_FOLDER}{mine}", text)
                 time.sleep(STAY_SECONDS)
             except jax.errors.JaxRuntimeError as error:
                 print(f"the others can't be told why: {_first_line(error)}", file=sys.stderr)
-        if jax.process_index() == 0:
+        if processes.own_index() == 0:
             # JAX aborts those that are still there when the service goes with this process.
             time.sleep(2 * POLL_SECONDS if tell is not None else STAY_SECONDS + 2 * POLL_SECONDS)
+        lock.release_all()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -226,24 +233,32 @@ def _ends_too(program: str, reason: str) -> str:
 
 
 def _who() -> str:
-    return f"process {jax.process_index()} of {jax.process_count()}"
+    return f"process {processes.own_index()} of {processes.own_count()}"
 
 
 def _reasons() -> list[tuple[int, str]]:
     """Exit codes and reasons that other processes have left, in the order of the processes.
 
-    None where the service is gone: then JAX's own watch ends this process.
+    None where the service is gone: then JAX's own watch ends this process. What is not signed with
+    the run's key is not believed.
     """
     try:
         found = distributed.global_state.client.key_value_dir_get(_FOLDER)
     except jax.errors.JaxRuntimeError:
         return []
-    left = {int(key.rpartition("/")[2]): text.partition(" ") for key, text in found}
-    return [
-        (int(code), reason)
-        for process, (code, _, reason) in sorted(left.items())
-        if process != jax.process_index()
-    ]
+    told = {key.rpartition("/")[2]: text for key, text in found}
+    reasons = []
+    for process in range(processes.own_count()):
+        text = told.get(str(process))
+        if text is None or process == processes.own_index():
+            continue
+        signature, _, said = text.partition(" ")
+        if not re.fullmatch("[0-9a-f]{64}", signature):
+            continue
+        if processes.key.holds(_KIND, process, said.encode(), bytes.fromhex(signature)):
+            code, _, reason = said.partition(" ")
+            reasons.append((int(code), reason))
+    return reasons
 
 
 def _first_line(error: BaseException) -> str:

@@ -16,6 +16,7 @@ from jax._src import distributed  # the coordination service's key-value store h
 from jax.sharding import NamedSharding, PartitionSpec
 
 from attnpo_jax.parallel import processes
+from attnpo_jax.parallel.messages import MessageError
 from attnpo_jax.runtime.errors import UserError
 
 _FOLDER = "attnpo_jax/gather/"
@@ -80,13 +81,22 @@ class _StandIn:
 
 def _ask(question: str) -> None:
     # Not by a collective of devices: those may give up while the first process writes to a disk.
-    distributed.global_state.client.key_value_set(f"{_FOLDER}{next(_QUESTIONS)}", question)
+    number = next(_QUESTIONS)
+    signature = processes.key.sign(f"gather {number}", 0, question.encode()).hex()
+    client = distributed.global_state.client
+    client.key_value_set(f"{_FOLDER}{number}", f"{signature} {question}")
 
 
 def _next_question() -> str:
-    return distributed.global_state.client.blocking_key_value_get(
-        f"{_FOLDER}{next(_QUESTIONS)}", processes.BARRIER_SECONDS * 1000
+    number = next(_QUESTIONS)
+    text = distributed.global_state.client.blocking_key_value_get(
+        f"{_FOLDER}{number}", processes.BARRIER_SECONDS * 1000
     )
+    signature, _, question = text.partition(" ")
+    expected = processes.key.sign(f"gather {number}", 0, question.encode()).hex()
+    if signature != expected:
+        raise MessageError("a question of process 0 is not signed with the key of this run")
+    return question
 
 
 def _gather(leaf: jax.Array, layer: int | None) -> jax.Array:

@@ -9,27 +9,32 @@ runtime before anything else touches a device. They are told by the first of the
 - an indexed Job of Kubernetes or a JobSet, which JAX asks the cluster's API about;
 - `ATTNPO_DISTRIBUTED=1`: whatever JAX finds by itself, for a cluster that is none of these;
 - `ATTNPO_DISTRIBUTED=0`: none of this.
+
+`ATTNPO_SECRET`, the same for all, is what they know each other by (see `secret`).
 """
 
 import importlib.util
+import ipaddress
 import itertools
 import logging
 import os
 import pathlib
-import pickle
+import socket
 import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax._src import distributed  # the coordination service's client has no public name
 from jax.experimental import multihost_utils
 
-from attnpo_jax.parallel import slurm
+from attnpo_jax.parallel import messages, secret, slurm
+from attnpo_jax.runtime import schema
 from attnpo_jax.runtime.errors import UserError
 from attnpo_jax.runtime.team import Team
 
@@ -38,6 +43,7 @@ _LOG = logging.getLogger(__name__)
 _EXPLICIT = ("ATTNPO_COORDINATOR", "ATTNPO_NUM_PROCESSES", "ATTNPO_PROCESS_ID")
 _OPTIONS = ("coordinator-address", "num-processes", "process-id")
 _SWITCH = "ATTNPO_DISTRIBUTED"
+_BIND = "JAX_COORDINATOR_BIND_ADDRESS"
 
 # A process that says nothing for this long counts as dead, and all others end.
 HEARTBEAT_SECONDS = 30
@@ -51,6 +57,10 @@ SEEN_SECONDS = 90
 METADATA_SECONDS = 5
 
 _BARRIERS = itertools.count()
+_EXCHANGES = itertools.count()
+
+key = secret.Key()
+"""Signs what this process says to the others; set by `admit`."""
 
 
 class ProcessesError(UserError):
@@ -62,13 +72,16 @@ def initialize(
 ) -> bool:
     """Joins this process to the others of its run, if there are any.
 
-    Must come before the first use of a device.
+    Must come before the first use of a device; and `admit` after it, before anything that the
+    others say is believed.
     """
     if jax.distributed.is_initialized():
         return True
     arguments = find(environ, options)
     if arguments is None:
         return False
+    if arguments.get("process_id") == 0 and not environ.get(_BIND):
+        arguments["coordinator_bind_address"] = _own_address(arguments["coordinator_address"])
     try:
         jax.distributed.initialize(
             **arguments,
@@ -81,13 +94,92 @@ def initialize(
             f"accepted: the options {', '.join('--' + name for name in _OPTIONS)}, the variables "
             f"{', '.join(_EXPLICIT)}, or {_SWITCH}=0 for this process alone"
         ) from error
+    return True
+
+
+def admit(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Has the processes show each other that they know the secret of their run.
+
+    Raises:
+      SecretError: one does not.
+    """
+    global key
+    index, count = own_index(), own_count()
+    own = secret.take(environ)
+    key = secret.meet(distributed.global_state.client, index, count, own)
+    if not own and index == 0:
+        _LOG.warning(
+            "no %s is set: whoever reaches the coordinator's port can join this run in place of "
+            "one of its %d processes; docs/launching.md says how to set one",
+            secret.VARIABLE,
+            count,
+        )
     _LOG.info(
         "process %d of %d, %d of %d devices",
-        jax.process_index(),
-        jax.process_count(),
+        index,
+        count,
         jax.local_device_count(),
         jax.device_count(),
     )
+
+
+def own_index() -> int:
+    """Which of the processes this is; known before devices are."""
+    return distributed.global_state.process_id
+
+
+def own_count() -> int:
+    """How many processes there are; known before devices are."""
+    return distributed.global_state.num_processes
+
+
+def _own_address(address: str) -> str:
+    """Where process 0 listens, at an address that it was given as the coordinator's.
+
+    That address alone: JAX would listen on all of the machine's, and does where a name says no more
+    than that it is this machine (127.0.1.1, as some systems have it).
+
+    Raises:
+      ProcessesError: this machine does not have the address.
+    """
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    try:
+        found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise ProcessesError(
+            f"the coordinator's address {address!r} can't be looked up ({error})"
+        ) from error
+    own = [info[4][0] for info in found if _is_own(*info[:2], info[4])]
+    if not own:
+        listed = ", ".join(dict.fromkeys(info[4][0] for info in found))
+        raise ProcessesError(
+            f"process 0 is to listen at {address!r}, but its machine does not have that address "
+            f"({listed}); accepted: process 0 on the machine that has it, or, where the others "
+            f"reach it by a forwarded address, {_BIND}=0.0.0.0:{port} in its environment, which "
+            "has it listen at all of its addresses"
+        )
+    outside = [one for one in own if not ipaddress.ip_address(one.partition("%")[0]).is_loopback]
+    if not outside and host != "localhost" and host not in own:
+        _LOG.warning(
+            "the coordinator's name %s is %s here, where others can't reach it: it listens at all "
+            "addresses of this machine; %s=ADDRESS:%s says at which one alone",
+            host,
+            own[0],
+            _BIND,
+            port,
+        )
+        return f"[::]:{port}"
+    chosen = (outside or own)[0]
+    return f"[{chosen}]:{port}" if ":" in chosen else f"{chosen}:{port}"
+
+
+def _is_own(family: int, kind: int, address: tuple) -> bool:
+    with socket.socket(family, kind) as probe:
+        try:
+            probe.bind((address[0], 0, *address[2:]))
+        except OSError:
+            return False
     return True
 
 
@@ -163,12 +255,13 @@ def check_shared(folder: str | os.PathLike, field: str) -> None:
     if is_first():
         folder.mkdir(parents=True, exist_ok=True)
         # A name that nobody has asked for: network file systems remember what is not there.
-        mark = folder / f".shared-{uuid.uuid4().hex}"
-        mark.touch()
-    mark = exchange(mark)[0]
-    seen = exchange((folder / mark.name).exists())
+        mark = f".shared-{uuid.uuid4().hex}"
+        (folder / mark).touch()
+    name = schema.Maybe(schema.Text(r"\.shared-[0-9a-f]{32}"))
+    mark = exchange(mark, name)[0]
+    seen = exchange((folder / mark).exists(), schema.Flag())
     if is_first():
-        mark.unlink()
+        (folder / mark).unlink()
     if not all(seen):
         blind = [str(k) for k, sees in enumerate(seen) if not sees]
         raise ProcessesError(
@@ -196,19 +289,32 @@ def team() -> Team:
     return Team(jax.process_index(), jax.process_count(), exchange)
 
 
-def exchange(value: Any) -> list[Any]:
-    """What every process has said, in their order; all of them must come to the same exchange."""
+def exchange(value: Any, form: schema.Form) -> list[Any]:
+    """What every process has said, in their order; all of them must come to the same exchange.
+
+    Args:
+      value: JSON; tuples become lists.
+      form: what all must say.
+
+    Raises:
+      MessageError: another process says something else, or it is not signed.
+    """
     if jax.process_count() == 1:
         return [value]
     # A collective of CPUs gives up on who is half a minute late, at a download for example.
     barrier("exchange")
-    said = np.frombuffer(pickle.dumps(value), np.uint8)
-    lengths = multihost_utils.process_allgather(np.array(len(said), np.int32)).ravel()
+    number = next(_EXCHANGES)
+    header, said = messages.write(key, number, jax.process_index(), value)
+    headers = multihost_utils.process_allgather(header)
+    lengths = [messages.length(key, number, k, told) for k, told in enumerate(headers)]
     # Few lengths are few programs to compile.
-    padded = np.zeros(1 << int(lengths.max()).bit_length(), np.uint8)
+    padded = np.zeros(1 << max(lengths).bit_length(), np.uint8)
     padded[: len(said)] = said
     rows = multihost_utils.process_allgather(padded)
-    return [pickle.loads(row[:n].tobytes()) for row, n in zip(rows, lengths, strict=True)]
+    return [
+        messages.read(key, number, k, row[:n], form)
+        for k, (row, n) in enumerate(zip(rows, lengths, strict=True))
+    ]
 
 
 def _is_tpu_slice(environ: Mapping[str, str]) -> bool:

@@ -10,6 +10,7 @@ from attnpo_jax.parallel import processes
 from attnpo_jax.prepare.pair_forms import PairForms, PairTokenizer
 from attnpo_jax.runtime.errors import UserError
 from attnpo_jax.runtime.progress import CountProgress
+from attnpo_jax.runtime.schema import Maybe, Row, Table, Text, Whole
 
 if TYPE_CHECKING:
     from attnpo_jax.run import Run
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 _AT_A_TIME = 64  # pairs tokenized between two movements of the bar
 _NAMES = {"row": "prompt and response", "judge": "judge prompt"}
+# What a process finds wrong, and its counts.
+_FOUND = Row((Maybe(Text()), Table({name: Whole() for name in _NAMES})))
 
 
 def look_ahead(run: "Run", splits: Mapping[str, Sequence[Pair]]) -> None:
@@ -57,7 +60,7 @@ def look_ahead(run: "Run", splits: Mapping[str, Sequence[Pair]]) -> None:
                     break
                 beyond.add(forms)
                 progress.add(len(some))
-        everyones = team.exchange((wrong, beyond.counts))
+        everyones = team.exchange((wrong, beyond.counts), _FOUND)
         for of_one, _ in everyones:
             if of_one is not None:
                 raise UserError(of_one)

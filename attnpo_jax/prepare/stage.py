@@ -27,10 +27,11 @@ from attnpo_jax.judge.language_model import LanguageModel
 from attnpo_jax.models.attention import implementations
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.parallel import preemption, processes
+from attnpo_jax.prepare import wire
 from attnpo_jax.prepare.look_ahead import look_ahead
 from attnpo_jax.prepare.pair_forms import PairForms, PairTokenizer
 from attnpo_jax.prepare.reference import Reference
-from attnpo_jax.runtime import atomic
+from attnpo_jax.runtime import atomic, schema
 from attnpo_jax.runtime.errors import Preempted, UserError
 from attnpo_jax.runtime.progress import CountProgress
 from attnpo_jax.runtime.team import ALONE, Team
@@ -63,14 +64,20 @@ def prepare(run: "Run", *, keep_params: bool = False, console: Console | None = 
       AttentionError: `model.attention` cannot serve the model on these devices.
       UserError: a token is beyond the model's vocabulary.
       Preempted: SIGTERM or Ctrl-C came; the shard under way is lost, those before it stay.
+      LockedError: another run writes to the folder.
     """
-    console = console or Console()
+    with run.writing():
+        _prepare(run, keep_params, console or Console())
+
+
+def _prepare(run: "Run", keep_params: bool, console: Console) -> None:
     # The data come first: a mistake in them shall not wait for a model to be downloaded.
     loaded = {split: _load_pairs(run, split) for split in run.splits}
     # All splits are checked before any of them is computed.
     todo = [_Split.check(run, split, loaded[split]) for split in run.splits]
     # The first process has finished a dataset, so what it sees of one counts for all.
-    seen = processes.exchange([split.status for split in todo])[0]
+    statuses = schema.Listed(schema.Choice(prepared.STATUSES))
+    seen = processes.exchange([split.status for split in todo], statuses)[0]
     todo = [
         dataclasses.replace(split, status=status) for split, status in zip(todo, seen, strict=True)
     ]
@@ -90,8 +97,10 @@ def prepare(run: "Run", *, keep_params: bool = False, console: Console | None = 
 
 def _load_pairs(run: "Run", split: str) -> LoadedPairs:
     path = run.prepared_path(split)
-    # A finished dataset's list has more rows than are found bad here.
-    write = processes.is_first() and not (path / prepared.METADATA).is_file()
+    # One that was begun may turn out to be another one's, and has a list already; a finished one's
+    # has more rows than are found bad here.
+    begun = any((path / name).is_file() for name in (prepared.PLAN, prepared.METADATA))
+    write = processes.is_first() and not begun
     return load_pairs(
         run.config.data[split],
         on_bad_row=run.config.data.on_bad_row,
@@ -310,9 +319,12 @@ def _of_all(
     team: Team, forms: list[PairForms], bad_rows: list[BadExample]
 ) -> tuple[list[PairForms], list[BadExample]]:
     """What all of a team have tokenized, in the order of their parts."""
-    parts = team.exchange((forms, [vars(bad_row) for bad_row in bad_rows]))
+    if team.count == 1:
+        return forms, bad_rows
+    own = [wire.to_json(form) for form in forms], [bad_row.as_json() for bad_row in bad_rows]
+    parts = team.exchange(own, schema.Row((wire.FORMS, schema.Listed(BadExample.FORM))))
     return (
-        [form for of_one, _ in parts for form in of_one],
+        [wire.from_json(form) for of_one, _ in parts for form in of_one],
         [BadExample(**bad_row) for _, of_one in parts for bad_row in of_one],
     )
 
@@ -368,7 +380,7 @@ def summary(split: str, dataset: prepared.Prepared) -> Table:
     """A table of what was prepared and of how the judge judged, if it did."""
     table = Table(title=f"prepared: {split}", show_header=False)
     table.add_row("pairs", str(len(dataset)))
-    table.add_row("bad rows", str(dataset.meta["counts"]["bad_rows"]))
+    table.add_row("bad rows", str(dataset.meta["counts"].get("bad_rows", 0)))
     if dataset.weight_columns:
         table.add_row("precomputed weights", ", ".join(dataset.weight_columns))
     if not dataset.source_layers:

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-from attnpo_jax.runtime import exit_codes
+from attnpo_jax.runtime import exit_codes, lock
 
 # What comes sooner is the same Ctrl-C: some launchers pass on what the terminal has sent already.
 AGAIN_SECONDS = 0.5
@@ -84,6 +84,7 @@ def _listen(reads: int, program: str) -> None:
             # A bar of progress may have hidden the cursor, and its lock may never be free.
             cursor = "\x1b[?25h\n" if os.isatty(2) else ""
             os.write(2, f"{cursor}{program}: interrupted\n".encode())
+            lock.release_all()
             os._exit(exit_codes.INTERRUPTED)
         if handled and not said:
             said = True

@@ -2,24 +2,29 @@
 
 `metrics.jsonl` holds one JSON object a line: metrics of the step that ended with `step` optimizer
 steps done, or, with names that begin with `eval_`, those of an evaluation after `step` steps.
-Numbers that JSON does not have are the strings "NaN", "Infinity" and "-Infinity".
+Numbers that JSON does not have are the strings "NaN", "Infinity" and "-Infinity". By a line's last
+two keys, `line` and `check`, damage is known (see `metric_lines`): what is no line any more goes to
+`metrics.jsonl.damaged`.
 """
 
 import contextlib
-import json
-import math
+import logging
 import os
 import pathlib
+import re
 import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
-from attnpo_jax.runtime import atomic
+from attnpo_jax.runtime import atomic, metric_lines
 from attnpo_jax.runtime.errors import UserError
+from attnpo_jax.runtime.metric_lines import Line
+
+_LOG = logging.getLogger(__name__)
 
 FILE = "metrics.jsonl"
-
-Line = dict[str, Any]
+DAMAGED = f"{FILE}.damaged"
+_LISTED = 10  # places of damaged lines in a message
 
 
 class Writer(Protocol):
@@ -41,10 +46,10 @@ class MetricsWriter:
         after its last checkpoint, are removed, for this run will write them anew.
       log: the `log` section of the config; None for the file alone.
       config: the whole config as nested JSON values, shown by Weights & Biases.
+      log_every: steps between two lines; where the file ends sooner, that is said.
       writes: whether anything is written: by one process of a run, not by the others.
 
     Raises:
-      UserError: a line of `metrics.jsonl` other than an unfinished last one is not one of ours.
       ImportError: a writer's package is missing.
     """
 
@@ -55,13 +60,14 @@ class MetricsWriter:
         *,
         log: Any = None,
         config: Mapping[str, Any] | None = None,
+        log_every: int | None = None,
         writes: bool = True,
     ):
         self.workdir = workdir = pathlib.Path(workdir)
         self._writers: list[Writer] = []
         if not writes:
             return
-        self._writers += [_JsonLines(workdir / FILE, start_step)]
+        self._writers += [_JsonLines(workdir / FILE, start_step, log_every)]
         if log is not None and log.tensorboard:
             self._writers.append(_TensorBoard(workdir / "tensorboard", start_step))
         if log is not None and log.wandb:
@@ -88,57 +94,51 @@ class MetricsWriter:
 def read(workdir: str | os.PathLike) -> list[Line]:
     """The lines of a run's `metrics.jsonl`; none if there is no file.
 
-    Raises:
-      UserError: a line other than an unfinished last one is not one of ours.
+    Those that are damaged are left out, with a warning.
     """
     path = pathlib.Path(workdir) / FILE
-    if not path.exists():
-        return []
-    *complete, _ = path.read_text().split("\n")  # a killed run may leave half a last line
-    lines = []
-    for number, text in enumerate(complete, start=1):
-        try:
-            line = json.loads(text)
-            if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-                raise ValueError("no JSON object with a whole number `step`")
-        except ValueError as error:
-            raise UserError(
-                f"{path}:{number}: not a line of metrics ({error}); delete or mend it"
-            ) from error
-        lines.append({name: _from_json(value) for name, value in line.items()})
-    return lines
+    found = _parse(path)
+    if found.damaged:
+        _LOG.warning("%s: %s is damaged and left out", path, _places(found.damaged))
+    return [line.values for line in found.lines]
 
 
-_SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+def _parse(path: pathlib.Path) -> metric_lines.Content:
+    try:
+        return metric_lines.parse(path.read_bytes())
+    except FileNotFoundError:
+        return metric_lines.parse(b"")
 
 
-def _from_json(value: Any) -> Any:
-    return _SPECIAL.get(value, value) if isinstance(value, str) else value
-
-
-def _to_json(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
-    return value
-
-
-def _encode(line: Mapping[str, Any]) -> bytes:
-    text = json.dumps({name: _to_json(value) for name, value in line.items()}, allow_nan=False)
-    return text.encode() + b"\n"
+def _places(damaged: Mapping[int, bytes]) -> str:
+    listed = ", ".join(map(str, list(damaged)[:_LISTED]))
+    more = f" and {len(damaged) - _LISTED} more" if len(damaged) > _LISTED else ""
+    return f"line {listed}{more}"
 
 
 class _JsonLines:
-    def __init__(self, path: pathlib.Path, start_step: int):
+    def __init__(self, path: pathlib.Path, start_step: int, log_every: int | None):
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = read(path.parent) if start_step else []
-        kept = [line for line in lines if line["step"] <= start_step]
-        atomic.write_atomically(path, b"".join(map(_encode, kept)))
+        found = _parse(path)
+        if found.damaged:
+            _set_aside(path, found.damaged)
+        kept = [line for line in found.lines if start_step and line.values["step"] <= start_step]
+        if start_step:
+            _tell_missing(path, found, kept, start_step, log_every)
+        # Whole lines stay as they are; those of old get numbers and checks.
+        texts = [
+            metric_lines.encode(line.values, k) if line.number is None else line.text + b"\n"
+            for k, line in enumerate(kept, 1)
+        ]
+        atomic.write_atomically(path, b"".join(texts))
+        self._next = 1 + (kept[-1].number or len(kept) if kept else 0)
         self._path = path
         # Unbuffered: a line is with the operating system as soon as it is written.
         self._file = path.open("ab", buffering=0)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        rest = _encode({"step": step, **values})
+        rest = metric_lines.encode({"step": step, **values}, self._next)
+        self._next += 1
         with self._naming_the_file():
             while rest:
                 rest = rest[self._file.write(rest) :]
@@ -159,6 +159,36 @@ class _JsonLines:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _set_aside(path: pathlib.Path, damaged: Mapping[int, bytes]) -> None:
+    target = path.with_name(DAMAGED)
+    with target.open("ab") as file:
+        file.writelines(text + b"\n" for text in damaged.values())
+        file.flush()
+        os.fsync(file.fileno())
+    _LOG.warning("%s: %s is damaged; set aside in %s", path, _places(damaged), target)
+
+
+def _tell_missing(
+    path: pathlib.Path,
+    found: metric_lines.Content,
+    kept: list[metric_lines.Found],
+    start_step: int,
+    log_every: int | None,
+) -> None:
+    """Says which lines a file lacks whose run goes on from a checkpoint of `start_step`."""
+    for before, after in found.gaps:
+        if after <= start_step:
+            where = "before that" if before is None else f"between that of step {before} and that"
+            _LOG.warning("%s: lines are missing, %s of step %d", path, where, after)
+    if log_every:
+        last = max((line.values["step"] for line in kept if "loss" in line.values), default=0)
+        due = start_step - start_step % log_every
+        if last < due:
+            _LOG.warning(
+                "%s: lines are missing, of steps %d to %d, which are saved", path, last + 1, due
+            )
 
 
 class _TensorBoard:
@@ -187,9 +217,15 @@ class _Wandb:
         id_file = workdir / "wandb_id"
         if not id_file.exists():
             atomic.write_atomically(id_file, uuid.uuid4().hex[:12].encode())
+        found = id_file.read_bytes().strip()
+        if not re.fullmatch(rb"[A-Za-z0-9_-]{1,64}", found):
+            raise UserError(
+                f"{id_file}: damaged ({found[:40]!r}); write the id of the run at W&B into it, or "
+                "delete it to begin another run there"
+            )
         self._run = wandb.init(
             project=project,
-            id=id_file.read_text(),
+            id=found.decode(),
             resume="allow",
             dir=str(workdir),
             config=dict(config or {}),

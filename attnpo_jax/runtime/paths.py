@@ -1,8 +1,13 @@
-"""What a message says of a path at which nothing is."""
+"""Paths: where links lead, and what a message says of one at which nothing is."""
 
 import difflib
 import os
 import pathlib
+
+
+def followed(path: str | os.PathLike) -> pathlib.Path:
+    """The path that a symbolic link leads to, there or not; any other path as it is."""
+    return pathlib.Path(os.path.realpath(path) if os.path.islink(path) else path)
 
 
 def searched(path: str | os.PathLike) -> str:

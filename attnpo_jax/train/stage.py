@@ -20,10 +20,11 @@ from attnpo_jax.models import lora
 from attnpo_jax.models.attention import implementations
 from attnpo_jax.models.decoder import ModelConfig, Params, abstract_params
 from attnpo_jax.parallel import backend as backends
-from attnpo_jax.parallel import preemption, processes
+from attnpo_jax.parallel import checkpoint, preemption, processes
 from attnpo_jax.parallel.checkpoint import Checkpoints
+from attnpo_jax.parallel.checkpoint_damage import CheckpointMismatch
 from attnpo_jax.parallel.state import TrainState, create, create_adapted
-from attnpo_jax.runtime import atomic
+from attnpo_jax.runtime import atomic, nested
 from attnpo_jax.runtime.metrics import MetricsWriter
 from attnpo_jax.runtime.metrics import read as read_metrics
 from attnpo_jax.train import hooks, optim
@@ -58,7 +59,31 @@ def train(run: "Run", *, console: Console | None = None) -> None:
       AttentionError: `model.attention` cannot serve the model on these devices.
       Preempted: SIGTERM or Ctrl-C came; a checkpoint of the step under way is written, and
         evaluation at that step, if due or under way, is left to the run that resumes.
+      LockedError: another run writes to the folder.
     """
+    with run.writing():
+        refuse_changed(run)
+        _train(run)
+    if processes.is_first():
+        _show_summary(run, console or Console())
+
+
+def refuse_changed(run: "Run") -> None:
+    """Raises CheckpointMismatch where the run's checkpoints were trained with other settings.
+
+    Of those, what the config says: it can be told before anything is computed or written.
+    """
+    found = checkpoint.newest_identity(run.checkpoint_folder)
+    if found is None:
+        return
+    step, saved = found
+    changed = nested.differences(saved, {"config": _decisive(run.config)}, "nothing")
+    of_config = {name: pair for name, pair in changed.items() if name.startswith("config.")}
+    if of_config:
+        raise CheckpointMismatch(run.checkpoint_folder / str(step), of_config)
+
+
+def _train(run: "Run") -> None:
     config, checkpoint_folder = run.config, run.checkpoint_folder
     run.source_layers  # noqa: B018  a layer that the model lacks is told of before anything runs
     backend = backends.for_training(run.policy, config.parallel)
@@ -87,7 +112,12 @@ def train(run: "Run", *, console: Console | None = None) -> None:
         bar = config.log.progress and first and start < len(batches)
         with (
             MetricsWriter(
-                run.workdir, start, log=config.log, config=config.to_dict(), writes=first
+                run.workdir,
+                start,
+                log=config.log,
+                config=config.to_dict(),
+                log_every=config.train.log_every,
+                writes=first,
             ) as metrics,
             preemption.watch_steps(start) as notice,
             TrainProgress(len(batches), start, bar=bar) as progress,
@@ -118,8 +148,6 @@ def train(run: "Run", *, console: Console | None = None) -> None:
                 [evaluates, saves, hooks.Stop(checkpoints)],  # in this order
                 checkpoints,
             )
-    if first:
-        _show_summary(run, console or Console())
 
 
 def _show_summary(run: "Run", console: Console) -> None:
@@ -292,14 +320,17 @@ def step_settings(
 
 def identity(config: config_dict.ConfigDict, model: ModelConfig, data: Prepared) -> dict[str, Any]:
     """What a run must share with a checkpoint in order to continue it."""
-    fields = config_lib.flatten(config)
-    decisive = {
-        field: value
-        for field, value in fields.items()
-        if field in DECISIVE or field.split(".")[0] in DECISIVE
-    }
     return {
-        "config": decisive,
+        "config": _decisive(config),
         "model": model.facts(),
         "prepared": data.meta["components"],
+    }
+
+
+def _decisive(config: config_dict.ConfigDict) -> dict[str, Any]:
+    """The fields that a run which continues another one must share with it."""
+    return {
+        field: value
+        for field, value in config_lib.flatten(config).items()
+        if field in DECISIVE or field.split(".")[0] in DECISIVE
     }

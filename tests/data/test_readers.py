@@ -14,6 +14,7 @@ from attnpo_jax.data import formats, sources
 from attnpo_jax.data.pair import BadExample
 from attnpo_jax.data.readers import open_source
 from attnpo_jax.data.sources import load_pairs, pairs_digest
+from attnpo_jax.runtime import schema
 from attnpo_jax.runtime.team import ALONE, Team
 
 NUM_ROWS = 40
@@ -49,10 +50,11 @@ def of_team(count, work):
     meeting, said = threading.Barrier(count, timeout=30), [None] * count
 
     def process(index):
-        def exchange(value):
+        def exchange(value, form):
             said[index] = json.dumps(value)
             meeting.wait()
             heard = [json.loads(value) for value in said]
+            schema.check(heard, schema.Listed(form))
             meeting.wait()
             return heard
 

@@ -94,7 +94,8 @@ def test_tpu_pod():
 
     pack, copy, install = dry_run("tpu_pod.sh", "install", **where)
     packed = next(word for word in pack if word.startswith("--output=")).partition("=")[2]
-    assert copy[:7] == ["gcloud", "compute", "tpus", "tpu-vm", "scp", packed, "n:"]
+    secret = str(pathlib.Path(packed).with_name("attnpo_secret"))
+    assert copy[:8] == ["gcloud", "compute", "tpus", "tpu-vm", "scp", packed, secret, "n:"]
     assert options(copy)["worker"] == options(install)["worker"] == "all"
     remote = options(install)["command"]
     shell("-n", "-c", remote)
@@ -131,6 +132,7 @@ def test_what_stands_in_a_parameter_is_words_to_every_shell(tmp_path, script):
     home = tmp_path / "home"
     for bin_ in ("attnpo_venv/bin", "bin", "attnpo_jax"):
         (home / bin_).mkdir(parents=True)
+    (home / "attnpo_secret").touch()
     for stand_in in ("attnpo_venv/bin/attnpo", "bin/attnpo"):
         (home / stand_in).write_text('#!/bin/bash\nprintf "%s\\n" "$@" > ~/arguments\n')
     for stand_in in ("pip", "mountpoint"):
@@ -158,10 +160,12 @@ def test_what_stands_in_a_parameter_is_words_to_every_shell(tmp_path, script):
 def test_tpu_pod_run_outlives_its_shell_and_stop_reaches_it(tmp_path):
     """What the hosts run, on this machine with a stand-in for attnpo that waits for SIGTERM."""
     (tmp_path / "attnpo_jax").mkdir()
+    (tmp_path / "attnpo_secret").write_text("5ecret")
     fake = tmp_path / "attnpo_venv" / "bin" / "attnpo"
     fake.parent.mkdir(parents=True)
     fake.write_text(
-        "#!/bin/bash\ntrap 'echo stopped; exit 75' TERM\necho \"$ATTNPO_DISTRIBUTED $*\"\n"
+        "#!/bin/bash\ntrap 'echo stopped; exit 75' TERM\n"
+        'echo "$ATTNPO_DISTRIBUTED $ATTNPO_SECRET $*"\n'
         "for _ in {1..600}; do sleep 0.05; done\n"
     )
     fake.chmod(0o755)
@@ -182,7 +186,7 @@ def test_tpu_pod_run_outlives_its_shell_and_stop_reaches_it(tmp_path):
         return False
 
     assert on_host("run").returncode == 0
-    assert log_has("1 run --config=configs/quickstart.py --workdir=/mnt/attnpo/runs/attnpo")
+    assert log_has("1 5ecret run --config=configs/quickstart.py --workdir=/mnt/attnpo/runs/attnpo")
     assert on_host("run").returncode == 1  # it is running already
     assert on_host("stop").returncode == 0
     assert log_has("stopped")
@@ -200,12 +204,26 @@ def test_gke():
     # xpk fails a workload for good, whatever its restarts, when a pod ends with any other code but
     # 42 and those of signals: the survivors of a pod that was killed must not.
     assert given["restart-on-exit-codes"] == f"{exit_codes.PREEMPTED},{exit_codes.LOST}"
-    assert "env-file" not in given
-    (submit,) = dry_run("gke.sh", ENV_FILE="/me/secrets")
-    assert options(submit)["env-file"] == "/me/secrets"
     shell("-n", "-c", given["command"])
     values, config = attnpo_arguments(given["command"])
     assert values["workdir"] == "/mnt/attnpo/runs/r" and config.parallel.mesh.fsdp == -1
+
+
+def test_gke_gives_the_pods_a_secret_by_a_file(tmp_path):
+    """Beside what is in ENV_FILE, whose last line may lack its end."""
+    (tmp_path / "mine").write_text("HF_TOKEN=hf_1")
+    (tmp_path / "xpk").write_text(
+        "#!/bin/bash\n"
+        'for word in "$@"; do case "$word" in --env-file=*) file=${word#*=};; esac; done\n'
+        'stat -c %a "$file"; cat "$file"; echo "$@" > ~/words\n'
+    )
+    (tmp_path / "xpk").chmod(0o755)
+    environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    printed = shell(LAUNCH / "gke.sh", ENV_FILE=str(tmp_path / "mine"), **environ)
+    mode, token, secret = printed.splitlines()
+    assert mode == "600" and token == "HF_TOKEN=hf_1"
+    assert re.fullmatch("ATTNPO_SECRET=[0-9a-f]{64}", secret)
+    assert secret.partition("=")[2] not in (tmp_path / "words").read_text()
 
 
 def slurm_options():
@@ -243,7 +261,7 @@ def test_slurm_starts_a_process_a_node_and_requeues_what_was_told_to_stop(tmp_pa
         "srun": 'while [[ $1 == --* ]]; do shift; done\ncode=0\nfor i in 0 1; do\n'
         'SLURM_PROCID=$i SLURM_NTASKS=2 "$@" || code=$?\ndone\nexit $code',
         "attnpo": 'echo "$ATTNPO_COORDINATOR $ATTNPO_NUM_PROCESSES $ATTNPO_PROCESS_ID $1"\n'
-        f"exit {code}",
+        f'echo "$ATTNPO_SECRET" >> secrets\nexit {code}',
     }  # fmt: skip
     for name, text in stand_ins.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
@@ -265,6 +283,8 @@ def test_slurm_starts_a_process_a_node_and_requeues_what_was_told_to_stop(tmp_pa
     )
     assert done.returncode == code, done.stderr
     assert done.stdout.splitlines() == ["n1:29400 2 0 run", "n1:29400 2 1 run"]
+    secret, other = (tmp_path / "secrets").read_text().splitlines()
+    assert secret == other and re.fullmatch("[0-9a-f]{64}", secret)
     requeued = tmp_path / "requeued"
     assert (requeued.read_text() if requeued.exists() else "") == (
         "requeue 17\n" if code == 75 else ""

@@ -264,9 +264,9 @@ def test_all_prepare_together_if_one_process_has_too_little_memory(monkeypatch):
     enough = sum(x.nbytes for x in jax.tree.leaves(tiny.params())) // 2  # of four devices each
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:4])
-    monkeypatch.setattr(backends.processes, "exchange", lambda own: [own, own])
+    monkeypatch.setattr(backends.processes, "exchange", lambda own, form: [own, own])
     assert devices() == 4  # CPUs do not say
     monkeypatch.setattr(backends, "_memory", lambda devices: enough)
     for others, chosen in ((enough, 4), (enough - 4, 8), (None, 4)):
-        monkeypatch.setattr(backends.processes, "exchange", lambda own, o=others: [own, o])
+        monkeypatch.setattr(backends.processes, "exchange", lambda own, form, o=others: [own, o])
         assert devices() == chosen

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -42,10 +43,16 @@ from attnpo_jax.models.io.tensors import (
     to_hf,
     whole_shapes,
 )
-from attnpo_jax.runtime import disk
+from attnpo_jax.runtime import disk, json_files, paths, schema
+from attnpo_jax.runtime.errors import UserError
+
+_LOG = logging.getLogger(__name__)
 
 _TEMPLATES = "additional_chat_templates"
 _MARKER = "attnpo_export.json"
+_MARKER_FORM = schema.Table(
+    {"files": schema.Mapped(schema.Whole()), "origin": schema.Anything()}, open=True
+)
 _SHARD_BYTES = 5 * 10**9
 
 
@@ -175,12 +182,16 @@ def read_origin(folder: str | os.PathLike) -> Any:
     folder = Path(folder)
     if not (folder / _MARKER).is_file():
         return None
-    marker = read_json(folder / _MARKER)
+    try:
+        marker = json_files.read(folder / _MARKER, _MARKER_FORM, "it is exported again")
+    except UserError as error:
+        _LOG.warning("%s", error)
+        return None
     whole = all(
         (folder / name).is_file() and (folder / name).stat().st_size == size
-        for name, size in marker.get("files", {}).items()
+        for name, size in marker["files"].items()
     )
-    return marker.get("origin") if whole else None
+    return marker["origin"] if whole else None
 
 
 def companions_digest(source_folder: str | os.PathLike) -> str:
@@ -308,7 +319,7 @@ def replacing(folder: str | os.PathLike, *, overwrite: bool, origin: Any = None)
       overwrite: also replace a folder that is not an earlier export.
       origin: what the export is made of, as JSON values; see `read_origin`.
     """
-    folder = Path(folder).absolute()
+    folder = paths.followed(folder).absolute()
     if folder.exists() and not folder.is_dir():
         raise FolderError(f"{folder} is a file; an export needs a folder")
     clear_up(folder)
@@ -360,7 +371,7 @@ def clear_up(folder: str | os.PathLike) -> None:
 
     There must be no other export to it at this time.
     """
-    folder = Path(folder).absolute()
+    folder = paths.followed(folder).absolute()
     for path in sorted(folder.parent.glob(".*")):
         left = re.fullmatch(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{32}}\.(tmp|old)", path.name)
         if left is None:

@@ -32,6 +32,7 @@ from attnpo_jax.prepare.pair_forms import PairForms, PairTokenizer
 from attnpo_jax.prepare.reference import Reference
 from attnpo_jax.runtime import atomic
 from attnpo_jax.runtime.errors import Preempted, UserError
+from attnpo_jax.runtime.printable import plain, say
 from attnpo_jax.runtime.progress import CountProgress
 from attnpo_jax.runtime.team import ALONE, Team
 
@@ -81,8 +82,7 @@ def prepare(run: "Run", *, keep_params: bool = False, console: Console | None = 
             passes = passes or _Passes.load(run, keep_params)
             _fill(run, passes, split)
         elif processes.is_first():
-            used = f"{split.path}: complete, used as it is"
-            console.print(used, highlight=False, soft_wrap=True)
+            say(console, f"{split.path}: complete, used as it is")
         processes.wait_until_seen(split.path / prepared.METADATA)
         if processes.is_first():
             console.print(summary(split.name, prepared.Prepared.open(split.path)))
@@ -370,7 +370,7 @@ def summary(split: str, dataset: prepared.Prepared) -> Table:
     table.add_row("pairs", str(len(dataset)))
     table.add_row("bad rows", str(dataset.meta["counts"]["bad_rows"]))
     if dataset.weight_columns:
-        table.add_row("precomputed weights", ", ".join(dataset.weight_columns))
+        table.add_row("precomputed weights", plain(", ".join(dataset.weight_columns)))
     if not dataset.source_layers:
         return table
     figures = judge_figures(dataset)

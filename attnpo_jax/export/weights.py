@@ -56,6 +56,7 @@ def export_weights(run: "Run", *, console: Console | None = None) -> None:
             on_bad_row=run.config.data.on_bad_row,
             weight_columns=run.weight_columns,
             columns=run.columns,
+            max_example_bytes=run.config.data.max_example_bytes,
         ).pairs
         if pairs.digest != dataset.meta["components"]["data"]["digest"]:
             raise UserError(

@@ -27,7 +27,6 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Mapping
 
 import jax

@@ -111,6 +111,7 @@ def data_report(
             on_bad_row="skip",
             weight_columns=run.weight_columns,
             columns=run.columns,
+            max_example_bytes=config.data.max_example_bytes,
         )
         for split in splits
     }

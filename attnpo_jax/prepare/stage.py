@@ -98,6 +98,7 @@ def _load_pairs(run: "Run", split: str) -> LoadedPairs:
         bad_rows_path=_bad_rows_path(path) if write else None,
         weight_columns=run.weight_columns,
         columns=run.columns,
+        max_example_bytes=run.config.data.max_example_bytes,
         team=processes.team(),
     )
 

@@ -294,6 +294,7 @@ def run(run: Run, *, console: "Console | None" = None) -> None:
     from attnpo_jax import export, prepare, train
     from attnpo_jax.export.stage import export_folders
     from attnpo_jax.runtime import metrics
+    from attnpo_jax.runtime.printable import say
     from attnpo_jax.train.stage import refuse_changed
 
     console = console or Console()
@@ -312,4 +313,4 @@ def run(run: Run, *, console: "Console | None" = None) -> None:
         ("prepared data", run.workdir / "prepared"),
         ("config", run.workdir / "config.json"),
     ):
-        console.print(f"{what:<21} {path}", highlight=False, soft_wrap=True)
+        say(console, f"{what:<21} {path}")

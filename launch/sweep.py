@@ -31,6 +31,7 @@ from attnpo_jax.parallel import processes
 from attnpo_jax.run import Run
 from attnpo_jax.runtime import atomic, cache, json_files, metrics, program, schema
 from attnpo_jax.runtime.errors import UsageError
+from attnpo_jax.runtime.printable import plain, say
 from attnpo_jax.train.hooks import NonFiniteError
 
 # What a prepared dataset does not depend on.
@@ -141,7 +142,7 @@ def sweep(points: Sequence[Point], workdir: pathlib.Path, console: Console) -> l
     with run.writing():
         prepare.prepare(run, console=console)
         for number, point in enumerate(points, 1):
-            console.print(f"[{number}/{len(points)}] {point.name}", highlight=False, markup=False)
+            say(console, f"[{number}/{len(points)}] {point.name}")
             outcomes.append(_train(point, workdir))
     ranking = COLUMNS["accuracy"]
     finished = [outcome for outcome in outcomes if outcome.evaluation is not None]
@@ -181,7 +182,7 @@ def ranking(outcomes: Sequence[Outcome]) -> Table:
     """A table of the outcomes in their order."""
     table = Table(title="held-out pairs after training, best accuracy first")
     for field in outcomes[0].point.values:
-        table.add_column(field)
+        table.add_column(plain(field))
     for column in COLUMNS:
         table.add_column(column, justify="right")
     for outcome in outcomes:
@@ -189,7 +190,7 @@ def ranking(outcomes: Sequence[Outcome]) -> Table:
             cells = ["stopped", *[""] * (len(COLUMNS) - 1)]
         else:
             cells = [f"{outcome.evaluation[name]:.4f}" for name in COLUMNS.values()]
-        table.add_row(*outcome.point.values.values(), *cells)
+        table.add_row(*map(plain, outcome.point.values.values()), *cells)
     return table
 
 
@@ -230,7 +231,7 @@ def _main(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     console.print(ranking(outcomes))
     stopped = [outcome for outcome in outcomes if outcome.stopped]
     for outcome in stopped:
-        console.print(f"{outcome.point.name}: {outcome.stopped}", highlight=False, markup=False)
+        say(console, f"{outcome.point.name}: {outcome.stopped}")
     return 1 if stopped else 0
 
 

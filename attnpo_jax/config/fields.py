@@ -162,6 +162,12 @@ FIELDS: dict[str, Field] = {
         "`error` stops at the first bad row; `skip` leaves bad rows out and lists them in "
         "`prepared/SPLIT.bad_rows.jsonl`",
     ),
+    "data.max_example_bytes": Field(
+        1 << 24,
+        rules.integer(1),
+        "bytes that an example may take in its file; a larger one is a bad row, and is not read. "
+        "Of a table, 64 times as much may be read at once",
+    ),
     "data.num_buckets": Field(
         6,
         rules.integer(1),

@@ -1,10 +1,10 @@
 """From an example of a preference file to a validated pair; `sources` lists the forms."""
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from attnpo_jax.data.limits import parse_json
 from attnpo_jax.data.pair import BadExample, Message, Pair, extra_fields
 
 _TRANSCRIPT_START = "\n\nHuman:"
@@ -84,7 +84,10 @@ def pair_of_example(example: Any, fallback_id: str, origin: tuple[str, int]) -> 
 
 
 def texts_in(value: Any) -> Iterator[str]:
-    """All texts in messages or tools, keys of objects included."""
+    """All texts in messages or tools, keys of objects included.
+
+    Raises BadExample where there is anything that JSON does not have, such as a date.
+    """
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -92,6 +95,10 @@ def texts_in(value: Any) -> Iterator[str]:
     elif isinstance(value, (list, tuple)):
         for one in value:
             yield from texts_in(one)
+    elif not isinstance(value, (int, float, bool, type(None))):
+        raise BadExample(
+            f"a value of type {type(value).__name__} in messages or tools; accepted: what JSON has"
+        )
 
 
 def own_id(example: Any) -> str | None:
@@ -249,9 +256,9 @@ def _tools(value: Any) -> tuple[dict[str, Any], ...]:
     """The tools' schemas, also of a text that holds them as JSON, as Arrow files often do."""
     if isinstance(value, str) and value.strip():
         try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise BadExample(f"`tools` is a text that is not JSON ({error})") from None
+            value = parse_json(value)
+        except BadExample as bad:
+            raise BadExample(f"`tools` is a text that is {bad.reason}") from None
     value = without_nulls(value)
     if not value:
         return ()

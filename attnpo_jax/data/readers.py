@@ -4,6 +4,7 @@ Several processes may read one source together: each looks at a part of it only.
 """
 
 import bisect
+import contextlib
 import functools
 import glob
 import itertools
@@ -13,10 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from attnpo_jax.data import text_files
+from attnpo_jax.data import limits, text_files
+from attnpo_jax.data.arrow_files import refuse_packed
+from attnpo_jax.data.pair import BadExample
 from attnpo_jax.runtime.errors import UserError
 from attnpo_jax.runtime.paths import searched
 from attnpo_jax.runtime.team import Team, check_alike
@@ -35,6 +39,18 @@ _FILE_ENDINGS = (*_TEXT_ENDINGS, ".parquet", ".arrow", *_PACKED_ENDINGS)
 _HUB_ID = re.compile(
     r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?:/(?P<folder>\w[\w./-]*)|:(?P<config>[^@:]+))?"
     r"(?:@(?P<split>[^@]+))?"
+)
+# What datasets and pyarrow raise of files that are not what they seem.
+_OF_LIBRARIES = (
+    pa.ArrowException,
+    datasets.exceptions.DatasetsError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    NotImplementedError,
+    RecursionError,
+    OverflowError,
 )
 # From the columns that a table has, and its source's name, those to read.
 _Select = Callable[[Sequence[str], str], list[str]]
@@ -99,27 +115,57 @@ def expand(source: str, team: Team) -> list[str]:
     return found
 
 
-def open_source(source: str, select: _Select, team: Team) -> tuple[str, Examples]:
-    """A source's short name (for fallback ids) and its examples."""
+@contextlib.contextmanager
+def naming(source: str) -> Iterator[None]:
+    """Has what libraries raise of a file that is not what it seems name the source."""
+    try:
+        yield
+    except (UserError, FileNotFoundError):
+        raise
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise UserError(f"{source}: {error}") from error  # pyarrow's, of a file's content
+    except _OF_LIBRARIES as error:
+        raise UserError(f"{source}: can't be read ({type(error).__name__}: {error})") from error
+
+
+def open_source(
+    source: str, select: _Select, team: Team, limit: int = limits.MAX_EXAMPLE_BYTES
+) -> tuple[str, Examples]:
+    """A source's short name (for fallback ids) and its examples.
+
+    Args:
+      select: from the columns that a table has, and its source's name, those to read.
+      limit: bytes that an example may have; a larger one is a bad example, and is not read.
+
+    Raises:
+      UserError, FileNotFoundError: it can't be read; the message names it.
+    """
+    with naming(source):
+        return _open(source, select, team, limit)
+
+
+def _open(source: str, select: _Select, team: Team, limit: int) -> tuple[str, Examples]:
     if source.startswith("builtin:"):
         split = source.removeprefix("builtin:")
         if split not in ("train", "eval"):
             raise UserError(f"no builtin data {source!r}; accepted: builtin:train, builtin:eval")
         path = _BUILTIN / f"{split}.jsonl"
-        return f"builtin-{split}", text_files.JsonLines(path, source, team, None)
+        return f"builtin-{split}", text_files.JsonLines(path, source, team, None, limit)
 
     path = pathlib.Path(source).expanduser()
     if path.is_file():
         packed = path.suffix.lower() in text_files.PACKED
         short_name = pathlib.Path(path.stem).stem if packed else path.stem
-        return short_name, _open_file(path, source, select, team)
+        return short_name, _open_file(path, source, select, team, limit)
     if path.is_dir():
-        return path.name, _Table(_saved_dataset(path, None, source), source, select)
+        return path.name, _Table(_saved_dataset(path, None, source), source, select, limit)
     folder, at, split = source.rpartition("@")
     folder = pathlib.Path(folder).expanduser()
     if at and folder.is_dir():
         dataset = _saved_dataset(folder, split, source)
-        return f"{folder.name}@{split}", _Table(dataset, source, select)
+        return f"{folder.name}@{split}", _Table(dataset, source, select, limit)
     if at and folder.is_file():
         raise UserError(f"{source}: a single file has no splits; write {str(folder)!r}")
 
@@ -133,28 +179,31 @@ def open_source(source: str, select: _Select, team: Team) -> tuple[str, Examples
             f"no data at {source!r}; if it is a hub id, name the split: {source}@train"
         )
     dataset = datasets.load_dataset(hub.name, hub.config, data_dir=hub.folder, split=hub.split)
-    return source, _Table(dataset, source, select)
+    return source, _Table(dataset, source, select, limit)
 
 
-def _open_file(path: pathlib.Path, source: str, select: _Select, team: Team) -> Examples:
+def _open_file(
+    path: pathlib.Path, source: str, select: _Select, team: Team, limit: int
+) -> Examples:
     name, unpacked = path.name.lower(), None
     if name.endswith(_PACKED_ENDINGS):
-        unpacked = text_files.Unpacked(path, source)
+        unpacked = text_files.Unpacked(path, source, limit)
         path, name = unpacked.path, name.rpartition(".")[0]
     match pathlib.Path(name).suffix:
         case ".jsonl":
-            return text_files.JsonLines(path, source, team, unpacked)
+            return text_files.JsonLines(path, source, team, unpacked, limit)
         case ".json":
-            return text_files.json_list(path, source)
+            return text_files.JsonList(path, source, unpacked, limit)
         case ".csv":
-            return text_files.delimited(path, source, ",", select)
+            return text_files.delimited(path, source, ",", select, limit)
         case ".tsv":
-            return text_files.delimited(path, source, "\t", select)
+            return text_files.delimited(path, source, "\t", select, limit)
         case ".parquet":
-            return _Parquet(path, source, select)
+            return _Parquet(path, source, select, limit)
         case ".arrow":
             try:
-                return _Table(datasets.Dataset.from_file(str(path)), source, select)
+                refuse_packed(path, source)
+                return _Table(datasets.Dataset.from_file(str(path)), source, select, limit)
             except pa.ArrowInvalid as error:
                 raise UserError(f"{source}: not an Arrow stream file ({error})") from error
     raise UserError(
@@ -163,49 +212,108 @@ def _open_file(path: pathlib.Path, source: str, select: _Select, team: Team) -> 
 
 
 class _Parquet:
-    """A Parquet file; of its row groups, the one that was read last is kept."""
+    """A Parquet file; of its row groups, the one that was read last is kept.
 
-    def __init__(self, path: pathlib.Path, source: str, select: _Select):
+    Texts are kept as the file has them, once for all rows that repeat them, until they are rows.
+    """
+
+    def __init__(self, path: pathlib.Path, source: str, select: _Select, limit: int):
+        self._source, self._limit = source, limit
         try:
-            self._file = pq.ParquetFile(path)
+            metadata = pq.read_metadata(path)
+            schema = metadata.schema.to_arrow_schema()
         except pa.ArrowInvalid as error:
             raise UserError(f"{source}: not a Parquet file ({error})") from error
-        self._columns = select(self._file.schema_arrow.names, source)
-        metadata = self._file.metadata
-        sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-        self._starts = list(itertools.accumulate(sizes, initial=0))
-        self._group = functools.lru_cache(maxsize=1)(
-            functools.partial(self._file.read_row_group, columns=self._columns)
-        )
+        columns = select(schema.names, source)
+        leaves = [metadata.schema.column(i) for i in range(metadata.num_columns)]
+        texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+        self._file = pq.ParquetFile(path, metadata=metadata, read_dictionary=texts)
+        # A name may hold dots, so the names of the leaves' columns are counted off.
+        self._leaves = [i for i, leaf in enumerate(leaves) if _is_of(leaf.path, columns)]
+        groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        self._starts = list(itertools.accumulate(groups, initial=0))
+        self._columns = columns
+        self._group = functools.lru_cache(maxsize=1)(self._read_group)
+
+    def _read_group(self, index: int) -> tuple[pa.Table, np.ndarray]:
+        """A row group, and the bytes of its rows."""
+        group = self._file.metadata.row_group(index)
+        chunks = [group.column(i) for i in self._leaves]
+        self._check(index, sum(max(c.total_uncompressed_size, 8 * c.num_values) for c in chunks))
+        table = self._file.read_row_group(index, columns=self._columns)
+        sizes = _sizes(table, self._source)
+        # One text may stand for those of all rows.
+        self._check(index, int(sizes[sizes <= self._limit].sum()))
+        return table, sizes
+
+    def _check(self, index: int, size: int) -> None:
+        most = limits.AT_ONCE * self._limit
+        if size > most:
+            raise UserError(
+                f"{self._source}: row group {index} takes {size} bytes; accepted: up to {most}, "
+                f"{limits.AT_ONCE} times data.max_example_bytes, or smaller row groups"
+            )
 
     def __len__(self) -> int:
         return self._starts[-1]
 
     def read(self, places: Sequence[int]) -> Iterator[tuple[int, Any]]:
         by_group = itertools.groupby(places, lambda place: bisect.bisect(self._starts, place) - 1)
-        for group, members in by_group:
-            numbers = list(members)
-            first = numbers[0]
-            of_group = self._group(group).slice(
-                first - self._starts[group], numbers[-1] - first + 1
-            )
-            rows = of_group.take([place - first for place in numbers]).to_pylist()
-            yield from zip((place + 1 for place in numbers), rows, strict=True)
+        with naming(self._source):
+            for group, members in by_group:
+                table, sizes = self._group(group)
+                first = self._starts[group]
+                for place, row in _rows(table, sizes, [m - first for m in members], self._limit):
+                    yield first + place + 1, row
+
+
+def _is_of(leaf: str, columns: Sequence[str]) -> bool:
+    return any(leaf == column or leaf.startswith(f"{column}.") for column in columns)
+
+
+def _sizes(table: pa.Table, source: str) -> np.ndarray:
+    try:
+        return limits.sizes(table)
+    except BadExample as bad:
+        raise UserError(f"{source}: {bad.reason}") from None
+
+
+def _rows(
+    table: pa.Table, sizes: np.ndarray, places: Sequence[int], limit: int
+) -> Iterator[tuple[int, Any]]:
+    """Rows of a table by place, those over the limit as BadExample; few are held at once."""
+    wanted = np.asarray(places, np.int64)
+    # Those that are too large are not taken out.
+    of_wanted = np.where(sizes[wanted] > limit, 0, sizes[wanted])
+    for run in limits.runs_of(of_wanted, limit):
+        some = [place for place in wanted[run].tolist() if sizes[place] <= limit]
+        rows = iter(table.take(some).to_pylist() if some else [])
+        for place in wanted[run].tolist():
+            large = sizes[place] > limit
+            yield place, limits.too_large(int(sizes[place]), limit) if large else next(rows)
 
 
 class _Table:
     """A dataset in Arrow's form, which stays on disk."""
 
-    def __init__(self, dataset: datasets.Dataset, source: str, select: _Select):
+    def __init__(self, dataset: datasets.Dataset, source: str, select: _Select, limit: int):
         columns = select(dataset.column_names, source)
         self._dataset = dataset.select_columns(columns).with_format("arrow")
+        self._source, self._limit = source, limit
+        # Offsets that lead out of a file would be followed.
+        self._dataset.data.table.validate(full=True)
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def read(self, places: Sequence[int]) -> Iterator[tuple[int, Any]]:
-        rows = self._dataset[list(places)].to_pylist() if places else []
-        return zip((place + 1 for place in places), rows, strict=True)
+        if not places:
+            return
+        with naming(self._source):
+            table = self._dataset[list(places)]
+            sizes = _sizes(table, self._source)
+            for i, row in _rows(table, sizes, range(len(table)), self._limit):
+                yield places[i] + 1, row
 
 
 def _saved_dataset(folder: pathlib.Path, split: str | None, source: str) -> datasets.Dataset:
@@ -220,6 +328,8 @@ def _saved_dataset(folder: pathlib.Path, split: str | None, source: str) -> data
             return datasets.load_dataset(str(folder), split=split)
         except ValueError as error:
             raise UserError(f"{source}: {error}") from error
+    for file in sorted(folder.rglob("*.arrow")):
+        refuse_packed(file, source)
     dataset = datasets.load_from_disk(str(folder))
     if isinstance(dataset, datasets.DatasetDict):
         if split not in dataset:

@@ -47,7 +47,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from attnpo_jax.data import mixture, precomputed_weights
+from attnpo_jax.data import limits, mixture, precomputed_weights
 from attnpo_jax.data.columns import AS_THEY_ARE, Columns
 from attnpo_jax.data.formats import own_id, pair_of_example
 from attnpo_jax.data.pair import SIDES, BadExample, Pair, extra_fields
@@ -106,9 +106,12 @@ class Pairs(Sequence[Pair]):
         for run in _runs(places):
             source = self._sources[run[0].source]
             places = list(dict.fromkeys(place.place for place in run))
-            found = {(place, part): pair for place, part, pair in source.read(places)}
+            found = source.read(places)
             for place in run:
-                pair = found.get((place.place, place.part))
+                # Both ascend, and no more is held than is asked for.
+                wanted = (place.place, place.part)
+                at = next((x for x in found if x[:2] >= wanted), None)
+                pair = at[2] if at is not None and at[:2] == wanted else None
                 if not isinstance(pair, Pair) or _pair_digest(pair) != place.digest:
                     raise UserError(
                         f"{source.name}, example {place.place + 1}: another one than when the "
@@ -124,6 +127,7 @@ def load_pairs(
     bad_rows_path: str | os.PathLike | None = None,
     weight_columns: str | Sequence[str] = (),
     columns: Columns = AS_THEY_ARE,
+    max_example_bytes: int = limits.MAX_EXAMPLE_BYTES,
     team: Team = ALONE,
 ) -> LoadedPairs:
     """Read and validate the preference pairs of one or several sources, in order.
@@ -146,6 +150,7 @@ def load_pairs(
         weight_columns: names of precomputed weights to read (see `precomputed_weights`); `all` for
             those of the first example that has any. An example without them is a bad one.
         columns: how the columns of examples are read.
+        max_example_bytes: what an example may take; a larger one is a bad one, and is not read.
         team: the processes that load the same sources together. Each reads a part of the
             examples, and gets the others' ids and digests, but not their texts.
 
@@ -166,7 +171,7 @@ def load_pairs(
     bad_rows: list[dict[str, Any]] = []
     unique = UniqueIds()
     for name, group in [(name, i) for i, of in enumerate(names) for name in expand(of, team)]:
-        short_name, examples = open_source(name, columns.select, team)
+        short_name, examples = open_source(name, columns.select, team, max_example_bytes)
         check_alike(team, name, "examples", len(examples))
         if every_weight and not weights:
             weights = _first_columns(examples, team)
@@ -233,8 +238,10 @@ class _Source:
     def _found(self, number: int, example: Any) -> list[Pair | BadExample]:
         """The pairs of an example, or what is wrong with each."""
         found: list[Pair | BadExample] = []
-        id = own_id(self.columns.id_of(example))
+        id = None
         try:
+            limits.check(example)
+            id = own_id(self.columns.id_of(example))
             plain = self.columns.plain(example)
         except BadExample as bad:
             return [BadExample(bad.reason, self.name, number, id)]

@@ -3,10 +3,9 @@
 import ast
 import csv
 import gzip
-import json
 import mmap
 import pathlib
-import shutil
+import re
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
+from attnpo_jax.data import limits
 from attnpo_jax.data.pair import BadExample
 from attnpo_jax.runtime import schema
 from attnpo_jax.runtime.errors import UserError
@@ -25,16 +25,26 @@ PACKED = (".gz", ".zst")
 _READ = mmap.ACCESS_READ
 _ENDS = schema.Listed(schema.Whole())  # of lines, in bytes
 _Select = Callable[[Sequence[str], str], list[str]]  # a table's columns, its name -> those to read
+# Strings, whole, and the signs between values; a quote alone opens a string that never ends.
+_SIGNS = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[][{},"]', re.DOTALL)
+_SPACE = re.compile(rb"\s*")
+# What no file of texts is packed to.
+_RATIO = 200
+_BLOCK = 1 << 20
 
 
 class Unpacked:
     """A compressed file's content in a temporary file, which goes when this object does.
 
+    Args:
+      limit: bytes of an example. A file that unpacks to `limits.AT_ONCE` times as much and more is
+        refused where no file of texts is packed so small.
+
     Attributes:
       path: where the content is.
     """
 
-    def __init__(self, packed: pathlib.Path, source: str):
+    def __init__(self, packed: pathlib.Path, source: str, limit: int):
         kind = packed.suffix.lower()
         if kind == ".zst" and not pa.Codec.is_available("zstd"):
             raise UserError(
@@ -43,13 +53,14 @@ class Unpacked:
             )
         self._file = tempfile.NamedTemporaryFile(prefix="attnpo-")
         self.path = pathlib.Path(self._file.name)
+        most = max(limits.AT_ONCE * limit, _RATIO * packed.stat().st_size)
         try:
             if kind == ".gz":
                 with gzip.open(packed) as content:
-                    shutil.copyfileobj(content, self._file)
+                    self._copy(content, source, most)
             else:
                 with packed.open("rb") as raw, pa.CompressedInputStream(raw, "zstd") as content:
-                    shutil.copyfileobj(content, self._file)
+                    self._copy(content, source, most)
         # Of pyarrow's errors, those that are no failure of the disk have no number.
         except (gzip.BadGzipFile, EOFError, zlib.error, pa.ArrowInvalid, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
@@ -57,13 +68,35 @@ class Unpacked:
             raise UserError(f"{source}: not a whole {kind} file ({error})") from error
         self._file.flush()
 
+    def _copy(self, content: Any, source: str, most: int) -> None:
+        done = 0
+        while block := content.read(_BLOCK):
+            done += len(block)
+            if done > most:
+                raise UserError(
+                    f"{source}: unpacks to more than {most} bytes; accepted: up to {_RATIO} times "
+                    f"its size, or {limits.AT_ONCE} times data.max_example_bytes"
+                )
+            self._file.write(block)
+
 
 class JsonLines:
-    """A file of one object a line; blank lines are no examples."""
+    """A file of one object a line; blank lines are no examples.
 
-    def __init__(self, path: pathlib.Path, source: str, team: Team, unpacked: Unpacked | None):
-        self._path, self._unpacked = path, unpacked
-        size = path.stat().st_size
+    Args:
+      limit: bytes of a line; a longer one is not read.
+    """
+
+    def __init__(
+        self,
+        path: pathlib.Path,
+        source: str,
+        team: Team,
+        unpacked: Unpacked | None,
+        limit: int,
+    ):
+        self._path, self._unpacked, self._limit = path, unpacked, limit
+        self._size = size = path.stat().st_size
         check_alike(team, source, "bytes", size)
         part = team.part(size)
         ends: list[int] = []
@@ -80,15 +113,102 @@ class JsonLines:
     def read(self, places: Sequence[int]) -> Iterator[tuple[int, Any]]:
         with self._path.open("rb") as file:
             for place in places:
-                file.seek(self._starts[place])
-                line = file.readline()
-                if not line.strip():
+                start = int(self._starts[place])
+                end = int(self._starts[place + 1]) if place + 1 < len(self._starts) else self._size
+                if end - start > self._limit:
+                    yield place + 1, limits.too_large(end - start, self._limit)
                     continue
-                try:
-                    # utf-8-sig: some editors put a byte order mark before the first line.
-                    yield place + 1, json.loads(line.decode("utf-8-sig"))
-                except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                    yield place + 1, BadExample(f"not a line of JSON ({error})")
+                file.seek(start)
+                line = file.read(end - start)
+                if line.strip():
+                    yield place + 1, _parsed(line)
+
+
+def _parsed(text: bytes) -> Any:
+    try:
+        return limits.parse_json(text)
+    except BadExample as bad:
+        return bad
+
+
+class JsonList:
+    """A file that is one JSON document: a list of examples, or an object with one in `data`.
+
+    Where its examples lie is looked up once; each is read when it is asked for.
+
+    Args:
+      limit: bytes of an example; a longer one is not read.
+    """
+
+    def __init__(self, path: pathlib.Path, source: str, unpacked: Unpacked | None, limit: int):
+        self._path, self._unpacked, self._limit = path, unpacked, limit
+        try:
+            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=_READ) as content:
+                self._places = _listed(content, limit)
+        except (BadExample, ValueError) as error:  # a ValueError: the file is empty
+            raise UserError(
+                f"{source}: not a JSON file ({error}); a file with one object a line ends in .jsonl"
+            ) from error
+        if self._places is None:
+            raise UserError(f'{source}: accepted is a list of examples or {{"data": [examples]}}')
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def read(self, places: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        with self._path.open("rb") as file:
+            for place in places:
+                start, end = self._places[place].tolist()
+                if end - start > self._limit:
+                    yield place + 1, limits.too_large(end - start, self._limit)
+                    continue
+                file.seek(start)
+                yield place + 1, _parsed(file.read(end - start))
+
+
+def _listed(content: mmap.mmap, limit: int) -> np.ndarray | None:
+    """[start, end) bytes (n, 2) of the examples of a JSON document; None where it lists none.
+
+    Only brackets, commas and strings are looked at here. What is around the list is checked, what
+    is in it when it is read.
+
+    Raises:
+      BadExample: it is no JSON document.
+    """
+    begin = 3 if content[:3] == b"\xef\xbb\xbf" else 0
+    depth, list_depth = 0, 1
+    found: list[tuple[int, int]] = []
+    opened = start = closed = None  # where the list begins, an element does, the list ends
+    key = b""
+    for sign in _SIGNS.finditer(content, begin):
+        at, end = sign.span()
+        match content[at : at + 1]:
+            case b"[" | b"{":
+                depth += 1
+                is_list = content[at : at + 1] == b"["
+                if depth == 1:
+                    list_depth = 1 if is_list else 2
+                if depth == list_depth and is_list and (depth == 1 or key == b'"data"'):
+                    found, opened, closed, start = [], at, None, end
+            case b"]" | b"}":
+                if depth == list_depth and opened is not None and closed is None:
+                    if found or _SPACE.match(content, start).end() < at:
+                        found.append((start, at))
+                    closed = end
+                depth -= 1
+            case b"," if depth == list_depth and opened is not None and closed is None:
+                found.append((start, at))
+                start = end
+            case b'"' if depth == 1:
+                key = content[at:end] if end - at == 6 else b""
+    if opened is not None and closed is None:
+        raise BadExample("a list that does not end")
+    first, last = (opened, closed) if opened is not None else (len(content), len(content))
+    if first + len(content) - last > limit:
+        raise limits.too_large(first + len(content) - last, limit)
+    around = limits.parse_json(content[:first] + (b"[]" if last > first else b"") + content[last:])
+    listed = around.get("data") if isinstance(around, dict) else around
+    return np.array(found, np.int64).reshape(-1, 2) if listed == [] and opened is not None else None
 
 
 class Listed:
@@ -108,22 +228,11 @@ class Listed:
         return ((place + 1, self._examples[place]) for place in places)
 
 
-def json_list(path: pathlib.Path, source: str) -> Listed:
-    """The examples of a file that is one JSON document."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{source}: not a JSON file ({error}); a file with one object a line ends in .jsonl"
-        ) from error
-    examples = content.get("data") if isinstance(content, dict) else content
-    if not isinstance(examples, list):
-        raise UserError(f'{source}: accepted is a list of examples or {{"data": [examples]}}')
-    return Listed(examples)
-
-
-def delimited(path: pathlib.Path, source: str, delimiter: str, select: _Select) -> Listed:
-    """The examples of a CSV or TSV file with a line of column names.
+def delimited(
+    path: pathlib.Path, source: str, delimiter: str, select: _Select, limit: int
+) -> Listed:
+    """The examples of a CSV or TSV file with a line of column names; none of more bytes than the
+    limit.
 
     Cells are texts: an empty one is null, and one that is quoted (`""`) is an empty text. A list of
     messages in a cell, as JSON or as Python writes it, is read as one.
@@ -137,12 +246,12 @@ def delimited(path: pathlib.Path, source: str, delimiter: str, select: _Select) 
         return "skip"
 
     # The number of a row that is refused is known to a single thread alone.
-    reading = pa_csv.ReadOptions(use_threads=False)
+    reading = pa_csv.ReadOptions(use_threads=False, block_size=min(limit, 2**31 - 1))
     parsing = pa_csv.ParseOptions(
         delimiter=delimiter, newlines_in_values=True, invalid_row_handler=refuse
     )
     try:
-        names = _names(path, delimiter)
+        names = _names(path, delimiter, limit)
         table = pa_csv.read_csv(
             path,
             read_options=reading,
@@ -156,6 +265,10 @@ def delimited(path: pathlib.Path, source: str, delimiter: str, select: _Select) 
             ),
         )
     except (pa.ArrowInvalid, UnicodeDecodeError, csv.Error) as error:
+        if "straddling" in str(error):
+            raise UserError(
+                f"{source}: a row has more bytes than data.max_example_bytes = {limit}"
+            ) from error
         raise UserError(f"{source}: not a file of cells between {delimiter!r} ({error})") from error
     rows: Iterator[dict[str, Any]] = iter(table.to_pylist())
     examples: list[Any] = []
@@ -167,20 +280,22 @@ def delimited(path: pathlib.Path, source: str, delimiter: str, select: _Select) 
     return Listed(examples)
 
 
-def _names(path: pathlib.Path, delimiter: str) -> list[str]:
+def _names(path: pathlib.Path, delimiter: str, limit: int) -> list[str]:
     """The names in the first line."""
     with path.open(encoding="utf-8-sig", newline="") as file:
-        return next(csv.reader(file, delimiter=delimiter), [])
+        lines = iter(lambda: file.readline(limit), "")
+        return next(csv.reader(lines, delimiter=delimiter), [])
 
 
 def _cell(text: str | None) -> Any:
     """A list of messages that a cell spells, or the cell's text."""
     if text is None or not text.lstrip().startswith(("[", "{")):
         return text
-    for parse in (json.loads, ast.literal_eval):
+    for parse in (limits.parse_json, ast.literal_eval):
         try:
             value = parse(text)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            limits.check(value)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             continue
         turns = value if isinstance(value, list) else [value]
         keys = ({"role", "content"}, {"from", "value"})

@@ -15,6 +15,7 @@ from attnpo_jax.models.decoder import abstract_params
 from attnpo_jax.models.io import embedded, hf_folder, hf_save, peft
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.parallel import checkpoint, gathering, preemption, processes
+from attnpo_jax.runtime.printable import say
 
 if TYPE_CHECKING:
     from attnpo_jax.run import Run
@@ -83,7 +84,7 @@ def _export_all(run: "Run", out: str | os.PathLike | None, console: Console | No
         console = console or Console()
         for kind, folder in folders.items():
             what = f"{_KINDS[kind].format(step)}{', as it was before' if there else ''}"
-            console.print(f"{folder}: {what} ({_extent(folder)})", highlight=False, soft_wrap=True)
+            say(console, f"{folder}: {what} ({_extent(folder)})")
     return next(iter(folders.values()))
 
 

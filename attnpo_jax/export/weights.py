@@ -16,6 +16,7 @@ from attnpo_jax.judge.figures import shares
 from attnpo_jax.parallel import processes
 from attnpo_jax.runtime import atomic
 from attnpo_jax.runtime.errors import UserError
+from attnpo_jax.runtime.printable import say
 
 if TYPE_CHECKING:
     from attnpo_jax.run import Run
@@ -59,6 +60,7 @@ def _export_weights(run: "Run", console: Console) -> None:
             on_bad_row=run.config.data.on_bad_row,
             weight_columns=run.weight_columns,
             columns=run.columns,
+            max_example_bytes=run.config.data.max_example_bytes,
         ).pairs
         if pairs.digest != dataset.meta["components"]["data"].get("digest"):
             raise UserError(
@@ -67,7 +69,7 @@ def _export_weights(run: "Run", console: Console) -> None:
             )
         path = run.workdir / "weights" / FILES[split]
         atomic.write_json_lines(path, published_rows(dataset, pairs))
-        console.print(f"{len(dataset)} pairs: {path}", highlight=False, soft_wrap=True)
+        say(console, f"{len(dataset)} pairs: {path}")
 
 
 def published_rows(dataset: Prepared, pairs: Iterable[Pair]) -> Iterator[dict[str, Any]]:

@@ -27,7 +27,6 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Mapping
 
 import jax
@@ -36,6 +35,7 @@ from jax._src import distributed  # the coordination service's key-value store h
 from attnpo_jax.parallel import preemption, processes
 from attnpo_jax.runtime import exit_codes, lock
 from attnpo_jax.runtime import program as programs
+from attnpo_jax.runtime.printable import printable
 
 _FOLDER = "attnpo_jax/failed/"
 _KIND = "failed"  # as what reasons are signed
@@ -116,7 +116,7 @@ def fail(
     """
     if not is_loss(error):
         if not expected:
-            traceback.print_exception(error)
+            programs.show_traceback(error)
         tell = f"{_who()} failed: {_first_line(error)}"
         _end(f"{program}: error: {error}", code, tell)
     deadline = time.monotonic() + LOOK_SECONDS
@@ -127,7 +127,7 @@ def fail(
     if not _first_is_there():
         _end(_ends_too(program, _first_is_gone()), exit_codes.LOST)
     lost = f"another process of this run is gone without a word ({_first_line(error)})"
-    traceback.print_exception(error)  # all there is to go by
+    programs.show_traceback(error)  # all there is to go by
     _end(_ends_too(program, lost), exit_codes.LOST, f"{_who()} found that {lost}")
 
 
@@ -157,7 +157,7 @@ def _watch_abort(program: str) -> None:
             message = f"{program}: error: {_who()} is aborted, for the reason said above"
         # Whoever ends this process already has said why.
         if _ending.acquire(timeout=ABORT_POLL_SECONDS):
-            print(message, file=sys.stderr, flush=True)
+            print(printable(message), file=sys.stderr, flush=True)
         if processes.own_index() == 0:
             time.sleep(PROBE_SECONDS)  # others ask whether it is there
             lock.release_all()
@@ -202,7 +202,7 @@ def _first_is_gone() -> str:
 def _end(message: str, code: int, tell: str | None = None) -> None:
     """Prints a message, leaves the others a reason if there is one to tell, and ends at once."""
     with _ending:  # to the very end: whoever comes second has nothing to add
-        print(message, file=sys.stderr, flush=True)
+        print(printable(message), file=sys.stderr, flush=True)
         if tell is not None:
             try:
                 mine = processes.own_index()
@@ -211,7 +211,8 @@ def _end(message: str, code: int, tell: str | None = None) -> None:
                 distributed.global_state.client.key_value_set(f"{_FOLDER}{mine}", text)
                 time.sleep(STAY_SECONDS)
             except jax.errors.JaxRuntimeError as error:
-                print(f"the others can't be told why: {_first_line(error)}", file=sys.stderr)
+                told = f"the others can't be told why: {_first_line(error)}"
+                print(printable(told), file=sys.stderr)
         if processes.own_index() == 0:
             # JAX aborts those that are still there when the service goes with this process.
             time.sleep(2 * POLL_SECONDS if tell is not None else STAY_SECONDS + 2 * POLL_SECONDS)

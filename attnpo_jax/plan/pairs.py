@@ -24,17 +24,21 @@ def count(config: config_dict.ConfigDict) -> int | None:
     """
     parsed = mixture.parse(config.data.train)
     columns = config_lib.columns(config)
-    counts = [_of_source(source, columns) for source, _ in parsed]
+    most = config.data.max_example_bytes
+    counts = [_of_source(source, columns, most) for source, _ in parsed]
     if None in counts:
         return None
     shares = [share for _, share in parsed]
     return sum(counts if None in shares else mixture.take(counts, shares))
 
 
-def _of_source(source: str, columns: Columns) -> int | None:
+def _of_source(source: str, columns: Columns, most: int) -> int | None:
     hub = readers.hub_split(source)
     if hub is None:
-        return len(sources.load_pairs(source, on_bad_row="skip", columns=columns).pairs)
+        loaded = sources.load_pairs(
+            source, on_bad_row="skip", columns=columns, max_example_bytes=most
+        )
+        return len(loaded.pairs)
     return KNOWN[source] if source in KNOWN else _of_hub(hub)
 
 

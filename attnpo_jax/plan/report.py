@@ -11,6 +11,7 @@ from attnpo_jax.plan.lengths import Lengths
 from attnpo_jax.plan.programs import Compiled
 from attnpo_jax.plan.roofline import Roofline
 from attnpo_jax.plan.topologies import GIB, Topology
+from attnpo_jax.runtime.printable import plain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +105,7 @@ def by_kind(program: Compiled) -> dict[tuple[str, tuple[str, ...]], tuple[int, f
 
 def table(plan: Plan) -> Group:
     """The plan for people."""
-    head = Table(title=f"plan: {plan.source} on {plan.topology.name}", show_header=False)
+    head = Table(title=plain(f"plan: {plan.source} on {plan.topology.name}"), show_header=False)
     at = plan.lengths
     prompt, response = f"a prompt of {at.prompt}", f"two responses of {at.response}"
     head.add_row("rows", f"{at.row} tokens: {prompt}, {response}")

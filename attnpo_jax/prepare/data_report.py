@@ -10,7 +10,6 @@ import numpy as np
 from rich.console import Console, Group
 from rich.panel import Panel
 from rich.table import Table
-from rich.text import Text
 
 from attnpo_jax import config as config_lib
 from attnpo_jax.data.pair import BadExample, Pair
@@ -19,6 +18,7 @@ from attnpo_jax.data.tokenize import ChatTokenizer
 from attnpo_jax.prepare.look_ahead import Beyond
 from attnpo_jax.prepare.pair_forms import PairForms, PairTokenizer
 from attnpo_jax.runtime.errors import UserError
+from attnpo_jax.runtime.printable import plain
 from attnpo_jax.runtime.progress import CountProgress
 
 if TYPE_CHECKING:
@@ -111,6 +111,7 @@ def data_report(
             on_bad_row="skip",
             weight_columns=run.weight_columns,
             columns=run.columns,
+            max_example_bytes=config.data.max_example_bytes,
         )
         for split in splits
     }
@@ -230,10 +231,10 @@ def render(report: SplitReport) -> Group:
     """A report as tables and panels."""
     counts = Table(title=f"{report.split}: {report.pairs} pairs", show_header=False)
     for source, count in report.by_source.items():
-        counts.add_row(Text(source), str(count))
+        counts.add_row(plain(source), str(count))
     counts.add_row("bad rows", str(len(report.bad_rows)))
     if report.weight_columns:
-        counts.add_row("precomputed weights", ", ".join(report.weight_columns))
+        counts.add_row("precomputed weights", plain(", ".join(report.weight_columns)))
     for part, count in report.beyond_positions.items():
         if count:
             counts.add_row(f"{part}: beyond the model's {report.positions} positions", str(count))
@@ -253,7 +254,7 @@ def render(report: SplitReport) -> Group:
     if report.bad_rows:
         bad = Table("source", "row", "reason", title="bad rows")
         for record in report.bad_rows[:_LISTED]:
-            bad.add_row(Text(record["file"]), str(record["row"]), Text(record["reason"]))
+            bad.add_row(plain(record["file"]), str(record["row"]), plain(record["reason"]))
         if len(report.bad_rows) > _LISTED:
             bad.add_row("", "", f"and {len(report.bad_rows) - _LISTED} more (--json lists all)")
         parts.append(bad)
@@ -264,5 +265,6 @@ def render(report: SplitReport) -> Group:
             ("judge", "judge prompt, chosen response at A"),
         ):
             if part in example:
-                parts.append(Panel(Text(example[part]), title=f"{example['id']}: {title}"))
+                shown = plain(f"{example['id']}: {title}")
+                parts.append(Panel(plain(example[part]), title=shown))
     return Group(*parts)

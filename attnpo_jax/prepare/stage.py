@@ -33,6 +33,7 @@ from attnpo_jax.prepare.pair_forms import PairForms, PairTokenizer
 from attnpo_jax.prepare.reference import Reference
 from attnpo_jax.runtime import atomic, schema
 from attnpo_jax.runtime.errors import Preempted, UserError
+from attnpo_jax.runtime.printable import plain, say
 from attnpo_jax.runtime.progress import CountProgress
 from attnpo_jax.runtime.team import ALONE, Team
 
@@ -88,8 +89,7 @@ def _prepare(run: "Run", keep_params: bool, console: Console) -> None:
             passes = passes or _Passes.load(run, keep_params)
             _fill(run, passes, split)
         elif processes.is_first():
-            used = f"{split.path}: complete, used as it is"
-            console.print(used, highlight=False, soft_wrap=True)
+            say(console, f"{split.path}: complete, used as it is")
         processes.wait_until_seen(split.path / prepared.METADATA)
         if processes.is_first():
             console.print(summary(split.name, prepared.Prepared.open(split.path)))
@@ -107,6 +107,7 @@ def _load_pairs(run: "Run", split: str) -> LoadedPairs:
         bad_rows_path=_bad_rows_path(path) if write else None,
         weight_columns=run.weight_columns,
         columns=run.columns,
+        max_example_bytes=run.config.data.max_example_bytes,
         team=processes.team(),
     )
 
@@ -382,7 +383,7 @@ def summary(split: str, dataset: prepared.Prepared) -> Table:
     table.add_row("pairs", str(len(dataset)))
     table.add_row("bad rows", str(dataset.meta["counts"].get("bad_rows", 0)))
     if dataset.weight_columns:
-        table.add_row("precomputed weights", ", ".join(dataset.weight_columns))
+        table.add_row("precomputed weights", plain(", ".join(dataset.weight_columns)))
     if not dataset.source_layers:
         return table
     figures = judge_figures(dataset)

@@ -4,10 +4,12 @@ import dataclasses
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
 
 from attnpo_jax.runtime import disk, exit_codes, interrupts
 from attnpo_jax.runtime.errors import Preempted, UsageError, UserError
+from attnpo_jax.runtime.printable import Formatter, printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +56,7 @@ def _exit_code(program: str, body: Callable[[], int]) -> int:
         try:
             code = body()
         except Preempted as notice:
-            print(f"{program}: {notice}", file=sys.stderr)
+            print(printable(f"{program}: {notice}"), file=sys.stderr)
             code = exit_codes.INTERRUPTED if interrupts.came() else exit_codes.PREEMPTED
         if others:
             others.meet()
@@ -74,19 +76,22 @@ def _exit_code(program: str, body: Callable[[], int]) -> int:
         others.fail(program, error, expected=told is not None, code=code)
     if told is None:
         raise error
-    print(f"{program}: {told}", file=sys.stderr)
+    print(printable(f"{program}: {told}"), file=sys.stderr)
     return code
 
 
 def start_logging(level: str = "info") -> None:
     """Lines of log on stderr: the package's own from `level` on, others' from warnings on."""
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.WARNING,
-        format="%(asctime)s %(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
-    )
+    lines = logging.StreamHandler(sys.stderr)
+    lines.setFormatter(Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(handlers=[lines], level=logging.WARNING)
+    sys.excepthook = lambda kind, error, trace: show_traceback(error)
     # That it found no PyTorch, which nothing here needs, is no news.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     # The libraries' own notes would drown ours; their warnings are wanted.
     logging.getLogger("attnpo_jax").setLevel(level.upper())
+
+
+def show_traceback(error: BaseException) -> None:
+    """Shows an error as Python does, made safe to print."""
+    sys.stderr.write(printable("".join(traceback.format_exception(error))))

@@ -7,6 +7,8 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from attnpo_jax.runtime.printable import printable
+
 _LOG = logging.getLogger(__name__)
 
 # Without a terminal, a line of log is written this often.
@@ -17,7 +19,8 @@ class Bar:
     """A bar on a terminal, with the time it took and the time left; nothing off a terminal.
 
     Args:
-      before, after: what stands before and after the bar, as rich's templates.
+      before, after: what stands before and after the bar, as rich's templates; what is put into
+        them is no markup.
       bar: whether a bar is wanted at all.
       console: where it goes; None for standard error.
       **task: of the bar: `description`, `total`, and what the templates show.
@@ -28,9 +31,9 @@ class Bar:
         self._bar = None
         if bar and console.is_terminal:
             self._bar = Progress(
-                TextColumn(before),
+                TextColumn(before, markup=False),
                 BarColumn(),
-                *map(TextColumn, after),
+                *(TextColumn(text, markup=False) for text in after),
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(elapsed_when_finished=False),
@@ -68,7 +71,7 @@ class CountProgress(Bar):
             f"{{task.fields[rate]}} {unit}/s",
             bar=bar,
             console=console,
-            description=what,
+            description=printable(what),
             total=total,
             rate="-",
         )

@@ -377,7 +377,7 @@ def test_bad_row_is_named_with_file_row_and_reason(tmp_path, name):
 def test_line_that_is_no_json(tmp_path, line):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(json.dumps(GOOD).encode() + b"\n\n" + line + b"\n")
-    with pytest.raises(BadExample, match="rows.jsonl, example 3: not a line of JSON"):
+    with pytest.raises(BadExample, match="rows.jsonl, example 3: not JSON"):
         load_pairs(str(path))
 
 

@@ -14,7 +14,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import attnpo_jax
 from attnpo_jax.runtime import cache, program
@@ -44,15 +44,22 @@ class Command:
 
     Attributes:
       module, function: where the function is. It is called with a `Run`, and its options' values by
-         keyword; a command with options of its own writes nothing, and its run has no workdir.
+         keyword.
       summary: what it says of itself.
       options: options of its own, by name.
+      workdir: whether its run has one. A command without one runs in a single process.
+      section: a section of the config whose fields are options of their own names too; such a
+         command needs no config file.
+      example: what its help shows as an example.
     """
 
     module: str
     function: str
     summary: str
     options: Mapping[str, Option] = dataclasses.field(default_factory=dict)
+    workdir: Literal["needed", "optional", "none"] = "needed"
+    section: str | None = None
+    example: str | None = None
 
 
 COMMANDS = {
@@ -64,12 +71,14 @@ COMMANDS = {
             "diff": Option("changed_only", bool, "Print only what differs from the defaults."),
             "json": Option("as_json", bool, "Print JSON."),
         },
+        workdir="none",
     ),
     "data": Command(
         "attnpo_jax.prepare.data_report",
         "show",
         "Show what the config's data are: counts, lengths, truncations, bad rows, examples.",
         {"json": Option("as_json", bool, "Print JSON.")},
+        workdir="none",
     ),
     "prepare": Command(
         "attnpo_jax.prepare.stage",
@@ -85,6 +94,37 @@ COMMANDS = {
         "attnpo_jax.run",
         "run",
         "prepare, train, evaluate and export, skipping what is done.",
+    ),
+    "generate": Command(
+        "attnpo_jax.generate.stage",
+        "generate",
+        "Sample responses to prompts, or chat in the terminal; resumes.",
+        {
+            "model": Option(
+                "model",
+                str,
+                "trained (the newest checkpoint), base (what training starts from), or any HF "
+                "folder or hub id [trained where there is a workdir].",
+            ),
+            "prompts": Option(
+                "prompts",
+                str,
+                "File, hub id or builtin:eval with the prompts; - for standard input [the config's "
+                "held-out pairs].",
+            ),
+            "name": Option("name", str, "Of the samples, WORKDIR/samples/NAME.jsonl."),
+            "out": Option("out", str, "The samples file, in place of that."),
+            "also": Option(
+                "also",
+                str,
+                "Files for benchmarks too: alpaca-eval, mt-bench, arena-hard, with commas between.",
+            ),
+            "interactive": Option("interactive", bool, "Chat in the terminal."),
+        },
+        workdir="optional",
+        section="generate",
+        example="attnpo generate --model=smollm2-135m-instruct --prompts=builtin:eval \\\n"
+        "      --out=samples.jsonl --temperature=0 --max-new-tokens=64",
     ),
     "export-weights": Command(
         "attnpo_jax.export.weights",
@@ -114,6 +154,7 @@ COMMANDS = {
             ),
             "json": Option("as_json", bool, "Print JSON."),
         },
+        workdir="none",
     ),
 }
 COMPLETION_SUMMARY = "Print a script that completes commands and options in bash or zsh."
@@ -164,13 +205,12 @@ def _main(argv: list[str]) -> int:
     options, overrides = parse(name, arguments)
     if "help" in options:
         return _say(_parser(name).format_help())
-    needed = {"config": "configs/quickstart.py"} | _needed(command)
-    for required, example in needed.items():
+    for required, example in _needed(command).items():
         if not options.get(required):
             raise UsageError(f"{name} needs --{required}={example}")
-    workdir = None if command.options else workdir_path(options["workdir"])
+    workdir = workdir_path(options["workdir"]) if options.get("workdir") else None
     program.start_logging(options.get("verbosity") or "info")
-    if not command.options:
+    if command.workdir != "none":
         # Before config files and plugins, which may ask for devices.
         from attnpo_jax.parallel import failures
 
@@ -179,7 +219,7 @@ def _main(argv: list[str]) -> int:
     from attnpo_jax import config
     from attnpo_jax.run import Run
 
-    run = Run.resolve(config.load_config(options["config"], overrides), workdir)
+    run = Run.resolve(config.load_config(options.get("config"), overrides), workdir)
     cache.keep_compiled_programs()
     own = {option.keyword: options[k] for k, option in command.options.items() if k in options}
     getattr(importlib.import_module(command.module), command.function)(run, **own)
@@ -187,10 +227,11 @@ def _main(argv: list[str]) -> int:
 
 
 def _needed(command: Command) -> dict[str, str]:
-    """The options that a command needs beside the config, with an example each."""
-    if not command.options:
-        return {"workdir": "DIR"}
-    return {key: option.example for key, option in command.options.items() if option.example}
+    """The options that a command needs, with an example each."""
+    needed = {} if command.section else {"config": "configs/quickstart.py"}
+    if command.workdir == "needed":
+        needed["workdir"] = "DIR"
+    return needed | {k: option.example for k, option in command.options.items() if option.example}
 
 
 def _say(text: str) -> int:
@@ -247,7 +288,16 @@ def parse(name: str, arguments: Sequence[str]) -> tuple[dict[str, Any], list[str
             raise UsageError(f"unexpected argument {text!r}; options start with --")
         flag = text.partition("=")[0]
         raise UsageError(f"unknown option {flag}{_similar_option(flag.lstrip('-'), name)}")
-    return {key.replace("_", "-"): value for key, value in vars(options).items()}, overrides
+    named = {key.replace("_", "-"): value for key, value in vars(options).items()}
+    section = COMMANDS[name].section
+    if section is not None:
+        from attnpo_jax.config.fields import FIELDS
+
+        for field in FIELDS:
+            option = field.removeprefix(f"{section}.").replace("_", "-")
+            if field.startswith(f"{section}.") and option in named:
+                overrides.append(f"--config.{field}={named.pop(option)}")
+    return named, overrides
 
 
 def _without_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -292,11 +342,12 @@ class _Formatter(argparse.HelpFormatter):
 def _parser(name: str) -> argparse.ArgumentParser:
     """The parser of one command's options; overrides of config fields are taken out before."""
     command = COMMANDS[name]
-    needed = "".join(f" --{key}={key.upper()}" for key in _needed(command) if key != "workdir")
-    workdir = "" if command.options else " --workdir=DIR"
+    metavars = {"config": "FILE", "workdir": "DIR"}
+    needed = "".join(f" --{key}={metavars.get(key, key.upper())}" for key in _needed(command))
+    example = "" if command.example is None else f"\n\nexample:\n  {command.example}"
     parser = _Parser(
         f"attnpo {name}",
-        usage=f"attnpo {name} --config=FILE{workdir}{needed} [--config.SECTION.FIELD=VALUE ...]",
+        usage=f"attnpo {name}{needed} [--config.SECTION.FIELD=VALUE ...]{example}",
         description=command.summary,
         formatter_class=_Formatter,
         argument_default=argparse.SUPPRESS,
@@ -330,7 +381,9 @@ def _add_options(parser: argparse.ArgumentParser, command: Command) -> None:
             kind = _count if option.kind is int else _given
             metavar = key.upper().rpartition("-")[2]
             add(f"--{key}", metavar=metavar, type=kind, help=option.summary)
-    if not command.options:
+    if command.section is not None:
+        _add_fields(parser, command.section)
+    if command.workdir != "none":
         add(
             "--workdir",
             metavar="DIR",
@@ -348,6 +401,18 @@ def _add_options(parser: argparse.ArgumentParser, command: Command) -> None:
         help="Read further options from a file, one a line.",
     )
     add("-h", "--help", action="store_true", help="Print this.")
+
+
+def _add_fields(parser: argparse.ArgumentParser, section: str) -> None:
+    """The fields of a section as options."""
+    from attnpo_jax.config.fields import FIELDS
+
+    add = parser.add_argument_group(f"Fields of config.{section}").add_argument
+    for name, field in FIELDS.items():
+        if name.startswith(f"{section}."):
+            option = name.partition(".")[2].replace("_", "-")
+            text = f"{field.help} [{field.default!r}].".replace("%", "%%")
+            add(f"--{option}", metavar="VALUE", type=_given, help=text)
 
 
 def _given(text: str) -> str:

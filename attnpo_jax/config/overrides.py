@@ -8,6 +8,7 @@ from absl import flags
 from ml_collections import config_dict, config_flags
 
 from attnpo_jax.config.checks import accepted_words, suggest
+from attnpo_jax.config.default import default_config
 from attnpo_jax.config.fields import flatten
 from attnpo_jax.config.files import load_file
 from attnpo_jax.config.sections import SECTIONS, complete_sections, former_name
@@ -16,7 +17,7 @@ from attnpo_jax.runtime.errors import UsageError
 _LOG = logging.getLogger(__name__)
 
 
-def load_config(spec: str, overrides: Sequence[str] = ()) -> config_dict.ConfigDict:
+def load_config(spec: str | None, overrides: Sequence[str] = ()) -> config_dict.ConfigDict:
     """The config of a file, changed as a command line says.
 
     Overrides of `weighting.name` and `objective.name` come first, whatever their place: another
@@ -24,7 +25,7 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> config_dict.ConfigD
     Where file or command line switch a function, a line of log says what its section comes to.
 
     Args:
-      spec: path of a config file, or `path:argument`; see `load_file`.
+      spec: path of a config file, or `path:argument`, see `load_file`; None for the defaults.
       overrides: `--config.section.field=value`, as on the command line.
 
     Returns:
@@ -34,7 +35,7 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> config_dict.ConfigD
       UsageError: a field that does not exist, or a value that is not of its type.
       ConfigError, FileNotFoundError: see `load_file` and `complete_sections`.
     """
-    config = load_file(spec)
+    config = default_config() if spec is None else load_file(spec)
     by_field: dict[str, list[str]] = {}
     for override in overrides:
         by_field.setdefault(_field(override), []).append(override)

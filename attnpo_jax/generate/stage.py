@@ -21,7 +21,7 @@ from attnpo_jax.generate.model import SampledModel
 from attnpo_jax.generate.requests import Refused, requests_of
 from attnpo_jax.generate.samples import Samples
 from attnpo_jax.parallel import preemption, processes
-from attnpo_jax.runtime import atomic
+from attnpo_jax.runtime import atomic, schema
 from attnpo_jax.runtime.errors import Preempted, UsageError, UserError
 from attnpo_jax.runtime.printable import say
 from attnpo_jax.runtime.progress import CountProgress
@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from attnpo_jax.run import Run
 
 _LOG = logging.getLogger(__name__)
+
+# What processes tell each other: ids and numbers of responses; ids of prompts and reasons.
+_KEYS = schema.Listed(schema.Row((schema.Text(), schema.Whole())))
+_REFUSED = schema.Listed(schema.Row((schema.Text(), schema.Text())))
 
 
 class PromptsRefused(UserError):
@@ -155,7 +159,8 @@ def _answer(
         mine, part = [requests[i] for i in places], team.index
     samples = Samples(path, sampled.name, prompts, part)
     # Looked at by one for all: a file system may show others less.
-    done = {tuple(key) for key in team.exchange([list(k) for k in samples.done(requests)])[0]}
+    there = [list(key) for key in samples.done(requests)]
+    done = {tuple(key) for key in team.exchange(there, _KEYS)[0]}
     left = [request for request in mine if (request.id, request.sample) not in done]
     failed: list[Refused] = []
     stopped = False
@@ -173,7 +178,7 @@ def _answer(
         bar = run.config.log.progress and processes.is_first()
         failed, stopped = _sample(engine, left, samples if writes else None, bar, sampled.together)
     processes.barrier("generate: responses written")
-    everyones = team.exchange([[one.id, one.reason] for one in failed])
+    everyones = team.exchange([[one.id, one.reason] for one in failed], _REFUSED)
     failed = [Refused(*said) for of_one in everyones for said in of_one]
     if preemption.agreed(stopped):
         raise Preempted(
@@ -252,10 +257,10 @@ def _refused_path(path: pathlib.Path) -> pathlib.Path:
 def _summary(path: pathlib.Path, records: Sequence[Mapping[str, Any]]) -> str:
     tokens = [len(record["tokens"]) for record in records]
     stopped = sum(record["finish_reason"] == "stop" for record in records)
+    mean = sum(tokens) / len(tokens)
     return (
-        f"{path}: {len(records)} responses, {sum(tokens)} tokens (mean {sum(tokens) / len(tokens):.1f}"
-        f", longest {max(tokens)}), {stopped} ended by themselves, "
-        f"{len(records) - stopped} at the most tokens"
+        f"{path}: {len(records)} responses, {sum(tokens)} tokens (mean {mean:.1f}, longest "
+        f"{max(tokens)}), {stopped} ended by themselves, {len(records) - stopped} had no more room"
     )
 
 

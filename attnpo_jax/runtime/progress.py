@@ -69,32 +69,35 @@ class CountProgress(Bar):
             "{task.description}",
             f"{{task.completed:.0f}}/{{task.total}} {unit}",
             f"{{task.fields[rate]}} {unit}/s",
+            "{task.fields[note]}",
             bar=bar,
             console=console,
             description=printable(what),
             total=total,
             rate="-",
+            note="",
         )
         self._what, self._total, self._unit, self._done = what, total, unit, 0.0
         self._start = self._spoke = time.monotonic()
 
-    def add(self, count: float) -> None:
-        """Counts units that are done."""
+    def add(self, count: float, note: str = "") -> None:
+        """Counts units that are done; a note says what else is to be seen."""
         self._done += count
         now = time.monotonic()
         rate = self._done / max(now - self._start, 1e-9)
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, rate=f"{rate:.2f}")
+            self._bar.update(self._task, completed=self._done, rate=f"{rate:.2f}", note=note)
         elif count and (now - self._spoke > SECONDS_BETWEEN_LINES or self._done >= self._total):
             self._spoke = now
             left = (self._total - self._done) / rate
             _LOG.info(
-                "%s: %.0f of %d %s, %.2f %s/s, %.0f s left",
+                "%s: %.0f of %d %s, %.2f %s/s%s, %.0f s left",
                 self._what,
                 self._done,
                 self._total,
                 self._unit,
                 rate,
                 self._unit,
+                note and f", {note}",
                 left,
             )

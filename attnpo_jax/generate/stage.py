@@ -205,9 +205,14 @@ def _sample(
         CountProgress("generate", total, "responses", bar=bar) as progress,
         contextlib.closing(samples) if samples is not None else contextlib.nullcontext(),
     ):
+
+        def told() -> bool:
+            # Those that work together must leave off together.
+            return preemption.agreed(noticed()) if together else noticed()
+
         tokens, start = 0, time.monotonic()
         while engine.running or engine.waiting:
-            if preemption.agreed(noticed()) if together else noticed():
+            if told():
                 return failed, True
             finished = 0
             for update in engine.step():
@@ -224,7 +229,7 @@ def _sample(
             rate = tokens / max(time.monotonic() - start, 1e-9)
             under_way = f"{engine.running} running, {engine.waiting} waiting"
             progress.add(finished, f"{rate:.1f} tokens/s, {under_way}")
-    return failed, False
+        return failed, told()
 
 
 def _finish(

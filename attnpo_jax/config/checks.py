@@ -106,6 +106,13 @@ def _between_fields(values: Mapping[str, Any]) -> list[str]:
             f"{named('lora.export')}: accepted: 'merged', since config.lora.rank = 0 trains the "
             "model itself"
         )
+    if values["train.samples.every"] and not (
+        values["train.samples.prompts"] or rules.as_tuple(values["data.eval"])
+    ):
+        found.append(
+            f"{named('train.samples.every')}: there are no prompts; accepted: a source in "
+            "config.train.samples.prompts, or held-out pairs in config.data.eval"
+        )
     axes = {f: v for f, v in values.items() if f.startswith("parallel.mesh.")}
     if list(axes.values()).count(-1) > 1:
         listed = ", ".join(named(f) for f in axes)

@@ -359,6 +359,7 @@ FIELDS: dict[str, Field] = {
         rules.integer(1),
         "how many of the newest checkpoints are kept",
     ),
+    **generate_fields.IN_TRAINING,
     "train.checkpoint_dir": Field(
         "",
         rules.folder_or_bucket(),

@@ -1,4 +1,4 @@
-"""The fields of the section `generate`: how responses are sampled."""
+"""The fields that say how responses are sampled: the section `generate`, and `train.samples`."""
 
 from attnpo_jax.config import rules
 from attnpo_jax.config.field import Field
@@ -80,5 +80,22 @@ FIELDS = {
         "full",
         rules.one_of("full", "int8"),
         "what the projections are held in while sampling: `model.param_dtype`, or int8",
+    ),
+}
+
+IN_TRAINING = {
+    "train.samples.every": Field(
+        0,
+        rules.integer(0),
+        "steps between two times that responses are sampled, as `config.generate` says, into "
+        "`samples/train-step-N.jsonl`, TensorBoard and Weights & Biases; before the first step and "
+        "after the last too. 0: never",
+    ),
+    "train.samples.count": Field(4, rules.integer(1), "prompts that are answered each time"),
+    "train.samples.prompts": Field(
+        "",
+        rules.text_or_none(),
+        "source of the prompts ([generate.md](generate.md#prompts)), whose first are taken; `''`: "
+        "the held-out pairs",
     ),
 }

@@ -11,21 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from attnpo_jax import config as config_lib
 from attnpo_jax.data import prompts as prompts_lib
 from attnpo_jax.data.prompts import Prompt
 from attnpo_jax.data.sources import load_pairs
 from attnpo_jax.generate import benchmark_files, chat
 from attnpo_jax.generate import model as models
 from attnpo_jax.generate.api import engine_for
-from attnpo_jax.generate.model import SampledModel
-from attnpo_jax.generate.requests import Refused, requests_of
-from attnpo_jax.generate.samples import Samples
 from attnpo_jax.parallel import preemption, processes
 from attnpo_jax.runtime import atomic, schema
 from attnpo_jax.runtime.errors import Preempted, UsageError, UserError
 from attnpo_jax.runtime.printable import say
 from attnpo_jax.runtime.progress import CountProgress
 from attnpo_jax.sampling.engine import Engine, Request
+from attnpo_jax.sampling.model import SampledModel
+from attnpo_jax.sampling.requests import Refused, requests_of
+from attnpo_jax.sampling.samples import Samples
 
 if TYPE_CHECKING:
     from attnpo_jax.run import Run
@@ -92,7 +93,7 @@ def generate(
         requests, length, too_long = requests_of(
             sampled,
             loaded,
-            sampled.settings(section),
+            sampled.settings(**config_lib.sampling(section)),
             samples=section.samples,
             max_length=section.max_length,
             long_prompts=section.long_prompts,

@@ -15,12 +15,13 @@ from rich.console import Console
 from attnpo_jax import cli, load_model
 from attnpo_jax import config as config_lib
 from attnpo_jax import run as run_lib
-from attnpo_jax.generate import generate, samples, stage, stream
+from attnpo_jax.generate import generate, stage, stream
 from attnpo_jax.generate import model as models
 from attnpo_jax.generate.chat import Chat
 from attnpo_jax.run import Run
 from attnpo_jax.runtime.errors import Preempted, UsageError, UserError
-from attnpo_jax.sampling import Engine
+from attnpo_jax.sampling import Engine, samples
+from attnpo_jax.sampling.model import stop_tokens
 from tests import tiny
 from tests.parallel.runs import ROOT, environment, finish
 
@@ -302,7 +303,7 @@ def test_in_python(folder):
 def test_the_end_of_a_turn_and_the_models_own_ends_stop(folder):
     model = load_model(str(folder / "model"))
     (end,) = model.tokenizer.encode("<|im_end|>")[0]
-    assert models.stop_tokens(model.tokenizer, (5,)) == (5, end)
+    assert stop_tokens(model.tokenizer, (5,)) == (5, end)
 
 
 def test_defaults_are_the_models_own(folder, tmp_path):

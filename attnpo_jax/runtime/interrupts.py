@@ -2,16 +2,19 @@
 
 Python runs a signal's handler between two steps of its main thread, which may be minutes away while
 that thread compiles. So a thread of its own hears of every SIGINT as it comes, says what happens
-now, and ends the process at the second.
+now, and ends the process at the second. It ends it at a SIGTERM too that nobody saves work for: the
+process's locks go with it.
 """
 
 import contextlib
+import ctypes
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from attnpo_jax.runtime import exit_codes, lock
 
@@ -45,9 +48,18 @@ def forget() -> None:
     _first = None
 
 
+def terminate(number: int, frame: Any) -> None:
+    """Handles SIGTERM as the system does, and gives back what this process holds before."""
+    lock.release_all()
+    # Python lets the main thread alone set handlers.
+    ctypes.CDLL(None).signal(signal.SIGTERM, 0)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 @contextlib.contextmanager
 def watched(program: str) -> Iterator[None]:
-    """Ends the process, with 130, at the second SIGINT inside of the `with` block.
+    """Ends the process, with 130, at the second SIGINT inside of the `with` block, and at a SIGTERM
+    by which it would end anyhow.
 
     The first one is handled as it was before. If that is not Python's way, a KeyboardInterrupt, a
     line on stderr says that the work is being saved.
@@ -62,11 +74,16 @@ def watched(program: str) -> Iterator[None]:
     reads, writes = os.pipe()
     os.set_blocking(writes, False)
     before = signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
+    ends_by_sigterm = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if ends_by_sigterm:
+        signal.signal(signal.SIGTERM, terminate)
     thread = threading.Thread(target=_listen, args=(reads, program), daemon=True, name="Ctrl-C")
     thread.start()
     try:
         yield
     finally:
+        if ends_by_sigterm and signal.getsignal(signal.SIGTERM) is terminate:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.set_wakeup_fd(before)
         os.close(writes)
         thread.join()
@@ -76,6 +93,8 @@ def watched(program: str) -> Iterator[None]:
 def _listen(reads: int, program: str) -> None:
     said = False
     while numbers := os.read(reads, 64):
+        if signal.SIGTERM in numbers and signal.getsignal(signal.SIGTERM) is terminate:
+            terminate(signal.SIGTERM, None)
         if signal.SIGINT not in numbers:
             continue
         # The main thread's handler may have run, and be gone again, by now.

@@ -136,6 +136,18 @@ def test_what_is_exported_already_is_not_written_again(tmp_path):
     assert weights.is_file()
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff", b"[" * 100_000, b"[]", b'{"files": {"a": -1}}'])
+def test_an_export_with_a_damaged_note_of_what_it_is_is_written_again(tmp_path, caplog, content):
+    config = make_config(write_model(tmp_path))
+    save_checkpoint(tmp_path / "run", config, 1)
+    note = export(Run.resolve(config, tmp_path / "run")) / "attnpo_export.json"
+    before = note.read_bytes()
+    note.write_bytes(content)
+    export(Run.resolve(config, tmp_path / "run"))
+    assert note.read_bytes() == before
+    assert f"{note}: damaged" in caplog.text and "it is exported again" in caplog.text
+
+
 def test_checkpoints_elsewhere(tmp_path):
     config = make_config(write_model(tmp_path))
     config.train.checkpoint_dir = str(tmp_path / "elsewhere")

@@ -6,15 +6,16 @@ the mark's place is the text's.
 """
 
 import dataclasses
+import json
 import re
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jinja2
 import transformers
 
 from attnpo_jax.data.pair import BadExample, Message, extra_fields
+from attnpo_jax.data.template_process import Refused, StuckTemplate, process
 from attnpo_jax.runtime.errors import UserError
 
 # Private-use characters, which templates neither trim nor branch on, around what no text holds.
@@ -31,11 +32,10 @@ _FIXED_DATE = (
     + "".join(f" | replace('{code}', '{value}')" for code, value in _DATE.items())
     + " -}}{%- endmacro -%}{{ '' }}"
 )
-# What templates raise for conversations that they cannot take; the latter four come of expressions
-# in them that meet another type than they expect.
-_REFUSALS = (jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError)
 # Reasoning of earlier turns is left out on purpose.
 _REASONING = ("reasoning_content", "reasoning", "thinking")
+# Control tokens of a conversation that are looked for one by one, with a rendering or more each.
+_SPELLED = 64
 _LABELS = ("name", "tool_call_id")  # of a message; may be left out
 
 
@@ -59,7 +59,7 @@ class Conversation:
 
 
 class ChatTemplate:
-    """A tokenizer's chat template.
+    """A tokenizer's chat template, which a process of its own renders: see `template_process`.
 
     Args:
       origin: names the tokenizer in errors.
@@ -72,9 +72,11 @@ class ChatTemplate:
         origin: str,
         kwargs: Mapping[str, Any],
     ):
-        self._tokenizer = tokenizer
+        process.start()
         self.origin = origin
         self.kwargs = dict(kwargs)
+        self._variables = tokenizer.special_tokens_map | {"enable_thinking": False} | self.kwargs
+        self._variables_json = json.dumps(self._variables)
         self.text: str = tokenizer.get_chat_template()
         named = tokenizer.chat_template
         # Some tokenizers have another template for conversations with tools.
@@ -86,24 +88,35 @@ class ChatTemplate:
         `kwargs` take the place of the template's own. Raises BadExample where the template refuses
         the conversation.
         """
-        template = self.tool_text if conversation.tools else self.text
-        if "strftime_now" in template:
-            template = _FIXED_DATE + template
         try:
-            return self._tokenizer.apply_chat_template(
-                list(conversation.messages),
-                tools=list(conversation.tools) or None,
-                chat_template=template,
-                tokenize=False,
-                add_generation_prompt=conversation.generation_prompt,
-                **{"enable_thinking": False, **self.kwargs, **kwargs},
-            )
-        except _REFUSALS as error:
-            roles = ", ".join(message["role"] for message in conversation.messages)
+            found = process.render(self._text_for(conversation), self._json(conversation, kwargs))
+        except StuckTemplate as error:
+            raise StuckTemplate(f"{self.origin}: {error}") from error
+        if isinstance(found, Refused):
+            roles = [message["role"] for message in conversation.messages]
+            listed = ", ".join(roles[:8]) + (f", ... ({len(roles)})" if len(roles) > 8 else "")
             raise BadExample(
-                f"{self.origin}: the chat template refuses a conversation of the roles {roles}: "
-                f"{error}"
-            ) from error
+                f"{self.origin}: the chat template refuses a conversation of the roles {listed}: "
+                f"{found.reason}"
+            )
+        return found
+
+    def announce(self, conversations: Iterable[Conversation]) -> None:
+        """Has conversations rendered while others are at work, for `render` to have them sooner."""
+        by_text: dict[str, list[str]] = {}
+        for conversation in conversations:
+            text = self._json(conversation, {})
+            by_text.setdefault(self._text_for(conversation), []).append(text)
+        process.announce(by_text)
+
+    def _text_for(self, conversation: Conversation) -> str:
+        template = self.tool_text if conversation.tools else self.text
+        return _FIXED_DATE + template if "strftime_now" in template else template
+
+    def _json(self, conversation: Conversation, kwargs: Mapping[str, Any]) -> str:
+        variables = json.dumps(self._variables | kwargs) if kwargs else self._variables_json
+        given = (conversation.messages, conversation.tools or None, conversation.generation_prompt)
+        return f"[{', '.join(map(json.dumps, given))}, {variables}]"
 
     def around_answer(self, prompt: Conversation) -> tuple[str, str]:
         """What is written before and after an answer of plain text.
@@ -264,14 +277,18 @@ class _Spelled:
         return self.leaf.text[self.start : self.end]
 
 
-def _replaced(value: Any, path: Sequence[Any], text: str) -> Any:
-    if not path:
-        return text
-    first, *rest = path
+def _replaced(value: Any, texts: Mapping[tuple[Any, ...], str]) -> Any:
+    """The value with other texts at some paths."""
+    if () in texts:
+        return texts[()]
+    below: dict[Any, dict[tuple[Any, ...], str]] = {}
+    for (first, *rest), text in texts.items():
+        below.setdefault(first, {})[tuple(rest)] = text
     if isinstance(value, Mapping):
-        return {**value, first: _replaced(value[first], rest, text)}
+        return {**value, **{key: _replaced(value[key], of) for key, of in below.items()}}
     copy = list(value)
-    copy[first] = _replaced(copy[first], rest, text)
+    for i, of_one in below.items():
+        copy[i] = _replaced(copy[i], of_one)
     return type(value)(copy)
 
 
@@ -309,6 +326,11 @@ def spelled_places(
     if (places := _marked(conversation, rendered, everything, render)) is not None:
         return places
     # The template looks for one of them: it is left whole, with the mark beside it.
+    if len(spelled) > _SPELLED:
+        raise BadExample(
+            f"{len(spelled)} control tokens in messages, some of which change what the chat "
+            f"template writes; accepted: up to {_SPELLED}, or texts without them"
+        )
     result = []
     for token in spelled:
         for at in (token.start + 1, token.end, token.start):
@@ -333,13 +355,18 @@ def _marked(
     """Where tokens stand in the rendered conversation, by marks at places of their texts; None
     where the marks change what is rendered. The marks are in order, those of the same text too.
     """
-    texts: dict[tuple[Any, ...], str] = {}
-    for number, (token, at) in reversed(list(enumerate(marks))):
-        text = texts.get(token.leaf.path, token.leaf.text)
-        texts[token.leaf.path] = text[:at] + _NUMBERED.format(number) + text[at:]
-    changed: Any = {"messages": conversation.messages, "tools": conversation.tools}
-    for path, text in texts.items():
-        changed = _replaced(changed, path, text)
+    of_leaves: dict[tuple[Any, ...], list[str]] = {}
+    done_of: dict[tuple[Any, ...], int] = {}
+    for number, (token, at) in enumerate(marks):
+        path, text = token.leaf.path, token.leaf.text
+        done = done_of.get(path, 0)
+        of_leaves.setdefault(path, []).extend([text[done:at], _NUMBERED.format(number)])
+        done_of[path] = at
+    ends = {token.leaf.path: token.leaf.text[done_of[token.leaf.path] :] for token, _ in marks}
+    changed = _replaced(
+        {"messages": conversation.messages, "tools": conversation.tools},
+        {path: "".join(parts) + ends[path] for path, parts in of_leaves.items()},
+    )
     try:
         parts = _NUMBERED_RE.split(render(dataclasses.replace(conversation, **changed)))
     except BadExample:

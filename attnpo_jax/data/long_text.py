@@ -9,6 +9,7 @@ grows, to the whole text at last.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,6 +17,15 @@ from attnpo_jax.data.pair import BadExample
 
 Tokens = tuple[np.ndarray, np.ndarray]
 """Ids int32 (n,) and their [start, end) characters int32 (n, 2) in the whole text."""
+
+
+class Near(NamedTuple):
+    """A place in a text, by character, and how many tokens are wanted before and behind it."""
+
+    at: int
+    before: int
+    after: int
+
 
 # Characters a token, more than usual: a window seldom has to grow.
 _PER_TOKEN = 8

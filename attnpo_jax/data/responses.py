@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from attnpo_jax.data.chat_template import MARK, Conversation, find_content
@@ -148,7 +148,20 @@ def _stretch(
     return start, max(start, end)
 
 
-def warn_of_opening(tokenizer: ChatTokenizer, pair: Pair, opening: str, border: int) -> None:
+def border_of(
+    tokenizer: ChatTokenizer, pair: Pair, opening: str, responses: Mapping[str, Response]
+) -> int:
+    """How many first characters of the responses, as the template writes them, are the prompt."""
+    first, second = (r.rendered[: r.start] for r in responses.values())
+    shared = first[: shared_beginning(first, second)]
+    if shared.startswith(opening):
+        return len(shared) if shared[len(opening) :].strip() else len(opening)
+    border = shared_beginning(shared, opening)
+    _warn_of_opening(tokenizer, pair, opening, border)
+    return border
+
+
+def _warn_of_opening(tokenizer: ChatTokenizer, pair: Pair, opening: str, border: int) -> None:
     """Says, once a tokenizer, that responses do not follow the generation prompt."""
     if tokenizer.warned_of_opening:
         return

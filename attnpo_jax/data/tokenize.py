@@ -13,33 +13,26 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tokenizers
 import transformers
 
-from attnpo_jax.data import long_text
+from attnpo_jax.data import long_text, tokenizer_files
 from attnpo_jax.data.align import close_gaps
 from attnpo_jax.data.chat_template import ChatTemplate, Conversation, spelled_places
 from attnpo_jax.data.control_tokens import Piece, TextEncoder, cut, pieces_of
+from attnpo_jax.data.long_text import Near
 from attnpo_jax.data.pair import SIDES, BadExample, Message, Pair
-from attnpo_jax.data.responses import Response, warn_of_opening, write_response, writes_plainly
+from attnpo_jax.data.responses import Response, border_of, write_response, writes_plainly
+from attnpo_jax.data.template_process import process
 from attnpo_jax.runtime.errors import UserError
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 # Tokens more than are kept, of long texts: the border between prompt and responses may shift.
 _SPARE = 64
 # Control tokens of a text are looked for in stretches of so many characters, and beyond their ends.
 _STRETCH, _BEYOND = 1 << 16, 1 << 10
-
-
-class Near(NamedTuple):
-    """A place in a text, by character, and how many tokens are wanted before and behind it."""
-
-    at: int
-    before: int
-    after: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +114,7 @@ class ChatTokenizer:
         self._words = {token_id for token_id, token in self._control.items() if not token.special}
         self._text_encoder: TextEncoder | None = None
         self._tokenizer_json: bytes | None = None
-        self.warned_of_opening = False  # see `responses.warn_of_opening`
+        self.warned_of_opening = False  # see `responses.border_of`
 
     @classmethod
     def load(
@@ -135,20 +128,12 @@ class ChatTokenizer:
 
         Raises UserError when the tokenizer is not a fast one, or has no chat template.
         """
-        if not any((pathlib.Path(folder) / name).is_file() for name in _TOKENIZER_FILES):
-            raise FileNotFoundError(
-                f"{folder} holds no tokenizer; model.source must have one of "
-                f"{', '.join(_TOKENIZER_FILES)}"
-            )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            str(folder), use_fast=True, trust_remote_code=False
-        )
+        process.start()  # which takes as long as the files
+        tokenizer, tokenizer_json = tokenizer_files.load(folder)
         if chat_template is not None:
             tokenizer.chat_template = chat_template
         loaded = cls(tokenizer, origin=str(folder), chat_template_kwargs=chat_template_kwargs)
-        file = pathlib.Path(folder) / "tokenizer.json"
-        if file.is_file():
-            loaded._tokenizer_json = file.read_bytes()
+        loaded._tokenizer_json = tokenizer_json
         return loaded
 
     @property
@@ -374,14 +359,6 @@ class ChatTokenizer:
         return strays
 
 
-def load_backend(source: str) -> tokenizers.Tokenizer:
-    """The fast tokenizer of a Hugging Face folder or hub id, without its chat template."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    if not tokenizer.is_fast:
-        raise UserError(f"{source}: not a fast tokenizer (tokenizer.json)")
-    return tokenizer.backend_tokenizer
-
-
 def tokenize_pair(
     tokenizer: ChatTokenizer, pair: Pair, *, max_length: int, max_prompt_length: int
 ) -> TokenizedPair:
@@ -404,7 +381,7 @@ def tokenize_pair(
     tokenizer.template.check_tools(asked)
     tokenizer.template.check_fields(asked, names)
     responses = {side: write_response(tokenizer, pair, side, opening) for side in SIDES}
-    border = _border(tokenizer, pair, opening, responses)
+    border = border_of(tokenizer, pair, opening, responses)
     near = Near(border, max_prompt_length + _SPARE, max_length + _SPARE)
     encoded = {}
     for side, response in responses.items():
@@ -438,19 +415,6 @@ def _aligned(encoded: Mapping[str, long_text.Tokens]) -> dict[str, long_text.Tok
     start = max(int(offsets[0, 0]) for _, offsets in encoded.values())
     begins = {side: offsets[:, 0] >= start for side, (_, offsets) in encoded.items()}
     return {side: (ids[begins[side]], o[begins[side]]) for side, (ids, o) in encoded.items()}
-
-
-def _border(
-    tokenizer: ChatTokenizer, pair: Pair, opening: str, responses: Mapping[str, Response]
-) -> int:
-    """How many first characters are the prompt."""
-    first, second = (r.rendered[: r.start] for r in responses.values())
-    shared = first[: long_text.shared_beginning(first, second)]
-    if shared.startswith(opening):
-        return len(shared) if shared[len(opening) :].strip() else len(opening)
-    border = long_text.shared_beginning(shared, opening)
-    warn_of_opening(tokenizer, pair, opening, border)
-    return border
 
 
 def _response_tokens(

@@ -17,9 +17,10 @@ from attnpo_jax.data import long_text
 from attnpo_jax.data.align import close_gaps
 from attnpo_jax.data.chat_template import MARK, Conversation, find_content
 from attnpo_jax.data.control_tokens import Piece
+from attnpo_jax.data.long_text import Near
 from attnpo_jax.data.pair import SIDES, BadExample, Message, Pair, extra_fields
 from attnpo_jax.data.responses import response_text
-from attnpo_jax.data.tokenize import ChatTokenizer, Near
+from attnpo_jax.data.tokenize import ChatTokenizer
 from attnpo_jax.runtime.errors import UserError
 
 SLOTS = ("question", "answer_a", "answer_b")

@@ -11,7 +11,8 @@ from attnpo_jax.data.chat_template import Conversation
 from attnpo_jax.data.pair import SIDES, BadExample, Pair
 from attnpo_jax.data.precomputed_weights import WeightReader
 from attnpo_jax.data.rendered import RenderedTexts
-from attnpo_jax.data.tokenize import ChatTokenizer, TokenizedPair, load_backend, tokenize_pair
+from attnpo_jax.data.tokenize import ChatTokenizer, TokenizedPair, tokenize_pair
+from attnpo_jax.data.tokenizer_files import load_backend
 from attnpo_jax.data.vocabulary import check_ids
 from attnpo_jax.judge.prompt import JudgePrompt, JudgePrompter, JudgeTemplate
 

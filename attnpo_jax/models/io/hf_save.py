@@ -24,8 +24,10 @@ from attnpo_jax.models.io.hf_folder import (
     FLOAT_TYPES,
     INDEX,
     SINGLE,
+    TEMPLATES,
     FolderError,
     Stored,
+    check_links,
     open_file,
     read_json,
     stored_tensors,
@@ -44,7 +46,6 @@ from attnpo_jax.models.io.tensors import (
 )
 from attnpo_jax.runtime import disk
 
-_TEMPLATES = "additional_chat_templates"
 _MARKER = "attnpo_export.json"
 _SHARD_BYTES = 5 * 10**9
 
@@ -176,6 +177,8 @@ def read_origin(folder: str | os.PathLike) -> Any:
     if not (folder / _MARKER).is_file():
         return None
     marker = read_json(folder / _MARKER)
+    if not isinstance(marker.get("files", {}), dict):
+        return None
     whole = all(
         (folder / name).is_file() and (folder / name).stat().st_size == size
         for name, size in marker.get("files", {}).items()
@@ -193,7 +196,8 @@ def companions_digest(source_folder: str | os.PathLike) -> str:
 
 
 def _companions(source_folder: Path) -> list[Path]:
-    patterns = (*COMPANIONS, f"{_TEMPLATES}/*.jinja")
+    check_links(source_folder)
+    patterns = (*COMPANIONS, f"{TEMPLATES}/*.jinja")
     found = {file for pattern in patterns for file in source_folder.glob(pattern)}
     return sorted(filter(Path.is_file, found))
 

@@ -34,6 +34,9 @@ _FIXED_DATE = (
 )
 # Reasoning of earlier turns is left out on purpose.
 _REASONING = ("reasoning_content", "reasoning", "thinking")
+# Messages whose fields are looked for one by one, with a rendering or more each; of more messages,
+# those fields that marks in all of them at once do not show, up to so many messages rendered.
+_FEW, _WORK = 8, 20_000
 # Control tokens of a conversation that are looked for one by one, with a rendering or more each.
 _SPELLED = 64
 _LABELS = ("name", "tool_call_id")  # of a message; may be left out
@@ -151,26 +154,63 @@ class ChatTemplate:
         Raises:
           BadExample: a field is not written; the reason names it.
         """
-        for i, name in names.items():
-            message = conversation.messages[i]
-            fields = extra_fields(message)
-            if not fields:
-                continue
-            rendered = self.render(conversation)
-            for key in fields:
-                if key not in _LABELS and not self._writes(conversation, rendered, i, key):
-                    raise BadExample(
-                        f"`{key}` of {name}: the chat template of {self.origin} does not write it; "
-                        "accepted: a template that does (model.chat_template), or none"
-                    )
+        checked = [i for i in names if extra_fields(conversation.messages[i])]
+        if not checked:
+            return
+        rendered = self.render(conversation)
+        written = self._written(conversation, set(checked)) if len(checked) > _FEW else set()
+        work = 0
+        for i in checked:
+            message, name = conversation.messages[i], names[i]
+            keys = [key for key in extra_fields(message) if key not in _LABELS]
             if message["content"].strip() and "tool_calls" in message:
-                emptied = self._with(conversation, i, message | {"content": ""})
-                if rendered == self._try(emptied):
-                    raise BadExample(
-                        f"`content` of {name}: the chat template of {self.origin} does not write "
-                        "it beside `tool_calls`; accepted: one of them"
-                    )
+                keys.append("content")
+            unseen = [
+                key
+                for key in keys
+                if (i, key) not in written and not self._writes_last(message, key)
+            ]
+            work += len(unseen) * len(conversation.messages)
+            if unseen and work > _WORK and len(checked) > _FEW:
+                raise BadExample(
+                    f"`{unseen[0]}` of {name}: the chat template of {self.origin} may not write "
+                    f"it, and there are {len(conversation.messages)} messages to look for it in; "
+                    "accepted: a template that does (model.chat_template), or shorter conversations"
+                )
+            for key in unseen:
+                self._check_field(conversation, rendered, i, key, name)
             self._check_arguments(message, rendered, name)
+
+    def _check_field(
+        self, conversation: Conversation, rendered: str, i: int, key: str, name: str
+    ) -> None:
+        """Checks one field by a rendering without it, and a content by one with an empty one."""
+        if key == "content":
+            emptied = self._with(conversation, i, conversation.messages[i] | {"content": ""})
+            if rendered == self._try(emptied):
+                raise BadExample(
+                    f"`content` of {name}: the chat template of {self.origin} does not write "
+                    "it beside `tool_calls`; accepted: one of them"
+                )
+        elif not self._writes(conversation, rendered, i, key):
+            raise BadExample(
+                f"`{key}` of {name}: the chat template of {self.origin} does not write it; "
+                "accepted: a template that does (model.chat_template), or none"
+            )
+
+    def _written(self, conversation: Conversation, places: Collection[int]) -> set[tuple[int, str]]:
+        """Message and field of those that are surely written, by marks in all of them at once."""
+        marked: dict[tuple[Any, ...], str] = {}
+        fields: list[tuple[int, str]] = []
+        for leaf in _leaves(dataclasses.replace(conversation, tools=())):
+            _, i, key, *_ = leaf.path
+            # Templates compare kinds, and write them seldom.
+            if i in places and not leaf.is_key and leaf.text and leaf.path[-1] != "type":
+                marked[leaf.path] = leaf.text + _NUMBERED.format(len(fields))
+                fields.append((i, key))
+        changed = _replaced({"messages": conversation.messages}, marked)["messages"]
+        found = self._try(dataclasses.replace(conversation, messages=tuple(changed)))
+        return {fields[int(number)] for number in _NUMBERED_RE.findall(found or "")}
 
     def _check_arguments(self, message: Message, rendered: str, name: str) -> None:
         """Refuses arguments in JSON that the template takes for a text, and quotes."""
@@ -189,13 +229,16 @@ class ChatTemplate:
     def _writes(self, conversation: Conversation, rendered: str, i: int, key: str) -> bool:
         message = conversation.messages[i]
         without = {k: value for k, value in message.items() if k != key}
-        if rendered != self._try(self._with(conversation, i, without)):
-            return True
+        return rendered != self._try(self._with(conversation, i, without))
+
+    def _writes_last(self, message: Message, key: str) -> bool:
+        """Whether a field is reasoning that the template writes where the turn is the last one."""
         if key not in _REASONING:
             return False
+        without = {k: value for k, value in message.items() if k != key}
         question = {"role": "user", "content": "?"}
-        last, last_without = (self._try(Conversation((question, m))) for m in (message, without))
-        return last != last_without
+        last, cut = (self._try(Conversation((question, m))) for m in (message, without))
+        return last != cut
 
     def _try(self, conversation: Conversation) -> str | None:
         try:

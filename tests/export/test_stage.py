@@ -58,12 +58,14 @@ def assert_same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def test_exports_the_newest_checkpoint_with_the_companions_of_the_source(tmp_path):
+def test_exports_the_newest_checkpoint_with_the_companions_of_the_source(tmp_path, capsys):
     config = make_config(write_model(tmp_path))
-    save_checkpoint(tmp_path / "run", config, 3)
-    newest = save_checkpoint(tmp_path / "run", config, 12)
-    folder = export(Run.resolve(config, tmp_path / "run"))
-    assert folder == tmp_path / "run" / "export"
+    workdir = tmp_path / "w[/red]x"  # no markup, where it is printed
+    save_checkpoint(workdir, config, 3)
+    newest = save_checkpoint(workdir, config, 12)
+    folder = export(Run.resolve(config, workdir))
+    assert folder == workdir / "export"
+    assert f"{folder}: the model of step 12" in capsys.readouterr().out
     assert_same(exported_params(folder), newest)
     assert json.loads((folder / "tokenizer_config.json").read_text()) == {"chat_template": "hello"}
 

@@ -174,7 +174,7 @@ def accepted_words(config: config_dict.ConfigDict, field: str) -> str:
 
     >>> from attnpo_jax.config import default_config
     >>> accepted_words(default_config(), "train.batch_size")
-    'a whole number, 1 or more'
+    'a whole number from 1 to 1,000,000'
     """
     section, _, key = field.partition(".")
     if section in SECTIONS and key == "name":

@@ -105,7 +105,7 @@ def from_json(text: str) -> config_dict.ConfigDict:
     """
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # integers of 5,000 digits, deep nesting
         raise ConfigError([f"not a config in JSON: {error}"]) from error
     if not isinstance(values, dict):
         raise ConfigError(
@@ -133,7 +133,7 @@ def from_json(text: str) -> config_dict.ConfigDict:
             section = section[parent]
         try:
             section[last] = value
-        except TypeError as error:
+        except (TypeError, ValueError, OverflowError) as error:
             found.append(f"config.{field} = {value!r}: {error}")
     if found:
         raise ConfigError(found)

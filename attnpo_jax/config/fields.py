@@ -338,7 +338,7 @@ FIELDS: dict[str, Field] = {
     ),
     "train.epochs": Field(
         1,
-        rules.integer(1, 1_000_000),
+        rules.integer(1, 100_000),
         "passes over the training pairs",
         decisive=True,
     ),

@@ -361,8 +361,8 @@ def test_a_batch_has_no_more_microbatches_than_pairs(dataset):
 
 def test_a_run_that_no_plan_could_hold_is_refused(dataset):
     message = (
-        r"9,999,999 steps over 11 pairs are 109,999,989 visits of a pair; accepted: 100,000,000 "
-        r"\(train.epochs, or train.steps times train.batch_size\)"
+        r"9,999,999 steps over 11 pairs are 109,999,989 visits of a pair in 9,999,999 epochs; "
+        r"accepted: 100,000,000 visits and 100,000 epochs \(train.epochs, or train.steps times "
     )
     with pytest.raises(UserError, match=message):
         batches_of(dataset, batch_size=32, microbatch_size=32, steps=9_999_999)

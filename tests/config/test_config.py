@@ -167,7 +167,7 @@ def test_remat_choices_are_the_decoder_s():
         ("weighting.tau", 1, "no such hyperparameter; accepted: layer, fix_sink"),
         ("weighting.name", "atention", "accepted: attention, "),
         ("objective.name", None, "accepted: "),
-        ("objective.name", {"a": 1}, "accepted: "),
+        ("objective.name", ["a"], "accepted: "),
         ("objective.beta", 0, "a number above 0"),
         ("objective.label_smoothing", 0.5, "a number from 0 to 0.5, 0.5 excluded"),
     ],

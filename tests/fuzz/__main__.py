@@ -15,6 +15,7 @@ import random
 import sys
 import time
 import warnings
+import zlib
 from collections.abc import Callable
 
 import hypothesis
@@ -93,12 +94,12 @@ def run(name: str, look_at: Callable[[str, Files], None], seed: int | None, coun
 
 def to_case(name: str, failure: Failure, files: Files) -> dict:
     """An entry of the table of cases."""
-    content = {file: base64.b85encode(data).decode() for file, data in files.items()}
+    content = {file: base64.b85encode(zlib.compress(data)).decode() for file, data in files.items()}
     return {"target": name, "found": f"{failure.error} ({failure.place})", "files": content}
 
 
 def from_case(case: dict) -> Files:
-    return {file: base64.b85decode(data) for file, data in case["files"].items()}
+    return {file: zlib.decompress(base64.b85decode(data)) for file, data in case["files"].items()}
 
 
 def _size(files: Files) -> int:

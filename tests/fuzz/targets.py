@@ -149,7 +149,7 @@ def _indices(draw):
     names = sorted(safetensors.numpy.load(weights))
     index = {"metadata": {"total_size": 9}, "weight_map": dict.fromkeys(names, "one.safetensors")}
     changed = draw(damaged(draw(mutated_json(index))))
-    return {"model.safetensors.index.json": changed, "one.safetensors": weights}
+    return {"model.safetensors.index.json": changed}
 
 
 @st.composite
@@ -164,6 +164,8 @@ def _headers(draw):
 def _read_weights(folder):
     for name in ("config.json", "tokenizer.json"):
         shutil.copy(made() / "model" / name, folder)
+    if not (folder / "model.safetensors").exists():
+        shutil.copy(made() / "model" / "model.safetensors", folder / "one.safetensors")
     model = hf_folder.load_config(folder)
     files, _ = hf_folder.weight_files(folder)
     hf_folder.stored_tensors(files)
@@ -176,6 +178,7 @@ def _ggufs(draw):
 
 
 def _convert(folder):
+    (folder / "converted").mkdir()
     gguf.convert(folder / "model.gguf", folder / "converted")
 
 

@@ -109,7 +109,7 @@ def from_json(text: str) -> config_dict.ConfigDict:
         raise ConfigError(["not a config in JSON: brackets are nested too deeply"]) from None
     except ConfigError:
         raise
-    except ValueError as error:
+    except ValueError as error:  # integers of 5,000 digits too
         raise ConfigError([f"not a config in JSON: {error}"]) from error
 
 
@@ -140,7 +140,7 @@ def _config_of(values: Any) -> config_dict.ConfigDict:
             section = section[parent]
         try:
             section[last] = value
-        except TypeError as error:
+        except (TypeError, ValueError, OverflowError) as error:
             found.append(f"config.{field} = {value!r}: {error}")
     if found:
         raise ConfigError(found)

@@ -98,4 +98,4 @@ def step(
         model.final(x_B1D), unembedding(params).astype(dtype)
     )
     logits_B1V = lm_head.logits(hidden_B1D, unembedding_VD, softcap=config.final_logit_softcapping)
-    return logits_B1V[:, 0], cache
+    return placement.whole_logits(logits_B1V)[:, 0], cache

@@ -215,13 +215,32 @@ def append(
         place_LB = length_B[None] % ring_L1
         at = first_L1 + place_LB // shape.block, jnp.arange(length_B.shape[0])[None]
         place = place_LB % shape.block
-        return _map(
-            shape,
-            (k_LBKH, v_LBKH),
-            cache,
-            lambda x, new: x.at[*at, :, place].set(new.astype(x.dtype)),
-            lambda x, new: x.at[*at, :, :, place].set(new.astype(x.dtype)),
-        )
+
+        def in_place(cache, k_LBKH, v_LBKH):
+            return _map(
+                shape,
+                (k_LBKH, v_LBKH),
+                cache,
+                lambda x, new: x.at[*at, :, place].set(new.astype(x.dtype)),
+                lambda x, new: x.at[*at, :, :, place].set(new.astype(x.dtype)),
+            )
+
+        def by_blocks(cache, k_LBKH, v_LBKH):
+            here_LBb = jnp.arange(shape.block) == place[..., None]
+
+            def by_position(x, new):
+                here = jnp.expand_dims(here_LBb, (2, *range(4, x.ndim)))
+                return x.at[at].set(jnp.where(here, new[:, :, :, None].astype(x.dtype), x[at]))
+
+            def by_head(x, new):
+                here = here_LBb[:, :, None, None]
+                return x.at[at].set(jnp.where(here, new[..., None].astype(x.dtype), x[at]))
+
+            return _map(shape, (k_LBKH, v_LBKH), cache, by_position, by_head)
+
+        # TPUs scatter whole blocks in place; for one position of a block, XLA turns the axes of all
+        # of the cache around, and back.
+        return jax.lax.platform_dependent(cache, k_LBKH, v_LBKH, tpu=by_blocks, default=in_place)
 
     rows = PartitionSpec(None, placement.ROWS, "tensor")
     split = (SPLIT, rows, rows, placement.BY_ROWS)

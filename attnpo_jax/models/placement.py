@@ -238,6 +238,17 @@ def split_logits(hidden_BMD: jax.Array, unembedding_VD: jax.Array) -> tuple[jax.
     )
 
 
+def whole_logits(logits_BMV: jax.Array) -> jax.Array:
+    """The logits of `split_logits`, by rows, with all words of a row in one place.
+
+    Said first that they are split as the vocabulary is, so that they are what travels, and not the
+    unembedding.
+    """
+    if not _splits_rows(logits_BMV):
+        return logits_BMV
+    return by_rows(_constrain(logits_BMV, PartitionSpec("data", None, _VOCABULARY)))
+
+
 def row_shards() -> int:
     """How many parts the rows of a batch are in, on the current mesh."""
     return math.prod(_sizes().get(axis, 1) for axis in ROWS)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from rich.table import Table
 
-from attnpo_jax.models import decode, int8, kv_cache, placement
+from attnpo_jax.models import decode, int8, kv_cache
 from attnpo_jax.models.decoder import abstract_params
 from attnpo_jax.models.kv_cache import CacheShape
 from attnpo_jax.parallel import mesh as meshes
@@ -192,7 +192,7 @@ def _greedy_step(params, state: State, arrays, *, config, shape, dtype):
     logits_BV, cache = decode.step(
         config, params, state.cache, shape, token_B, length_B, dtype=dtype
     )
-    token_B = jnp.argmax(placement.by_rows(logits_BV), axis=-1)
+    token_B = jnp.argmax(logits_BV, axis=-1)
     return State(cache, None), token_B
 
 

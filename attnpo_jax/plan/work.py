@@ -25,6 +25,8 @@ _NOTHING = (
     "tuple",
     "while",
 )
+# Instructions that update their first operand in place, and which operand has the update.
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 
 
 def flops(program: Program) -> int:
@@ -96,8 +98,8 @@ def _traffic(program: Program, computation: Computation, i: Instruction) -> floa
         return sum(reads) + max(writes - sum(reads), 0.0)
     if i.opcode in ("dynamic-slice", "slice", "gather"):
         return 2 * writes if reads[0] else writes
-    if i.opcode == "dynamic-update-slice":
-        return 2 * reads[1]
+    if i.opcode in _UPDATES:
+        return 2 * reads[_UPDATES[i.opcode]]
     if i.opcode == "fusion":
         inner = program.computations[i.called()[0]]
         reads = [
@@ -125,7 +127,7 @@ def _read(program: Program, inner: Computation, name: str) -> float:
                     total += _read(program, nested, parameter.name)
         elif user.opcode in ("dynamic-slice", "slice", "gather"):
             total += user.shapes[0].bytes
-        elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:
+        elif user.opcode not in _UPDATES or user.operands[0] != name:
             return math.inf
     return total
 
@@ -138,8 +140,8 @@ def _written(inner: Computation, i: Instruction) -> float:
     for shape, made in zip(i.shapes, roots, strict=False):
         while made.opcode == "bitcast":
             made = inner.instructions[made.operands[0]]
-        if shape.in_hbm and made.opcode == "dynamic-update-slice":
-            total += inner.instructions[made.operands[1]].shapes[0].bytes
+        if shape.in_hbm and made.opcode in _UPDATES:
+            total += inner.instructions[made.operands[_UPDATES[made.opcode]]].shapes[0].bytes
         elif shape.in_hbm:
             total += shape.bytes
     return total

@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from attnpo_jax.models import decode, decoder, kv_cache, placement
+from attnpo_jax.models import decode, decoder, kv_cache
 from attnpo_jax.models.kv_cache import Cache
 from attnpo_jax.sampling import sample
 
@@ -59,7 +59,6 @@ def decode_steps(params, state: State, arrays, *, config, shape, dtype, features
         logits_BV, cache = decode.step(
             config, params, state.cache, shape, token_B, length_B, dtype=dtype
         )
-        logits_BV = placement.by_rows(logits_BV)
         fine_B = jnp.all(jnp.isfinite(logits_BV), axis=-1)
         new_B, logprob_B = sample.next_tokens(logits_BV, settings, count_B, state.seen_BV, features)
         failed_B |= active_B & ~fine_B

@@ -327,7 +327,7 @@ BROKEN = {
         *(b'["', b"\xff\xfe[\0]\0", b"[]]"),
     ],
     "rows.csv": [b"", b"\xff\xfe", b'"', b"a,b\n", b"prompt,chosen,rejected\n\xff,\xff,\xff\n"],
-    "rows.jsonl.gz": [b"", b"\x1f\x8b", b"PK\x03\x04", gzip.compress(b"{}" * 99)[:-9]],
+    "rows.jsonl.gz": [b"", b"\x1f\x8b", b"PK\x03\x04", gzip.compress(b"{}" * 99, mtime=0)[:-9]],
     "rows.jsonl.zst": [b"", b"\x28\xb5\x2f\xfd", b"nothing"],
 }
 

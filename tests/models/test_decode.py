@@ -136,6 +136,28 @@ def test_steps_give_the_forward_passes_logits(name, past):
         np.testing.assert_allclose(logits, wanted, atol=2e-5)
 
 
+@pytest.mark.parametrize("quantized", [False, True])
+def test_what_other_devices_run_gives_the_same(monkeypatch, quantized):
+    params, sequences = random_params(GEMMA), sequences_of(GEMMA, LENGTHS, past=10)
+    options = {"quantized": quantized, "block": BLOCK}
+    shape = CacheShape.of(GEMMA, 4, 64, jnp.float32, **options)
+    wanted, held = decoded(GEMMA, params, sequences, LENGTHS, shape, sequences[0][:10])
+
+    def chosen(*operands, tpu=None, default=None, cpu=None):
+        del cpu
+        return (tpu or default)(*operands)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", chosen)
+    jax.clear_caches()
+    found, also_held = decoded(GEMMA, params, sequences, LENGTHS, shape, sequences[0][:10])
+    jax.clear_caches()
+    # Of int8, a number may be rounded the other way.
+    np.testing.assert_allclose(found, wanted, atol=5e-3 if quantized else 2e-5)
+    for one, other in zip(jax.tree.leaves(held), jax.tree.leaves(also_held), strict=True):
+        one, other = (np.asarray(x, np.float32) for x in (one, other))
+        np.testing.assert_allclose(one, other, atol=1 if quantized else 1e-5)
+
+
 def test_layers_with_a_window_hold_no_more_than_it():
     shape = CacheShape.of(GEMMA, 4, 64, jnp.float32, block=BLOCK)
     assert shape.blocks == (2, 16, 2)  # 5 positions beside the query's, and 64

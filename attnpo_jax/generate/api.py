@@ -81,12 +81,7 @@ def _begin(
     max_length: int,
     settings: dict[str, Any],
 ) -> tuple[list[Request], Engine]:
-    if isinstance(model, LanguageModel):
-        config, sampled = default_config(), _of_loaded(model)
-    elif isinstance(model, SampledModel):
-        config, sampled = default_config(), model
-    else:
-        config, sampled = model.config, models.load(model)
+    sampled, config = sampled_of(model)
     in_force = sampled.settings(config.generate, **settings)
     requests, length, refused = requests_of(
         sampled,
@@ -99,6 +94,15 @@ def _begin(
     if refused:
         raise UserError(f"prompt {refused[0].id}: {refused[0].reason}")
     return requests, engine_for(sampled, config, length=length, slots=min(slots, len(requests)))
+
+
+def sampled_of(model: "LanguageModel | Run | SampledModel") -> tuple[SampledModel, Any]:
+    """What is sampled from, and the config that says how; see `generate`."""
+    if isinstance(model, LanguageModel):
+        return _of_loaded(model), default_config()
+    if isinstance(model, SampledModel):
+        return model, default_config()
+    return models.load(model), model.config
 
 
 def engine_for(sampled: SampledModel, config: Any, *, length: int, slots: int) -> Engine:

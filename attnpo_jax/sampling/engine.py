@@ -36,12 +36,17 @@ from attnpo_jax.sampling.text import ResponseText
 _LOG = logging.getLogger(__name__)
 
 FinishReason = Literal["stop", "length", "error"]
+Top = tuple[tuple[int, float], ...]
+"""The likeliest tokens with their log-probs, the first one first."""
 
 # Rows of prompts that are read at once are so many, for each of the parts that rows are split in.
 _ROWS = (16, 4, 1)
 # Of that many tokens at most, where it is more than one row.
 _PREFILL_TOKENS = 4096
 _FEWEST_TOKENS = 32
+# Programs tell of so many of the likeliest tokens: one of few.
+_TOPS = (0, 5, 20)
+MOST_TOP_LOGPROBS = _TOPS[-1]
 # A beginning that requests share is worth a program of its own from so many tokens on.
 _FEWEST_SHARED = 16
 
@@ -56,6 +61,8 @@ class Request:
       settings: how the response is drawn.
       sample: which of the prompt's responses it is, from 0. Draws depend on it.
       stop_tokens: tokens that end it, beside those of the settings.
+      top_logprobs: of how many of the likeliest tokens log-probs are told, `MOST_TOP_LOGPROBS` at
+        most. What is sampled does not depend on it.
     """
 
     id: str
@@ -63,6 +70,13 @@ class Request:
     settings: SamplingSettings
     sample: int = 0
     stop_tokens: tuple[int, ...] = ()
+    top_logprobs: int = 0
+
+    @property
+    def features(self) -> Features:
+        """What a program needs for it."""
+        top = next(k for k in _TOPS if k >= self.top_logprobs)
+        return dataclasses.replace(self.settings.features, top_logprobs=top)
 
     @functools.cached_property
     def key(self) -> np.ndarray:
@@ -87,6 +101,7 @@ class Response:
       logprobs: their log-probs under the model's own distribution: temperature 1, nothing cut off.
       finish_reason: `stop` at a stop token or text, `length` where there was no more room, `error`
         where the model gave logits that are no numbers.
+      top: of each token, the likeliest ones in its place; nothing where none were asked for.
     """
 
     id: str
@@ -96,6 +111,7 @@ class Response:
     logprobs: tuple[float, ...]
     finish_reason: FinishReason
     prompt_tokens: int
+    top: tuple[Top, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +120,7 @@ class Update:
 
     Attributes:
       text: what was added to the text and is sure to stay.
-      tokens, logprobs: what was sampled.
+      tokens, logprobs, top: what was sampled, see `Response`.
       response: all of it, where it is finished.
     """
 
@@ -113,6 +129,7 @@ class Update:
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
     response: Response | None
+    top: tuple[Top, ...] = ()
 
 
 @dataclasses.dataclass(eq=False)
@@ -123,6 +140,7 @@ class _Slot:
     text: ResponseText
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
+    top: list[Top] = dataclasses.field(default_factory=list)
 
 
 @jax.tree_util.register_dataclass
@@ -212,6 +230,10 @@ class Engine:
                 f"{name}: {size} tokens, and there is room for {self.cache_shape.length} with the "
                 "response; accepted: a shorter prompt, or a larger length"
             )
+        if not 0 <= request.top_logprobs <= MOST_TOP_LOGPROBS:
+            raise UserError(
+                f"{name}: top_logprobs = {request.top_logprobs}; accepted: 0 to {MOST_TOP_LOGPROBS}"
+            )
         given = {
             "a token": request.tokens,
             "a stop token": request.ends,
@@ -276,26 +298,35 @@ class Engine:
         if not active:
             return []
         features = functools.reduce(
-            Features.__or__, (self._slots[b].request.settings.features for b in active)
+            Features.__or__, (self._slots[b].request.features for b in active)
         )
         arrays = self._arrays()
         program = self._program(_decode_steps, features=features, steps=self._steps)
         self._state, output = program(self.params, self._state, self._backend.replicate(arrays))
-        tokens_nB, logprobs_nB, failed_B = jax.device_get(output)
-        return [self._take(b, tokens_nB[:, b], logprobs_nB[:, b], failed_B[b]) for b in active]
+        tokens_nB, logprobs_nB, top, failed_B = jax.device_get(output)
+        updates = []
+        for b in active:
+            top_n = _tops(*(x_nBk[:, b] for x_nBk in top), self._slots[b].request.top_logprobs)
+            updates.append(
+                self._take(b, tokens_nB[:, b], logprobs_nB[:, b], top_n, bool(failed_B[b]))
+            )
+        return updates
 
-    def _take(self, b: int, tokens_n, logprobs_n, failed: bool) -> Update:
+    def _take(self, b: int, tokens_n, logprobs_n, top_n: Sequence[Top], failed: bool) -> Update:
         """Adds what a call has sampled in a slot; frees it where the response is finished."""
         slot = self._slots[b]
         request, before = slot.request, len(slot.tokens)
         reason: FinishReason | None = None
         room = self.cache_shape.length - len(request.tokens)
         most = min(request.settings.max_new_tokens, room)
-        for token, logprob in zip(tokens_n.tolist(), logprobs_n.tolist(), strict=True):
+        sampled = tokens_n.tolist(), logprobs_n.tolist(), top_n
+        for token, logprob, likeliest in zip(*sampled, strict=True):
             if token < 0:
                 break
             slot.tokens.append(token)
             slot.logprobs.append(logprob)
+            if request.top_logprobs:
+                slot.top.append(likeliest)
             if token in request.ends:
                 reason = "stop"
             elif slot.text.add(token):
@@ -317,10 +348,11 @@ class Engine:
                 tuple(slot.logprobs),
                 reason,
                 len(request.tokens),
+                tuple(slot.top),
             )
         news = slot.text.news(last=response is not None)
         new = tuple(slot.tokens[before:]), tuple(slot.logprobs[before:])
-        return Update(request, news, *new, response)
+        return Update(request, news, *new, response, tuple(slot.top[before:]))
 
     def _arrays(self) -> tuple[Any, ...]:
         """What a call is told of the slots: last tokens, lengths, counts, who is active, settings.
@@ -468,6 +500,12 @@ def _settings_of(requests: Sequence[Request | None], room: int) -> SlotSettings:
     )
 
 
+def _tops(token_nk: np.ndarray, logprob_nk: np.ndarray, k: int) -> list[Top]:
+    """The first k of the likeliest tokens of each step, with their log-probs."""
+    both = zip(token_nk[:, :k].tolist(), logprob_nk[:, :k].tolist(), strict=True)
+    return [tuple(zip(tokens, logprobs, strict=True)) for tokens, logprobs in both]
+
+
 def _padded(rows: Sequence[Sequence[Any]], fill: Any, dtype: Any) -> np.ndarray:
     """Lists of different lengths as one array, whose width is a power of two: one of few."""
     longest = max(map(len, rows))
@@ -499,15 +537,18 @@ def _mark_prompts(_, state: _State, arrays, *, config, shape, dtype):
 
 
 def _decode_steps(params, state: _State, arrays, *, config, shape, dtype, features, steps):
-    """Up to `steps` tokens in every slot that is active: (tokens, log-probs (n, B), failed (B,)).
+    """Up to `steps` tokens in every slot that is active.
 
-    Tokens are -1 where a slot has none.
+    Returns:
+      The state; tokens, -1 where a slot has none, and log-probs (n, B), the likeliest tokens and
+      their log-probs (n, B, k), and which slots failed (B,).
     """
     token_B, length_B, count_B, active_B, settings = arrays
     rows = jnp.arange(token_B.shape[0])
+    k = min(features.top_logprobs, config.vocab_size)
 
     def one(carry):
-        i, state, token_B, length_B, count_B, active_B, failed_B, tokens_nB, logprobs_nB = carry
+        i, state, token_B, length_B, count_B, active_B, failed_B, sampled = carry
         logits_BV, cache = decode.step(
             config, params, state.cache, shape, token_B, length_B, dtype=dtype
         )
@@ -516,8 +557,8 @@ def _decode_steps(params, state: _State, arrays, *, config, shape, dtype, featur
         new_B, logprob_B = sample.next_tokens(logits_BV, settings, count_B, state.seen_BV, features)
         failed_B |= active_B & ~fine_B
         active_B &= fine_B
-        tokens_nB = tokens_nB.at[i].set(jnp.where(active_B, new_B, -1))
-        logprobs_nB = logprobs_nB.at[i].set(logprob_B)
+        new = jnp.where(active_B, new_B, -1), logprob_B, sample.likeliest(logits_BV, k)
+        sampled = jax.tree.map(lambda so_far, x: so_far.at[i].set(x), sampled, new)
         seen_BV = state.seen_BV
         if features.penalties:
             seen_BV = seen_BV.at[rows, new_B].set(sample.PROMPT | sample.SAMPLED)
@@ -527,15 +568,16 @@ def _decode_steps(params, state: _State, arrays, *, config, shape, dtype, featur
         ended_B = jnp.any(new_B[:, None] == settings.stop_BE, axis=-1)
         active_B &= ~ended_B & (count_B < settings.max_new_tokens_B)
         state = _State(cache, seen_BV)
-        return i + 1, state, token_B, length_B, count_B, active_B, failed_B, tokens_nB, logprobs_nB
+        return i + 1, state, token_B, length_B, count_B, active_B, failed_B, sampled
 
     def goes_on(carry):
         i, active_B = carry[0], carry[5]
         return (i < steps) & jnp.any(active_B)
 
     tokens_nB = jnp.full((steps, token_B.shape[0]), -1, jnp.int32)
-    logprobs_nB = jnp.zeros(tokens_nB.shape, jnp.float32)
+    top = tuple(jnp.zeros((*tokens_nB.shape, k), kind) for kind in (jnp.int32, jnp.float32))
+    sampled = tokens_nB, jnp.zeros(tokens_nB.shape, jnp.float32), top
     slots = token_B, length_B, count_B, active_B, jnp.zeros_like(active_B)
-    carry = (jnp.int32(0), state, *slots, tokens_nB, logprobs_nB)
-    _, state, *_, failed_B, tokens_nB, logprobs_nB = jax.lax.while_loop(goes_on, one, carry)
-    return state, (tokens_nB, logprobs_nB, failed_B)
+    carry = (jnp.int32(0), state, *slots, sampled)
+    _, state, *_, failed_B, sampled = jax.lax.while_loop(goes_on, one, carry)
+    return state, (*sampled, failed_B)

@@ -50,8 +50,11 @@ def _is_number(value: Any) -> bool:
     return (_is_int(value) or isinstance(value, float)) and math.isfinite(value)
 
 
-def integer(least: int) -> Rule:
-    return Rule(lambda v: _is_int(v) and v >= least, f"a whole number, {least} or more")
+def integer(least: int, most: int | None = None) -> Rule:
+    if most is None:
+        return Rule(lambda v: _is_int(v) and v >= least, f"a whole number, {least} or more")
+    words = f"a whole number from {least} to {most}"
+    return Rule(lambda v: _is_int(v) and least <= v <= most, words)
 
 
 def positive() -> Rule:

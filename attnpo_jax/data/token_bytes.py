@@ -19,7 +19,7 @@ class TokenBytes:
         self._known: dict[int, bytes | None] = {}
         described = json.loads(tokenizer.to_str())
         parts = [described["decoder"], described["pre_tokenizer"]]
-        self._byte_of = _bytes_of_characters() if '"ByteLevel"' in json.dumps(parts) else None
+        self._byte_of = bytes_of_characters() if '"ByteLevel"' in json.dumps(parts) else None
         parts.append(described["normalizer"])
         is_sentencepiece = "▁" in json.dumps(parts, ensure_ascii=False)
         self.is_readable = self._byte_of is not None or is_sentencepiece
@@ -44,7 +44,7 @@ class TokenBytes:
         return token.replace("▁", " ").encode()
 
 
-def _bytes_of_characters() -> dict[str, int]:
+def bytes_of_characters() -> dict[str, int]:
     """The bytes that the characters of byte-level tokens stand for.
 
     Bytes that are printable in Latin-1 stand for themselves; the others, in order, have the

@@ -1,0 +1,622 @@
+"""The server, asked by OpenAI's own client and, where that would not say such things, by hand."""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import dataclasses
+import http.client
+import json
+import os
+import signal
+import socket
+import threading
+import time
+
+import jax
+import numpy as np
+import openai
+import pytest
+
+from attnpo_jax import cli
+from attnpo_jax import config as config_lib
+from attnpo_jax.data.token_bytes import TokenBytes
+from attnpo_jax.data.tokenize import ChatTokenizer
+from attnpo_jax.generate import generate, server
+from attnpo_jax.generate.api import sampled_of
+from attnpo_jax.generate.server import app as app_lib
+from attnpo_jax.generate.server import protocol, stage
+from attnpo_jax.generate.server.errors import ApiError
+from attnpo_jax.judge.language_model import load_model
+from attnpo_jax.models import decoder, lm_head
+from attnpo_jax.run import Run
+from attnpo_jax.runtime.errors import UserError
+from attnpo_jax.sampling import SamplingSettings
+from tests import tiny
+
+LENGTH = 160
+QUESTION = [{"role": "user", "content": "Where is the key?"}]
+CHAT = {"model": "model", "messages": QUESTION, "max_tokens": 12, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    config = config_lib.default_config()
+    config.model.source = str(tiny.write_folder(tmp_path_factory.mktemp("served")))
+    config.serve.slots, config.serve.max_length = 4, LENGTH
+    config.serve.max_waiting, config.serve.max_choices = 8, 8
+    config.serve.max_body_bytes = 20_000
+    config.serve.port = 0
+    return Run.resolve(config, None)
+
+
+@pytest.fixture(scope="module")
+def sampled(run):
+    """The model on one device, for which programs compile faster."""
+    return sampled_of(load_model(run.config.model.source))[0]
+
+
+@pytest.fixture(scope="module")
+def served(run, sampled):
+    """A server that runs in a thread."""
+    with contextlib.closing(stage._bind("127.0.0.1", 0)) as bound:
+        running = stage.Server(run, sampled, bound)
+        thread = threading.Thread(target=running.run)
+        thread.start()
+        try:
+            yield running
+        finally:
+            running.stop()
+            thread.join()
+
+
+@pytest.fixture(scope="module")
+def client(served):
+    wait_until(lambda: served.is_listening)
+    with openai.OpenAI(base_url=served.url, api_key="any", max_retries=0) as client:
+        yield client
+
+
+def wait_until(holds, seconds=60):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.02)
+
+
+def post(served, path, body, content_type="application/json"):
+    """Status and JSON of a call by hand."""
+    host, _, port = served.url.removeprefix("http://").removesuffix("/v1").partition(":")
+    with contextlib.closing(http.client.HTTPConnection(host, int(port), timeout=60)) as connection:
+        text = body if isinstance(body, bytes) else json.dumps(body).encode()
+        connection.request("POST", path, text, {"Content-Type": content_type})
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+
+
+@pytest.fixture(scope="module")
+def letters(sampled):
+    """A bias towards small letters, so that what is sampled can be read."""
+    vocabulary = sampled.model.tokenizer.tokenizer.get_vocab()
+    return {str(vocabulary[letter]): 60 for letter in "abcdefghijklmnopqrstuvwxyz"}
+
+
+@pytest.fixture(scope="module")
+def logps(sampled):
+    """Gives the forward pass's log-probs (L, V) of a sequence."""
+    model = sampled.model
+
+    @jax.jit
+    def whole(tokens_1L, branch_1L):
+        positions = np.arange(LENGTH)[None]
+        hidden = decoder.forward(model.config, model.params, tokens_1L, positions, branch_1L)
+        logits = lm_head.logits(hidden, decoder.unembedding(model.params))
+        return jax.nn.log_softmax(logits)[0]
+
+    def of(tokens):
+        row = np.zeros((1, LENGTH), np.int32)
+        row[0, : len(tokens)] = tokens
+        return np.asarray(whole(row, (np.arange(LENGTH)[None] < len(tokens)).astype(np.int32)))
+
+    return of
+
+
+def ids_of(sampled, text):
+    return sampled.model.tokenizer.encode(text)[0]
+
+
+# --- What is answered -----------------------------------------------------------------------------
+
+
+def test_models_are_listed(client):
+    assert [model.id for model in client.models.list()] == ["model"]
+    assert client.models.retrieve("model").owned_by == "attnpo"
+    with pytest.raises(openai.NotFoundError, match="there is no model 'gpt-4'"):
+        client.models.retrieve("gpt-4")
+
+
+def test_chats_are_answered_as_generate_does(sampled, client):
+    answer = client.chat.completions.create(**CHAT | {"temperature": 0})
+    [expected] = generate(sampled, [QUESTION], temperature=0, max_new_tokens=12)
+    [choice] = answer.choices
+    assert choice.message.content == expected.text
+    assert choice.message.role == "assistant"
+    assert choice.finish_reason == expected.finish_reason
+    assert answer.usage.prompt_tokens == expected.prompt_tokens
+    assert answer.usage.completion_tokens == len(expected.tokens)
+    assert answer.usage.total_tokens == expected.prompt_tokens + len(expected.tokens)
+    assert answer.object == "chat.completion"
+    parts = [{"role": "user", "content": [{"type": "text", "text": QUESTION[0]["content"]}]}]
+    again = client.chat.completions.create(**CHAT | {"temperature": 0, "messages": parts})
+    assert again.choices[0].message.content == expected.text
+
+
+def test_completions_go_on_with_texts_and_with_tokens(sampled, client, letters):
+    ask = {"model": "model", "temperature": 0, "max_tokens": 5, "logit_bias": letters}
+    prompts = ["To be", "or not"]
+    both = client.completions.create(**ask, prompt=prompts, n=2)
+    assert [choice.index for choice in both.choices] == [0, 1, 2, 3]
+    assert both.usage.prompt_tokens == sum(len(ids_of(sampled, text)) for text in prompts)
+    assert both.usage.completion_tokens == 20
+    for i, text in enumerate(prompts):
+        [alone] = client.completions.create(**ask, prompt=text).choices
+        [by_ids] = client.completions.create(**ask, prompt=ids_of(sampled, text)).choices
+        # Greedy, so that both samples are the same.
+        texts = {choice.text for choice in both.choices[2 * i : 2 * i + 2]}
+        assert texts == {alone.text} == {by_ids.text}
+        assert len(alone.text) == 5 and alone.text.isalpha()
+
+
+def test_log_probs_are_those_of_the_forward_pass(sampled, client, logps):
+    ask = CHAT | {"logprobs": True, "top_logprobs": 20, "n": 2, "temperature": 0.8}
+    answer = client.chat.completions.create(**ask)
+    chats = sampled.model.tokenizer
+    prompt = ids_of(sampled, chats.render(QUESTION, generation_prompt=True))
+    bytes_of = TokenBytes(chats.tokenizer.backend_tokenizer)
+    token_of = {bytes_of(token): token for token in range(sampled.model.config.vocab_size)}
+    assert len(answer.choices) == 2
+    for choice in answer.choices:
+        entries = choice.logprobs.content
+        tokens = [token_of[bytes(entry.bytes)] for entry in entries]
+        expected = logps([*prompt, *tokens])[len(prompt) - 1 :]
+        assert len(entries) == 12
+        for entry, token, row in zip(entries, tokens, expected, strict=False):
+            assert entry.logprob == pytest.approx(row[token], abs=1e-4)
+            likeliest = [top.logprob for top in entry.top_logprobs]
+            assert likeliest == sorted(likeliest, reverse=True)
+            np.testing.assert_allclose(likeliest, np.sort(row)[::-1][:20], atol=1e-4)
+            assert sum(np.exp(likeliest)) < 1
+
+
+def test_completions_have_log_probs_in_their_own_form(client, letters):
+    ask = {"model": "model", "prompt": "To be", "max_tokens": 6, "seed": 1, "logit_bias": letters}
+    [choice] = client.completions.create(**ask, logprobs=3).choices
+    told = choice.logprobs
+    assert "".join(told.tokens) == choice.text
+    assert told.text_offset == list(range(6))
+    for token, logprob, top in zip(
+        told.tokens, told.token_logprobs, told.top_logprobs, strict=True
+    ):
+        assert top[token] == logprob
+        assert 3 <= len(top) <= 4
+    [plain] = client.completions.create(**ask, logprobs=0).choices
+    assert plain.logprobs.top_logprobs is None
+    np.testing.assert_allclose(plain.logprobs.token_logprobs, told.token_logprobs, atol=1e-5)
+    [without] = client.completions.create(**ask).choices
+    assert without.logprobs is None and without.text == choice.text
+
+
+@pytest.mark.parametrize("stop", [None, "w"])
+def test_a_chat_in_parts_is_the_whole_chat(client, letters, stop):
+    ask = CHAT | {"n": 3, "logprobs": True, "top_logprobs": 2, "max_tokens": 40}
+    ask |= {"logit_bias": letters, "stop": stop}
+    whole = client.chat.completions.create(**ask)
+    texts, told, reasons = [""] * 3, [[] for _ in range(3)], [None] * 3
+    *parts, last = client.chat.completions.create(
+        **ask, stream=True, stream_options={"include_usage": True}
+    )
+    for part in parts:
+        assert part.usage is None
+        [choice] = part.choices
+        texts[choice.index] += choice.delta.content or ""
+        if choice.logprobs:
+            told[choice.index] += choice.logprobs.content
+        reasons[choice.index] = choice.finish_reason
+    assert last.choices == [] and last.usage == whole.usage
+    assert {part.id for part in (*parts, last)} == {last.id}
+    for choice in whole.choices:
+        i = choice.index
+        assert texts[i] == choice.message.content
+        assert reasons[i] == choice.finish_reason
+        shown = [(e.token, [top.token for top in e.top_logprobs]) for e in told[i]]
+        expected = [
+            (e.token, [top.token for top in e.top_logprobs]) for e in choice.logprobs.content
+        ]
+        assert shown == expected
+        if stop:
+            assert "w" not in texts[i]
+    if stop:
+        assert "stop" in reasons
+
+
+def test_a_completion_in_parts_is_the_whole_completion(client, letters):
+    ask = {"model": "model", "prompt": "To be", "max_tokens": 30, "seed": 5, "logprobs": 1}
+    ask |= {"logit_bias": letters}
+    [whole] = client.completions.create(**ask).choices
+    parts = list(client.completions.create(**ask, stream=True))
+    assert len(parts) > 2
+    assert "".join(part.choices[0].text for part in parts) == whole.text
+    for name in ("tokens", "text_offset"):
+        came = [x for part in parts for x in getattr(part.choices[0].logprobs, name)]
+        assert came == getattr(whole.logprobs, name)
+    assert parts[-1].choices[0].finish_reason == "length"
+    assert all(part.usage is None for part in parts)
+
+
+def test_draws_depend_on_the_seed(client):
+    def said(**ask):
+        return [c.message.content for c in client.chat.completions.create(**ask).choices]
+
+    assert said(**CHAT, n=3) == said(**CHAT, n=3)
+    assert len(set(said(**CHAT, n=3))) == 3
+    assert said(**CHAT | {"seed": 4}) != said(**CHAT)
+    without = {key: value for key, value in CHAT.items() if key != "seed"}
+    assert said(**without) != said(**without)
+
+
+def test_stop_texts_and_tokens_end_an_answer(sampled, client, letters):
+    ask = {"model": "model", "prompt": "To be", "temperature": 1, "seed": 1, "max_tokens": 20}
+    ask |= {"logit_bias": letters}
+    [plain] = client.completions.create(**ask).choices
+    cut = plain.text[7:9]
+    [stopped] = client.completions.create(**ask, stop=["not there", cut]).choices
+    assert stopped.text == plain.text[: plain.text.index(cut)]
+    assert stopped.finish_reason == "stop"
+    [end] = ids_of(sampled, plain.text[7])
+    [ended] = client.completions.create(
+        **ask, logprobs=0, extra_body={"stop_token_ids": [int(end)]}
+    ).choices
+    before = plain.text[: plain.text.index(plain.text[7])]
+    assert (ended.finish_reason, "".join(ended.logprobs.tokens)) == ("stop", before)
+
+
+def test_settings_reach_the_engine(run, sampled):
+    served = protocol.Served("model", sampled, run.config.generate, LENGTH, 8)
+    asked = {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "seed": 7}
+    asked |= {"repetition_penalty": 1.1, "presence_penalty": 0.3, "stop_token_ids": [5]}
+    body = {
+        "model": "model",
+        "prompt": [4, 5],
+        "stop": "x",
+        "logit_bias": {"3": -1},
+        "min_tokens": 2,
+    }
+    [request] = protocol.parse(body | asked | {"user": "u"}, served, is_chat=False).requests
+    expected = asked | {"stop_token_ids": (5,), "stop": ("x",), "logit_bias": {3: -1}}
+    expected |= {"min_new_tokens": 2, "max_new_tokens": LENGTH - 2}
+    assert dataclasses.asdict(request.settings) == expected
+    assert request.stop_tokens == sampled.stop_tokens
+    # What is null counts as not there.
+    nulls = dict.fromkeys(asked) | {"model": "model", "prompt": [4, 5], "max_tokens": 3}
+    [request] = protocol.parse(nulls, served, is_chat=False).requests
+    seed = request.settings.seed
+    assert request.settings == SamplingSettings(max_new_tokens=3, seed=seed)
+
+
+def test_biases_and_penalties_change_what_is_said(client, letters):
+    ask = {"model": "model", "prompt": "To be", "max_tokens": 8, "temperature": 0}
+    only = client.completions.create(**ask, logit_bias={next(iter(letters)): 1000}).choices[0].text
+    assert only == "a" * 8
+    fresh = client.completions.create(**ask, logit_bias=letters, presence_penalty=100)
+    assert len(set(fresh.choices[0].text)) == 8
+
+
+def test_eight_clients_at_once_get_what_they_get_alone(client):
+    def said(number):
+        ask = CHAT | {"seed": number, "max_tokens": 5 + 5 * number}
+        return client.chat.completions.create(**ask).choices[0].message.content
+
+    alone = [said(number) for number in range(8)]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(said, range(8))) == alone
+
+
+# --- What is refused ------------------------------------------------------------------------------
+
+BAD = [
+    ({"temperature": "warm"}, "temperature", "accepted: 0 (the likeliest token)"),
+    ({"temperature": float("nan")}, "temperature", "`temperature` is NaN"),
+    ({"top_p": 0}, "top_p", "accepted: a number above 0"),
+    ({"n": 0}, "n", "accepted: a whole number from 1 to 8"),
+    ({"n": True}, "n", "`n` is true"),
+    ({"max_tokens": 0}, "max_tokens", "a whole number from 1 up"),
+    ({"max_tokens": 500}, "max_tokens", "leave room for"),
+    ({"max_completion_tokens": 3}, "max_tokens", "differ"),
+    ({"logprobs": 3}, "logprobs", "True or False"),
+    ({"top_logprobs": 3}, "top_logprobs", "for `logprobs`: true alone"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "from 0 to 20"),
+    ({"stop": ""}, "stop", "texts that are not empty"),
+    ({"stop": ["a", ""]}, "stop", "texts that are not empty"),
+    ({"stop": ["a"] * 65}, "stop", "65 entries"),
+    ({"seed": 1.5}, "seed", "a whole number"),
+    ({"logit_bias": {"a": 1}}, "logit_bias", "by token id"),
+    ({"logit_bias": {"9" * 5000: 1}}, "logit_bias", "by token id"),
+    ({"logit_bias": {"9999": 1}}, None, "a token of logit_bias is 9999"),
+    ({"frequency_penalty": 0.5}, "frequency_penalty", "accepted: 0"),
+    ({"min_tokens": 20}, "min_tokens", "above max_new_tokens"),
+    ({"response_format": {"type": "json_object"}}, "response_format", "text"),
+    ({"stream_options": {"include_usage": True}}, "stream_options", "true alone"),
+    ({"stream": "yes"}, "stream", "True or False"),
+    ({"tool_choice": "required"}, "tool_choice", "'none', 'auto'"),
+    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "does not write"),
+    ({"messages": []}, "messages", "at least one"),
+    ({"messages": [{"role": "user", "content": " "}]}, "messages", "is empty"),
+    ({"messages": [{"role": "robot", "content": "a"}]}, "messages", "is robot"),
+    ({"messages": [*QUESTION, {"role": "assistant", "content": "a"}]}, "messages", "last turn"),
+    ({"messages": [{"role": "user", "content": "a" * 300}]}, "messages", "there is room for 160"),
+    ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages", "Unicode"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        "messages",
+        "accepted: text",
+    ),
+    ({"colour": "blue"}, "colour", "'colour' is not known here"),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "told"),
+    BAD,
+    ids=[f"{i}-{next(iter(row[0]))}" for i, row in enumerate(BAD)],
+)
+def test_bad_chats_are_refused(served, client, change, param, told):
+    status, answer = post(served, "/v1/chat/completions", CHAT | change)
+    assert status == 400, answer
+    error = answer["error"]
+    assert (error["type"], error["param"]) == ("invalid_request_error", param)
+    assert told in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "told"),
+    [
+        ({"prompt": ""}, "prompt", "none of them empty"),
+        ({"prompt": []}, "prompt", "none of them empty"),
+        ({"prompt": [1, "a"]}, "prompt", "none of them empty"),
+        ({"prompt": [1, 99999]}, "prompt", "holds the token 99999"),
+        ({"prompt": [1] * 160}, "prompt", "160 tokens"),
+        ({"prompt": ["a"] * 9}, "prompt", "9 prompts; accepted: 8"),
+        ({"prompt": ["a"] * 5, "n": 2}, "prompt", "5 prompts times n = 2"),
+        ({"prompt": "\ud800"}, "prompt", "Unicode"),
+        ({"logprobs": 21}, "logprobs", "from 0 to 20"),
+        ({"echo": True}, "echo", "accepted: false"),
+        ({"best_of": 3}, "best_of", "the same as `n`"),
+        ({"messages": QUESTION}, "messages", "not known here"),
+    ],
+)
+def test_bad_completions_are_refused(served, client, change, param, told):
+    body = {"model": "model", "prompt": "a", "max_tokens": 2} | change
+    status, answer = post(served, "/v1/completions", body)
+    assert status == 400, answer
+    assert answer["error"]["param"] == param
+    assert told in answer["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "told"),
+    [
+        (b"{", 400, "the body is not JSON"),
+        (b"[1]", 400, "not a JSON object"),
+        (b"[" * 9000, 400, "levels deep"),
+        (b'{"model": 5}', 400, "`model` is 5"),
+        (b"{}", 404, "`model` is missing"),
+        (b'{"model": "gpt-4"}', 404, "there is no model 'gpt-4'; accepted: 'model'"),
+        (b" " * 20_001, 413, "more than 20000 bytes"),
+    ],
+)
+def test_bad_bodies_are_refused(served, client, body, status, told):
+    found, answer = post(served, "/v1/completions", body)
+    assert (found, told in answer["error"]["message"]) == (status, True), answer
+
+
+def test_other_types_and_places_are_refused(served, client):
+    assert post(served, "/v1/completions", CHAT, "text/plain")[0] == 415
+    status, answer = post(served, "/v1/embeddings", CHAT)
+    assert (status, answer["error"]["message"]) == (404, "POST /v1/embeddings: Not Found")
+    assert post(served, "/v1/models", CHAT)[0] == 405
+
+
+def test_logits_that_are_no_numbers_are_told(served, client, monkeypatch):
+    nan = jax.tree.map(lambda x: x * float("nan"), served._engine.params)
+    monkeypatch.setattr(served._engine, "params", nan)
+    with pytest.raises(openai.InternalServerError, match="no numbers"):
+        client.chat.completions.create(**CHAT)
+    with pytest.raises(openai.APIError, match="no numbers"):
+        list(client.chat.completions.create(**CHAT, stream=True))
+
+
+# --- Tools ----------------------------------------------------------------------------------------
+
+TOOL = {"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}
+WITH_TOOLS = (
+    "{% if tools %}{{ tools | tojson }}\n{% endif %}{% for m in messages %}<|im_start|>"
+    "{{ m['role'] }}\n{{ m['content'] }}{% for c in m['tool_calls'] or [] %}{{ c | tojson }}"
+    "{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_tools_reach_the_template(run, sampled):
+    fast = tiny.byte_tokenizer(
+        ("<|im_end|>", "<|im_start|>"), WITH_TOOLS, eos_token="<|im_end|>", bos_token="<|im_start|>"
+    )
+    tokenizer = ChatTokenizer(fast, origin="with tools")
+    sampled = dataclasses.replace(
+        sampled, model=dataclasses.replace(sampled.model, tokenizer=tokenizer)
+    )
+    served = protocol.Served("model", sampled, run.config.generate, 2000, 8)
+    call = {"id": "c1", "type": "function"}
+    call |= {"function": {"name": "find", "arguments": '{"what": "key"}'}}
+    messages = [
+        {"role": "developer", "content": "Be brief."},
+        *QUESTION,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "under the mat"},
+    ]
+    body = {"model": "model", "messages": messages, "tools": [TOOL]}
+    [request] = protocol.parse(body, served, is_chat=True).requests
+    read = fast.decode(request.tokens)
+    assert '"name": "find", "parameters"' in read
+    assert "<|im_start|>system\nBe brief.<|im_end|>" in read
+    assert '"arguments": {"what": "key"}' in read
+    assert read.endswith("under the mat<|im_end|>\n<|im_start|>assistant\n")
+    [without] = protocol.parse(body | {"tool_choice": "none"}, served, is_chat=True).requests
+    assert '"parameters"' not in fast.decode(without.tokens)
+
+
+# --- Who may ask, and how much --------------------------------------------------------------------
+
+
+def status_of(app, path, **headers):
+    """What the application answers to a GET, without a network."""
+    sent = []
+
+    async def receive():
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message):
+        sent.append(message)
+
+    named = [(key.encode(), value.encode()) for key, value in headers.items()]
+    scope = {"type": "http", "method": "GET", "path": path, "headers": named}
+    scope |= {"query_string": b"", "http_version": "1.1", "scheme": "http", "root_path": ""}
+    asyncio.run(app(scope, receive, send))
+    return sent[0]["status"]
+
+
+def app_of(served, run, sampled, **options):
+    what = protocol.Served("model", sampled, run.config.generate, LENGTH, 8)
+    options = {"max_body_bytes": 1000, "api_key": None, "hosts": None} | options
+    return app_lib.make_app(what, served._engine, served._worker, **options)
+
+
+def test_a_key_is_asked_for(served, run, sampled):
+    app = app_of(served, run, sampled, api_key="sesame")
+    assert status_of(app, "/v1/models") == 401
+    assert status_of(app, "/v1/models", authorization="Bearer open") == 401
+    assert status_of(app, "/v1/models", authorization="Bearer sesam\xe9") == 401
+    assert status_of(app, "/nothing") == 401
+    assert status_of(app, "/v1/models", authorization="Bearer sesame") == 200
+    assert status_of(app, "/health") == 200
+
+
+def test_the_key_comes_from_the_environment(run, sampled, monkeypatch):
+    given = {}
+    monkeypatch.setenv(stage.API_KEY, "sesame")
+    monkeypatch.setattr(stage, "make_app", lambda *_, **options: given.update(options))
+    monkeypatch.setattr(stage.Server, "_warm_up", lambda *_: None)
+    with contextlib.closing(stage._bind("127.0.0.1", 0)) as bound:
+        stage.Server(run, sampled, bound)
+        assert (given["api_key"], given["hosts"]) == ("sesame", None)
+        monkeypatch.delenv(stage.API_KEY)
+        stage.Server(run, sampled, bound)
+        assert given["api_key"] is None
+
+
+def test_other_names_of_this_machine_are_refused(served, run, sampled):
+    app = app_of(served, run, sampled, hosts=stage._LOOPBACK)
+    assert status_of(app, "/v1/models", host="evil.example:8000") == 400
+    assert status_of(app, "/v1/models") == 400
+    for host in ("127.0.0.1:8000", "localhost", "[::1]:80"):
+        assert status_of(app, "/v1/models", host=host) == 200
+
+
+def test_more_than_can_wait_is_refused_and_what_is_left_frees_its_place(served, client):
+    ask = CHAT | {"max_tokens": 100, "logit_bias": {"0": -100, "1": -100}, "n": 6}
+    wait_until(lambda: served._worker.open == 0)
+    first = client.chat.completions.create(**ask, stream=True)
+    second = client.chat.completions.create(**ask, stream=True)
+    assert next(iter(first)).choices[0].delta.role == "assistant"
+    with pytest.raises(openai.RateLimitError, match="accepted: 12 together") as refused:
+        client.chat.completions.create(**ask)
+    assert refused.value.response.headers["retry-after"] == "1"
+    first.close()
+    second.close()
+    wait_until(lambda: served._worker.open == 0)
+    # Who does not wait for a whole answer frees its place too.
+    with pytest.raises(openai.APITimeoutError):
+        client.with_options(timeout=0.05).chat.completions.create(**ask | {"n": 8})
+    wait_until(lambda: served._worker.open == 0)
+    wait_until(lambda: not served._engine.running and not served._engine.waiting)
+    assert client.chat.completions.create(**CHAT).choices
+
+
+def test_a_failed_engine_ends_the_server_with_its_error(run, sampled, monkeypatch):
+    with contextlib.closing(stage._bind("127.0.0.1", 0)) as bound:
+        failing = stage.Server(run, sampled, bound)
+
+        def step():
+            raise MemoryError("no more")
+
+        monkeypatch.setattr(failing._engine, "step", step)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            ended = pool.submit(failing.run)
+            wait_until(lambda: failing.is_listening)
+            with openai.OpenAI(base_url=failing.url, api_key="any", max_retries=0) as client:
+                with pytest.raises(openai.InternalServerError, match="has failed"):
+                    client.chat.completions.create(**CHAT)
+            with pytest.raises(MemoryError, match="no more"):
+                ended.result(timeout=60)
+
+
+# --- The command ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_lets_answers_finish_and_ends_the_server(run, caplog, number, code):
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as free:
+        port = free.getsockname()[1]
+    came = []
+
+    def talk():
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="a", max_retries=0)
+        with client:
+            while True:
+                try:
+                    assert [model.id for model in client.models.list()] == ["tiny"]
+                    break
+                except openai.APIConnectionError:
+                    time.sleep(0.05)
+            ask = CHAT | {"model": "tiny", "max_tokens": 60}
+            for part in client.chat.completions.create(**ask, stream=True):
+                if not came:
+                    os.kill(os.getpid(), number)
+                came.append(part.choices[0])
+
+    talker = threading.Thread(target=talk)
+    talker.start()
+    options = [f"--port={port}", "--slots=4", f"--max-length={LENGTH}", "--name=tiny"]
+    found = cli.main(["serve", f"--model={run.config.model.source}", *options])
+    talker.join()
+    assert found == code
+    assert came[-1].finish_reason in ("length", "stop")
+    assert f"serving tiny at http://127.0.0.1:{port}/v1" in caplog.text
+
+
+def test_an_address_that_is_taken_is_named_before_the_model_is_loaded(run, capsys):
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        port = taken.getsockname()[1]
+        assert cli.main(["serve", "--model=no-such-model", f"--port={port}"]) == 1
+    assert f"serve.host = '127.0.0.1', serve.port = {port}" in capsys.readouterr().err
+
+
+def test_without_the_extra_it_says_so(run, monkeypatch):
+    monkeypatch.setattr(server.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"starlette and uvicorn: pip install '\.\[serve\]'"):
+        server.serve(run)
+
+
+def test_errors_are_of_openai_s_form():
+    error = ApiError("no", status=429, param="n", code="c").body()
+    assert error == {
+        "error": {"message": "no", "type": "rate_limit_error", "param": "n", "code": "c"}
+    }

@@ -283,13 +283,8 @@ def test_settings_reach_the_engine(run, sampled):
     served = protocol.Served("model", sampled, run.config.generate, LENGTH, 8)
     asked = {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "seed": 7}
     asked |= {"repetition_penalty": 1.1, "presence_penalty": 0.3, "stop_token_ids": [5]}
-    body = {
-        "model": "model",
-        "prompt": [4, 5],
-        "stop": "x",
-        "logit_bias": {"3": -1},
-        "min_tokens": 2,
-    }
+    body = {"model": "model", "prompt": [4, 5], "stop": "x", "min_tokens": 2}
+    body["logit_bias"] = {"3": -1}
     [request] = protocol.parse(body | asked | {"user": "u"}, served, is_chat=False).requests
     expected = asked | {"stop_token_ids": (5,), "stop": ("x",), "logit_bias": {3: -1}}
     expected |= {"min_new_tokens": 2, "max_new_tokens": LENGTH - 2}

@@ -1,9 +1,11 @@
 """The model for lm-evaluation-harness, against the harness's own for transformers."""
 
+import functools
 import json
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -112,6 +114,7 @@ def assert_same(found, expected):
         assert found == expected
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("as_chat", [False, True])
 def test_figures_are_those_of_the_model_in_torch(folder, model, tasks, as_chat):
     pytest.importorskip("torch")
@@ -130,14 +133,16 @@ def ask(kind, *arguments):
     return [Instance(kind, {}, args, i) for i, args in enumerate(arguments)]
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _logps(config, params, row):
+    positions = jnp.arange(row.shape[1])[None]
+    hidden = decoder.forward(config, params, row, positions, jnp.ones_like(row))
+    return jax.nn.log_softmax(lm_head.logits(hidden, decoder.unembedding(params)))[0]
+
+
 def whole_pass(model, tokens):
     """Log-probs (L, V) by the plain forward pass."""
-    row = np.asarray(tokens, np.int32)[None]
-    positions = np.arange(row.shape[1])[None]
-    of = model.config, model.params
-    hidden = decoder.forward(*of, row, positions, np.ones_like(row))
-    logits = lm_head.logits(hidden, decoder.unembedding(model.params))
-    return np.asarray(jax.nn.log_softmax(logits)[0])
+    return np.asarray(_logps(model.config, model.params, np.asarray(tokens, np.int32)[None]))
 
 
 def test_scores_are_those_of_the_forward_pass(folder, model):

@@ -1,9 +1,8 @@
-"""The server, asked by OpenAI's own client and, where that would not say such things, by hand."""
+"""The server, asked by OpenAI's client and, where that would not say such things, by hand."""
 
 import asyncio
 import concurrent.futures
 import contextlib
-import dataclasses
 import http.client
 import json
 import os
@@ -18,48 +17,20 @@ import openai
 import pytest
 
 from attnpo_jax import cli
-from attnpo_jax import config as config_lib
 from attnpo_jax.data.token_bytes import TokenBytes
-from attnpo_jax.data.tokenize import ChatTokenizer
 from attnpo_jax.generate import generate, server
-from attnpo_jax.generate.api import sampled_of
 from attnpo_jax.generate.server import app as app_lib
 from attnpo_jax.generate.server import protocol, stage
-from attnpo_jax.generate.server.errors import ApiError
-from attnpo_jax.judge.language_model import load_model
 from attnpo_jax.models import decoder, lm_head
-from attnpo_jax.run import Run
 from attnpo_jax.runtime.errors import UserError
-from attnpo_jax.sampling import SamplingSettings
-from tests import tiny
-
-LENGTH = 160
-QUESTION = [{"role": "user", "content": "Where is the key?"}]
-CHAT = {"model": "model", "messages": QUESTION, "max_tokens": 12, "seed": 3}
+from tests.generate.calls import CHAT, LENGTH, QUESTION
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    config = config_lib.default_config()
-    config.model.source = str(tiny.write_folder(tmp_path_factory.mktemp("served")))
-    config.serve.slots, config.serve.max_length = 4, LENGTH
-    config.serve.max_waiting, config.serve.max_choices = 8, 8
-    config.serve.max_body_bytes = 20_000
-    config.serve.port = 0
-    return Run.resolve(config, None)
-
-
-@pytest.fixture(scope="module")
-def sampled(run):
-    """The model on one device, for which programs compile faster."""
-    return sampled_of(load_model(run.config.model.source))[0]
-
-
-@pytest.fixture(scope="module")
-def served(run, sampled):
+def served(served_run, sampled):
     """A server that runs in a thread."""
     with contextlib.closing(stage._bind("127.0.0.1", 0)) as bound:
-        running = stage.Server(run, sampled, bound)
+        running = stage.Server(served_run, sampled, bound)
         thread = threading.Thread(target=running.run)
         thread.start()
         try:
@@ -120,10 +91,6 @@ def logps(sampled):
     return of
 
 
-def ids_of(sampled, text):
-    return sampled.model.tokenizer.encode(text)[0]
-
-
 # --- What is answered -----------------------------------------------------------------------------
 
 
@@ -155,11 +122,15 @@ def test_completions_go_on_with_texts_and_with_tokens(sampled, client, letters):
     prompts = ["To be", "or not"]
     both = client.completions.create(**ask, prompt=prompts, n=2)
     assert [choice.index for choice in both.choices] == [0, 1, 2, 3]
-    assert both.usage.prompt_tokens == sum(len(ids_of(sampled, text)) for text in prompts)
+    assert both.usage.prompt_tokens == sum(
+        len(sampled.model.tokenizer.encode(text)[0]) for text in prompts
+    )
     assert both.usage.completion_tokens == 20
     for i, text in enumerate(prompts):
         [alone] = client.completions.create(**ask, prompt=text).choices
-        [by_ids] = client.completions.create(**ask, prompt=ids_of(sampled, text)).choices
+        [by_ids] = client.completions.create(
+            **ask, prompt=sampled.model.tokenizer.encode(text)[0]
+        ).choices
         # Greedy, so that both samples are the same.
         texts = {choice.text for choice in both.choices[2 * i : 2 * i + 2]}
         assert texts == {alone.text} == {by_ids.text}
@@ -170,7 +141,7 @@ def test_log_probs_are_those_of_the_forward_pass(sampled, client, logps):
     ask = CHAT | {"logprobs": True, "top_logprobs": 20, "n": 2, "temperature": 0.8}
     answer = client.chat.completions.create(**ask)
     chats = sampled.model.tokenizer
-    prompt = ids_of(sampled, chats.render(QUESTION, generation_prompt=True))
+    prompt = sampled.model.tokenizer.encode(chats.render(QUESTION, generation_prompt=True))[0]
     bytes_of = TokenBytes(chats.tokenizer.backend_tokenizer)
     token_of = {bytes_of(token): token for token in range(sampled.model.config.vocab_size)}
     assert len(answer.choices) == 2
@@ -271,30 +242,12 @@ def test_stop_texts_and_tokens_end_an_answer(sampled, client, letters):
     [stopped] = client.completions.create(**ask, stop=["not there", cut]).choices
     assert stopped.text == plain.text[: plain.text.index(cut)]
     assert stopped.finish_reason == "stop"
-    [end] = ids_of(sampled, plain.text[7])
+    [end] = sampled.model.tokenizer.encode(plain.text[7])[0]
     [ended] = client.completions.create(
         **ask, logprobs=0, extra_body={"stop_token_ids": [int(end)]}
     ).choices
     before = plain.text[: plain.text.index(plain.text[7])]
     assert (ended.finish_reason, "".join(ended.logprobs.tokens)) == ("stop", before)
-
-
-def test_settings_reach_the_engine(run, sampled):
-    served = protocol.Served("model", sampled, run.config.generate, LENGTH, 8)
-    asked = {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "seed": 7}
-    asked |= {"repetition_penalty": 1.1, "presence_penalty": 0.3, "stop_token_ids": [5]}
-    body = {"model": "model", "prompt": [4, 5], "stop": "x", "min_tokens": 2}
-    body["logit_bias"] = {"3": -1}
-    [request] = protocol.parse(body | asked | {"user": "u"}, served, is_chat=False).requests
-    expected = asked | {"stop_token_ids": (5,), "stop": ("x",), "logit_bias": {3: -1}}
-    expected |= {"min_new_tokens": 2, "max_new_tokens": LENGTH - 2}
-    assert dataclasses.asdict(request.settings) == expected
-    assert request.stop_tokens == sampled.stop_tokens
-    # What is null counts as not there.
-    nulls = dict.fromkeys(asked) | {"model": "model", "prompt": [4, 5], "max_tokens": 3}
-    [request] = protocol.parse(nulls, served, is_chat=False).requests
-    seed = request.settings.seed
-    assert request.settings == SamplingSettings(max_new_tokens=3, seed=seed)
 
 
 def test_biases_and_penalties_change_what_is_said(client, letters):
@@ -317,84 +270,6 @@ def test_eight_clients_at_once_get_what_they_get_alone(client):
 
 # --- What is refused ------------------------------------------------------------------------------
 
-BAD = [
-    ({"temperature": "warm"}, "temperature", "accepted: 0 (the likeliest token)"),
-    ({"temperature": float("nan")}, "temperature", "`temperature` is NaN"),
-    ({"top_p": 0}, "top_p", "accepted: a number above 0"),
-    ({"n": 0}, "n", "accepted: a whole number from 1 to 8"),
-    ({"n": True}, "n", "`n` is true"),
-    ({"max_tokens": 0}, "max_tokens", "a whole number from 1 up"),
-    ({"max_tokens": 500}, "max_tokens", "leave room for"),
-    ({"max_completion_tokens": 3}, "max_tokens", "differ"),
-    ({"logprobs": 3}, "logprobs", "True or False"),
-    ({"top_logprobs": 3}, "top_logprobs", "for `logprobs`: true alone"),
-    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "from 0 to 20"),
-    ({"stop": ""}, "stop", "texts that are not empty"),
-    ({"stop": ["a", ""]}, "stop", "texts that are not empty"),
-    ({"stop": ["a"] * 65}, "stop", "65 entries"),
-    ({"seed": 1.5}, "seed", "a whole number"),
-    ({"logit_bias": {"a": 1}}, "logit_bias", "by token id"),
-    ({"logit_bias": {"9" * 5000: 1}}, "logit_bias", "by token id"),
-    ({"logit_bias": {"9999": 1}}, None, "a token of logit_bias is 9999"),
-    ({"frequency_penalty": 0.5}, "frequency_penalty", "accepted: 0"),
-    ({"min_tokens": 20}, "min_tokens", "above max_new_tokens"),
-    ({"response_format": {"type": "json_object"}}, "response_format", "text"),
-    ({"stream_options": {"include_usage": True}}, "stream_options", "true alone"),
-    ({"stream": "yes"}, "stream", "True or False"),
-    ({"tool_choice": "required"}, "tool_choice", "'none', 'auto'"),
-    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "does not write"),
-    ({"messages": []}, "messages", "at least one"),
-    ({"messages": [{"role": "user", "content": " "}]}, "messages", "is empty"),
-    ({"messages": [{"role": "robot", "content": "a"}]}, "messages", "is robot"),
-    ({"messages": [*QUESTION, {"role": "assistant", "content": "a"}]}, "messages", "last turn"),
-    ({"messages": [{"role": "user", "content": "a" * 300}]}, "messages", "there is room for 160"),
-    ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages", "Unicode"),
-    (
-        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-        "messages",
-        "accepted: text",
-    ),
-    ({"colour": "blue"}, "colour", "'colour' is not known here"),
-]
-
-
-@pytest.mark.parametrize(
-    ("change", "param", "told"),
-    BAD,
-    ids=[f"{i}-{next(iter(row[0]))}" for i, row in enumerate(BAD)],
-)
-def test_bad_chats_are_refused(served, client, change, param, told):
-    status, answer = post(served, "/v1/chat/completions", CHAT | change)
-    assert status == 400, answer
-    error = answer["error"]
-    assert (error["type"], error["param"]) == ("invalid_request_error", param)
-    assert told in error["message"]
-
-
-@pytest.mark.parametrize(
-    ("change", "param", "told"),
-    [
-        ({"prompt": ""}, "prompt", "none of them empty"),
-        ({"prompt": []}, "prompt", "none of them empty"),
-        ({"prompt": [1, "a"]}, "prompt", "none of them empty"),
-        ({"prompt": [1, 99999]}, "prompt", "holds the token 99999"),
-        ({"prompt": [1] * 160}, "prompt", "160 tokens"),
-        ({"prompt": ["a"] * 9}, "prompt", "9 prompts; accepted: 8"),
-        ({"prompt": ["a"] * 5, "n": 2}, "prompt", "5 prompts times n = 2"),
-        ({"prompt": "\ud800"}, "prompt", "Unicode"),
-        ({"logprobs": 21}, "logprobs", "from 0 to 20"),
-        ({"echo": True}, "echo", "accepted: false"),
-        ({"best_of": 3}, "best_of", "the same as `n`"),
-        ({"messages": QUESTION}, "messages", "not known here"),
-    ],
-)
-def test_bad_completions_are_refused(served, client, change, param, told):
-    body = {"model": "model", "prompt": "a", "max_tokens": 2} | change
-    status, answer = post(served, "/v1/completions", body)
-    assert status == 400, answer
-    assert answer["error"]["param"] == param
-    assert told in answer["error"]["message"]
-
 
 @pytest.mark.parametrize(
     ("body", "status", "told"),
@@ -405,6 +280,12 @@ def test_bad_completions_are_refused(served, client, change, param, told):
         (b'{"model": 5}', 400, "`model` is 5"),
         (b"{}", 404, "`model` is missing"),
         (b'{"model": "gpt-4"}', 404, "there is no model 'gpt-4'; accepted: 'model'"),
+        (b'{"model": "model", "prompt": "a", "n": 0}', 400, "accepted: a whole number from 1 to 8"),
+        (
+            b'{"model": "model", "prompt": "a", "logit_bias": {"9999": 1}}',
+            400,
+            "a token of logit_bias is 9999",
+        ),
         (b" " * 20_001, 413, "more than 20000 bytes"),
     ],
 )
@@ -429,45 +310,6 @@ def test_logits_that_are_no_numbers_are_told(served, client, monkeypatch):
         list(client.chat.completions.create(**CHAT, stream=True))
 
 
-# --- Tools ----------------------------------------------------------------------------------------
-
-TOOL = {"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}
-WITH_TOOLS = (
-    "{% if tools %}{{ tools | tojson }}\n{% endif %}{% for m in messages %}<|im_start|>"
-    "{{ m['role'] }}\n{{ m['content'] }}{% for c in m['tool_calls'] or [] %}{{ c | tojson }}"
-    "{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def test_tools_reach_the_template(run, sampled):
-    fast = tiny.byte_tokenizer(
-        ("<|im_end|>", "<|im_start|>"), WITH_TOOLS, eos_token="<|im_end|>", bos_token="<|im_start|>"
-    )
-    tokenizer = ChatTokenizer(fast, origin="with tools")
-    sampled = dataclasses.replace(
-        sampled, model=dataclasses.replace(sampled.model, tokenizer=tokenizer)
-    )
-    served = protocol.Served("model", sampled, run.config.generate, 2000, 8)
-    call = {"id": "c1", "type": "function"}
-    call |= {"function": {"name": "find", "arguments": '{"what": "key"}'}}
-    messages = [
-        {"role": "developer", "content": "Be brief."},
-        *QUESTION,
-        {"role": "assistant", "content": None, "tool_calls": [call]},
-        {"role": "tool", "tool_call_id": "c1", "content": "under the mat"},
-    ]
-    body = {"model": "model", "messages": messages, "tools": [TOOL]}
-    [request] = protocol.parse(body, served, is_chat=True).requests
-    read = fast.decode(request.tokens)
-    assert '"name": "find", "parameters"' in read
-    assert "<|im_start|>system\nBe brief.<|im_end|>" in read
-    assert '"arguments": {"what": "key"}' in read
-    assert read.endswith("under the mat<|im_end|>\n<|im_start|>assistant\n")
-    [without] = protocol.parse(body | {"tool_choice": "none"}, served, is_chat=True).requests
-    assert '"parameters"' not in fast.decode(without.tokens)
-
-
 # --- Who may ask, and how much --------------------------------------------------------------------
 
 
@@ -488,14 +330,14 @@ def status_of(app, path, **headers):
     return sent[0]["status"]
 
 
-def app_of(served, run, sampled, **options):
-    what = protocol.Served("model", sampled, run.config.generate, LENGTH, 8)
+def app_of(served, served_run, sampled, **options):
+    what = protocol.Served("model", sampled, served_run.config.generate, LENGTH, 8)
     options = {"max_body_bytes": 1000, "api_key": None, "hosts": None} | options
     return app_lib.make_app(what, served._engine, served._worker, **options)
 
 
-def test_a_key_is_asked_for(served, run, sampled):
-    app = app_of(served, run, sampled, api_key="sesame")
+def test_a_key_is_asked_for(served, served_run, sampled):
+    app = app_of(served, served_run, sampled, api_key="sesame")
     assert status_of(app, "/v1/models") == 401
     assert status_of(app, "/v1/models", authorization="Bearer open") == 401
     assert status_of(app, "/v1/models", authorization="Bearer sesam\xe9") == 401
@@ -504,21 +346,21 @@ def test_a_key_is_asked_for(served, run, sampled):
     assert status_of(app, "/health") == 200
 
 
-def test_the_key_comes_from_the_environment(run, sampled, monkeypatch):
+def test_the_key_comes_from_the_environment(served_run, sampled, monkeypatch):
     given = {}
     monkeypatch.setenv(stage.API_KEY, "sesame")
     monkeypatch.setattr(stage, "make_app", lambda *_, **options: given.update(options))
     monkeypatch.setattr(stage.Server, "_warm_up", lambda *_: None)
     with contextlib.closing(stage._bind("127.0.0.1", 0)) as bound:
-        stage.Server(run, sampled, bound)
+        stage.Server(served_run, sampled, bound)
         assert (given["api_key"], given["hosts"]) == ("sesame", None)
         monkeypatch.delenv(stage.API_KEY)
-        stage.Server(run, sampled, bound)
+        stage.Server(served_run, sampled, bound)
         assert given["api_key"] is None
 
 
-def test_other_names_of_this_machine_are_refused(served, run, sampled):
-    app = app_of(served, run, sampled, hosts=stage._LOOPBACK)
+def test_other_names_of_this_machine_are_refused(served, served_run, sampled):
+    app = app_of(served, served_run, sampled, hosts=stage._LOOPBACK)
     assert status_of(app, "/v1/models", host="evil.example:8000") == 400
     assert status_of(app, "/v1/models") == 400
     for host in ("127.0.0.1:8000", "localhost", "[::1]:80"):
@@ -545,9 +387,9 @@ def test_more_than_can_wait_is_refused_and_what_is_left_frees_its_place(served, 
     assert client.chat.completions.create(**CHAT).choices
 
 
-def test_a_failed_engine_ends_the_server_with_its_error(run, sampled, monkeypatch):
+def test_a_failed_engine_ends_the_server_with_its_error(served_run, sampled, monkeypatch):
     with contextlib.closing(stage._bind("127.0.0.1", 0)) as bound:
-        failing = stage.Server(run, sampled, bound)
+        failing = stage.Server(served_run, sampled, bound)
 
         def step():
             raise MemoryError("no more")
@@ -567,7 +409,7 @@ def test_a_failed_engine_ends_the_server_with_its_error(run, sampled, monkeypatc
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_signal_lets_answers_finish_and_ends_the_server(run, caplog, number, code):
+def test_a_signal_lets_answers_finish_and_ends_the_server(served_run, caplog, number, code):
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as free:
         port = free.getsockname()[1]
     came = []
@@ -590,28 +432,21 @@ def test_a_signal_lets_answers_finish_and_ends_the_server(run, caplog, number, c
     talker = threading.Thread(target=talk)
     talker.start()
     options = [f"--port={port}", "--slots=4", f"--max-length={LENGTH}", "--name=tiny"]
-    found = cli.main(["serve", f"--model={run.config.model.source}", *options])
+    found = cli.main(["serve", f"--model={served_run.config.model.source}", *options])
     talker.join()
     assert found == code
     assert came[-1].finish_reason in ("length", "stop")
     assert f"serving tiny at http://127.0.0.1:{port}/v1" in caplog.text
 
 
-def test_an_address_that_is_taken_is_named_before_the_model_is_loaded(run, capsys):
+def test_an_address_that_is_taken_is_named_before_the_model_is_loaded(served_run, capsys):
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as taken:
         port = taken.getsockname()[1]
         assert cli.main(["serve", "--model=no-such-model", f"--port={port}"]) == 1
     assert f"serve.host = '127.0.0.1', serve.port = {port}" in capsys.readouterr().err
 
 
-def test_without_the_extra_it_says_so(run, monkeypatch):
+def test_without_the_extra_it_says_so(served_run, monkeypatch):
     monkeypatch.setattr(server.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"starlette and uvicorn: pip install '\.\[serve\]'"):
-        server.serve(run)
-
-
-def test_errors_are_of_openai_s_form():
-    error = ApiError("no", status=429, param="n", code="c").body()
-    assert error == {
-        "error": {"message": "no", "type": "rate_limit_error", "param": "n", "code": "c"}
-    }
+        server.serve(served_run)

@@ -1,11 +1,16 @@
 """What calls may ask for, and how those that ask for more are refused; no engine runs here."""
 
 import dataclasses
+import pathlib
+import types
 
 import pytest
+import tokenizers
+from tokenizers import decoders, models, normalizers
 
 from attnpo_jax.data.tokenize import ChatTokenizer
-from attnpo_jax.generate.server import protocol
+from attnpo_jax.generate.server import protocol, stage
+from attnpo_jax.generate.server.answers import TokenTexts
 from attnpo_jax.generate.server.errors import ApiError
 from attnpo_jax.sampling import SamplingSettings
 from tests import tiny
@@ -166,3 +171,38 @@ def test_errors_are_of_openai_s_form():
     assert error == {
         "error": {"message": "no", "type": "rate_limit_error", "param": "n", "code": "c"}
     }
+
+
+def test_single_tokens_are_shown_with_their_bytes():
+    """Of SentencePiece's and of byte-level vocabularies; of others, without."""
+    words = ["<unk>", "▁the", "<0xE2>", "s"]
+    pieces = tokenizers.Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, []))
+    pieces.normalizer = normalizers.Replace(" ", "▁")
+    pieces.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback()])
+    texts = TokenTexts(pieces)
+    assert texts(1) == (" the", [*b" the"])
+    assert texts(2) == ("\ufffd", [0xE2])
+    assert (texts.distinct(2), texts.distinct(3)) == ("bytes:\\xe2", "s")
+    bytes_ = TokenTexts(tiny.byte_tokenizer().backend_tokenizer)
+    vocabulary = tiny.byte_tokenizer().get_vocab()
+    assert bytes_(vocabulary["Ġ"]) == (" ", [32])
+    assert bytes_(vocabulary["<|im_end|>"]) == ("<|im_end|>", [*b"<|im_end|>"])
+    plain = tokenizers.Tokenizer(models.WordLevel({"word": 0, "<unk>": 1}, unk_token="<unk>"))
+    assert TokenTexts(plain)(0) == ("word", None)
+
+
+@pytest.mark.parametrize(
+    ("which", "workdir", "name", "expected"),
+    [
+        (None, "w", "w/checkpoints/30", "step-30"),
+        ("trained", "w", "w/checkpoints/30", "step-30"),
+        ("base", "w", "org/model", "org/model"),
+        (None, None, "smollm2-135m-instruct", "smollm2-135m-instruct"),
+        (None, None, "FOLDER/", "my-model"),
+    ],
+)
+def test_a_model_has_the_name_that_one_expects(tmp_path, which, workdir, name, expected):
+    (tmp_path / "my-model").mkdir()
+    run = types.SimpleNamespace(workdir=None if workdir is None else pathlib.Path(workdir))
+    name = name.replace("FOLDER", str(tmp_path / "my-model"))
+    assert stage._name_of(run, which, types.SimpleNamespace(name=name)) == expected

@@ -5,6 +5,7 @@ import concurrent.futures
 import contextlib
 import hmac
 import json
+import logging
 import re
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any
@@ -25,6 +26,8 @@ from attnpo_jax.generate.server.protocol import Asked, Served, parse
 from attnpo_jax.generate.server.worker import Job, Worker
 from attnpo_jax.runtime.errors import UserError
 from attnpo_jax.sampling.engine import Engine
+
+_LOG = logging.getLogger(__name__)
 
 # Who sends a body more slowly is not waited for.
 _BODY_SECONDS = 60
@@ -87,7 +90,11 @@ class _Guarded:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         refusal = self._refusal(scope) if scope["type"] == "http" else None
         app = self._app if refusal is None else _answer_error(refusal)
-        await app(scope, receive, send)
+        try:
+            await app(scope, receive, send)
+        except asyncio.CancelledError:
+            # Of which uvicorn, which cancels what is left at its end, would show a traceback.
+            _LOG.warning("an answer was given up, since the server ends")
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = dict(reversed(scope["headers"]))

@@ -165,7 +165,7 @@ def _refuse_others(body: Mapping[str, Any]) -> None:
     """Refuses what OpenAI's service has and this one has not, save where it asks for nothing."""
     only = {
         "frequency_penalty": (0, "0 (presence_penalty and repetition_penalty are there)"),
-        "echo": (False, "false"),
+        "echo": (False, "false (prompts are not scored here)"),
         "suffix": ("", "none"),
         "response_format": ({"type": "text"}, '{"type": "text"}'),
         "best_of": (body.get("n", 1), "the same as `n`"),

@@ -1,11 +1,14 @@
 """What calls may ask for, and how those that ask for more are refused; no engine runs here."""
 
 import dataclasses
+import json
 import pathlib
 import types
 
+import hypothesis
 import pytest
 import tokenizers
+from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers
 
 from attnpo_jax.data.tokenize import ChatTokenizer
@@ -104,6 +107,36 @@ def test_bad_completions_are_refused(served, change, param, told):
     status, found, message = refused(body, served, False)
     assert (status, found) == (400, param)
     assert told in message
+
+
+_ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=9),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "type", "text", "7"]), inner)
+    ),
+    max_leaves=8,
+)
+
+
+@hypothesis.settings(max_examples=300)
+@hypothesis.given(
+    is_chat=st.booleans(),
+    change=st.dictionaries(
+        st.sampled_from(sorted(protocol._COMMON | protocol._CHAT | protocol._COMPLETIONS)),
+        _ANYTHING,
+        max_size=3,
+    ),
+)
+def test_whatever_is_asked_is_read_or_refused(served, is_chat, change):
+    body = CHAT if is_chat else {"model": "model", "prompt": "a"}
+    try:
+        asked = protocol.parse(body | change, served, is_chat=is_chat)
+    except ApiError as error:
+        assert error.status in (400, 404)
+        json.dumps(error.body()).encode()
+    else:
+        assert all(len(request.tokens) for request in asked.requests)
 
 
 def test_other_models_are_not_found(served):

@@ -83,7 +83,7 @@ class Registry:
         Raises:
           RegistryError: no such name; the message lists those there are.
         """
-        if name not in self._functions:
+        if not isinstance(name, str) or name not in self._functions:
             raise RegistryError(
                 f"unknown {self.kind} {name!r}; accepted: {', '.join(self.names())} "
                 "(your own: name its file in config.plugins)"

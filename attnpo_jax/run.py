@@ -52,7 +52,7 @@ class Run:
     workdir: pathlib.Path | None
     template: JudgeTemplate
     _loaded: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
-    _writing: list[None] = dataclasses.field(default_factory=list, repr=False)  # one while it does
+    _held: set[pathlib.Path] = dataclasses.field(default_factory=set, repr=False)  # folders
 
     @classmethod
     def resolve(
@@ -88,22 +88,36 @@ class Run:
         Raises:
           LockedError: another run, which lives, has it.
         """
-        if self._writing:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._alone_in(self.workdir))
+            if "://" not in (self.config.train.checkpoint_dir or "://"):
+                stack.enter_context(self._alone_in(self.checkpoint_folder))
+            yield
+
+    def preparing(self) -> contextlib.AbstractContextManager[None]:
+        """Holds `prepared/` for this run alone where it is a link: other workdirs may share it.
+
+        Several processes enter together. Raises as `writing` does.
+        """
+        folder = self.workdir / "prepared"
+        return self._alone_in(folder) if folder.is_symlink() else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _alone_in(self, folder: os.PathLike) -> Iterator[None]:
+        """Holds a folder's lock, unless an outer block of this run does."""
+        folder = pathlib.Path(os.path.realpath(folder))
+        if folder in self._held:
             yield
             return
-        folders = [self.workdir]
-        if "://" not in (self.config.train.checkpoint_dir or "://"):
-            folders.append(pathlib.Path(self.checkpoint_folder))
         everyone = processes.exchange(lock.this_process(), lock.PROCESS)
-        with contextlib.ExitStack() as stack:
-            if processes.is_first():
-                for folder in dict.fromkeys(folder.resolve() for folder in folders):
-                    stack.enter_context(lock.held(folder, everyone))
-            processes.barrier("the workdir is locked")
-            self._writing.append(None)
-            stack.callback(self._writing.clear)
-            yield
-            processes.barrier("the workdir is released")
+        with lock.held(folder, everyone) if processes.is_first() else contextlib.nullcontext():
+            processes.barrier("a folder is locked")
+            self._held.add(folder)
+            try:
+                yield
+            finally:
+                self._held.discard(folder)
+            processes.barrier("a folder is released")
 
     # --- The data ---------------------------------------------------------------------------------
 

@@ -40,6 +40,7 @@ from attnpo_jax.parallel import backend as backends
 from attnpo_jax.parallel.state import TrainState
 from attnpo_jax.prepare import reference
 from attnpo_jax.prepare import stage as prepare
+from attnpo_jax.prepare.pair_forms import PairTokenizer
 from attnpo_jax.run import Run
 from attnpo_jax.train import loop, stage
 from benchmarks import protocol
@@ -307,20 +308,23 @@ class Tokenization:
 
     def __init__(self, spec: Spec):
         self._config, self._pairs = _config(spec), _pairs(spec)
-        self._tokenizer = ChatTokenizer.load(hf_folder.resolve(self._config.model.source))
-        self._prompter = _prompter(self._config, self._tokenizer)
+        tokenizer = ChatTokenizer.load(hf_folder.resolve(self._config.model.source))
+        template = JudgeTemplate.load(self._config.judge.template)
+        self._template = tokenizer.template
+        self._tokenize = PairTokenizer.from_config(self._config, tokenizer, template)
         self.info = {"pairs": len(self._pairs), "tokens": self._run()}
 
     def _run(self) -> int:
         tokens = 0
-        for pair in self._pairs:
-            t = _tokenize(self._config, self._tokenizer, pair)
-            prompt = self._prompter.build(pair)
+        for form in self._tokenize(self._pairs)[0]:
+            t = form.tokenized
             tokens += 2 * len(t.prompt_ids) + len(t.chosen_ids) + len(t.rejected_ids)
-            tokens += sum(len(ids) for ids in prompt.ids)
+            tokens += sum(len(ids) for ids in form.prompt.ids)
         return tokens
 
     def repeat(self) -> dict[str, Any]:
+        for _ in range(2):  # what the last repeat had rendered is gone then
+            self._template.announce([])
         start = time.perf_counter()
         self._run()
         return {"seconds": time.perf_counter() - start}

@@ -73,13 +73,13 @@ install)
   on_workers all "set -e
     apt='sudo apt-get -q -o DPkg::Lock::Timeout=300'  # a new VM is busy updating itself
     for _ in \$(seq 60); do \$apt update && break; sleep 5; done
-    \$apt install -y nfs-common
+    \$apt install -y nfs-common python3-pip
     sudo mkdir -p $MOUNT
     mountpoint -q $MOUNT || sudo mount -t nfs $(words "$SHARE") $MOUNT
     sudo chmod 777 $MOUNT
     chmod 600 attnpo_secret
     mkdir -p attnpo_jax && tar -xzf attnpo.tar.gz -C attnpo_jax
-    curl -LsSf https://astral.sh/uv/install.sh | sh
+    python3 -m pip install --user --quiet --require-hashes -r attnpo_jax/launch/uv.txt
     ~/.local/bin/uv venv --clear --python 3.11 ~/attnpo_venv
     ~/.local/bin/uv pip install --python ~/attnpo_venv/bin/python './attnpo_jax[tpu,tokamax]'"
   ;;

@@ -51,8 +51,8 @@ def test_config_page_is_in_step_with_the_fields():
 
 def test_config_page_says_what_a_field_accepts_and_what_a_resumed_run_must_share():
     text = (DOCS / "config.md").read_text()
-    stale = text.replace("a whole number, 2 or more", "any").replace("`lora.alpha`, ", "")
-    assert "`train.epochs` | `1` | a whole number, 1 or more | passes over the" in text
+    stale = text.replace("a whole number from 2 to", "any").replace("`lora.alpha`, ", "")
+    assert "`train.epochs` | `1` | a whole number from 1 to 100,000 | passes over the" in text
     assert stale != text == config_docs.rewritten(stale)
     sentence = re.search(r"A run resumes only with the same (.*?), and the same", text, re.S)[1]
     named = re.findall(r"`([\w.]+)`", sentence)

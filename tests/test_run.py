@@ -2,6 +2,7 @@ import collections
 import inspect
 import io
 import re
+import shutil
 
 import pytest
 from rich.console import Console
@@ -93,6 +94,21 @@ def test_a_folder_of_checkpoints_elsewhere_is_one_run_s_too(done, tmp_path):
         with pytest.raises(lock.LockedError, match="checkpoints is being written by"):
             train.train(Run.resolve(config, tmp_path / "other"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_prepared_folder_that_workdirs_share_is_prepared_by_one_at_a_time(done, tmp_path):
+    config, workdir = done
+    (tmp_path / "shared").mkdir()
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "prepared").symlink_to(tmp_path / "shared")
+    one, other = (Run.resolve(config, tmp_path / name) for name in ("one", "other"))
+    with one.preparing():
+        with pytest.raises(lock.LockedError, match=f"{tmp_path}/shared is being written by"):
+            prepare.prepare(other, console=Console(quiet=True))
+    shutil.copytree(workdir / "prepared", tmp_path / "shared", dirs_exist_ok=True)
+    with one.preparing():  # what is complete, all may use
+        prepare.prepare(other, console=Console(quiet=True))
 
 
 @pytest.mark.parametrize("stage", [train.train, run_lib.run], ids=["train", "run"])

@@ -10,6 +10,7 @@ from attnpo_jax.config.layers import (
     check_layers,
     columns,
     judge_layers,
+    sampling,
     source_layers,
     weight_columns,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "judge_layers",
     "load_config",
     "load_file",
+    "sampling",
     "section_for",
     "source_layers",
     "to_json",

@@ -1,6 +1,7 @@
 """The search for everything that is wrong with a config."""
 
 import difflib
+import functools
 import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -46,11 +47,15 @@ def problems(config: config_dict.ConfigDict) -> list[str]:
         elif not FIELDS[name].rule.accepts(value):
             found.append(f"config.{name} = {value!r}: accepted: {FIELDS[name].rule.accepted}")
     # A config may give its `data.fields` as a dict of those that it needs.
-    found += [
-        f"config.{name}: missing"
-        for name in FIELDS
-        if name not in values and not name.startswith("data.fields.")
-    ]
+    for name, field in FIELDS.items():
+        if name not in values and not name.startswith("data.fields."):
+            # An empty dict has no values, and may stand where a value should.
+            empty = functools.reduce(_entry, name.split("."), config) is not None
+            found.append(
+                f"config.{name} = {{}}: accepted: {field.rule.accepted}"
+                if empty
+                else f"config.{name}: missing"
+            )
     sound = not found
     if sound:
         found += _between_fields(values)
@@ -67,6 +72,11 @@ def problems(config: config_dict.ConfigDict) -> list[str]:
         else:
             found += _section_problems(section, registry, config[section])
     return found
+
+
+def _entry(section: Any, name: str) -> Any:
+    there = isinstance(section, (Mapping, config_dict.ConfigDict)) and name in section
+    return section[name] if there else None
 
 
 def suggest(field: str, known: Sequence[str] | Mapping[str, Any]) -> str:
@@ -105,6 +115,13 @@ def _between_fields(values: Mapping[str, Any]) -> list[str]:
         found.append(
             f"{named('lora.export')}: accepted: 'merged', since config.lora.rank = 0 trains the "
             "model itself"
+        )
+    if values["train.samples.every"] and not (
+        values["train.samples.prompts"] or rules.as_tuple(values["data.eval"])
+    ):
+        found.append(
+            f"{named('train.samples.every')}: there are no prompts; accepted: a source in "
+            "config.train.samples.prompts, or held-out pairs in config.data.eval"
         )
     axes = {f: v for f, v in values.items() if f.startswith("parallel.mesh.")}
     if list(axes.values()).count(-1) > 1:
@@ -174,7 +191,7 @@ def accepted_words(config: config_dict.ConfigDict, field: str) -> str:
 
     >>> from attnpo_jax.config import default_config
     >>> accepted_words(default_config(), "train.batch_size")
-    'a whole number, 1 or more'
+    'a whole number from 1 to 1,000,000'
     """
     section, _, key = field.partition(".")
     if section in SECTIONS and key == "name":

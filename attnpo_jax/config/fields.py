@@ -17,7 +17,7 @@ _PRECISIONS = ("float32", "bfloat16")
 FIELDS: dict[str, Field] = {
     "seed": Field(
         0,
-        rules.integer(0),
+        rules.integer(0, 2**63 - 1),
         "order of the pairs in each epoch",
         decisive=True,
     ),
@@ -80,7 +80,7 @@ FIELDS: dict[str, Field] = {
     ),
     "model.logps_chunk": Field(
         2048,
-        rules.integer(1),
+        rules.integer(1, 10_000_000),
         "tokens projected to the vocabulary at a time; bounds the memory of the logits",
     ),
     "data.train": Field(
@@ -142,12 +142,12 @@ FIELDS: dict[str, Field] = {
     ),
     "data.max_length": Field(
         2048,
-        rules.integer(2),
+        rules.integer(2, 10_000_000),
         "tokens of prompt and response; a longer response loses its last ones",
     ),
     "data.max_prompt_length": Field(
         1800,
-        rules.integer(1),
+        rules.integer(1, 10_000_000),
         "tokens of the prompt; a longer one loses its first ones. Less than `data.max_length`",
     ),
     "data.shuffle": Field(
@@ -164,13 +164,13 @@ FIELDS: dict[str, Field] = {
     ),
     "data.max_example_bytes": Field(
         1 << 24,
-        rules.integer(1),
+        rules.integer(1, 1 << 40),
         "bytes that an example may take in its file; a larger one is a bad row, and is not read. "
         "Of a table, 64 times as much may be read at once",
     ),
     "data.num_buckets": Field(
         6,
-        rules.integer(1),
+        rules.integer(1, 1_000),
         "how many row lengths batches are padded to; each is one compilation a pass",
     ),
     "judge.template": Field(
@@ -181,13 +181,13 @@ FIELDS: dict[str, Field] = {
     ),
     "judge.max_length": Field(
         2048,
-        rules.integer(2),
+        rules.integer(2, 10_000_000),
         "tokens of the rendered judge prompt; one that reaches it is shortened: answers "
         "first, then the question",
     ),
     "judge.max_answer_length": Field(
         768,
-        rules.integer(1),
+        rules.integer(1, 10_000_000),
         "tokens an answer keeps in a prompt that is shortened. Less than half of "
         "`judge.max_length`",
     ),
@@ -209,23 +209,23 @@ FIELDS: dict[str, Field] = {
     ),
     "judge.batch_size": Field(
         8,
-        rules.integer(1),
+        rules.integer(1, 1_000_000),
         "most pairs that are judged, or scored by the reference, at a time",
     ),
     "judge.token_budget": Field(
         4096,
-        rules.integer(1),
+        rules.integer(1, 1_000_000_000),
         "most tokens in such a batch (rows times padded length); a longer row goes alone",
     ),
     "judge.num_buckets": Field(
         8,
-        rules.integer(1),
+        rules.integer(1, 1_000),
         "how many row lengths these batches are padded to; each is one compilation a pass, "
         "or up to four where batches are not full",
     ),
     "prepare.rows_per_shard": Field(
         256,
-        rules.integer(1),
+        rules.integer(1, 10_000_000),
         "pairs in one file of the prepared dataset; an interruption loses less than that",
     ),
     "prepare.devices": Field(
@@ -289,7 +289,7 @@ FIELDS: dict[str, Field] = {
     ),
     "lora.rank": Field(
         0,
-        rules.integer(0),
+        rules.integer(0, 100_000),
         "rank of the adapters; 0 trains the model itself",
         decisive=True,
     ),
@@ -313,52 +313,53 @@ FIELDS: dict[str, Field] = {
     ),
     "train.batch_size": Field(
         32,
-        rules.integer(1),
+        rules.integer(1, 1_000_000),
         "pairs in one optimizer step, over all devices",
         decisive=True,
     ),
     "train.microbatch_size": Field(
         4,
-        rules.integer(1),
+        rules.integer(1, 1_000_000),
         "pairs in one forward and backward pass, over all devices; divides `train.batch_size`",
     ),
     "train.epochs": Field(
         1,
-        rules.integer(1),
+        rules.integer(1, 100_000),
         "passes over the training pairs",
         decisive=True,
     ),
     "train.steps": Field(
         0,
-        rules.integer(0),
+        rules.integer(0, 100_000_000),
         "optimizer steps; 0: as many as the epochs take",
         decisive=True,
     ),
     "train.log_every": Field(
         1,
-        rules.integer(1),
+        rules.integer(1, 1_000_000_000),
         "steps between two lines of metrics",
     ),
     "train.eval_every": Field(
         0,
-        rules.integer(0),
+        rules.integer(0, 1_000_000_000),
         "steps between two evaluations; 0: only before the first step and after the last",
     ),
     "train.eval_batch_size": Field(
         8,
-        rules.integer(1),
+        rules.integer(1, 1_000_000),
         "pairs in one evaluation batch, over all devices",
     ),
     "train.save_every": Field(
         100,
-        rules.integer(0),
+        rules.integer(0, 1_000_000_000),
         "steps between two checkpoints; 0: only after the last step",
     ),
     "train.keep_checkpoints": Field(
         2,
-        rules.integer(1),
+        rules.integer(1, 1_000_000),
         "how many of the newest checkpoints are kept",
     ),
+    **generate_fields.IN_TRAINING,
     "train.checkpoint_dir": Field(
         "",
         rules.folder_or_bucket(),

@@ -104,9 +104,16 @@ def from_json(text: str) -> config_dict.ConfigDict:
       ConfigError: not JSON, or fields that no config has, or of another type than theirs.
     """
     try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
+        return _config_of(json.loads(text))
+    except RecursionError:
+        raise ConfigError(["not a config in JSON: brackets are nested too deeply"]) from None
+    except ConfigError:
+        raise
+    except ValueError as error:  # integers of 5,000 digits too
         raise ConfigError([f"not a config in JSON: {error}"]) from error
+
+
+def _config_of(values: Any) -> config_dict.ConfigDict:
     if not isinstance(values, dict):
         raise ConfigError(
             [f"not a config in JSON: holds a {type(values).__name__}; accepted: an object"]
@@ -133,7 +140,7 @@ def from_json(text: str) -> config_dict.ConfigDict:
             section = section[parent]
         try:
             section[last] = value
-        except TypeError as error:
+        except (TypeError, ValueError, OverflowError) as error:
             found.append(f"config.{field} = {value!r}: {error}")
     if found:
         raise ConfigError(found)

@@ -1,4 +1,4 @@
-"""The fields of the section `generate`: how responses are sampled."""
+"""The fields that say how responses are sampled: the section `generate`, and `train.samples`."""
 
 from attnpo_jax.config import rules
 from attnpo_jax.config.field import Field
@@ -50,18 +50,18 @@ FIELDS = {
         "by token id, what is added to its logit, a dict as `{198: -5.0}`",
         mixed=True,
     ),
-    "generate.samples": Field(1, rules.integer(1), "responses to each prompt"),
+    "generate.samples": Field(1, rules.integer(1, 1_000_000), "responses to each prompt"),
     "generate.seed": Field(
         0,
         rules.of_sampling("seed"),
         "of the draws; a response depends on it, on the prompt's id and on its own number alone",
     ),
     "generate.slots": Field(
-        64, rules.integer(1), "responses that are sampled at a time, in all on one mesh"
+        64, rules.integer(1, 1_000_000), "responses that are sampled at a time, in all on one mesh"
     ),
     "generate.max_length": Field(
         0,
-        rules.integer(0),
+        rules.integer(0, 10_000_000),
         "tokens of prompt and response together, which bound the KV cache; 0: what the prompts "
         "and `generate.max_new_tokens` need, up to the model's positions",
     ),
@@ -80,5 +80,24 @@ FIELDS = {
         "full",
         rules.one_of("full", "int8"),
         "what the projections are held in while sampling: `model.param_dtype`, or int8",
+    ),
+}
+
+IN_TRAINING = {
+    "train.samples.every": Field(
+        0,
+        rules.integer(0, 1_000_000_000),
+        "steps between two times that responses are sampled, as `config.generate` says, into "
+        "`samples/train-step-N.jsonl`, TensorBoard and Weights & Biases; before the first step and "
+        "after the last too. 0: never",
+    ),
+    "train.samples.count": Field(
+        4, rules.integer(1, 1_000_000), "prompts that are answered each time"
+    ),
+    "train.samples.prompts": Field(
+        "",
+        rules.text_or_none(),
+        "source of the prompts ([generate.md](generate.md#prompts)), whose first are taken; `''`: "
+        "the held-out pairs",
     ),
 }

@@ -2,13 +2,14 @@
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import config_dict
 
 from attnpo_jax import weighting
 from attnpo_jax.config.errors import ConfigError
-from attnpo_jax.config.rules import as_tuple
+from attnpo_jax.config.rules import as_sampling, as_tuple
+from attnpo_jax.sampling.rules import SETTINGS
 
 if TYPE_CHECKING:
     from attnpo_jax.data.columns import Columns
@@ -169,6 +170,12 @@ def columns(config: config_dict.ConfigDict) -> "Columns":
         ignored=as_tuple(config.data.ignored_columns),
         ranked=config.data.ranked,
     )
+
+
+def sampling(section: config_dict.ConfigDict) -> dict[str, Any]:
+    """What the section `generate` says of `sampling.SamplingSettings`; no more than it says."""
+    values = {name: as_sampling(name, section[name]) for name in SETTINGS}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def weight_columns(config: config_dict.ConfigDict) -> str | tuple[str, ...]:

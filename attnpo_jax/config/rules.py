@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import pathlib
 import types
 import typing
@@ -33,6 +32,8 @@ _NOT_VARIABLES = {
     "truncation",
 }
 
+_LARGEST = 3e38
+
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
@@ -47,14 +48,29 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return (_is_int(value) or isinstance(value, float)) and math.isfinite(value)
+    # Of any size that float32 has, which excludes infinity and NaN too.
+    return (_is_int(value) or isinstance(value, float)) and abs(value) <= _LARGEST
 
 
-def integer(least: int, most: int | None = None) -> Rule:
-    if most is None:
-        return Rule(lambda v: _is_int(v) and v >= least, f"a whole number, {least} or more")
-    words = f"a whole number from {least} to {most}"
-    return Rule(lambda v: _is_int(v) and least <= v <= most, words)
+def _is_text(value: Any) -> bool:
+    """Whether a value is a text that a file, a name or a message may have."""
+    if not isinstance(value, str) or "\0" in value:
+        return False
+    # Lone surrogates; those that stand for other bytes of a path are left.
+    return not any(0xD800 <= ord(c) < 0xDC80 or 0xDCFF < ord(c) < 0xE000 for c in value)
+
+
+def _is_file(value: Any) -> bool:
+    try:
+        return _is_text(value) and pathlib.Path(value).is_file()
+    except OSError:  # such as a name too long
+        return False
+
+
+def integer(least: int, most: int) -> Rule:
+    return Rule(
+        lambda v: _is_int(v) and least <= v <= most, f"a whole number from {least} to {most:,}"
+    )
 
 
 def positive() -> Rule:
@@ -100,11 +116,11 @@ def boolean() -> Rule:
 
 
 def text() -> Rule:
-    return Rule(lambda v: isinstance(v, str) and bool(v.strip()), "a text that is not empty")
+    return Rule(lambda v: _is_text(v) and bool(v.strip()), "a text that is not empty")
 
 
 def text_or_none() -> Rule:
-    return Rule(lambda v: isinstance(v, str), "a text, or '' for none")
+    return Rule(_is_text, "a text, or '' for none")
 
 
 def optional_text() -> Rule:
@@ -115,7 +131,7 @@ def optional_text() -> Rule:
 def texts(what: str, *, empty: bool) -> Rule:
     def accepts(value):
         values = as_tuple(value)
-        return all(isinstance(v, str) and v for v in values) and (empty or bool(values))
+        return all(_is_text(v) and v for v in values) and (empty or bool(values))
 
     return Rule(accepts, f"{what} or a tuple of them" + (", or none" if empty else ""))
 
@@ -123,16 +139,17 @@ def texts(what: str, *, empty: bool) -> Rule:
 def sources(*, empty: bool) -> Rule:
     def accepts(value):
         try:
-            return bool(mixture.parse(value)) or empty
-        except ValueError:
+            parsed = mixture.parse(value)
+        except (ValueError, OverflowError):  # the latter of a share that no float holds
             return False
+        return (bool(parsed) or empty) and all(_is_text(source) for source, _ in parsed)
 
     return Rule(accepts, mixture.ACCEPTED + (", or none" if empty else ""))
 
 
 def file_or(word: str | None) -> Rule:
     def accepts(value):
-        return value == word or (isinstance(value, str) and pathlib.Path(value).is_file())
+        return (value is None if word is None else value == word) or _is_file(value)
 
     return Rule(accepts, f"{word!r} or an existing file")
 
@@ -141,7 +158,7 @@ def template_variables() -> Rule:
     def accepts(value):
         try:
             json.dumps(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RecursionError):
             return False
         if value is None:
             return True
@@ -154,13 +171,14 @@ def template_variables() -> Rule:
 
 def folder_or_bucket() -> Rule:
     def accepts(value):
-        return isinstance(value, str) and ("://" not in value or value.startswith("gs://"))
+        return _is_text(value) and ("://" not in value or value.startswith("gs://"))
 
     return Rule(accepts, "'', a folder, or gs://BUCKET/FOLDER")
 
 
 def axis_size() -> Rule:
-    return Rule(lambda v: _is_int(v) and (v >= 1 or v == -1), "a whole number, 1 or more, or -1")
+    size = integer(1, 1_000_000)
+    return Rule(lambda v: size.accepts(v) or (_is_int(v) and v == -1), f"{size.accepted}, or -1")
 
 
 def layers() -> Rule:
@@ -174,7 +192,7 @@ def layers() -> Rule:
 
 def columns() -> Rule:
     def accepts(value):
-        return all((_is_int(v) and v >= 0) or (isinstance(v, str) and v) for v in as_tuple(value))
+        return all((_is_int(v) and v >= 0) or (_is_text(v) and v) for v in as_tuple(value))
 
     return Rule(accepts, "'all', a column's name or a tuple of them, or none")
 
@@ -182,7 +200,7 @@ def columns() -> Rule:
 def projections() -> Rule:
     def accepts(value):
         names = LORA_GROUPS.get(value, (value,)) if isinstance(value, str) else as_tuple(value)
-        return bool(names) and all(name in PROJECTIONS for name in names)
+        return bool(names) and all(isinstance(n, str) and n in PROJECTIONS for n in names)
 
     names = ", ".join(map(repr, (*LORA_GROUPS, *PROJECTIONS)))
     return Rule(accepts, f"{names}, or a tuple of projections")

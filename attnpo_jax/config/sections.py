@@ -8,6 +8,7 @@ from ml_collections import config_dict
 
 from attnpo_jax import losses, weighting
 from attnpo_jax.config.errors import ConfigError
+from attnpo_jax.config.fields import FIELDS
 from attnpo_jax.config.rules import as_tuple
 from attnpo_jax.registry import REQUIRED, PluginError, Registry, RegistryError, load_plugins
 
@@ -142,8 +143,12 @@ def complete_sections(config: config_dict.ConfigDict, **names: str) -> config_di
     Raises:
       ConfigError: a plugin that cannot be loaded, or a name that is not registered.
     """
+    plugins = config.get("plugins", ())
+    if not FIELDS["plugins"].rule.accepts(plugins):
+        accepted = FIELDS["plugins"].rule.accepted
+        raise ConfigError([f"config.plugins = {plugins!r}: accepted: {accepted}"])
     try:
-        load_plugins(as_tuple(config.get("plugins", ())))
+        load_plugins(as_tuple(plugins))
     except PluginError as error:
         raise ConfigError([f"config.plugins: {error}"]) from error
     for field, registry in SECTIONS.items():

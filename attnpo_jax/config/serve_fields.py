@@ -17,24 +17,28 @@ FIELDS = {
         "what clients call the model; `''`: its folder's name or hub id, or `step-N` of a run",
     ),
     "serve.slots": Field(
-        8, rules.integer(1), "responses under way at a time; more wait for a free slot"
+        8, rules.integer(1, 1_000_000), "responses under way at a time; more wait for a free slot"
     ),
     "serve.max_length": Field(
         2048,
-        rules.integer(2),
+        rules.integer(2, 10_000_000),
         "tokens of prompt and response together, at most, and no more than the model's positions; "
         "with `serve.slots` it bounds the KV cache",
     ),
     "serve.max_waiting": Field(
-        256, rules.integer(0), "responses that may wait for a slot; what goes beyond is refused"
+        256,
+        rules.integer(0, 1_000_000),
+        "responses that may wait for a slot; what goes beyond is refused",
     ),
     "serve.max_choices": Field(
-        64, rules.integer(1), "responses that one call may ask for: prompts times `n`"
+        64, rules.integer(1, 1_000_000), "responses that one call may ask for: prompts times `n`"
     ),
-    "serve.max_body_bytes": Field(1 << 20, rules.integer(1024), "bytes of a call's body, at most"),
+    "serve.max_body_bytes": Field(
+        1 << 20, rules.integer(1024, 1 << 30), "bytes of a call's body, at most"
+    ),
     "serve.grace_seconds": Field(
         30,
-        rules.integer(0),
+        rules.integer(0, 100_000),
         "seconds that responses under way have to finish when the server is told to end",
     ),
 }

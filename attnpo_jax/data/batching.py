@@ -10,15 +10,15 @@ the judge's two orders.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 
-import grain
 import jax
 import numpy as np
 
-from attnpo_jax.data.packing import choose_buckets, pack, round_up, split_evenly
+from attnpo_jax.data.batch_plan import Order, RowShape, Sizes, plan
+from attnpo_jax.data.packing import pack, split_evenly
 from attnpo_jax.data.prepared import Prepared
+from attnpo_jax.data.shuffle import shuffled
 from attnpo_jax.runtime.errors import UserError
 
 
@@ -61,17 +61,6 @@ class PairBatch:
     valid_BG: jax.Array
     pair_BG: jax.Array
     ready_BG2KT: jax.Array | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class RowShape:
-    """Static sizes of a batch's rows."""
-
-    length: int  # L, tokens a row holds
-    scored: int  # M, response tokens a row holds
-    response: int  # T, tokens of the longest response
-    pairs: int = 1  # G, pairs a row holds
-    rows: int = 1  # B, rows of a microbatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,25 +178,17 @@ def _fill_pair(batch: PairBatch, b: int, g: int, start: int, read_start: int, e:
         read += n
 
 
-# How many row lengths are tried, from what most batches need to twice what the longest pair needs.
-_TRIED = 24
-# A token of a row of this length costs about twice one of a short row, since it has more to attend
-# to: from the FLOPs of a 135M decoder, 6 k; less here, since attention runs below matmul speed.
-_ATTENTION_LENGTH = 2048
-
-
 class _Batches:
     """Batches by number. Several pairs share a row where that saves padding.
 
     A step's pairs are spread over its microbatches so that each has about as many tokens, and
-    packed into rows. Which row lengths and numbers of rows are used is decided here, over all
-    batches, so that at most `num_buckets` shapes pad least.
+    packed into rows. `batch_plan` has which pairs these are, and the few shapes that pad least.
     """
 
     def __init__(
         self,
         dataset: Prepared,
-        order: Sequence[np.ndarray],
+        order: Order,
         *,
         batch_size: int,
         microbatch_size: int,
@@ -216,94 +197,45 @@ class _Batches:
         local_rows: Callable[[int], np.ndarray] | None,
     ):
         self._dataset = dataset
+        self._order = order
+        # A batch has no more microbatches than it can have pairs.
+        self._parts = min(-(-batch_size // microbatch_size), len(dataset))
+        self._part_size = microbatch_size
         self._local_rows = local_rows
         lengths = dataset.lengths()
-        self._lengths = lengths["prompt"] + lengths["chosen"] + lengths["rejected"]
-        self._responses = np.maximum(lengths["chosen"], lengths["rejected"])
-        self._scored = lengths["chosen"] + lengths["rejected"]
-        parts = -(-batch_size // microbatch_size)
-        self._groups = [
-            split_evenly(items, self._lengths, parts, microbatch_size) for items in order
-        ]
-        longest = np.array([self._lengths[items].max() for items in order])
-        chosen = self._choose(longest, num_buckets, row_multiple)
-        self._shape_of = [self._shape(chosen == k, *size) for k, size in enumerate(self._sizes)]
-        self._which = chosen
-
-    def _choose(self, longest: np.ndarray, num_buckets: int, row_multiple: int) -> np.ndarray:
-        """Sets `_sizes`, (length, rows) pairs, and returns which of them each batch uses."""
-        base = choose_buckets(longest, num_buckets)
-        spread = np.linspace(base[0], 2 * base[-1], _TRIED)
-        tried = sorted({*base, *(round_up(math.ceil(length)) for length in spread)})
-        # rows[s, c]: rows that batch s needs with the c-th length.
-        rows = np.zeros((len(longest), len(tried)), int)
-        for c, length in enumerate(tried):
-            for s in np.flatnonzero(longest <= length):
-                needed = max(len(pack(self._lengths[g], length)) for g in self._groups[s])
-                rows[s, c] = round_up(max(needed, 1), row_multiple)
-        sizes = sorted({(tried[c], int(r)) for c in range(len(tried)) for r in rows[:, c] if r})
-        cost = np.full((len(sizes), len(longest)), np.inf)
-        for k, (length, count) in enumerate(sizes):
-            c = tried.index(length)
-            fits = (rows[:, c] > 0) & (rows[:, c] <= count)
-            cost[k, fits] = length * count * (1 + length / _ATTENTION_LENGTH)
-        # Greedily: first the cheapest size that fits every batch, then whatever saves most.
-        picked: list[int] = []
-        best = np.full(len(longest), np.inf)
-        for _ in range(num_buckets):
-            totals = np.minimum(cost, best).sum(axis=1)
-            k = int(np.argmin(totals))
-            if not totals[k] < best.sum():
-                break
-            picked.append(k)
-            best = np.minimum(best, cost[k])
-        # In the order of `sizes`, and without those that later picks made useless.
-        picked = sorted({sorted(picked)[k] for k in np.argmin(cost[sorted(picked)], axis=0)})
-        self._sizes = [sizes[k] for k in picked]
-        return np.argmin(cost[picked], axis=0)
-
-    def _shape(self, uses: np.ndarray, length: int, rows: int) -> RowShape:
-        """The shape for the batches that use a (length, rows) pair: room for all that they hold."""
-        packed = [
-            [group[i] for i in row]
-            for s in np.flatnonzero(uses)
-            for group in self._groups[s]
-            for row in pack(self._lengths[group], length)
-        ]
-        return RowShape(
-            length=length,
-            scored=round_up(max(int(self._scored[row].sum()) for row in packed)),
-            response=round_up(max(int(self._responses[row].max()) for row in packed)),
-            pairs=max(len(row) for row in packed),
-            rows=rows,
+        scored = lengths["chosen"] + lengths["rejected"]
+        self._lengths = lengths["prompt"] + scored
+        self._plan = plan(
+            order,
+            Sizes(self._lengths, scored, np.maximum(lengths["chosen"], lengths["rejected"])),
+            parts=self._parts,
+            part_size=microbatch_size,
+            num_buckets=num_buckets,
+            row_multiple=row_multiple,
         )
 
     @property
     def shapes(self) -> tuple[RowShape, ...]:
         """The shapes that batches come in: a step is compiled once for each."""
-        return tuple(self._shape_of)
+        return self._plan.shapes
 
     @property
     def padding(self) -> float:
         """Share of the tokens of all batches that are padding."""
-        used = sum(int(self._lengths[group].sum()) for step in self._groups for group in step)
-        room = sum(
-            len(step) * self._shape_of[k].rows * self._shape_of[k].length
-            for step, k in zip(self._groups, self._which, strict=True)
-        )
-        return 1 - used / room
+        return self._plan.padding
 
     def __len__(self) -> int:
-        return len(self._groups)
+        return len(self._order)
 
     def __getitem__(self, step: int) -> PairBatch:
         """Batch number `step`, 0-based: arrays (n, B, ...) over n microbatches of B rows."""
-        shape = self._shape_of[self._which[step]]
+        items = self._order[step]
+        shape = self.shapes[self._plan.which[step]]
         mine = np.ones(shape.rows, bool)
         if self._local_rows is not None:
             mine = self._local_rows(shape.rows)
         rows = []
-        for group in self._groups[step]:
+        for group in split_evenly(items, self._lengths, self._parts, self._part_size):
             packed = pack(self._lengths[group], shape.length)
             packed += [[]] * (shape.rows - len(packed))
             rows += [
@@ -317,6 +249,12 @@ class _Batches:
         return jax.tree.map(
             lambda x: x.reshape(len(x) // shape.rows, shape.rows, *x.shape[1:]), batch
         )
+
+
+# Visits of a pair in a run, and epochs. All are looked at before the first step; a million visits
+# take a second on a core of an AMD EPYC, and so do 5,000 epochs of few pairs.
+MOST_VISITS = 100_000_000
+MOST_EPOCHS = 100_000
 
 
 class TrainBatches(_Batches):
@@ -355,13 +293,18 @@ class TrainBatches(_Batches):
             raise UserError("the prepared dataset holds no pair to train on")
         self.steps_per_epoch = -(-len(dataset) // batch_size)
         total = steps or max(1, round(epochs * self.steps_per_epoch))
-        order: list[np.ndarray] = []
-        for epoch in range(-(-total // self.steps_per_epoch)):
-            items = _epoch_order(len(dataset), seed, epoch, shuffle)
-            order += np.split(items, range(batch_size, len(items), batch_size))
+        visits = total * min(batch_size, len(dataset))
+        if visits > MOST_VISITS or total > MOST_EPOCHS * self.steps_per_epoch:
+            raise UserError(
+                f"{total:,} steps over {len(dataset):,} pairs are {visits:,} visits of a pair in "
+                f"{-(-total // self.steps_per_epoch):,} epochs; accepted: {MOST_VISITS:,} visits "
+                f"and {MOST_EPOCHS:,} epochs (train.epochs, or train.steps times train.batch_size)"
+            )
         super().__init__(
             dataset,
-            order[:total],
+            Order(
+                len(dataset), batch_size, total, _epochs(len(dataset), seed if shuffle else None)
+            ),
             batch_size=batch_size,
             microbatch_size=microbatch_size,
             num_buckets=num_buckets,
@@ -388,9 +331,10 @@ class EvalBatches(_Batches):
         items = np.argsort(
             lengths["prompt"] + lengths["chosen"] + lengths["rejected"], kind="stable"
         )
+        steps = -(-len(dataset) // batch_size)
         super().__init__(
             dataset,
-            np.split(items, range(batch_size, len(items), batch_size)),
+            Order(len(dataset), batch_size, steps, lambda _: items[None]),
             batch_size=batch_size,
             microbatch_size=batch_size,
             num_buckets=num_buckets,
@@ -399,9 +343,8 @@ class EvalBatches(_Batches):
         )
 
 
-def _epoch_order(num_items: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
-    if not shuffle:
-        return np.arange(num_items)
-    # Grain's index shuffle is stable across library versions, which NumPy's generators are not.
-    shuffled = grain.MapDataset.range(num_items).shuffle(seed=(seed * 1_000_003 + epoch) % 2**32)
-    return np.array([shuffled[i] for i in range(num_items)])
+def _epochs(num_pairs: int, seed: int | None) -> Callable[[np.ndarray], np.ndarray]:
+    """The pairs' order by epoch, see `Order`; without a seed, as they come."""
+    if seed is None:
+        return lambda epochs: np.tile(np.arange(num_pairs), (len(epochs), 1))
+    return lambda epochs: shuffled(num_pairs, (seed % 2**32 * 1_000_003 + epochs) % 2**32)

@@ -6,15 +6,16 @@ the mark's place is the text's.
 """
 
 import dataclasses
+import json
 import re
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jinja2
 import transformers
 
 from attnpo_jax.data.pair import BadExample, Message, extra_fields
+from attnpo_jax.data.template_process import Refused, StuckTemplate, process
 from attnpo_jax.runtime.errors import UserError
 
 # Private-use characters, which templates neither trim nor branch on, around what no text holds.
@@ -31,11 +32,13 @@ _FIXED_DATE = (
     + "".join(f" | replace('{code}', '{value}')" for code, value in _DATE.items())
     + " -}}{%- endmacro -%}{{ '' }}"
 )
-# What templates raise for conversations that they cannot take; the latter four come of expressions
-# in them that meet another type than they expect.
-_REFUSALS = (jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError)
 # Reasoning of earlier turns is left out on purpose.
 _REASONING = ("reasoning_content", "reasoning", "thinking")
+# Messages whose fields are looked for one by one, with a rendering or more each; of more messages,
+# those fields that marks in all of them at once do not show, up to so many messages rendered.
+_FEW, _WORK = 8, 20_000
+# Control tokens of a conversation that are looked for one by one, with a rendering or more each.
+_SPELLED = 64
 _LABELS = ("name", "tool_call_id")  # of a message; may be left out
 
 
@@ -59,7 +62,7 @@ class Conversation:
 
 
 class ChatTemplate:
-    """A tokenizer's chat template.
+    """A tokenizer's chat template, which a process of its own renders: see `template_process`.
 
     Args:
       origin: names the tokenizer in errors.
@@ -72,9 +75,11 @@ class ChatTemplate:
         origin: str,
         kwargs: Mapping[str, Any],
     ):
-        self._tokenizer = tokenizer
+        process.start()
         self.origin = origin
         self.kwargs = dict(kwargs)
+        self._variables = tokenizer.special_tokens_map | {"enable_thinking": False} | self.kwargs
+        self._variables_json = json.dumps(self._variables)
         self.text: str = tokenizer.get_chat_template()
         named = tokenizer.chat_template
         # Some tokenizers have another template for conversations with tools.
@@ -86,24 +91,35 @@ class ChatTemplate:
         `kwargs` take the place of the template's own. Raises BadExample where the template refuses
         the conversation.
         """
-        template = self.tool_text if conversation.tools else self.text
-        if "strftime_now" in template:
-            template = _FIXED_DATE + template
         try:
-            return self._tokenizer.apply_chat_template(
-                list(conversation.messages),
-                tools=list(conversation.tools) or None,
-                chat_template=template,
-                tokenize=False,
-                add_generation_prompt=conversation.generation_prompt,
-                **{"enable_thinking": False, **self.kwargs, **kwargs},
-            )
-        except _REFUSALS as error:
-            roles = ", ".join(message["role"] for message in conversation.messages)
+            found = process.render(self._text_for(conversation), self._json(conversation, kwargs))
+        except StuckTemplate as error:
+            raise StuckTemplate(f"{self.origin}: {error}") from error
+        if isinstance(found, Refused):
+            roles = [message["role"] for message in conversation.messages]
+            listed = ", ".join(roles[:8]) + (f", ... ({len(roles)})" if len(roles) > 8 else "")
             raise BadExample(
-                f"{self.origin}: the chat template refuses a conversation of the roles {roles}: "
-                f"{error}"
-            ) from error
+                f"{self.origin}: the chat template refuses a conversation of the roles {listed}: "
+                f"{found.reason}"
+            )
+        return found
+
+    def announce(self, conversations: Iterable[Conversation]) -> None:
+        """Has conversations rendered while others are at work, for `render` to have them sooner."""
+        by_text: dict[str, list[str]] = {}
+        for conversation in conversations:
+            text = self._json(conversation, {})
+            by_text.setdefault(self._text_for(conversation), []).append(text)
+        process.announce(by_text)
+
+    def _text_for(self, conversation: Conversation) -> str:
+        template = self.tool_text if conversation.tools else self.text
+        return _FIXED_DATE + template if "strftime_now" in template else template
+
+    def _json(self, conversation: Conversation, kwargs: Mapping[str, Any]) -> str:
+        variables = json.dumps(self._variables | kwargs) if kwargs else self._variables_json
+        given = (conversation.messages, conversation.tools or None, conversation.generation_prompt)
+        return f"[{', '.join(map(json.dumps, given))}, {variables}]"
 
     def around_answer(self, prompt: Conversation) -> tuple[str, str]:
         """What is written before and after an answer of plain text.
@@ -138,26 +154,63 @@ class ChatTemplate:
         Raises:
           BadExample: a field is not written; the reason names it.
         """
-        for i, name in names.items():
-            message = conversation.messages[i]
-            fields = extra_fields(message)
-            if not fields:
-                continue
-            rendered = self.render(conversation)
-            for key in fields:
-                if key not in _LABELS and not self._writes(conversation, rendered, i, key):
-                    raise BadExample(
-                        f"`{key}` of {name}: the chat template of {self.origin} does not write it; "
-                        "accepted: a template that does (model.chat_template), or none"
-                    )
+        checked = [i for i in names if extra_fields(conversation.messages[i])]
+        if not checked:
+            return
+        rendered = self.render(conversation)
+        written = self._written(conversation, set(checked)) if len(checked) > _FEW else set()
+        work = 0
+        for i in checked:
+            message, name = conversation.messages[i], names[i]
+            keys = [key for key in extra_fields(message) if key not in _LABELS]
             if message["content"].strip() and "tool_calls" in message:
-                emptied = self._with(conversation, i, message | {"content": ""})
-                if rendered == self._try(emptied):
-                    raise BadExample(
-                        f"`content` of {name}: the chat template of {self.origin} does not write "
-                        "it beside `tool_calls`; accepted: one of them"
-                    )
+                keys.append("content")
+            unseen = [
+                key
+                for key in keys
+                if (i, key) not in written and not self._writes_last(message, key)
+            ]
+            work += len(unseen) * len(conversation.messages)
+            if unseen and work > _WORK and len(checked) > _FEW:
+                raise BadExample(
+                    f"`{unseen[0]}` of {name}: the chat template of {self.origin} may not write "
+                    f"it, and there are {len(conversation.messages)} messages to look for it in; "
+                    "accepted: a template that does (model.chat_template), or shorter conversations"
+                )
+            for key in unseen:
+                self._check_field(conversation, rendered, i, key, name)
             self._check_arguments(message, rendered, name)
+
+    def _check_field(
+        self, conversation: Conversation, rendered: str, i: int, key: str, name: str
+    ) -> None:
+        """Checks one field by a rendering without it, and a content by one with an empty one."""
+        if key == "content":
+            emptied = self._with(conversation, i, conversation.messages[i] | {"content": ""})
+            if rendered == self._try(emptied):
+                raise BadExample(
+                    f"`content` of {name}: the chat template of {self.origin} does not write "
+                    "it beside `tool_calls`; accepted: one of them"
+                )
+        elif not self._writes(conversation, rendered, i, key):
+            raise BadExample(
+                f"`{key}` of {name}: the chat template of {self.origin} does not write it; "
+                "accepted: a template that does (model.chat_template), or none"
+            )
+
+    def _written(self, conversation: Conversation, places: Collection[int]) -> set[tuple[int, str]]:
+        """Message and field of those that are surely written, by marks in all of them at once."""
+        marked: dict[tuple[Any, ...], str] = {}
+        fields: list[tuple[int, str]] = []
+        for leaf in _leaves(dataclasses.replace(conversation, tools=())):
+            _, i, key, *_ = leaf.path
+            # Templates compare kinds, and write them seldom.
+            if i in places and not leaf.is_key and leaf.text and leaf.path[-1] != "type":
+                marked[leaf.path] = leaf.text + _NUMBERED.format(len(fields))
+                fields.append((i, key))
+        changed = _replaced({"messages": conversation.messages}, marked)["messages"]
+        found = self._try(dataclasses.replace(conversation, messages=tuple(changed)))
+        return {fields[int(number)] for number in _NUMBERED_RE.findall(found or "")}
 
     def _check_arguments(self, message: Message, rendered: str, name: str) -> None:
         """Refuses arguments in JSON that the template takes for a text, and quotes."""
@@ -176,13 +229,16 @@ class ChatTemplate:
     def _writes(self, conversation: Conversation, rendered: str, i: int, key: str) -> bool:
         message = conversation.messages[i]
         without = {k: value for k, value in message.items() if k != key}
-        if rendered != self._try(self._with(conversation, i, without)):
-            return True
+        return rendered != self._try(self._with(conversation, i, without))
+
+    def _writes_last(self, message: Message, key: str) -> bool:
+        """Whether a field is reasoning that the template writes where the turn is the last one."""
         if key not in _REASONING:
             return False
+        without = {k: value for k, value in message.items() if k != key}
         question = {"role": "user", "content": "?"}
-        last, last_without = (self._try(Conversation((question, m))) for m in (message, without))
-        return last != last_without
+        last, cut = (self._try(Conversation((question, m))) for m in (message, without))
+        return last != cut
 
     def _try(self, conversation: Conversation) -> str | None:
         try:
@@ -264,14 +320,18 @@ class _Spelled:
         return self.leaf.text[self.start : self.end]
 
 
-def _replaced(value: Any, path: Sequence[Any], text: str) -> Any:
-    if not path:
-        return text
-    first, *rest = path
+def _replaced(value: Any, texts: Mapping[tuple[Any, ...], str]) -> Any:
+    """The value with other texts at some paths."""
+    if () in texts:
+        return texts[()]
+    below: dict[Any, dict[tuple[Any, ...], str]] = {}
+    for (first, *rest), text in texts.items():
+        below.setdefault(first, {})[tuple(rest)] = text
     if isinstance(value, Mapping):
-        return {**value, first: _replaced(value[first], rest, text)}
+        return {**value, **{key: _replaced(value[key], of) for key, of in below.items()}}
     copy = list(value)
-    copy[first] = _replaced(copy[first], rest, text)
+    for i, of_one in below.items():
+        copy[i] = _replaced(copy[i], of_one)
     return type(value)(copy)
 
 
@@ -309,6 +369,11 @@ def spelled_places(
     if (places := _marked(conversation, rendered, everything, render)) is not None:
         return places
     # The template looks for one of them: it is left whole, with the mark beside it.
+    if len(spelled) > _SPELLED:
+        raise BadExample(
+            f"{len(spelled)} control tokens in messages, some of which change what the chat "
+            f"template writes; accepted: up to {_SPELLED}, or texts without them"
+        )
     result = []
     for token in spelled:
         for at in (token.start + 1, token.end, token.start):
@@ -333,13 +398,18 @@ def _marked(
     """Where tokens stand in the rendered conversation, by marks at places of their texts; None
     where the marks change what is rendered. The marks are in order, those of the same text too.
     """
-    texts: dict[tuple[Any, ...], str] = {}
-    for number, (token, at) in reversed(list(enumerate(marks))):
-        text = texts.get(token.leaf.path, token.leaf.text)
-        texts[token.leaf.path] = text[:at] + _NUMBERED.format(number) + text[at:]
-    changed: Any = {"messages": conversation.messages, "tools": conversation.tools}
-    for path, text in texts.items():
-        changed = _replaced(changed, path, text)
+    of_leaves: dict[tuple[Any, ...], list[str]] = {}
+    done_of: dict[tuple[Any, ...], int] = {}
+    for number, (token, at) in enumerate(marks):
+        path, text = token.leaf.path, token.leaf.text
+        done = done_of.get(path, 0)
+        of_leaves.setdefault(path, []).extend([text[done:at], _NUMBERED.format(number)])
+        done_of[path] = at
+    ends = {token.leaf.path: token.leaf.text[done_of[token.leaf.path] :] for token, _ in marks}
+    changed = _replaced(
+        {"messages": conversation.messages, "tools": conversation.tools},
+        {path: "".join(parts) + ends[path] for path, parts in of_leaves.items()},
+    )
     try:
         parts = _NUMBERED_RE.split(render(dataclasses.replace(conversation, **changed)))
     except BadExample:

@@ -30,6 +30,17 @@ def pieces_of(text: str, spelled: Sequence[tuple[int, int]]) -> list[Piece]:
     return [piece for piece in pieces if piece.text]
 
 
+def cut(pieces: Sequence[Piece], start: int, end: int) -> list[Piece]:
+    """The pieces between two characters of their joined text."""
+    kept, done = [], 0
+    for piece in pieces:
+        first, last = max(start - done, 0), min(end - done, len(piece.text))
+        if first < last:
+            kept.append(dataclasses.replace(piece, text=piece.text[first:last]))
+        done += len(piece.text)
+    return kept
+
+
 class TextEncoder:
     """Encodes pieces so that no control token comes from those that are spelled.
 

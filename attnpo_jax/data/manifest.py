@@ -174,17 +174,19 @@ class _Intact:
 
     form: schema.Form
 
-    def check(self, value: Any, at: str) -> None:
-        self.form.check(value, at)
+    def check(self, value: Any) -> None:
+        self.form.check(value)
         content = {key: one for key, one in value.items() if key != "check"}
         if value.get("check", fingerprint(content)) != fingerprint(content):
-            raise schema.SchemaError("it holds something else than was written")
+            raise schema.SchemaError("holds something else than was written")
         if "fingerprint" in value and value["fingerprint"] != fingerprint(value["components"]):
-            raise schema.SchemaError("fingerprint is not that of the components")
+            raise schema.SchemaError("is not that of the components", "fingerprint")
         if "shards" in value:
             rows = sum(shard["rows"] for shard in value["shards"])
             if rows != value["num_rows"]:
-                raise schema.SchemaError(f"num_rows is {value['num_rows']}, of the shards {rows}")
+                raise schema.SchemaError(
+                    f"is {value['num_rows']}, of the shards {rows}", "num_rows"
+                )
 
 
 def file_digest(file: pathlib.Path) -> str:

@@ -1,5 +1,6 @@
 """Which items go into which row, and which rows into which batch, so that little is padded."""
 
+import heapq
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -15,8 +16,8 @@ _BATCH_COST = 256
 _COMPILE_COST = 192
 
 
-def round_up(value: int, multiple: int = ROUND_TO) -> int:
-    """The least multiple that is not below a value."""
+def round_up(value, multiple: int = ROUND_TO):
+    """The least multiple that is not below a whole number, or below each of an array of them."""
     return -(-value // multiple) * multiple
 
 
@@ -30,8 +31,9 @@ def choose_buckets(needed: np.ndarray, num_buckets: int) -> tuple[int, ...]:
     Returns:
       Increasing sizes, multiples of `ROUND_TO`; the last one holds the largest need.
     """
-    sizes, counts = np.unique([round_up(int(value)) for value in needed], return_counts=True)
+    sizes, counts = np.unique(round_up(needed), return_counts=True)
     n = len(sizes)
+    num_buckets = min(num_buckets, n)  # more would be empty
     totals = np.concatenate([[0], np.cumsum(counts)])
     # best[k][j]: least padded total for the first j sizes with k buckets; cut[k][j] remembers how.
     best = np.full((num_buckets + 1, n + 1), np.inf)
@@ -123,12 +125,133 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-def split_evenly(items: np.ndarray, lengths: np.ndarray, parts: int, size: int):
-    """Items in `parts` groups of at most `size`, their total lengths about equal."""
+def split_evenly(items: np.ndarray, lengths: np.ndarray, parts: int, size: int) -> list[list[int]]:
+    """Items in `parts` groups of at most `size`, their total lengths about equal, longest first."""
     groups: list[list[int]] = [[] for _ in range(parts)]
-    totals = [0] * parts
-    for item in items[np.argsort(-lengths[items], kind="stable")]:
-        group = min((g for g in range(parts) if len(groups[g]) < size), key=totals.__getitem__)
-        groups[group].append(int(item))
-        totals[group] += int(lengths[item])
+    least = [(0, g) for g in range(parts)]  # a heap of the groups that have room, by their totals
+    for item in items[np.argsort(-lengths[items], kind="stable")].tolist():
+        total, g = heapq.heappop(least)
+        groups[g].append(item)
+        if len(groups[g]) < size:
+            heapq.heappush(least, (total + int(lengths[item]), g))
     return groups
+
+
+def split_many(items: np.ndarray, lengths: np.ndarray, parts: int, size: int) -> np.ndarray:
+    """`split_evenly` of every row of `items`.
+
+    Args:
+      items: int (rows, n), n at most `parts` times `size`.
+
+    Returns:
+      int (size, rows, parts), -1 for none.
+    """
+    rows, n = items.shape
+    every = np.arange(rows)
+    order = np.argsort(-lengths[items], axis=1, kind="stable")
+    items = np.take_along_axis(items, order, axis=1).T  # (n, rows)
+    groups = np.full((size, rows, parts), -1)
+    # The first ones each find a group that is empty.
+    first = min(parts, n)
+    groups[0, :, :first] = items[:first].T
+    if n <= parts:
+        return groups
+    totals = lengths[groups[0]].astype(np.int64)  # (rows, parts)
+    filled = np.ones((rows, parts), int)
+    for item in items[parts:]:
+        group = totals.argmin(axis=1)
+        place = filled[every, group]
+        groups[place, every, group] = item
+        filled[every, group] += 1
+        full = place + 1 == size
+        totals[every, group] = np.where(
+            full, np.iinfo(np.int64).max, totals[every, group] + lengths[item]
+        )
+    return groups
+
+
+# Groups that are packed at a time: arrays of as many lengths stay in the processor's cache.
+_PACKED_AT_ONCE = 1 << 14
+
+
+def rows_needed(lengths: Sequence[np.ndarray], capacities: np.ndarray) -> list[np.ndarray]:
+    """How many rows `pack` finds for each of many groups, with each of several capacities.
+
+    Args:
+      lengths: by capacity, int (items, groups), decreasing along the first axis, down to 0 where a
+        group has fewer; none more than the capacity.
+      capacities: of the rows, int (len(lengths),).
+
+    Returns:
+      Rows, int (groups,), by capacity.
+    """
+    every = np.concatenate(lengths, axis=1)
+    capacity = np.repeat(capacities, [of_one.shape[1] for of_one in lengths])
+    needed = np.zeros(len(capacity), int)
+    for start in range(0, len(capacity), _PACKED_AT_ONCE):
+        part = slice(start, start + _PACKED_AT_ONCE)
+        for room in _first_fit(every[:, part], capacity[part]):
+            needed[part] += room < capacity[part]
+    return np.split(needed, np.cumsum([of_one.shape[1] for of_one in lengths])[:-1])
+
+
+def rows_used(lengths: np.ndarray, scored: np.ndarray, capacity: int) -> tuple[int, int]:
+    """The most that any row holds after `pack` has packed many groups.
+
+    Args:
+      lengths: int (items, groups), as for `rows_needed`.
+      scored: of each item, how many of its tokens are scored, int (items, groups).
+      capacity: of the rows.
+
+    Returns:
+      (scored tokens, items).
+    """
+    most = 0, 0
+    for start in range(0, lengths.shape[1], _PACKED_AT_ONCE):
+        part = lengths[:, start : start + _PACKED_AT_ONCE]
+        of_part = scored[:, start : start + _PACKED_AT_ONCE]
+        held: list[tuple[np.ndarray, np.ndarray]] = []
+        _first_fit(part, np.full(part.shape[1], capacity), of_part, held)
+        most = (
+            max(most[0], max(int(tokens.max()) for tokens, _ in held)),
+            max(most[1], max(int(items.max()) for _, items in held)),
+        )
+    return most
+
+
+def _first_fit(
+    lengths: np.ndarray,
+    capacity: np.ndarray,
+    scored: np.ndarray | None = None,
+    held: list[tuple[np.ndarray, np.ndarray]] | None = None,
+) -> list[np.ndarray]:
+    """What is left of each row, (groups,), after first-fit packing of all groups at once.
+
+    With `scored`, `held` gets the scored tokens and the number of the items of each row.
+    """
+    word = np.int16 if int(capacity.max()) <= np.iinfo(np.int16).max else np.int32
+    sign_bit = word(8 * np.dtype(word).itemsize - 1)
+    lengths, capacity = lengths.astype(word), capacity.astype(word)
+    unfit = np.empty_like(capacity)
+    rooms: list[np.ndarray] = []
+    for i, waiting in enumerate(lengths):  # lengths that have no row yet, 0 when they have
+        waiting = waiting.copy()
+        for r in range(len(rooms) + 1):
+            if r == len(rooms):
+                if not waiting.any():
+                    break
+                rooms.append(capacity.copy())
+                if held is not None:
+                    held.append((np.zeros(len(capacity), int), np.zeros(len(capacity), int)))
+            # Where it fits, the room shrinks and nothing waits any more. Without masks or copies:
+            # most of planning a run is spent here.
+            before = waiting.copy() if held is not None else None
+            rooms[r] -= waiting
+            np.right_shift(rooms[r], sign_bit, out=unfit)  # all bits set where it does not fit
+            waiting &= unfit
+            rooms[r] += waiting
+            if held is not None:
+                placed = before != waiting
+                np.add(held[r][0], scored[i], out=held[r][0], where=placed)
+                np.add(held[r][1], 1, out=held[r][1], where=placed)
+    return rooms

@@ -20,6 +20,7 @@ import numpy as np
 import tokenizers
 
 from attnpo_jax.data.align import align
+from attnpo_jax.data.long_text import shared_beginning
 from attnpo_jax.data.pair import SIDES, BadExample, PrecomputedWeights
 from attnpo_jax.data.token_bytes import TokenBytes
 from attnpo_jax.data.tokenize import TokenizedPair
@@ -248,10 +249,11 @@ def _match(read: str, text: str) -> tuple[np.ndarray, float]:
     i = lead = len(read) - len(read.lstrip())
     j = found = 0
     while True:
-        run = _common(read[i:], text[j:])
+        run = shared_beginning(read, text, i, j)
         spans[i : i + run] = np.stack([np.arange(j, j + run), np.arange(j + 1, j + run + 1)], -1)
         i, j, found = i + run, j + run, found + run
-        ahead = _next_agreement(read[i:], text[j:])
+        near = 2 * _REACH + _AGREEMENT
+        ahead = _next_agreement(read[i : i + near], text[j : j + near])
         skipped = len(read) - i if ahead is None else ahead[0]
         spans[i : i + skipped] = j
         if ahead is None:
@@ -259,14 +261,6 @@ def _match(read: str, text: str) -> tuple[np.ndarray, float]:
         i, j = i + ahead[0], j + ahead[1]
     wanted = len(text) if j == len(text) else len(read) - lead
     return spans, found / max(wanted, 1)
-
-
-def _common(a: str, b: str) -> int:
-    """How many first characters are the same."""
-    size = min(len(a), len(b))
-    if a[:size] == b[:size]:
-        return size
-    return next(k for k in range(size) if a[k] != b[k])
 
 
 def _next_agreement(a: str, b: str) -> tuple[int, int] | None:

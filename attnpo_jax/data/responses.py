@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from attnpo_jax.data.chat_template import MARK, Conversation, find_content
+from attnpo_jax.data.long_text import shared_beginning
 from attnpo_jax.data.pair import BadExample, Message, Pair
 from attnpo_jax.runtime.errors import UserError
 
@@ -114,12 +114,12 @@ def _content(
         )
     end = start + len(content.strip())
     trailing = content[len(content.rstrip()) :]
-    return start, end + len(os.path.commonprefix([rendered[end:], trailing]))
+    return start, end + shared_beginning(rendered[end : end + len(trailing)], trailing)
 
 
 def _turn(tokenizer: ChatTokenizer, prompt: Conversation, rendered: str) -> str:
     """The beginning of the last turn, for an error."""
-    start = len(os.path.commonprefix([rendered, tokenizer.template.render(prompt)]))
+    start = shared_beginning(rendered, tokenizer.template.render(prompt))
     return rendered[start : start + 100].strip()
 
 
@@ -137,8 +137,8 @@ def _stretch(
         thinking = tokenizer.template.render(
             dataclasses.replace(prompt, generation_prompt=True), enable_thinking=True, thinking=True
         )
-        start = len(os.path.commonprefix([rendered, before, opening, thinking]))
-    end = len(rendered) - len(os.path.commonprefix([rendered[::-1], after[::-1]]))
+        start = min(shared_beginning(rendered, text) for text in (before, opening, thinking))
+    end = len(rendered) - shared_beginning(rendered[::-1], after[::-1])
     controls = tokenizer.controls(rendered)
     for first, last, _ in controls:
         if first < start < last:
@@ -148,7 +148,20 @@ def _stretch(
     return start, max(start, end)
 
 
-def warn_of_opening(tokenizer: ChatTokenizer, pair: Pair, opening: str, border: int) -> None:
+def border_of(
+    tokenizer: ChatTokenizer, pair: Pair, opening: str, responses: Mapping[str, Response]
+) -> int:
+    """How many first characters of the responses, as the template writes them, are the prompt."""
+    first, second = (r.rendered[: r.start] for r in responses.values())
+    shared = first[: shared_beginning(first, second)]
+    if shared.startswith(opening):
+        return len(shared) if shared[len(opening) :].strip() else len(opening)
+    border = shared_beginning(shared, opening)
+    _warn_of_opening(tokenizer, pair, opening, border)
+    return border
+
+
+def _warn_of_opening(tokenizer: ChatTokenizer, pair: Pair, opening: str, border: int) -> None:
     """Says, once a tokenizer, that responses do not follow the generation prompt."""
     if tokenizer.warned_of_opening:
         return

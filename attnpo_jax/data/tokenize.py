@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,14 +19,20 @@ import numpy as np
 import tokenizers
 import transformers
 
+from attnpo_jax.data import long_text, tokenizer_files
 from attnpo_jax.data.align import close_gaps
 from attnpo_jax.data.chat_template import ChatTemplate, Conversation, spelled_places
-from attnpo_jax.data.control_tokens import Piece, TextEncoder, pieces_of
+from attnpo_jax.data.control_tokens import Piece, TextEncoder, cut, pieces_of
+from attnpo_jax.data.long_text import Near
 from attnpo_jax.data.pair import SIDES, BadExample, Message, Pair
-from attnpo_jax.data.responses import Response, warn_of_opening, write_response, writes_plainly
+from attnpo_jax.data.responses import Response, border_of, write_response, writes_plainly
+from attnpo_jax.data.template_process import process
 from attnpo_jax.runtime.errors import UserError
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+# Tokens more than are kept, of long texts: the border between prompt and responses may shift.
+_SPARE = 64
+# Control tokens of a text are looked for in stretches of so many characters, and beyond their ends.
+_STRETCH, _BEYOND = 1 << 16, 1 << 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +114,7 @@ class ChatTokenizer:
         self._words = {token_id for token_id, token in self._control.items() if not token.special}
         self._text_encoder: TextEncoder | None = None
         self._tokenizer_json: bytes | None = None
-        self.warned_of_opening = False  # see `responses.warn_of_opening`
+        self.warned_of_opening = False  # see `responses.border_of`
 
     @classmethod
     def load(
@@ -123,20 +128,12 @@ class ChatTokenizer:
 
         Raises UserError when the tokenizer is not a fast one, or has no chat template.
         """
-        if not any((pathlib.Path(folder) / name).is_file() for name in _TOKENIZER_FILES):
-            raise FileNotFoundError(
-                f"{folder} holds no tokenizer; model.source must have one of "
-                f"{', '.join(_TOKENIZER_FILES)}"
-            )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            str(folder), use_fast=True, trust_remote_code=False
-        )
+        process.start()  # which takes as long as the files
+        tokenizer, tokenizer_json = tokenizer_files.load(folder)
         if chat_template is not None:
             tokenizer.chat_template = chat_template
         loaded = cls(tokenizer, origin=str(folder), chat_template_kwargs=chat_template_kwargs)
-        file = pathlib.Path(folder) / "tokenizer.json"
-        if file.is_file():
-            loaded._tokenizer_json = file.read_bytes()
+        loaded._tokenizer_json = tokenizer_json
         return loaded
 
     @property
@@ -191,13 +188,14 @@ class ChatTokenizer:
         return encoding.ids, encoding.offsets
 
     def encode_conversation(
-        self, conversation: Conversation, text: str | None = None
+        self, conversation: Conversation, text: str | None = None, near: Near | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Ids int32 (n,) of a conversation as the template writes it, and their [start, end)
         characters int32 (n, 2) in there; control tokens that messages spell are text.
 
         Args:
           text: what the template writes, or a beginning of it, where that is known.
+          near: which tokens are wanted: of a long text, not all are there then.
 
         Raises:
           BadExample: the template refuses the conversation, or a control token can't be told from
@@ -205,13 +203,18 @@ class ChatTokenizer:
         """
         if text is None:
             text = self.template.render(conversation)
-        ids, offsets = self._encode(text)
-        found = self._places(ids, offsets, text)
-        suspects = {text[start:end] for start, end, _ in found}
-        spelled = spelled_places(conversation, suspects, self._spelled_in, self.template.render)
-        if not spelled:
-            return ids, offsets
-        return self.encode_pieces(pieces_of(text, [p for p in spelled if p[1] <= len(text)]))
+        pieces, suspects = [Piece(text)], set()
+        while True:
+            ids, offsets = self.encode_pieces(pieces, near)
+            found = {text[start:end] for start, end, _ in self._places(ids, offsets, text)}
+            if found <= suspects:
+                return ids, offsets
+            # Where some of them are text, tokens from further away may be among those wanted.
+            suspects |= found
+            spelled = spelled_places(conversation, suspects, self._spelled_in, self.template.render)
+            if not spelled:
+                return ids, offsets
+            pieces = pieces_of(text, [p for p in spelled if p[1] <= len(text)])
 
     def _encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         encoding = self._backend.encode(text, add_special_tokens=False)
@@ -219,7 +222,16 @@ class ChatTokenizer:
 
     def controls(self, text: str) -> list[tuple[int, int, int]]:
         """Start and end, in characters, and id of every control token in a text."""
-        return self._places(*self._encode(text), text)
+        if len(text) <= _STRETCH:
+            return self._places(*self._encode(text), text)
+        found = []
+        for start in range(0, len(text), _STRETCH):
+            first = max(0, start - _BEYOND)
+            part = text[first : start + _STRETCH + _BEYOND]
+            for at, end, token_id in self._places(*self._encode(part), part):
+                if start <= first + at < start + _STRETCH:
+                    found.append((first + at, first + end, token_id))
+        return found
 
     def _spelled_in(self, text: str, by_assistant: bool) -> list[tuple[int, int]]:
         return [
@@ -289,17 +301,32 @@ class ChatTokenizer:
         opening = after[end:]
         return after[:end] if opening and before.endswith(opening) else after
 
-    def encode_pieces(self, pieces: Sequence[Piece]) -> tuple[np.ndarray, np.ndarray]:
+    def encode_pieces(
+        self, pieces: Sequence[Piece], near: Near | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Encode pieces jointly: ids int32 (n,) and [start, end) character offsets int32 (n, 2) in
         the joined text.
 
         The same as encoding the joined text, but one that is spelled never yields a control token.
+        Of a long text, those `near` a place may be all that are there.
         Raises BadExample when that is impossible: a control token of a single character that the
         vocabulary has no other way to write.
         """
+        length = sum(len(piece.text) for piece in pieces)
+        if near is None or not long_text.is_long(length, near.before + near.after):
+            return self._encode_pieces(pieces)
+
+        def encode(start: int, end: int) -> long_text.Tokens:
+            ids, offsets = self._encode_pieces(cut(pieces, start, end))
+            return ids, offsets + np.int32(start)
+
+        return long_text.around(encode, length, *near)
+
+    def _encode_pieces(self, pieces: Sequence[Piece]) -> tuple[np.ndarray, np.ndarray]:
         text = "".join(piece.text for piece in pieces)
         ids, offsets = self._encode(text)
-        if not self._strays(ids, offsets, text, pieces):
+        plain = not any(piece.spelled for piece in pieces)
+        if plain or not self._strays(ids, offsets, text, pieces):
             return ids, offsets
         if self._text_encoder is None:
             self._text_encoder = TextEncoder(self._backend, self._control)
@@ -332,14 +359,6 @@ class ChatTokenizer:
         return strays
 
 
-def load_backend(source: str) -> tokenizers.Tokenizer:
-    """The fast tokenizer of a Hugging Face folder or hub id, without its chat template."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    if not tokenizer.is_fast:
-        raise UserError(f"{source}: not a fast tokenizer (tokenizer.json)")
-    return tokenizer.backend_tokenizer
-
-
 def tokenize_pair(
     tokenizer: ChatTokenizer, pair: Pair, *, max_length: int, max_prompt_length: int
 ) -> TokenizedPair:
@@ -362,11 +381,13 @@ def tokenize_pair(
     tokenizer.template.check_tools(asked)
     tokenizer.template.check_fields(asked, names)
     responses = {side: write_response(tokenizer, pair, side, opening) for side in SIDES}
+    border = border_of(tokenizer, pair, opening, responses)
+    near = Near(border, max_prompt_length + _SPARE, max_length + _SPARE)
     encoded = {}
     for side, response in responses.items():
         conversation = asked.and_answer(pair.response(side))
-        encoded[side] = tokenizer.encode_conversation(conversation, response.rendered)
-    border = _border(tokenizer, pair, opening, responses)
+        encoded[side] = tokenizer.encode_conversation(conversation, response.rendered, near)
+    encoded = _aligned(encoded)
     length = min(int((offsets[:, 1] > border).argmax()) for _, offsets in encoded.values())
     (first, _), (second, _) = encoded.values()
     differs = np.flatnonzero(first[:length] != second[:length])
@@ -389,16 +410,11 @@ def tokenize_pair(
     return TokenizedPair(id=pair.id, prompt_ids=prompt_ids, written=written, **tokenized)
 
 
-def _border(
-    tokenizer: ChatTokenizer, pair: Pair, opening: str, responses: Mapping[str, Response]
-) -> int:
-    """How many first characters are the prompt."""
-    shared = os.path.commonprefix([r.rendered[: r.start] for r in responses.values()])
-    if shared.startswith(opening):
-        return len(shared) if shared[len(opening) :].strip() else len(opening)
-    border = len(os.path.commonprefix([shared, opening]))
-    warn_of_opening(tokenizer, pair, opening, border)
-    return border
+def _aligned(encoded: Mapping[str, long_text.Tokens]) -> dict[str, long_text.Tokens]:
+    """Tokens of both sides from the same one of the prompt's on."""
+    start = max(int(offsets[0, 0]) for _, offsets in encoded.values())
+    begins = {side: offsets[:, 0] >= start for side, (_, offsets) in encoded.items()}
+    return {side: (ids[begins[side]], o[begins[side]]) for side, (ids, o) in encoded.items()}
 
 
 def _response_tokens(

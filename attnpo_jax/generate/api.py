@@ -5,17 +5,17 @@ from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 
-from attnpo_jax.config import default_config
+from attnpo_jax import config as config_lib
 from attnpo_jax.data.pair import Message
 from attnpo_jax.data.prompts import Prompt, as_prompts
 from attnpo_jax.generate import model as models
-from attnpo_jax.generate.model import SampledModel
-from attnpo_jax.generate.requests import requests_of
 from attnpo_jax.judge.language_model import LanguageModel
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.runtime.errors import UserError
-from attnpo_jax.sampling.engine import Engine, Request, Response, Update
-from attnpo_jax.sampling.settings import defaults_of
+from attnpo_jax.sampling.engine import Engine
+from attnpo_jax.sampling.model import SampledModel
+from attnpo_jax.sampling.requests import requests_of
+from attnpo_jax.sampling.responses import Request, Response, Update
 
 if TYPE_CHECKING:
     from attnpo_jax.run import Run
@@ -82,7 +82,7 @@ def _begin(
     settings: dict[str, Any],
 ) -> tuple[list[Request], Engine]:
     sampled, config = sampled_of(model)
-    in_force = sampled.settings(config.generate, **settings)
+    in_force = sampled.settings(**(config_lib.sampling(config.generate) | settings))
     requests, length, refused = requests_of(
         sampled,
         as_prompts(prompts),
@@ -99,29 +99,20 @@ def _begin(
 def sampled_of(model: "LanguageModel | Run | SampledModel") -> tuple[SampledModel, Any]:
     """What is sampled from, and the config that says how; see `generate`."""
     if isinstance(model, LanguageModel):
-        return _of_loaded(model), default_config()
+        backend = backends.one_device(model.config)
+        sampled = SampledModel.of(str(model.folder), model, backend)
+        return sampled, config_lib.default_config()
     if isinstance(model, SampledModel):
-        return model, default_config()
+        return model, config_lib.default_config()
     return models.load(model), model.config
 
 
 def engine_for(sampled: SampledModel, config: Any, *, length: int, slots: int) -> Engine:
     """The engine of a model, as a config has it."""
-    return Engine(
-        sampled.model.config,
-        sampled.model.params,
-        sampled.model.tokenizer,
+    return sampled.engine(
         length=length,
-        slots=max(slots, 1),
+        slots=slots,
         dtype=jnp.dtype(config.model.dtype),
         quantized_cache=config.generate.cache == "int8",
-        backend=sampled.backend,
         attention=config.model.attention,
     )
-
-
-def _of_loaded(model: LanguageModel) -> SampledModel:
-    defaults, ends = defaults_of(model.folder)
-    backend = backends.one_device(model.config)
-    stop = models.stop_tokens(model.tokenizer, ends)
-    return SampledModel(str(model.folder), model, backend, defaults, stop)

@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from attnpo_jax import config as config_lib
 from attnpo_jax.data.pair import Message
 from attnpo_jax.data.prompts import Prompt
 from attnpo_jax.generate import model as models
 from attnpo_jax.generate.api import engine_for
-from attnpo_jax.generate.model import SampledModel
-from attnpo_jax.generate.requests import encode
 from attnpo_jax.parallel import processes
 from attnpo_jax.runtime.errors import UserError
 from attnpo_jax.runtime.printable import printable
-from attnpo_jax.sampling.engine import Engine, Request
+from attnpo_jax.sampling.engine import Engine
+from attnpo_jax.sampling.model import SampledModel
+from attnpo_jax.sampling.requests import encode
+from attnpo_jax.sampling.responses import Request
 
 if TYPE_CHECKING:
     from attnpo_jax.run import Run
@@ -68,7 +70,7 @@ class Chat:
         user = {"role": "user", "content": text}
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         prompt = Prompt("chat", (*system, *self.turns, user))
-        settings = self._sampled.settings(self.run.config.generate)
+        settings = self._sampled.settings(**config_lib.sampling(self.run.config.generate))
         tokens = encode(self._sampled, prompt)
         # Another turn is another draw.
         number = len(self.turns)

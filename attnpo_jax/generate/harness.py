@@ -27,13 +27,14 @@ from tqdm import tqdm
 from attnpo_jax.data.chat_template import Conversation
 from attnpo_jax.data.pair import BadExample
 from attnpo_jax.generate.api import engine_for, sampled_of
-from attnpo_jax.generate.model import SampledModel
 from attnpo_jax.judge.language_model import LanguageModel, load_model
 from attnpo_jax.models import decoder, lm_head
 from attnpo_jax.models.attention import implementations
 from attnpo_jax.parallel import processes
 from attnpo_jax.runtime.errors import UserError
-from attnpo_jax.sampling.engine import Request, row_length
+from attnpo_jax.sampling.engine import row_length
+from attnpo_jax.sampling.model import SampledModel
+from attnpo_jax.sampling.responses import Request
 from attnpo_jax.sampling.settings import SamplingSettings
 
 try:

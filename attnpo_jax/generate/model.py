@@ -5,11 +5,8 @@ import logging
 import pathlib
 from typing import TYPE_CHECKING, Any
 
-import jax
 import jax.numpy as jnp
 
-from attnpo_jax.config import rules
-from attnpo_jax.data.chat_template import Conversation
 from attnpo_jax.data.tokenize import ChatTokenizer
 from attnpo_jax.judge.language_model import LanguageModel
 from attnpo_jax.models import int8, lora
@@ -18,7 +15,7 @@ from attnpo_jax.models.io import hf_folder
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.parallel import checkpoint
 from attnpo_jax.runtime.errors import UserError
-from attnpo_jax.sampling.settings import SamplingSettings, defaults_of
+from attnpo_jax.sampling.model import SampledModel
 
 if TYPE_CHECKING:
     from attnpo_jax.run import Run
@@ -26,41 +23,6 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 TRAINED, BASE = "trained", "base"
-
-
-@dataclasses.dataclass(frozen=True)
-class SampledModel:
-    """A model that is sampled from.
-
-    Attributes:
-      name: what its samples say they are of.
-      model: parameters, shape and tokenizer.
-      backend: where the parameters lie.
-      defaults: what its authors say of sampling.
-      stop_tokens: the tokens that end a response: the model's, and the chat template's end of turn.
-    """
-
-    name: str
-    model: LanguageModel
-    backend: backends.Sharded
-    defaults: dict[str, Any]
-    stop_tokens: tuple[int, ...]
-
-    @property
-    def together(self) -> bool:
-        """Whether all processes work on the same responses."""
-        return any(d.process_index != jax.process_index() for d in self.backend.devices)
-
-    def settings(self, section: Any, **given: Any) -> SamplingSettings:
-        """What is in force: what is given, else the config's section, else the model's defaults.
-
-        Raises:
-          SettingsError: a value is not accepted.
-        """
-        names = [field.name for field in dataclasses.fields(SamplingSettings)]
-        of_config = {name: rules.as_sampling(name, section[name]) for name in names}
-        said = {name: value for name, value in of_config.items() if value is not None}
-        return SamplingSettings(**(self.defaults | said | given))
 
 
 def load(run: "Run", which: str | None = None) -> SampledModel:
@@ -105,9 +67,8 @@ def load(run: "Run", which: str | None = None) -> SampledModel:
         params = hf_folder.load_params(folder, passes, param_dtype=dtype, shardings=shardings)
         name = source
     _LOG.info("sampling from %s on %s", name, backend.description)
-    defaults, ends = defaults_of(folder)
     model = LanguageModel(pathlib.Path(folder), passes, params, tokenizer)
-    return SampledModel(name, model, backend, defaults, stop_tokens(tokenizer, ends))
+    return SampledModel.of(name, model, backend)
 
 
 def _trained(run: "Run", backend: backends.Sharded, passes: Any) -> tuple[Any, int]:
@@ -129,20 +90,3 @@ def _trained(run: "Run", backend: backends.Sharded, passes: Any) -> tuple[Any, i
     if passes.int8:
         params = int8.quantize_params(params, backend.parameter_shardings())
     return params, step
-
-
-def stop_tokens(tokenizer: ChatTokenizer, ends: tuple[int, ...]) -> tuple[int, ...]:
-    """The tokens that end a response: those of the model, and what the template closes a turn with.
-
-    A base model's own end of text is seldom what its chat template ends a turn with.
-    """
-    found = list(ends)
-    if tokenizer.tokenizer.eos_token_id is not None:
-        found.append(tokenizer.tokenizer.eos_token_id)
-    try:
-        question = Conversation(({"role": "user", "content": "Hello"},))
-        _, after = tokenizer.template.around_answer(question)
-    except UserError:  # a template that refuses so short a conversation, or rewrites answers
-        after = ""
-    found += [token for start, _, token in tokenizer.controls(after.lstrip())[:1] if start == 0]
-    return tuple(dict.fromkeys(found))

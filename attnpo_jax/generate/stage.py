@@ -11,21 +11,23 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from attnpo_jax import config as config_lib
 from attnpo_jax.data import prompts as prompts_lib
 from attnpo_jax.data.prompts import Prompt
 from attnpo_jax.data.sources import load_pairs
 from attnpo_jax.generate import benchmark_files, chat
 from attnpo_jax.generate import model as models
 from attnpo_jax.generate.api import engine_for
-from attnpo_jax.generate.model import SampledModel
-from attnpo_jax.generate.requests import Refused, requests_of
-from attnpo_jax.generate.samples import Samples
 from attnpo_jax.parallel import preemption, processes
 from attnpo_jax.runtime import atomic, schema
 from attnpo_jax.runtime.errors import Preempted, UsageError, UserError
 from attnpo_jax.runtime.printable import say
 from attnpo_jax.runtime.progress import CountProgress
-from attnpo_jax.sampling.engine import Engine, Request
+from attnpo_jax.sampling.engine import Engine
+from attnpo_jax.sampling.model import SampledModel
+from attnpo_jax.sampling.requests import Refused, requests_of
+from attnpo_jax.sampling.responses import Request
+from attnpo_jax.sampling.samples import Samples
 
 if TYPE_CHECKING:
     from attnpo_jax.run import Run
@@ -92,7 +94,7 @@ def generate(
         requests, length, too_long = requests_of(
             sampled,
             loaded,
-            sampled.settings(section),
+            sampled.settings(**config_lib.sampling(section)),
             samples=section.samples,
             max_length=section.max_length,
             long_prompts=section.long_prompts,
@@ -205,9 +207,14 @@ def _sample(
         CountProgress("generate", total, "responses", bar=bar) as progress,
         contextlib.closing(samples) if samples is not None else contextlib.nullcontext(),
     ):
+
+        def told() -> bool:
+            # Those that work together must leave off together.
+            return preemption.agreed(noticed()) if together else noticed()
+
         tokens, start = 0, time.monotonic()
         while engine.running or engine.waiting:
-            if preemption.agreed(noticed()) if together else noticed():
+            if told():
                 return failed, True
             finished = 0
             for update in engine.step():
@@ -224,7 +231,7 @@ def _sample(
             rate = tokens / max(time.monotonic() - start, 1e-9)
             under_way = f"{engine.running} running, {engine.waiting} waiting"
             progress.add(finished, f"{rate:.1f} tokens/s, {under_way}")
-    return failed, False
+        return failed, told()
 
 
 def _finish(

@@ -13,15 +13,19 @@ from typing import Any
 
 import numpy as np
 
+from attnpo_jax.data import long_text
 from attnpo_jax.data.align import close_gaps
 from attnpo_jax.data.chat_template import MARK, Conversation, find_content
 from attnpo_jax.data.control_tokens import Piece
+from attnpo_jax.data.long_text import Near
 from attnpo_jax.data.pair import SIDES, BadExample, Message, Pair, extra_fields
 from attnpo_jax.data.responses import response_text
 from attnpo_jax.data.tokenize import ChatTokenizer
 from attnpo_jax.runtime.errors import UserError
 
 SLOTS = ("question", "answer_a", "answer_b")
+# Tokens by which a text in a prompt may differ from the text alone.
+_SPARE = 64
 _SLOT_RE = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
@@ -163,8 +167,10 @@ class JudgePrompter:
         """
         question = conversation_text(pair.prompt, pair.tools)
         chosen, rejected = (response_text(self.tokenizer, pair, side) or " " for side in SIDES)
-        orders = self._both(question, chosen, rejected)
-        truncated = not self._fits(orders)
+        truncated = any(map(self._is_too_long, (question, chosen, rejected)))
+        if not truncated:
+            orders = self._both(question, chosen, rejected)
+            truncated = not self._fits(orders)
         if truncated:
             chosen, rejected = self._first_tokens(chosen), self._first_tokens(rejected)
             orders = self._shorten(pair, question, chosen, rejected)
@@ -185,6 +191,36 @@ class JudgePrompter:
             truncated=truncated,
         )
 
+    def requests(self, pair: Pair) -> list[Conversation]:
+        """What `build` asks the chat template first, as far as the pair alone tells."""
+        if pair.chosen_fields or pair.rejected_fields:
+            return []
+        question = conversation_text(pair.prompt, pair.tools)
+        answers = [getattr(pair, side).strip() or " " for side in SIDES]
+        if any(self._may_be_too_long(text) for text in (question, *answers)):
+            return []
+        return [self._ask(self._filled(question, a, b)[0]) for a, b in (answers, answers[::-1])]
+
+    def _filled(
+        self, question: str, answer_a: str, answer_b: str
+    ) -> tuple[str, dict[str, tuple[int, int]]]:
+        return self.template.fill(
+            {"question": question, "answer_a": answer_a, "answer_b": answer_b}
+        )
+
+    def _may_be_too_long(self, text: str) -> bool:
+        return long_text.is_long(len(text), self.max_length + _SPARE)
+
+    def _is_too_long(self, text: str) -> bool:
+        """Whether a text alone takes all of a prompt, as far as that is told without a prompt."""
+        if not self._may_be_too_long(text):
+            return False
+        ids, _ = self._encode_near(text, Near(0, 0, self.max_length + _SPARE))
+        return len(ids) > self.max_length + _SPARE
+
+    def _encode_near(self, text: str, near: Near) -> tuple[np.ndarray, np.ndarray]:
+        return self.tokenizer.encode_pieces([Piece(text, spelled=True)], near)
+
     def _fits(self, orders: Sequence[_Order]) -> bool:
         return max(len(order.ids) for order in orders) < self.max_length
 
@@ -192,9 +228,7 @@ class JudgePrompter:
         return self._order(question, chosen, rejected), self._order(question, rejected, chosen)
 
     def _order(self, question: str, answer_a: str, answer_b: str) -> _Order:
-        text, places = self.template.fill(
-            {"question": question, "answer_a": answer_a, "answer_b": answer_b}
-        )
+        text, places = self._filled(question, answer_a, answer_b)
         asked = self._ask(text)
         rendered = self.tokenizer.template.render(asked)
         shift, first, last = self._place(text, rendered)
@@ -243,9 +277,10 @@ class JudgePrompter:
         self, pair: Pair, question: str, chosen: str, rejected: str
     ) -> tuple[_Order, _Order]:
         """The orders with as many of the question's last tokens as fit."""
-        orders = self._both(question, chosen, rejected)
-        if self._fits(orders):
-            return orders
+        if not self._is_too_long(question):
+            orders = self._both(question, chosen, rejected)
+            if self._fits(orders):
+                return orders
         bare = self._both("", chosen, rejected)
         if not self._fits(bare):
             raise BadExample(
@@ -255,7 +290,9 @@ class JudgePrompter:
                 "or raise judge.max_length",
                 id=pair.id,
             )
-        _, offsets = self.tokenizer.encode_pieces([Piece(question, spelled=True)])
+        # Of a long question the last tokens, and more of them than there is room for.
+        near = Near(len(question), self.max_length + _SPARE, 0)
+        _, offsets = self._encode_near(question, near)
         keep = len(offsets)
         excess = keep - (self.max_length - 1 - max(len(order.ids) for order in bare))
         while True:
@@ -270,7 +307,8 @@ class JudgePrompter:
             excess = max(len(order.ids) for order in orders) - (self.max_length - 1)
 
     def _first_tokens(self, answer: str) -> str:
-        _, offsets = self.tokenizer.encode_pieces([Piece(answer, spelled=True)])
+        near = Near(0, 0, self.max_answer_length + _SPARE)
+        _, offsets = self._encode_near(answer, near)
         if len(offsets) <= self.max_answer_length:
             return answer
         return answer[: _boundary(offsets, self.max_answer_length)[0]]

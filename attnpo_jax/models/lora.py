@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from attnpo_jax.models import decoder
 from attnpo_jax.models.config import LORA_GROUPS, PROJECTIONS, LoraConfig, ModelConfig
+from attnpo_jax.runtime.errors import UserError
 
 _A, _B = "_lora_a", "_lora_b"
 
@@ -28,9 +29,17 @@ def adapted(model: ModelConfig, section: Any) -> ModelConfig:
     Args:
       section: the `lora` section of the config: `rank` (0 for none), `alpha`, and `targets`, a key
         of `LORA_GROUPS` or keys of `PROJECTIONS`.
+
+    Raises:
+      UserError: adapters of a higher rank than the model's width, which no product of theirs has.
     """
     if section.rank == 0:
         return model
+    if section.rank > model.hidden_size:
+        raise UserError(
+            f"config.lora.rank = {section.rank}: accepted: 0 to {model.hidden_size}, the width of "
+            "this model"
+        )
     targets = section.targets
     names = LORA_GROUPS.get(targets, (targets,)) if isinstance(targets, str) else targets
     ordered = tuple(ours for theirs, ours in PROJECTIONS.items() if theirs in names)

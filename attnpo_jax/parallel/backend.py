@@ -167,6 +167,11 @@ def one_device(model: ModelConfig) -> Backend:
     return Sharded(model, dict.fromkeys(placement.AXES, 1), jax.local_devices()[:1])
 
 
+def all_by_rows(model: ModelConfig) -> "Sharded":
+    """A mesh of all devices that each have the whole model, as `jax.pmap` has them."""
+    return Sharded(model, {"data": jax.device_count(), "fsdp": 1, "tensor": 1}, jax.devices())
+
+
 def _make(model: ModelConfig, backend: str, sizes: Mapping[str, int], devices) -> Backend:
     if backend == "pmap":
         if jax.process_count() > 1:

@@ -343,7 +343,7 @@ def _read_metadata(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
         metadata = manager.restore(step, args=args)["metadata"]
         schema.check(metadata, _METADATA)
     except RecursionError:
-        raise schema.SchemaError("metadata: brackets are nested too deeply") from None
+        raise schema.SchemaError("has brackets nested too deeply", "metadata") from None
     return metadata
 
 

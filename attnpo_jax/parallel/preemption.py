@@ -3,7 +3,8 @@
 Training saves a checkpoint, preparing leaves the shard under way, and both end with `Preempted`,
 which the command line turns into exit code 75 (`EX_TEMPFAIL` of sysexits.h: try again later), or
 130 after Ctrl-C; started again, the same command continues. A process that SIGTERM killed before it
-could do so has 143 instead.
+could do so has 143 instead. One with nothing to save yet, as while it compiles its first step, ends
+within seconds; see `runtime.interrupts`.
 
 Of several processes, JAX's coordination service takes SIGTERM over: it tells all of them of any
 one's notice. Ctrl-C is handed to it as SIGTERM.
@@ -85,6 +86,7 @@ def watch() -> Iterator[Callable[[], bool]]:
 
 def take_interrupts() -> None:
     """Has Ctrl-C do what SIGTERM does to this process of several, from here on."""
+    interrupts.leave_to_others()
 
     def hand_over(number: int, _: Any) -> None:
         interrupts.note()

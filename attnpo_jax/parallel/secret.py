@@ -98,7 +98,15 @@ def meet(client: Any, process: int, count: int, secret: bytes) -> Key:
 
 
 def _tell_all(client: Any, what: str, process: int, count: int, text: str) -> list[str]:
-    client.key_value_set(f"{_FOLDER}{what}/{process}", text)
+    try:
+        client.key_value_set(f"{_FOLDER}{what}/{process}", text)
+    except jax.errors.JaxRuntimeError as error:
+        if not str(error).startswith("ALREADY_EXISTS"):
+            raise
+        raise SecretError(
+            f"somebody else has spoken for process {process} of {count}: two processes have that "
+            "number, or one that is not of this run has reached the coordinator's port"
+        ) from error
     told = []
     for k in range(count):
         try:

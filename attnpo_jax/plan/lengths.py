@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attnpo_jax.data.batching import PairBatch, RowShape, fill_rows, round_up
+from attnpo_jax.data.batching import PairBatch, RowShape, fill_rows
+from attnpo_jax.data.packing import round_up
 from attnpo_jax.plan.topologies import PlanError
 
 # Tokens of the default judge prompt without its slots, chat template included: about as many in

@@ -1,16 +1,18 @@
 """The forms that a pair is computed on: as it is trained on, and as the judge reads it."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from ml_collections import config_dict
 
 from attnpo_jax.config.rules import as_tuple
+from attnpo_jax.data.chat_template import Conversation
 from attnpo_jax.data.pair import SIDES, BadExample, Pair
 from attnpo_jax.data.precomputed_weights import WeightReader
 from attnpo_jax.data.rendered import RenderedTexts
-from attnpo_jax.data.tokenize import ChatTokenizer, TokenizedPair, load_backend, tokenize_pair
+from attnpo_jax.data.tokenize import ChatTokenizer, TokenizedPair, tokenize_pair
+from attnpo_jax.data.tokenizer_files import load_backend
 from attnpo_jax.data.vocabulary import check_ids
 from attnpo_jax.judge.prompt import JudgePrompt, JudgePrompter, JudgeTemplate
 
@@ -38,6 +40,10 @@ class PairForms:
         if self.prompt is not None:
             positions["judge"] = max(map(len, self.prompt.ids))
         return positions
+
+
+# Pairs, and characters of them, that the chat template is given at once.
+_AT_ONCE, _CHARACTERS = 64, 1 << 22
 
 
 class PairTokenizer:
@@ -120,15 +126,31 @@ class PairTokenizer:
           UserError: a token is beyond the model's vocabulary.
         """
         forms, bad_examples = [], []
-        for pair in pairs:
-            try:
-                forms.append(self.forms(pair))
-            except BadExample as error:
-                bad = BadExample.of(pair, error.reason)
-                if not self._skip:
-                    raise bad from error
-                bad_examples.append(bad)
+        ahead = _some(pairs)
+        following = self._announced(ahead)
+        while some := following:
+            following = self._announced(ahead)
+            for pair in some:
+                try:
+                    forms.append(self.forms(pair))
+                except BadExample as error:
+                    bad = BadExample.of(pair, error.reason)
+                    if not self._skip:
+                        raise bad from error
+                    bad_examples.append(bad)
         return forms, bad_examples
+
+    def _announced(self, ahead: Iterator[list[Pair]]) -> list[Pair]:
+        """The next pairs, for which the chat template begins with what will be asked of it."""
+        pairs = next(ahead, [])
+        conversations: list[Conversation] = []
+        for pair in pairs:
+            asked = Conversation(pair.prompt, pair.tools, generation_prompt=True)
+            conversations += [asked, *(asked.and_answer(pair.response(side)) for side in SIDES)]
+            if self._prompter is not None:
+                conversations += self._prompter.requests(pair)
+        self._tokenizer.template.announce(conversations)
+        return pairs
 
     def forms(self, pair: Pair) -> PairForms:
         """One pair's forms; raises as a call does."""
@@ -160,3 +182,17 @@ class PairTokenizer:
         origin = "" if pair.origin is None else "{}, example {}, ".format(*pair.origin)
         where = f"{origin}pair {pair.id}"
         check_ids(self._tokenizer, self._vocab_size, sequences, where)
+
+
+def _some(pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
+    """The pairs, few enough at a time."""
+    some, characters = [], 0
+    for pair in pairs:
+        some.append(pair)
+        characters += len(pair.chosen) + len(pair.rejected)
+        characters += sum(len(message["content"]) for message in pair.prompt)
+        if len(some) == _AT_ONCE or characters > _CHARACTERS:
+            yield some
+            some, characters = [], 0
+    if some:
+        yield some

@@ -6,7 +6,7 @@ Rows are written shard by shard. An interruption at any moment loses the shard u
 import dataclasses
 import logging
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -75,24 +75,40 @@ def _prepare(run: "Run", keep_params: bool, console: Console) -> None:
     # The data come first: a mistake in them shall not wait for a model to be downloaded.
     loaded = {split: _load_pairs(run, split) for split in run.splits}
     # All splits are checked before any of them is computed.
-    todo = [_Split.check(run, split, loaded[split]) for split in run.splits]
-    # The first process has finished a dataset, so what it sees of one counts for all.
-    statuses = schema.Listed(schema.Choice(prepared.STATUSES))
-    seen = processes.exchange([split.status for split in todo], statuses)[0]
-    todo = [
-        dataclasses.replace(split, status=status) for split, status in zip(todo, seen, strict=True)
-    ]
-    look_ahead(run, {split.name: split.pairs for split in todo if split.status != "complete"})
-    passes: _Passes | None = None
+    todo = _todo(run, loaded)
+    if any(split.status != "complete" for split in todo):
+        with run.preparing():
+            # Another workdir's run may have finished what both share.
+            todo = _todo(run, loaded)
+            _fill_all(run, todo, keep_params)
     for split in todo:
-        if split.status != "complete":
-            passes = passes or _Passes.load(run, keep_params)
-            _fill(run, passes, split)
-        elif processes.is_first():
+        if split.status == "complete" and processes.is_first():
             say(console, f"{split.path}: complete, used as it is")
         processes.wait_until_seen(split.path / prepared.METADATA)
         if processes.is_first():
             console.print(summary(split.name, prepared.Prepared.open(split.path)))
+
+
+def _todo(run: "Run", loaded: Mapping[str, LoadedPairs]) -> list["_Split"]:
+    """All splits, and what is there of them."""
+    todo = [_Split.check(run, split, pairs) for split, pairs in loaded.items()]
+    # The first process has finished a dataset, so what it sees of one counts for all.
+    statuses = schema.Listed(schema.Choice(prepared.STATUSES))
+    seen = processes.exchange([split.status for split in todo], statuses)[0]
+    return [
+        dataclasses.replace(split, status=status) for split, status in zip(todo, seen, strict=True)
+    ]
+
+
+def _fill_all(run: "Run", todo: Sequence["_Split"], keep_params: bool) -> None:
+    """Computes what is not complete."""
+    missing = [split for split in todo if split.status != "complete"]
+    if not missing:
+        return
+    look_ahead(run, {split.name: split.pairs for split in missing})
+    passes = _Passes.load(run, keep_params)
+    for split in missing:
+        _fill(run, passes, split)
 
 
 def _load_pairs(run: "Run", split: str) -> LoadedPairs:

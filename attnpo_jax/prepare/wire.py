@@ -24,16 +24,16 @@ class _Array:
     dtype: str
     ndim: int
 
-    def check(self, value: Any, at: str) -> None:
+    def check(self, value: Any) -> None:
         shape = Row((Whole(),) * self.ndim)
         table = {"dtype": Choice((self.dtype,)), "shape": shape, "bytes": Text()}
-        Table(table).check(value, at)
+        Table(table).check(value)
         try:
             size = len(base64.b64decode(value["bytes"], validate=True))
         except (binascii.Error, ValueError):
-            raise schema.SchemaError(f"{at}.bytes is no base64") from None
+            raise schema.SchemaError("is no base64", "bytes") from None
         if size != 4 * math.prod(value["shape"]):
-            raise schema.SchemaError(f"{at} has {size} bytes for the shape {value['shape']}")
+            raise schema.SchemaError(f"has {size} bytes for the shape {value['shape']}")
 
 
 _IDS, _SPANS = _Array("int32", 1), _Array("int32", 2)

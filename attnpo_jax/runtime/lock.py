@@ -199,7 +199,9 @@ class Lock:
                 )
             waited = time.monotonic() - watched_since
             if lives is False or waited >= EXPIRY_SECONDS:
-                _LOG.warning("%s: taken over from %s, which is gone", self.folder, found)
+                # Of a process that is known to be gone, it is no news that its lock has stayed.
+                level = logging.INFO if lives is False else logging.WARNING
+                _LOG.log(level, "%s: taken over from %s, which is gone", self.folder, found)
                 self._remove(found)
             else:
                 if not told and waited > _POLL_SECONDS:

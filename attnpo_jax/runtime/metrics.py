@@ -8,6 +8,7 @@ two keys, `line` and `check`, damage is known (see `metric_lines`): what is no l
 """
 
 import contextlib
+import html
 import logging
 import os
 import pathlib
@@ -84,6 +85,12 @@ class MetricsWriter:
         """Adds a line; `values` are Python numbers."""
         for writer in self._writers:
             writer.write(step, values)
+
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Shows texts by name where there is a place for them; `metrics.jsonl` has none."""
+        for writer in self._writers:
+            if isinstance(writer, _TensorBoard | _Wandb):
+                writer.write_texts(step, texts)
 
     def flush(self) -> None:
         """Brings all lines to the disk, where they survive the machine."""
@@ -191,6 +198,11 @@ def _tell_missing(
             )
 
 
+def _as_code(text: str) -> str:
+    """The text as a block of Markdown that shows it as it is."""
+    return "\n".join(f"    {line}" for line in text.split("\n"))
+
+
 class _TensorBoard:
     def __init__(self, folder: pathlib.Path, start_step: int):
         import tensorboardX
@@ -201,6 +213,10 @@ class _TensorBoard:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
+
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        for name, text in texts.items():
+            self._writer.add_text(name, _as_code(text), step)
 
     def flush(self) -> None:
         self._writer.flush()
@@ -234,6 +250,14 @@ class _Wandb:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         # Steps that W&B has seen before the interruption are dropped there, not doubled.
         self._run.log(dict(values), step=step)
+
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        import wandb
+
+        shown = {
+            name: wandb.Html(f"<pre>{html.escape(text)}</pre>") for name, text in texts.items()
+        }
+        self._run.log(shown, step=step)
 
     def flush(self) -> None:
         pass  # sends on its own

@@ -30,3 +30,15 @@ def searched(path: str | os.PathLike) -> str:
     close = difflib.get_close_matches(missing.name.lower(), by_lower, n=1, cutoff=0.5)
     found = f"the closest name there is {by_lower[close[0]]!r}" if close else "nothing alike there"
     return f"searched {folder} for {missing.name!r}: {found}"
+
+
+def leaves(file: pathlib.Path, folder: str | os.PathLike) -> pathlib.Path | None:
+    """Where a file of a folder really is, if links lead out of the folder; None if they do not.
+
+    A snapshot in the hub's cache is links to the blobs beside it: these do not count.
+    """
+    root, target = pathlib.Path(folder).resolve(), file.resolve()
+    allowed = [root]
+    if root.parent.name == "snapshots":
+        allowed.append(root.parent.parent / "blobs")
+    return None if any(target.is_relative_to(place) for place in allowed) else target

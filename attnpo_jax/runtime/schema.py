@@ -20,27 +20,49 @@ _SHOWN = 60  # characters of a value in a message
 
 
 class SchemaError(ValueError):
-    """A value is not what it must be; the message says where in it, and what would be accepted."""
+    """A value is not what it must be; the message says where in it, and what would be accepted.
+
+    Attributes:
+      what: what is wrong, as what follows the name of a value.
+      where: that name, from the value that was checked.
+    """
+
+    def __init__(self, what: str, where: str = ""):
+        super().__init__(f"{where or 'it'} {what}")
+        self.what, self.where = what, where
+
+    def inside(self, outer: str) -> "SchemaError":
+        """The same, seen from the value that holds the one which was checked."""
+        inner = self.where
+        return SchemaError(
+            self.what, f"{outer}.{inner}" if inner and inner[0] != "[" else f"{outer}{inner}"
+        )
 
 
 class Form(Protocol):
     """What a value must look like."""
 
-    def check(self, value: Any, at: str) -> None:
-        """Raises `SchemaError`; `at` names the value."""
+    def check(self, value: Any) -> None:
+        """Raises `SchemaError`."""
 
 
-def check(value: Any, form: Form, at: str = "") -> None:
+def check(value: Any, form: Form, where: str = "") -> None:
     """Checks a value as JSON readers return it.
+
+    Args:
+      where: names the value in the message.
 
     Raises:
       SchemaError: it has another form.
     """
-    form.check(value, at)
+    try:
+        form.check(value)
+    except SchemaError as error:
+        raise (error.inside(where) if where else error) from None
 
 
-def _refuse(at: str, found: str, accepted: str) -> SchemaError:
-    return SchemaError(f"{at or 'it'} is {found}; accepted: {accepted}")
+def _refuse(value: Any, accepted: str) -> SchemaError:
+    return SchemaError(f"is {_shown(value)}; accepted: {accepted}")
 
 
 def _shown(value: Any) -> str:
@@ -59,30 +81,30 @@ class Whole:
     least: int = 0
     most: int = MOST
 
-    def check(self, value: Any, at: str) -> None:
+    def check(self, value: Any) -> None:
         whole = isinstance(value, int) and not isinstance(value, bool)
         if not whole or not self.least <= value <= self.most:
             most = "2^53" if self.most == MOST else self.most
-            raise _refuse(at, _shown(value), f"a whole number from {self.least} to {most}")
+            raise _refuse(value, f"a whole number from {self.least} to {most}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Number:
     """A finite number."""
 
-    def check(self, value: Any, at: str) -> None:
+    def check(self, value: Any) -> None:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not number or not math.isfinite(value):
-            raise _refuse(at, _shown(value), "a number")
+            raise _refuse(value, "a number")
 
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
     """true or false."""
 
-    def check(self, value: Any, at: str) -> None:
+    def check(self, value: Any) -> None:
         if not isinstance(value, bool):
-            raise _refuse(at, _shown(value), "true or false")
+            raise _refuse(value, "true or false")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,12 +114,12 @@ class Text:
     pattern: str | None = None
     accepted: str = "a text"
 
-    def check(self, value: Any, at: str) -> None:
+    def check(self, value: Any) -> None:
         fits = self.pattern is None or (
             isinstance(value, str) and re.fullmatch(self.pattern, value) is not None
         )
         if not isinstance(value, str) or not fits:
-            raise _refuse(at, _shown(value), self.accepted)
+            raise _refuse(value, self.accepted)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,9 +128,9 @@ class Choice:
 
     values: tuple[Any, ...]
 
-    def check(self, value: Any, at: str) -> None:
+    def check(self, value: Any) -> None:
         if not any(type(value) is type(one) and value == one for one in self.values):
-            raise _refuse(at, _shown(value), ", ".join(map(repr, self.values)))
+            raise _refuse(value, ", ".join(map(repr, self.values)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,16 +139,16 @@ class Maybe:
 
     form: Form
 
-    def check(self, value: Any, at: str) -> None:
+    def check(self, value: Any) -> None:
         if value is not None:
-            self.form.check(value, at)
+            self.form.check(value)
 
 
 @dataclasses.dataclass(frozen=True)
 class Anything:
     """Any value."""
 
-    def check(self, value: Any, at: str) -> None:
+    def check(self, value: Any) -> None:
         pass
 
 
@@ -136,15 +158,14 @@ class Listed:
 
     of: Form
 
-    def check(self, value: Any, at: str) -> None:
+    def check(self, value: Any) -> None:
         if not isinstance(value, list):
-            raise _refuse(at, _shown(value), "a list")
+            raise _refuse(value, "a list")
         for i, one in enumerate(value):
             try:
-                self.of.check(one, at)
-            except SchemaError:
-                # Names cost as much as the checks: lists may have a million values.
-                self.of.check(one, f"{at}[{i}]")
+                self.of.check(one)
+            except SchemaError as error:
+                raise error.inside(f"[{i}]") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,11 +174,14 @@ class Row:
 
     forms: tuple[Form, ...]
 
-    def check(self, value: Any, at: str) -> None:
+    def check(self, value: Any) -> None:
         if not isinstance(value, list) or len(value) != len(self.forms):
-            raise _refuse(at, _shown(value), f"a list of {len(self.forms)}")
+            raise _refuse(value, f"a list of {len(self.forms)}")
         for i, (one, form) in enumerate(zip(value, self.forms, strict=True)):
-            form.check(one, f"{at}[{i}]")
+            try:
+                form.check(one)
+            except SchemaError as error:
+                raise error.inside(f"[{i}]") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,11 +190,11 @@ class Mapped:
 
     of: Form
 
-    def check(self, value: Any, at: str) -> None:
+    def check(self, value: Any) -> None:
         if not isinstance(value, dict):
-            raise _refuse(at, _shown(value), "an object")
+            raise _refuse(value, "an object")
         for key, one in value.items():
-            self.of.check(one, _inside(at, key))
+            check(one, self.of, _name(key))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,21 +205,20 @@ class Table:
     optional: Mapping[str, Form] = dataclasses.field(default_factory=dict)
     open: bool = False
 
-    def check(self, value: Any, at: str) -> None:
+    def check(self, value: Any) -> None:
         if not isinstance(value, dict):
-            raise _refuse(at, _shown(value), "an object")
+            raise _refuse(value, "an object")
         missing = [key for key in self.forms if key not in value]
         if missing:
-            raise SchemaError(f"{at or 'it'} lacks {', '.join(missing)}")
+            raise SchemaError(f"lacks {', '.join(missing)}")
         for key, one in value.items():
             form = self.forms.get(key) or self.optional.get(key)
             if form is not None:
-                form.check(one, _inside(at, key))
+                check(one, form, _name(key))
             elif not self.open:
                 known = ", ".join([*self.forms, *self.optional])
-                raise SchemaError(f"{_inside(at, key)} is not known; accepted: {known}")
+                raise SchemaError(f"is not known; accepted: {known}", _name(key))
 
 
-def _inside(at: str, key: str) -> str:
-    plain = key if re.fullmatch(r"[\w-]{1,60}", key) else _shown(key)
-    return f"{at}.{plain}" if at else plain
+def _name(key: str) -> str:
+    return key if re.fullmatch(r"[\w-]{1,60}", key) else _shown(key)

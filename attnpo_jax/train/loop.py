@@ -4,6 +4,7 @@ A step's metrics are read while the next step runs, so that the device never wai
 Before a hook runs, all metrics up to its step are written.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ import jax
 from attnpo_jax.data.batching import EvalBatches, PairBatch, TrainBatches
 from attnpo_jax.parallel.checkpoint import Checkpoints
 from attnpo_jax.parallel.state import TrainState
+from attnpo_jax.runtime import interrupts
 from attnpo_jax.runtime.metrics import MetricsWriter
 from attnpo_jax.train.progress import Throughput, TrainProgress
 
@@ -74,23 +76,27 @@ class TrainLoop:
             hook.begin(self)
         unreported: tuple[int, Any] | None = None
         self.speed.restart()
-        for host_batch in read_ahead(batches, self.step):
-            batch = put_batch(host_batch)
-            with jax.transfer_guard("disallow"):
-                self.state, of_step = train_step(self.state, batch)
-            if unreported is not None:
-                report(self, *unreported)
-            self.step += 1
-            unreported = self.step, of_step
-            checkpoints.check()
-            self.stops = told_to_stop()
-            for hook in hooks:
-                if hook.is_due(self):
-                    if unreported is not None:
-                        report(self, *unreported)
-                        unreported = None
-                    hook(self)
-        checkpoints.wait()
+        first = self.step
+        with contextlib.ExitStack() as lasting:
+            for host_batch in read_ahead(batches, self.step):
+                batch = put_batch(host_batch)
+                with jax.transfer_guard("disallow"):
+                    self.state, of_step = train_step(self.state, batch)
+                if self.step == first:  # before it, a signal may end the process as it is
+                    lasting.enter_context(interrupts.work_to_save())
+                if unreported is not None:
+                    report(self, *unreported)
+                self.step += 1
+                unreported = self.step, of_step
+                checkpoints.check()
+                self.stops = told_to_stop()
+                for hook in hooks:
+                    if hook.is_due(self):
+                        if unreported is not None:
+                            report(self, *unreported)
+                            unreported = None
+                        hook(self)
+            checkpoints.wait()
 
 
 def read_ahead(batches: TrainBatches | EvalBatches, start: int = 0) -> Iterator[PairBatch]:

@@ -30,6 +30,7 @@ from attnpo_jax.runtime.metrics import read as read_metrics
 from attnpo_jax.train import hooks, optim
 from attnpo_jax.train.loop import TrainLoop
 from attnpo_jax.train.progress import TrainProgress
+from attnpo_jax.train.samples import sampling_hooks
 from attnpo_jax.train.step import StepSettings, make_eval_step, make_train_step
 from attnpo_jax.train.summary import summary
 
@@ -96,6 +97,7 @@ def _train(run: "Run") -> None:
     compiled = compile_step(config, settings, backend, len(batches))
     eval_step = backend.eval_step(make_eval_step(settings, backend.axis_name))
     first = processes.is_first()
+    samples = sampling_hooks(run, backend)
 
     with Checkpoints(
         checkpoint_folder,
@@ -145,7 +147,7 @@ def _train(run: "Run") -> None:
                 backend.put_batch,
                 notice.after_step,
                 hooks.Report(data["train"], every=config.train.log_every, beta=settings.beta),
-                [evaluates, saves, hooks.Stop(checkpoints)],  # in this order
+                [evaluates, *samples, saves, hooks.Stop(checkpoints)],  # in this order
                 checkpoints,
             )
 

@@ -9,6 +9,7 @@ import pytest
 from attnpo_jax.data.batching import EvalBatches, Example, RowShape, TrainBatches, fill_rows
 from attnpo_jax.data.packing import choose_buckets, pack, plan_batches
 from attnpo_jax.data.prepared import Prepared, PreparedWriter
+from attnpo_jax.runtime.errors import UserError
 
 NUM_SOURCES = 2
 
@@ -350,6 +351,21 @@ def test_number_of_steps(dataset):
     few = batches_of(dataset, batch_size=16, microbatch_size=4, steps=2)
     assert few.steps_per_epoch == 1
     assert [sorted(pairs_of(few[i])) for i in (0, 1)] == [list(range(NUM_PAIRS))] * 2
+
+
+def test_a_batch_has_no_more_microbatches_than_pairs(dataset):
+    batch = batches_of(dataset, batch_size=1_000_000, microbatch_size=1, epochs=1)[0]
+    assert batch.tokens_BL.shape[:2] == (NUM_PAIRS, 1)
+    assert pairs_of(batch) == list(range(NUM_PAIRS))
+
+
+def test_a_run_that_no_plan_could_hold_is_refused(dataset):
+    message = (
+        r"9,999,999 steps over 11 pairs are 109,999,989 visits of a pair in 9,999,999 epochs; "
+        r"accepted: 100,000,000 visits and 100,000 epochs \(train.epochs, or train.steps times "
+    )
+    with pytest.raises(UserError, match=message):
+        batches_of(dataset, batch_size=32, microbatch_size=32, steps=9_999_999)
 
 
 def test_evaluation_visits_each_pair_once_short_ones_first(dataset):

@@ -58,12 +58,14 @@ def assert_same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def test_exports_the_newest_checkpoint_with_the_companions_of_the_source(tmp_path):
+def test_exports_the_newest_checkpoint_with_the_companions_of_the_source(tmp_path, capsys):
     config = make_config(write_model(tmp_path))
-    save_checkpoint(tmp_path / "run", config, 3)
-    newest = save_checkpoint(tmp_path / "run", config, 12)
-    folder = export(Run.resolve(config, tmp_path / "run"))
-    assert folder == tmp_path / "run" / "export"
+    workdir = tmp_path / "w[/red]x"  # no markup, where it is printed
+    save_checkpoint(workdir, config, 3)
+    newest = save_checkpoint(workdir, config, 12)
+    folder = export(Run.resolve(config, workdir))
+    assert folder == workdir / "export"
+    assert f"{folder}: the model of step 12" in capsys.readouterr().out
     assert_same(exported_params(folder), newest)
     assert json.loads((folder / "tokenizer_config.json").read_text()) == {"chat_template": "hello"}
 
@@ -134,6 +136,18 @@ def test_what_is_exported_already_is_not_written_again(tmp_path):
     weights.unlink()
     export(Run.resolve(config, tmp_path / "run"))
     assert weights.is_file()
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"[" * 100_000, b"[]", b'{"files": {"a": -1}}'])
+def test_an_export_with_a_damaged_note_of_what_it_is_is_written_again(tmp_path, caplog, content):
+    config = make_config(write_model(tmp_path))
+    save_checkpoint(tmp_path / "run", config, 1)
+    note = export(Run.resolve(config, tmp_path / "run")) / "attnpo_export.json"
+    before = note.read_bytes()
+    note.write_bytes(content)
+    export(Run.resolve(config, tmp_path / "run"))
+    assert note.read_bytes() == before
+    assert f"{note}: damaged" in caplog.text and "it is exported again" in caplog.text
 
 
 def test_checkpoints_elsewhere(tmp_path):

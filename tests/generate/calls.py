@@ -5,6 +5,9 @@ import http.client
 import json
 import time
 
+from attnpo_jax import config as config_lib
+from attnpo_jax.generate.server.protocol import Served
+
 LENGTH = 160
 QUESTION = [{"role": "user", "content": "Where is the key?"}]
 CHAT = {"model": "model", "messages": QUESTION, "max_tokens": 12, "seed": 3}
@@ -31,3 +34,8 @@ def post(*arguments):
     """Status and JSON of a call by hand."""
     with calling(*arguments) as response:
         return response.status, json.loads(response.read())
+
+
+def served_as(sampled, run):
+    """What the parser of calls is told of a model that is served."""
+    return Served("model", sampled, config_lib.sampling(run.config.generate), LENGTH, 8)

@@ -16,9 +16,9 @@ import pytest
 from attnpo_jax import cli
 from attnpo_jax.generate import server
 from attnpo_jax.generate.server import app as app_lib
-from attnpo_jax.generate.server import protocol, stage
+from attnpo_jax.generate.server import stage
 from attnpo_jax.runtime.errors import UserError
-from tests.generate.calls import CHAT, LENGTH, calling, wait_until
+from tests.generate.calls import CHAT, LENGTH, calling, served_as, wait_until
 
 
 def slow_down(served, monkeypatch):
@@ -50,7 +50,7 @@ def status_of(app, path, **headers):
 
 
 def app_of(served, served_run, sampled, **options):
-    what = protocol.Served("model", sampled, served_run.config.generate, LENGTH, 8)
+    what = served_as(sampled, served_run)
     options = {"max_body_bytes": 1000, "api_key": None, "hosts": None} | options
     return app_lib.make_app(what, served._engine, served._worker, **options)
 

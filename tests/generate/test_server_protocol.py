@@ -17,12 +17,12 @@ from attnpo_jax.generate.server.answers import TokenTexts
 from attnpo_jax.generate.server.errors import ApiError
 from attnpo_jax.sampling import SamplingSettings
 from tests import tiny
-from tests.generate.calls import CHAT, LENGTH, QUESTION
+from tests.generate.calls import CHAT, LENGTH, QUESTION, served_as
 
 
 @pytest.fixture(scope="module")
 def served(served_run, sampled):
-    return protocol.Served("model", sampled, served_run.config.generate, LENGTH, 8)
+    return served_as(sampled, served_run)
 
 
 def refused(body, served, is_chat):

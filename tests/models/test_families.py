@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from attnpo_jax import losses, weighting
 from attnpo_jax.data.batching import Example, RowShape, fill_rows
 from attnpo_jax.judge import judge
-from attnpo_jax.models import decoder, lm_head
+from attnpo_jax.models import decode, decoder, kv_cache, lm_head
 from attnpo_jax.models.io import hf_folder, hf_save
 from attnpo_jax.train.step import StepSettings, pair_losses
 
@@ -366,3 +366,51 @@ def test_parameters_have_logical_axes_and_neutral_norms(models, name):
     assert len(norms) >= 3
     for key, value in norms.items():
         np.testing.assert_array_equal(value, neutral, err_msg=key)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_decoding_equals_transformers(models, name):
+    """Past a window's end and a ring's, whose blocks hold four positions."""
+    model, new = models(name), 24
+    rng = np.random.default_rng(4)
+    prompts = [rng.integers(3, V, n).astype(np.int32) for n in (1, 6, 17)]
+    shape = decode.CacheShape.of(model.config, len(prompts), 48, jnp.float32, block=4)
+    length_B = np.array([len(prompt) - 1 for prompt in prompts], np.int32)
+    tokens_BL = np.zeros((len(prompts), 20), np.int32)
+    for row, prompt in zip(tokens_BL, prompts, strict=True):
+        row[: len(prompt) - 1] = prompt[:-1]
+
+    @jax.jit
+    def decoded(params, token_B):
+        cache = decode.prefill(
+            model.config, params, kv_cache.empty(shape), shape, tokens_BL, length_B, np.arange(3)
+        )
+
+        def one(carry, _):
+            token_B, length_B, cache = carry
+            logits_BV, cache = decode.step(model.config, params, cache, shape, token_B, length_B)
+            token_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+            return (token_B, length_B + 1, cache), (token_B, jax.lax.top_k(logits_BV, 2)[0])
+
+        carry = token_B, jnp.asarray(length_B), cache
+        return jax.lax.scan(one, carry, None, length=new)[1]
+
+    found_nB, best_nB2 = jax.tree.map(
+        np.asarray, decoded(model.params, np.array([prompt[-1] for prompt in prompts]))
+    )
+    for b, prompt in enumerate(prompts):
+        with torch.no_grad():
+            theirs = model.theirs.generate(
+                torch.tensor(prompt[None].astype(np.int64)),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                do_sample=False,
+                max_new_tokens=new,
+                min_new_tokens=new,
+                eos_token_id=None,
+                pad_token_id=0,
+            )[0, len(prompt) :].tolist()
+        for k, (ours, their) in enumerate(zip(found_nB[:, b].tolist(), theirs, strict=True)):
+            if ours != their:
+                # What follows a tie has another past.
+                assert best_nB2[k, b, 0] - best_nB2[k, b, 1] < 1e-3, (k, b)
+                break

@@ -8,6 +8,7 @@ import pytest
 from attnpo_jax import config as config_lib
 from attnpo_jax.models import decoder, lora
 from attnpo_jax.models.config import LoraConfig, ModelConfig
+from attnpo_jax.runtime.errors import UserError
 
 BASE = ModelConfig(
     vocab_size=23, hidden_size=10, intermediate_size=14, num_layers=3, num_heads=3,
@@ -67,6 +68,12 @@ def test_a_config_names_projections_as_hugging_face_does(targets, names):
 
 def test_rank_0_is_the_model_itself():
     assert lora.adapted(BASE, section(rank=0)) is BASE
+
+
+def test_a_rank_above_the_width_is_refused():
+    assert lora.adapted(BASE, section(rank=BASE.hidden_size)).lora.rank == BASE.hidden_size
+    with pytest.raises(UserError, match=f"lora.rank = 1000000: accepted: 0 to {BASE.hidden_size},"):
+        lora.adapted(BASE, section(rank=1000000))
 
 
 def test_shapes_axes_and_dtype_of_the_factors():

@@ -157,11 +157,19 @@ def damage(folder, kind):
     elif kind == "one bit":
         content[len(content) // 2] ^= 1
         largest.write_bytes(content)
-    elif kind == "metadata":
-        (folder / "metadata" / "metadata").write_text("{")
+    else:
+        (folder / "metadata" / "metadata").write_bytes(kind)
 
 
-@pytest.mark.parametrize("kind", ["truncated", "gone", "one bit", "metadata"])
+# Of the metadata: not JSON, not UTF-8, too deep, no object, keys missing, and odd values.
+METADATA = (
+    b"{", b'{"sums": "\xff"}', b"[" * 100_000, b"[]", b"{}",
+    b'{"identity": {}, "tree": [], "sums": {}}',
+    b'{"identity": {}, "tree": {}, "sums": {"params.x": 1e30}}',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["truncated", "gone", "one bit", *METADATA])
 def test_damaged_newest_is_skipped_with_a_warning(tmp_path, kind):
     states = save_steps(tmp_path, number=3)
     damage(tmp_path / "3", kind)

@@ -26,7 +26,8 @@ class Store:
 
     def key_value_set(self, key, value):
         with self._changed:
-            assert key not in self._values
+            if key in self._values:
+                raise jax.errors.JaxRuntimeError(f"ALREADY_EXISTS: {key}")
             self._values[key] = value
             self._changed.notify_all()
 
@@ -74,6 +75,13 @@ def test_who_does_not_answer_is_no_process_of_the_run(monkeypatch):
     monkeypatch.setattr(secret, "ANSWER_SECONDS", 0.01)
     with pytest.raises(secret.SecretError, match="process 1 of 2 does not say within 0.01 seconds"):
         secret.meet(Store(), 0, 2, b"")
+
+
+def test_who_speaks_for_another_process_is_told_of():
+    store = Store()
+    store.key_value_set("attnpo_jax/secret/lot/0", "0")
+    with pytest.raises(secret.SecretError, match="somebody else has spoken for process 0 of 2"):
+        secret.meet(store, 0, 2, b"")
 
 
 def test_the_secret_leaves_the_environment_and_must_be_one():

@@ -452,6 +452,22 @@ def test_bad_rows_are_skipped_counted_and_written_down(inputs, tmp_path):
     assert "rejected" in records[0]["reason"]
 
 
+def test_other_data_are_refused_before_anything_is_written(inputs, tmp_path):
+    """To a dataset that was begun, of which the list of bad rows is a part."""
+    changes = {"data__on_bad_row": "skip", "data__eval": ""}
+    for name, rows in (("bad", BAD_ROWS), ("worse", [{"prompt": "?"}, *BAD_ROWS])):
+        tiny.write_lines(tmp_path / f"{name}.jsonl", rows)
+    workdir = tmp_path / "work"
+    run(tiny.small_config(inputs, data__train=str(tmp_path / "bad.jsonl"), **changes), workdir)
+    (workdir / "prepared" / "train" / "prepared.json").unlink()
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    with pytest.raises(PreparedMismatch, match="data.train"):
+        run(
+            tiny.small_config(inputs, data__train=str(tmp_path / "worse.jsonl"), **changes), workdir
+        )
+    assert before == {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+
+
 def test_rows_that_the_chat_template_can_not_write_are_bad_rows(inputs, tmp_path):
     calls = [{"function": {"name": "tide", "arguments": {}}}]
     called = {"role": "assistant", "content": "Hm.", "tool_calls": calls}

@@ -229,14 +229,20 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
 
     with metrics.MetricsWriter(tmp_path, 0, log=log(tensorboard=True)) as writer:
         writer.write(5, {"loss": 0.25})
+        writer.write_texts(6, {"samples/a": "# no *Markdown*\nsecond"})
     (events,) = (tmp_path / "tensorboard").iterdir()
     data, found = events.read_bytes(), []
     while data:  # records: length (8 bytes), its checksum (4), content, its checksum (4)
         length = int.from_bytes(data[:8], "little")
         event = Event.FromString(data[12 : 12 + length])
-        found += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
+        for value in event.summary.value:
+            text = b"".join(value.tensor.string_val).decode()
+            found.append(
+                (event.step, value.tag.removesuffix("/text_summary"), value.simple_value or text)
+            )
         data = data[16 + length :]
-    assert found == [(5, "loss", 0.25)]
+    assert found == [(5, "loss", 0.25), (6, "samples/a", "    # no *Markdown*\n    second")]
+    assert len((tmp_path / metrics.FILE).read_text().splitlines()) == 1
 
 
 def test_wandb_resumes_the_run_it_began(tmp_path, monkeypatch):
@@ -253,16 +259,19 @@ def test_wandb_resumes_the_run_it_began(tmp_path, monkeypatch):
         calls.append(arguments)
         return Run()
 
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    wandb = types.SimpleNamespace(init=init, Html=lambda text: f"html {text}")
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     for start in (0, 1):
         writer = metrics.MetricsWriter(tmp_path, start, log=log(wandb=True), config={"seed": 3})
         with writer:
             writer.write(start + 1, {"loss": 0.5})
-    first, second = calls[0], calls[3]
+            writer.write_texts(start + 1, {"samples/a": "<b>"})
+    first, second = calls[0], calls[4]
     assert first == second
     assert (first["project"], first["resume"], first["config"]) == ("p", "allow", {"seed": 3})
     assert first["id"]
-    assert calls[1:3] == [(1, {"loss": 0.5}), "finish"]
+    shown = {"samples/a": "html <pre>&lt;b&gt;</pre>"}
+    assert calls[1:4] == [(1, {"loss": 0.5}), (1, shown), "finish"]
 
 
 def test_writers_are_off_unless_asked_for(tmp_path, monkeypatch):

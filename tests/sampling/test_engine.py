@@ -283,7 +283,10 @@ def test_the_embedded_models_greedy_tokens(smollm2_folder):
     rows = json.loads((GOLDENS / "smollm2_logits.json").read_text())
     model = load_model(str(smollm2_folder))
     settings = SamplingSettings(temperature=0, max_new_tokens=24)
-    requests = [Request(str(k), np.array(row["input_ids"]), settings) for k, row in enumerate(rows)]
+    requests = [
+        Request(str(k), np.array(row["input_ids"]), settings, stop_tokens=(2,))
+        for k, row in enumerate(rows)
+    ]
     found = responses(engine_of(model, slots=2), requests)
     assert [list(found[r.id, 0].tokens) for r in requests] == [row["greedy_24"] for row in rows]
 

@@ -7,7 +7,8 @@ import pytest
 from scipy import stats
 
 from attnpo_jax.sampling import SamplingSettings, sample
-from attnpo_jax.sampling.engine import Request, _settings_of
+from attnpo_jax.sampling.responses import Request
+from attnpo_jax.sampling.slots import settings_of
 
 DRAWS = 20_000
 # More words than are drawn from together, and no multiple of that.
@@ -89,7 +90,7 @@ def drawn(logits, settings, draws=DRAWS, count=2, features=None):
     run = jax.jit(sample.next_tokens, static_argnames="features")
     tokens, logps = run(
         jnp.broadcast_to(logits, (draws, len(logits))),
-        _settings_of(requests, 100),
+        settings_of(requests, 100),
         np.full(draws, count, np.int32),
         seen,
         features or settings.features,

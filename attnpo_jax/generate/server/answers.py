@@ -10,7 +10,7 @@ import tokenizers
 
 from attnpo_jax.data.token_bytes import TokenBytes
 from attnpo_jax.generate.server.protocol import Asked
-from attnpo_jax.sampling.engine import Request, Response, Top, Update
+from attnpo_jax.sampling.responses import Request, Response, Top, Update
 
 
 class TokenTexts:

@@ -16,11 +16,11 @@ from attnpo_jax.config import rules
 from attnpo_jax.data.chat_template import Conversation
 from attnpo_jax.data.pair import BadExample, extra_fields
 from attnpo_jax.data.prompts import Prompt, prompt_of
-from attnpo_jax.generate import requests as requests_lib
-from attnpo_jax.generate.model import SampledModel
 from attnpo_jax.generate.server.errors import ApiError
 from attnpo_jax.runtime.errors import UserError
-from attnpo_jax.sampling.engine import MOST_TOP_LOGPROBS, Request
+from attnpo_jax.sampling import requests as requests_lib
+from attnpo_jax.sampling.model import SampledModel
+from attnpo_jax.sampling.responses import MOST_TOP_LOGPROBS, Request
 from attnpo_jax.sampling.rules import SETTINGS
 from attnpo_jax.sampling.settings import SamplingSettings, SettingsError
 
@@ -69,14 +69,14 @@ class Served:
     Attributes:
       name: what clients call the model.
       model: the model.
-      section: `config.generate`, whose settings hold where a call says nothing.
+      settings: those that hold where a call says nothing.
       length: tokens of prompt and response together, at most.
       max_choices: responses that a call may ask for.
     """
 
     name: str
     model: SampledModel
-    section: Any
+    settings: Mapping[str, Any]
     length: int
     max_choices: int
 
@@ -217,12 +217,12 @@ def _settings(body: Mapping[str, Any], served: Served) -> SamplingSettings:
         given[name] = value
     given.setdefault("seed", secrets.randbits(63))
     try:
-        return served.model.settings(served.section, **given, **_lengths(body, given))
+        return served.model.settings(**served.settings | given | _lengths(body))
     except SettingsError as error:
         raise ApiError(str(error), param="min_tokens") from error
 
 
-def _lengths(body: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, int]:
+def _lengths(body: Mapping[str, Any]) -> dict[str, int]:
     """`max_new_tokens`, where the call says something of it."""
     said = {key: body[key] for key in ("max_completion_tokens", "max_tokens") if key in body}
     for key, value in said.items():

@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import uvicorn
 
+from attnpo_jax import config as config_lib
 from attnpo_jax.generate import model as models
 from attnpo_jax.generate.api import engine_for
-from attnpo_jax.generate.model import SampledModel
 from attnpo_jax.generate.server.app import make_app
 from attnpo_jax.generate.server.protocol import Served
 from attnpo_jax.generate.server.worker import Worker
 from attnpo_jax.parallel import preemption, processes
 from attnpo_jax.runtime import interrupts
 from attnpo_jax.runtime.errors import UserError
-from attnpo_jax.sampling.engine import Request
+from attnpo_jax.sampling.model import SampledModel
+from attnpo_jax.sampling.responses import Request
 
 if TYPE_CHECKING:
     from attnpo_jax.run import Run
@@ -108,7 +109,7 @@ class Server:
         self._engine = engine_for(sampled, config, length=length, slots=section.slots)
         name = section.name or _name_of(run, which, sampled)
         most = min(section.max_choices, section.slots + section.max_waiting)
-        served = Served(name, sampled, config.generate, length, most)
+        served = Served(name, sampled, config_lib.sampling(config.generate), length, most)
         self._worker = Worker(self._engine, section.max_waiting, self.stop)
         key = os.environ.get(API_KEY) or None
         local = section.host in ("127.0.0.1", "localhost", "::1")
@@ -138,7 +139,9 @@ class Server:
 
     def _warm_up(self, served: Served) -> None:
         """Compiles what a short call needs, so that the first one does not wait for it."""
-        settings = served.model.settings(served.section, max_new_tokens=1, min_new_tokens=0)
+        settings = served.model.settings(
+            **served.settings | {"max_new_tokens": 1, "min_new_tokens": 0}
+        )
         list(self._engine.run([Request("warm-up", np.zeros(1, np.int32), settings)]))
 
     def run(self, told_to_end: Callable[[], bool] = lambda: False) -> None:

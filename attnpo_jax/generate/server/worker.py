@@ -7,7 +7,8 @@ import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from attnpo_jax.generate.server.errors import ApiError
-from attnpo_jax.sampling.engine import Engine, Request, Update
+from attnpo_jax.sampling.engine import Engine
+from attnpo_jax.sampling.responses import Request, Update
 
 
 class Job:

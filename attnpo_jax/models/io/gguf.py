@@ -156,6 +156,10 @@ def build_tokenizer(metadata: _Metadata) -> tuple[Tokenizer, dict]:
     ):
         index = metadata.get(f"tokenizer.ggml.{key}", None)
         if index is not None:
+            if not 0 <= index < len(tokens):
+                raise ValueError(
+                    f"tokenizer.ggml.{key} is {index}; accepted: one of {len(tokens)} tokens"
+                )
             config[name] = tokens[index]
     template = metadata.get("tokenizer.chat_template", None)
     if template is not None:
@@ -172,9 +176,7 @@ def _hf_names(config: Mapping[str, object]) -> dict[str, str]:
     return {of_gguf.get_name(name, try_suffixes=(".weight",)): name for name in names}
 
 
-def read_tensors(
-    path: Path, reader: gguf.GGUFReader, config: Mapping[str, object]
-) -> dict[str, np.ndarray]:
+def read_tensors(reader: gguf.GGUFReader, config: Mapping[str, object]) -> dict[str, np.ndarray]:
     """Every tensor of the file under its Hugging Face name, float32, in Hugging Face row order."""
     tensors, unknown, names = {}, [], _hf_names(config)
     for tensor in reader.tensors:
@@ -189,7 +191,7 @@ def read_tensors(
             value = unpermute(value, config["num_key_value_heads"])
         tensors[name] = np.ascontiguousarray(value, dtype=np.float32)
     if unknown:
-        raise ValueError(f"{path}: no Hugging Face name is known for the tensors {unknown}")
+        raise ValueError(f"no Hugging Face name is known for the tensors {unknown[:20]}")
     return tensors
 
 
@@ -200,17 +202,18 @@ def convert(path: str | Path, folder: str | Path) -> None:
     template) and model.safetensors into `folder`, which must exist.
     """
     path, folder = Path(path), Path(folder)
-    reader = gguf.GGUFReader(path)
-    metadata = _Metadata(reader)
     try:
+        reader = gguf.GGUFReader(path)
+        metadata = _Metadata(reader)
         tied = all(tensor.name != "output.weight" for tensor in reader.tensors)
         config = read_config(metadata, tied=tied)
         tokenizer, tokenizer_config = build_tokenizer(metadata)
-    except ValueError as error:
+        tensors = read_tensors(reader, config)
+    except Exception as error:  # whatever gguf and tokenizers meet in a file like no other
         raise UserError(f"{path}: {error}") from error
     weights = folder / "model.safetensors"
     safetensors.numpy.save_file(
-        read_tensors(path, reader, config),
+        tensors,
         weights,
         # transformers refuses safetensors files that do not say which framework laid them out.
         metadata={"format": "pt"},

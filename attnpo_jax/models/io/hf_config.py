@@ -70,6 +70,17 @@ _WHOLE_NUMBERS = (
     "sliding_window_pattern",
     "no_rope_layer_interval",
 )
+# No model has more: what is larger would take all memory, or all time, before it is refused.
+_MOST = {
+    "vocab_size": 1 << 26,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 22,
+    "num_hidden_layers": 1 << 12,
+    "num_attention_heads": 1 << 14,
+    "num_key_value_heads": 1 << 14,
+    "head_dim": 1 << 16,
+}
+_MOST_POSITIONS = 1 << 40
 _NUMBERS = (
     "rms_norm_eps",
     "rope_theta",
@@ -103,9 +114,9 @@ def read(config: Mapping[str, Any]) -> ModelConfig:
     A field that is absent has the value that transformers gives it for the model type.
     """
     model_type = config.get("model_type")
-    if model_type not in _DEFAULTS:
+    if not isinstance(model_type, str) or model_type not in _DEFAULTS:
         raise ValueError(
-            f"config.json: model_type {model_type!r} is not supported; "
+            f"config.json: model_type {_short(model_type)} is not supported; "
             f"supported: {', '.join(sorted(_DEFAULTS))}"
         )
     if config.get("quantization_config") is not None:
@@ -140,7 +151,14 @@ def read(config: Mapping[str, Any]) -> ModelConfig:
 
 
 def _refusal(field: str, found: Any, accepted: str) -> ValueError:
-    return ValueError(f"config.json: {field} {found!r} is not supported; supported: {accepted}")
+    return ValueError(
+        f"config.json: {field} {_short(found)} is not supported; supported: {accepted}"
+    )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def _check_values(config: Mapping[str, Any]) -> None:
@@ -152,6 +170,8 @@ def _check_values(config: Mapping[str, Any]) -> None:
             # Layers with a window may begin with the first.
             if field != "max_window_layers" or value != 0 or isinstance(value, bool):
                 raise _refusal(field, value, "a whole number above 0")
+        if field in _WHOLE_NUMBERS and value > (most := _MOST.get(field, _MOST_POSITIONS)):
+            raise _refusal(field, value, f"up to {most}")
         if field in _NUMBERS and not _is_positive(value):
             raise _refusal(field, value, "a number above 0")
         if field in _FLAGS and not isinstance(value, bool):
@@ -288,6 +308,9 @@ def _rope(config: Mapping[str, Any], model_type: str) -> dict[str, Any]:
     if by_layer_type:
         local = parameters.get("sliding_attention") or {}
         parameters = parameters.get("full_attention") or {}
+        for kind in (local, parameters):
+            if not isinstance(kind, Mapping):
+                raise _refusal("rope_parameters", kind, "an object for each type of layer")
     theta, scaling = _theta_and_scaling(config, parameters, config["rope_theta"])
     local_theta, scaled = _theta_and_scaling(config, local, config["rope_local_base_freq"])
     if scaled is not None:
@@ -319,7 +342,7 @@ def _theta_and_scaling(
     if missing:
         raise ValueError(f"config.json: rope type {kind!r} lacks {', '.join(missing)}")
     for name in needed:
-        if not _is_positive(parameters[name]):
+        if not _is_positive(parameters[name]) or parameters[name] > _MOST_POSITIONS:
             raise _refusal(f"{name} of rope type {kind!r}", parameters[name], "a number above 0")
     if kind == "linear":
         return theta, LinearRopeScaling(float(parameters["factor"]))

@@ -38,7 +38,7 @@ from attnpo_jax.models.io.tensors import (
     whole_shapes,
 )
 from attnpo_jax.runtime.errors import UserError
-from attnpo_jax.runtime.paths import searched
+from attnpo_jax.runtime.paths import leaves, searched
 
 _LOG = logging.getLogger(__name__)
 
@@ -73,6 +73,11 @@ COMPANIONS = (
 )
 
 
+# Bytes of a JSON file that is read; the index of the largest models has some ten millions.
+_LARGEST_JSON = 1 << 26
+TEMPLATES = "additional_chat_templates"
+
+
 class FolderError(UserError):
     """An HF folder can't be used; the message names the file or tensor and what is wrong."""
 
@@ -102,6 +107,7 @@ def resolve(source: str | os.PathLike, *, weights: bool = True) -> Path:
         return embedded.fetch()
     folder = Path(text).expanduser()
     if folder.is_dir():
+        check_links(folder)
         return folder
     accepted = f"a local Hugging Face folder, {embedded.ALIAS!r}, or a hub id 'owner/name'"
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text):
@@ -124,13 +130,34 @@ def resolve(source: str | os.PathLike, *, weights: bool = True) -> Path:
     return Path(downloaded)
 
 
+def check_links(folder: Path) -> None:
+    """Refuses a folder of which a file that is read or exported is a link out of it.
+
+    Whoever made the folder could have other files of this machine read, and published in an export.
+
+    Raises:
+      FolderError: it names the link and where it leads.
+    """
+    for pattern in ("config.json", "*.safetensors", INDEX, *COMPANIONS, f"{TEMPLATES}/*.jinja"):
+        for file in sorted(folder.glob(pattern)):
+            if (target := leaves(file, folder)) is not None:
+                raise FolderError(
+                    f"{file} is a link out of its folder, to {target}; accepted: the file itself, "
+                    "or a snapshot in the hub's cache"
+                )
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object that a JSON file of a folder holds."""
     try:
+        if (size := path.stat().st_size) > _LARGEST_JSON:
+            raise FolderError(f"{path} has {size} bytes; accepted: up to {_LARGEST_JSON}")
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FolderError(f"{path} does not exist") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except FolderError:
+        raise
+    except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, or of integers
         raise FolderError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise FolderError(f"{path} holds a {type(content).__name__}, expected an object")
@@ -147,7 +174,7 @@ def load_config(folder: str | os.PathLike) -> ModelConfig:
     content = read_json(path)
     try:
         config = hf_config.read(content)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise FolderError(f"{path}: {error}") from error
     if config.tie_word_embeddings and _has_own_head(Path(folder), config):
         _LOG.warning(
@@ -172,7 +199,7 @@ def _has_own_head(folder: Path, config: ModelConfig) -> bool:
     if None in both:
         return False
     embedding, head = both
-    if embedding.shape != head.shape or len(head.shape) != 2:
+    if embedding.shape != head.shape or len(head.shape) != 2 or 0 in head.shape:
         return True
     with open_file(embedding.file) as one, open_file(head.file) as other:
         slices = one.get_slice(embedding.name), other.get_slice(head.name)
@@ -186,6 +213,7 @@ def _has_own_head(folder: Path, config: ModelConfig) -> bool:
 
 def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     """The folder's safetensors files, and the index's tensor -> file name map (empty if none)."""
+    check_links(folder)
     if (folder / SINGLE).is_file():
         return [folder / SINGLE], {}
     index = folder / INDEX
@@ -196,6 +224,12 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FolderError(f"{index} has no 'weight_map' from tensor names to files")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", name):
+            raise FolderError(
+                f"{index}: weight_map has {_short(name)} for {tensor}; accepted: the name of a "
+                ".safetensors file in the same folder"
+            )
     names = sorted(set(weight_map.values()))
     lost = [name for name in names if not (folder / name).is_file()]
     if lost:
@@ -203,11 +237,16 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     return [folder / name for name in names], weight_map
 
 
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def open_file(file: Path):
     """A safetensors file, open for reading; a context manager."""
     try:
         return safe_open(file, framework="np")
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:
         raise FolderError(f"{file} is damaged or cut short: {error}") from error
 
 
@@ -217,6 +256,8 @@ def stored_tensors(files: list[Path]) -> dict[str, Stored]:
     for file in files:
         with open_file(file) as opened:
             for name in opened.keys():
+                if name in stored:
+                    raise FolderError(f"{name} is in {stored[name].file.name} and in {file}")
                 slice_ = opened.get_slice(name)
                 stored[name] = Stored(file, name, tuple(slice_.get_shape()), slice_.get_dtype())
     return stored

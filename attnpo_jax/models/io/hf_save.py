@@ -25,8 +25,10 @@ from attnpo_jax.models.io.hf_folder import (
     FLOAT_TYPES,
     INDEX,
     SINGLE,
+    TEMPLATES,
     FolderError,
     Stored,
+    check_links,
     open_file,
     read_json,
     stored_tensors,
@@ -48,7 +50,6 @@ from attnpo_jax.runtime.errors import UserError
 
 _LOG = logging.getLogger(__name__)
 
-_TEMPLATES = "additional_chat_templates"
 _MARKER = "attnpo_export.json"
 _MARKER_FORM = schema.Table(
     {"files": schema.Mapped(schema.Whole()), "origin": schema.Anything()}, open=True
@@ -204,7 +205,8 @@ def companions_digest(source_folder: str | os.PathLike) -> str:
 
 
 def _companions(source_folder: Path) -> list[Path]:
-    patterns = (*COMPANIONS, f"{_TEMPLATES}/*.jinja")
+    check_links(source_folder)
+    patterns = (*COMPANIONS, f"{TEMPLATES}/*.jinja")
     found = {file for pattern in patterns for file in source_folder.glob(pattern)}
     return sorted(filter(Path.is_file, found))
 

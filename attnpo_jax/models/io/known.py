@@ -156,6 +156,7 @@ def shape_of(source: str | os.PathLike) -> ModelConfig:
     text = os.fspath(source)
     folder = Path(text).expanduser()
     if folder.is_dir():
+        hf_folder.check_links(folder)
         return hf_folder.load_config(folder)
     if text in KNOWN:
         return hf_config.read(KNOWN[text])

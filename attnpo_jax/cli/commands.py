@@ -1,0 +1,152 @@
+"""The table of commands, each with what it calls and its options."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """An option of one command alone.
+
+    Attributes:
+      keyword: the function's argument that it sets.
+      kind: `str` or `int`, which a value is read as; `bool` for an option without a value.
+      summary: what it says of itself.
+      example: a value, for an option that must be given.
+    """
+
+    keyword: str
+    kind: type
+    summary: str
+    example: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """What a command calls, and what it says of itself.
+
+    Attributes:
+      module, function: where the function is. It is called with a `Run`, and its options' values by
+         keyword.
+      summary: what it says of itself.
+      options: options of its own, by name.
+      workdir: whether its run has one. A command without one runs in a single process.
+      section: a section of the config whose fields are options of their own names too; such a
+         command needs no config file.
+      example: what its help shows as an example.
+    """
+
+    module: str
+    function: str
+    summary: str
+    options: Mapping[str, Option] = dataclasses.field(default_factory=dict)
+    workdir: Literal["needed", "optional", "none"] = "needed"
+    section: str | None = None
+    example: str | None = None
+
+
+COMMANDS = {
+    "config": Command(
+        "attnpo_jax.config.show",
+        "show",
+        "Print what the config comes to, each field with what it means.",
+        {
+            "diff": Option("changed_only", bool, "Print only what differs from the defaults."),
+            "json": Option("as_json", bool, "Print JSON."),
+        },
+        workdir="none",
+    ),
+    "data": Command(
+        "attnpo_jax.prepare.data_report",
+        "show",
+        "Show what the config's data are: counts, lengths, truncations, bad rows, examples.",
+        {"json": Option("as_json", bool, "Print JSON.")},
+        workdir="none",
+    ),
+    "prepare": Command(
+        "attnpo_jax.prepare.stage",
+        "prepare",
+        "Judge every pair and take the reference's log-probabilities, once; resumes.",
+    ),
+    "train": Command(
+        "attnpo_jax.train.stage",
+        "train",
+        "Train on the prepared pairs; resumes from the newest checkpoint.",
+    ),
+    "run": Command(
+        "attnpo_jax.run",
+        "run",
+        "prepare, train, evaluate and export, skipping what is done.",
+    ),
+    "generate": Command(
+        "attnpo_jax.generate.stage",
+        "generate",
+        "Sample responses to prompts, or chat in the terminal; resumes.",
+        {
+            "model": Option(
+                "model",
+                str,
+                "trained (the newest checkpoint), base (what training starts from), or any HF "
+                "folder or hub id [trained where there is a workdir].",
+            ),
+            "prompts": Option(
+                "prompts",
+                str,
+                "File, hub id or builtin:eval with the prompts; - for standard input [the config's "
+                "held-out pairs].",
+            ),
+            "name": Option("name", str, "Of the samples, WORKDIR/samples/NAME.jsonl."),
+            "out": Option("out", str, "The samples file, in place of that."),
+            "also": Option(
+                "also",
+                str,
+                "Files for benchmarks too: alpaca-eval, mt-bench, arena-hard, with commas between.",
+            ),
+            "interactive": Option("interactive", bool, "Chat in the terminal."),
+        },
+        workdir="optional",
+        section="generate",
+        example="attnpo generate --model=smollm2-135m-instruct --prompts=builtin:eval \\\n"
+        "      --out=samples.jsonl --temperature=0 --max-new-tokens=64",
+    ),
+    "serve": Command(
+        "attnpo_jax.generate.server",
+        "serve",
+        "Answer the calls of OpenAI's API, chats and completions, on this machine.",
+        {"model": Option("model", str, "Which model, as for `generate`.")},
+        workdir="optional",
+        section="serve",
+        example="attnpo serve --model=smollm2-135m-instruct --port=8000",
+    ),
+    "export-weights": Command(
+        "attnpo_jax.export.weights",
+        "export_weights",
+        "Write pairs and judge's weights as the method's authors publish them, workdir/weights.",
+    ),
+    "export": Command(
+        "attnpo_jax.export.stage",
+        "export",
+        "Write the newest checkpoint as a Hugging Face folder, workdir/export.",
+    ),
+    "plan": Command(
+        "attnpo_jax.plan.stage",
+        "plan",
+        "Compile the run for a TPU slice that need not be there: memory, traffic, time.",
+        {
+            "topology": Option(
+                "topology", str, "TPU slice, e.g. v5e:8x8, v5p:2x2x4, v6e:4x4.", example="v5e:8x8"
+            ),
+            "pairs": Option("pairs", int, "Training pairs, where they can't be counted here."),
+            "row-length": Option(
+                "row_length", int, "Tokens of prompt and both responses [the most there can be]."
+            ),
+            "response-length": Option("response_length", int, "Tokens of each response."),
+            "search": Option(
+                "search_over", bool, "Try and rank meshes, microbatch sizes and remat policies."
+            ),
+            "json": Option("as_json", bool, "Print JSON."),
+        },
+        workdir="none",
+    ),
+}

@@ -1,0 +1,93 @@
+"""What the engine has compiled: prompts into slots, and a few steps in all slots at once.
+
+Shapes: B slots, R rows of prompts, L row length, n steps a call.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from attnpo_jax.models import decode, decoder, kv_cache, placement
+from attnpo_jax.models.kv_cache import Cache
+from attnpo_jax.sampling import sample
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What stays on the devices between calls."""
+
+    cache: Cache
+    seen_BV: jax.Array | None  # see `sample.next_tokens`
+
+
+SPLIT = State(kv_cache.SPLIT, None)
+
+
+def shared_past(params, tokens_P, *, config, dtype, attention):
+    return decoder.make_past(config, params, tokens_P, dtype=dtype, attention=attention)
+
+
+def prefill(shared, state: State, arrays, *, config, shape, dtype, attention):
+    params, past = shared
+    options = {"past": past, "dtype": dtype, "attention": attention}
+    cache = decode.prefill(config, params, state.cache, shape, *arrays, **options)
+    return dataclasses.replace(state, cache=cache), ()
+
+
+def mark_prompts(_, state: State, arrays, *, config, shape, dtype):
+    """Notes which tokens the prompts of some slots hold."""
+    del config, shape, dtype
+    tokens_RL, slot_R = arrays
+    seen_BV = state.seen_BV.at[slot_R].set(0, mode="drop")
+    tokens_RL = jnp.where(tokens_RL < 0, seen_BV.shape[1], tokens_RL)
+    seen_BV = seen_BV.at[slot_R[:, None], tokens_RL].set(sample.PROMPT, mode="drop")
+    return dataclasses.replace(state, seen_BV=seen_BV), ()
+
+
+def decode_steps(params, state: State, arrays, *, config, shape, dtype, features, steps):
+    """Up to `steps` tokens in every slot that is active.
+
+    Returns:
+      The state; tokens, -1 where a slot has none, and log-probs (n, B), the likeliest tokens and
+      their log-probs (n, B, k), and which slots failed (B,).
+    """
+    token_B, length_B, count_B, active_B, settings = arrays
+    rows = jnp.arange(token_B.shape[0])
+    k = min(features.top_logprobs, config.vocab_size)
+
+    def one(carry):
+        i, state, token_B, length_B, count_B, active_B, failed_B, sampled = carry
+        logits_BV, cache = decode.step(
+            config, params, state.cache, shape, token_B, length_B, dtype=dtype
+        )
+        logits_BV = placement.by_rows(logits_BV)
+        fine_B = jnp.all(jnp.isfinite(logits_BV), axis=-1)
+        new_B, logprob_B = sample.next_tokens(logits_BV, settings, count_B, state.seen_BV, features)
+        failed_B |= active_B & ~fine_B
+        active_B &= fine_B
+        new = jnp.where(active_B, new_B, -1), logprob_B, sample.likeliest(logits_BV, k)
+        sampled = jax.tree.map(lambda so_far, x: so_far.at[i].set(x), sampled, new)
+        seen_BV = state.seen_BV
+        if features.penalties:
+            seen_BV = seen_BV.at[rows, new_B].set(sample.PROMPT | sample.SAMPLED)
+        token_B = jnp.where(active_B, new_B, token_B)
+        length_B += active_B
+        count_B += active_B
+        ended_B = jnp.any(new_B[:, None] == settings.stop_BE, axis=-1)
+        active_B &= ~ended_B & (count_B < settings.max_new_tokens_B)
+        state = State(cache, seen_BV)
+        return i + 1, state, token_B, length_B, count_B, active_B, failed_B, sampled
+
+    def goes_on(carry):
+        i, active_B = carry[0], carry[5]
+        return (i < steps) & jnp.any(active_B)
+
+    tokens_nB = jnp.full((steps, token_B.shape[0]), -1, jnp.int32)
+    top = tuple(jnp.zeros((*tokens_nB.shape, k), kind) for kind in (jnp.int32, jnp.float32))
+    sampled = tokens_nB, jnp.zeros(tokens_nB.shape, jnp.float32), top
+    slots = token_B, length_B, count_B, active_B, jnp.zeros_like(active_B)
+    carry = (jnp.int32(0), state, *slots, sampled)
+    _, state, *_, failed_B, sampled = jax.lax.while_loop(goes_on, one, carry)
+    return state, (*sampled, failed_B)

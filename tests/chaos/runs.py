@@ -1,0 +1,183 @@
+"""Runs of `attnpo` that chaos befalls: how they are started, and what counts as their end."""
+
+import dataclasses
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import safetensors.numpy
+
+from attnpo_jax import config as config_lib
+from attnpo_jax.data.prepared import Prepared
+from attnpo_jax.runtime import metrics
+from tests import tiny
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+# Another number of processes rounds otherwise, as a run that goes on may have had.
+TOLERANCE = 1e-4
+_CONFIG = """
+import pathlib
+from attnpo_jax import config
+
+def get_config():
+    return config.from_json(pathlib.Path({path!r}).read_text())
+"""
+
+
+def write_setting(folder: pathlib.Path) -> pathlib.Path:
+    """A config of ten steps that saves at every other; its file."""
+    config = tiny.write_inputs(folder)
+    config.prepare.rows_per_shard = 4
+    config.train.save_every = 2
+    config.train.keep_checkpoints = 3
+    config.parallel.mesh.data, config.parallel.mesh.fsdp = 1, -1
+    (folder / "config.json").write_text(config_lib.to_json(config))
+    (folder / "config.py").write_text(_CONFIG.format(path=str(folder / "config.json")))
+    return folder / "config.py"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A command that chaos befalls.
+
+    Attributes:
+      command: of `attnpo`.
+      begins_with: the command that must have been done before; "" for none.
+      same: raises AssertionError unless the workdir holds what the undisturbed one does.
+    """
+
+    command: str
+    begins_with: str
+    same: Callable[[pathlib.Path, pathlib.Path], None]
+
+
+def same_rows(workdir: pathlib.Path, expected: pathlib.Path) -> None:
+    for split in ("train", "eval"):
+        ours, theirs = (Prepared.open(w / "prepared" / split) for w in (workdir, expected))
+        assert len(ours) == len(theirs), split
+        for row, other in zip(ours, theirs, strict=True):
+            for name, value in row.items():
+                if getattr(value, "dtype", None) == np.float32:
+                    np.testing.assert_allclose(value, other[name], atol=TOLERANCE, rtol=0)
+                else:
+                    assert np.array_equal(value, other[name]), name
+
+
+def same_training(workdir: pathlib.Path, expected: pathlib.Path) -> None:
+    lines, wanted = metrics.read(workdir), metrics.read(expected)
+    # A line that was damaged is set aside; all others are there, and no step is doubled.
+    lost = (workdir / metrics.DAMAGED).exists()
+    places = [(line["step"], "loss" in line) for line in wanted]
+    found = [(line["step"], "loss" in line) for line in lines]
+    assert found == places or (lost and sorted(set(found)) == sorted(found)), found
+    by_place = dict(zip(places, wanted, strict=True))
+    for line, place in zip(lines, found, strict=True):
+        for name in ("loss", "grad_norm", "eval_loss"):
+            if name in line:
+                np.testing.assert_allclose(line[name], by_place[place][name], rtol=10 * TOLERANCE)
+
+
+def same_all(workdir: pathlib.Path, expected: pathlib.Path) -> None:
+    same_rows(workdir, expected)
+    same_training(workdir, expected)
+    ours, theirs = (
+        safetensors.numpy.load_file(w / "export" / "model.safetensors") for w in (workdir, expected)
+    )
+    assert ours.keys() == theirs.keys()
+    for name, array in ours.items():
+        np.testing.assert_allclose(array, theirs[name], rtol=0, atol=TOLERANCE, err_msg=name)
+
+
+STAGES = {
+    "prepare": Stage("prepare", "", same_rows),
+    "train": Stage("train", "prepare", same_training),
+    "run": Stage("run", "", same_all),
+}
+"""Stages that come later add themselves here."""
+
+
+class Attnpo:
+    """A command that runs, by one process or by several.
+
+    Attributes:
+      process: it, or the launcher of several; in a session of its own.
+    """
+
+    def __init__(
+        self,
+        config: pathlib.Path,
+        workdir: pathlib.Path,
+        command: str,
+        count: int,
+        options: Sequence[str] = (),
+        environ: Mapping[str, str] | None = None,
+    ):
+        self._count = count
+        words = [sys.executable, "-m", "tests.chaos.program", command, f"--config={config}"]
+        words += [f"--workdir={workdir}", "--config.log.progress=False", *options]
+        if count > 1:
+            words = ["launch/local.py", f"--processes={count}", "--devices=1", "--", *words]
+            words = [sys.executable, *words]
+        inherited = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+        self.process = subprocess.Popen(
+            words,
+            cwd=ROOT,
+            env=inherited | dict(environ or {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def signal(self, number: int, which: int) -> None:
+        """Sends a signal to one of the processes."""
+        pids = [self.process.pid] if self._count == 1 else self._children()
+        if which < len(pids):
+            try:
+                os.kill(pids[which], number)
+            except ProcessLookupError:
+                pass  # done already
+
+    def _children(self) -> list[int]:
+        file = pathlib.Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return sorted(map(int, file.read_text().split())) if file.exists() else []
+
+    def end(self, limit: float = 300) -> "End":
+        """Waits for its end."""
+        begun = time.monotonic()
+        try:
+            output, _ = self.process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            self.signal(signal.SIGTERM, 0)
+            self.process.terminate()
+            output, _ = self.process.communicate(timeout=60)
+            output += "\nchaos: it hung\n"
+        return End(self.process.returncode, output, time.monotonic() - begun)
+
+
+@dataclasses.dataclass(frozen=True)
+class End:
+    """How a command ended."""
+
+    code: int
+    output: str
+    seconds: float
+
+    @property
+    def errors(self) -> list[str]:
+        """Its messages of what is wrong, each once; other processes only repeat the first one's."""
+        found = re.findall(r"^(?:\[\d\] )?attnpo: error: (.*)$", self.output, re.MULTILINE)
+        return list(dict.fromkeys(text for text in found if not text.endswith(" ends too")))
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether it ended well, or with one message and no traceback."""
+        if "Traceback (most recent call last)" in self.output or "it hung" in self.output:
+            return False
+        return self.code == 0 or (self.code in (1, 75) and len(self.errors) <= 1)

@@ -1,0 +1,84 @@
+"""A run's batches planned one by one, in plain loops: what `attnpo_jax.data.batch_plan` must equal.
+
+Runs were planned so before they were planned many batches at a time; a run that is resumed must
+find the batches that it began with.
+"""
+
+import math
+
+import grain
+import numpy as np
+
+from attnpo_jax.data.packing import choose_buckets, pack, round_up
+
+
+def epoch_order(num_items, seed, epoch):
+    if seed is None:
+        return np.arange(num_items)
+    shuffled = grain.MapDataset.range(num_items).shuffle(seed=(seed * 1_000_003 + epoch) % 2**32)
+    return np.array([shuffled[i] for i in range(num_items)])
+
+
+def split_evenly(items, lengths, parts, size):
+    groups, totals = [[] for _ in range(parts)], [0] * parts
+    for item in items[np.argsort(-lengths[items], kind="stable")]:
+        group = min((g for g in range(parts) if len(groups[g]) < size), key=totals.__getitem__)
+        groups[group].append(int(item))
+        totals[group] += int(lengths[item])
+    return groups
+
+
+def choose(groups, lengths, longest, num_buckets, row_multiple):
+    """The (row length, rows) to use, and which of them each batch does."""
+    base = choose_buckets(longest, num_buckets)
+    spread = np.linspace(base[0], 2 * base[-1], 24)
+    tried = sorted({*base, *(round_up(math.ceil(length)) for length in spread)})
+    rows = np.zeros((len(longest), len(tried)), int)
+    for c, length in enumerate(tried):
+        for s in np.flatnonzero(longest <= length):
+            needed = max(len(pack(lengths[g], length)) for g in groups[s])
+            rows[s, c] = round_up(max(needed, 1), row_multiple)
+    sizes = sorted({(tried[c], int(r)) for c in range(len(tried)) for r in rows[:, c] if r})
+    cost = np.full((len(sizes), len(longest)), np.inf)
+    for k, (length, count) in enumerate(sizes):
+        c = tried.index(length)
+        fits = (rows[:, c] > 0) & (rows[:, c] <= count)
+        cost[k, fits] = length * count * (1 + length / 2048)
+    picked = []
+    best = np.full(len(longest), np.inf)
+    for _ in range(num_buckets):
+        totals = np.minimum(cost, best).sum(axis=1)
+        k = int(np.argmin(totals))
+        if not totals[k] < best.sum():
+            break
+        picked.append(k)
+        best = np.minimum(best, cost[k])
+    picked = sorted({sorted(picked)[k] for k in np.argmin(cost[sorted(picked)], axis=0)})
+    return [sizes[k] for k in picked], np.argmin(cost[picked], axis=0)
+
+
+def shape(groups, sizes, length, rows):
+    """(length, scored, response, pairs, rows) of the rows that some batches' microbatches need."""
+    packed = [
+        [group[i] for i in row]
+        for of_batch in groups
+        for group in of_batch
+        for row in pack(sizes.row[group], length)
+    ]
+    scored = round_up(max(int(sizes.scored[row].sum()) for row in packed))
+    response = round_up(max(int(sizes.response[row].max()) for row in packed))
+    return length, scored, response, max(len(row) for row in packed), rows
+
+
+def plan(order, sizes, *, parts, part_size, num_buckets, row_multiple):
+    """The microbatches of each batch, the shapes as tuples, each batch's shape, the padding."""
+    groups = [split_evenly(items, sizes.row, parts, part_size) for items in order]
+    longest = np.array([sizes.row[items].max() for items in order])
+    chosen, which = choose(groups, sizes.row, longest, num_buckets, row_multiple)
+    shapes = [
+        shape([groups[s] for s in np.flatnonzero(which == k)], sizes, *size)
+        for k, size in enumerate(chosen)
+    ]
+    room = sum(parts * shapes[k][0] * shapes[k][4] for k in which)
+    used = sum(int(sizes.row[items].sum()) for items in order)
+    return groups, shapes, which, 1 - used / room

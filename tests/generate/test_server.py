@@ -250,10 +250,12 @@ def test_other_types_and_places_are_refused(served, client):
     assert post(served, "/v1/models", CHAT)[0] == 405
 
 
-def test_logits_that_are_no_numbers_are_told(served, client, monkeypatch):
-    nan = jax.tree.map(lambda x: x * float("nan"), served._engine.params)
-    monkeypatch.setattr(served._engine, "params", nan)
-    with pytest.raises(openai.InternalServerError, match="no numbers"):
-        client.chat.completions.create(**CHAT)
-    with pytest.raises(openai.APIError, match="no numbers"):
-        list(client.chat.completions.create(**CHAT, stream=True))
+def test_logits_that_are_no_numbers_are_told(served, sampled, client):
+    served._engine.set_params(jax.tree.map(lambda x: x * float("nan"), sampled.model.params))
+    try:
+        with pytest.raises(openai.InternalServerError, match="no numbers"):
+            client.chat.completions.create(**CHAT)
+        with pytest.raises(openai.APIError, match="no numbers"):
+            list(client.chat.completions.create(**CHAT, stream=True))
+    finally:
+        served._engine.set_params(sampled.model.params)

@@ -62,7 +62,7 @@ def test_every_block_is_covered_here():
     assert set(languages) == {"bash", "python", "text"}
     assert len(PYTHON) == 1 + len(FILES)
     assert set(FILES) == {"my_config.py", "decay.py"}
-    assert [command.split()[0] for command in COMMANDS] == ["attnpo", "python"]
+    assert [command.split()[0] for command in COMMANDS] == ["attnpo", "attnpo", "python"]
 
 
 def test_two_commands_set_up_a_fresh_machine(checkout):
@@ -101,8 +101,19 @@ def test_config_block_is_valid(checkout):
     assert config_lib.check_layers(config, 30) == (28, 29)
 
 
+def test_sampling_commands(checkout):
+    workdir = re.search(r"--workdir=(\S+)", INSTALL)[1]
+    block = next(c for c in COMMANDS if c.startswith("attnpo generate"))
+    for command, model in zip(block.strip().splitlines(), (None, "base"), strict=True):
+        options, overrides = cli.parse("generate", shlex.split(command)[2:])
+        assert (options.get("model"), options["workdir"]) == (model, workdir)
+        config = config_lib.load_config(options["config"], overrides)
+        config_lib.validate(config)
+        assert (config.generate.temperature, config.generate.max_new_tokens) == (0, 48)
+
+
 def test_variant_block_and_its_command(checkout):
-    command = next(c for c in COMMANDS if c.startswith("attnpo"))
+    command = next(c for c in COMMANDS if c.startswith("attnpo run"))
     config = resolved(command)
     assert dict(config.weighting.items()) == {"name": "decay", "gamma": 0.95}
     mask = jnp.array([[True, True, True, False]])

@@ -145,6 +145,9 @@ COMMANDS = {
             "search": Option(
                 "search_over", bool, "Try and rank meshes, microbatch sizes and remat policies."
             ),
+            "generate": Option(
+                "generates", bool, "Plan sampling, as config.generate says, in place of training."
+            ),
             "json": Option("as_json", bool, "Print JSON."),
         },
         workdir="none",

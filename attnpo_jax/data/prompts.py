@@ -1,11 +1,11 @@
 """Prompts to answer, from files as `sources` has them, or from texts and messages at hand."""
 
 import dataclasses
-import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from attnpo_jax.data import limits
 from attnpo_jax.data.columns import AS_THEY_ARE, Columns
 from attnpo_jax.data.formats import own_id, pair_of_example
 from attnpo_jax.data.pair import BadExample, Message
@@ -48,7 +48,9 @@ class Prompt:
 
 
 def load_prompts(
-    source: str, columns: Columns = AS_THEY_ARE
+    source: str,
+    columns: Columns = AS_THEY_ARE,
+    max_example_bytes: int = limits.MAX_EXAMPLE_BYTES,
 ) -> tuple[list[Prompt], list[BadExample]]:
     """The prompts of a source, and its examples that are none.
 
@@ -60,6 +62,7 @@ def load_prompts(
       source: as in the docstring of `sources`; `-` for standard input, a JSON object or a plain
         text a line.
       columns: how the columns of preference pairs are read.
+      max_example_bytes: what a row may take; a larger one is a bad one, and is not read.
 
     Raises:
       FileNotFoundError, UserError: there is no such source, or no prompt in it.
@@ -68,7 +71,7 @@ def load_prompts(
     good: list[Prompt] = []
     bad: list[BadExample] = []
     for name in expand(source, ALONE) if source != STANDARD_INPUT else [source]:
-        short_name, rows = _rows(name)
+        short_name, rows = _rows(name, max_example_bytes)
         for number, row in rows:
             try:
                 prompt = prompt_of(row, f"{short_name}:{number}", columns)
@@ -96,11 +99,11 @@ def as_prompts(prompts: Iterable[str | Sequence[Message] | Prompt]) -> list[Prom
     return made
 
 
-def _rows(source: str) -> tuple[str, Iterable[tuple[int, Any]]]:
+def _rows(source: str, limit: int) -> tuple[str, Iterable[tuple[int, Any]]]:
     if source == STANDARD_INPUT:
         lines = (line.rstrip("\n") for line in sys.stdin)
         return "stdin", [(k, _line(line)) for k, line in enumerate(lines, 1) if line.strip()]
-    short_name, examples = open_source(source, lambda found, _: list(found), ALONE)
+    short_name, examples = open_source(source, lambda found, _: list(found), ALONE, limit)
     return short_name, _in_turn(examples)
 
 
@@ -114,9 +117,9 @@ def _line(line: str) -> Any:
     if not line.lstrip().startswith("{"):
         return {"prompt": line}
     try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return BadExample(f"a line that begins with {{ and is no JSON ({error})")
+        return limits.parse_json(line)
+    except BadExample as error:
+        return error
 
 
 def prompt_of(row: Any, fallback_id: str, columns: Columns = AS_THEY_ARE) -> Prompt:

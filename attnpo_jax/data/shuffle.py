@@ -1,4 +1,4 @@
-"""Shuffled orders of many epochs at once, the very ones that Grain's `shuffle` gives.
+"""Shuffled orders of many epochs at once, the ones that Grain's `shuffle` gives.
 
 Grain's order is a function of (number of items, seed) that is stable across library versions, which
 NumPy's generators are not, but it is had item by item, at a microsecond each. A run is planned over
@@ -29,8 +29,8 @@ def shuffled(num_items: int, seeds: np.ndarray) -> np.ndarray:
     if num_items == 1:
         return order
     keys = _round_keys(seeds)
-    # Of a largest item 2^n, the block has n bits, one too few: Grain has it so.
-    bits = max(_LEAST_BITS, (num_items - 2).bit_length())
+    # Of a largest item 4^n, Grain's block has a bit too few: one item comes twice, another never.
+    bits = max(_LEAST_BITS, (num_items - 1).bit_length())
     half = (bits + 1) // 2
     if bits == _LEAST_BITS and order.size <= _FEW:
         for row, of_seed in zip(order, keys.T, strict=True):

@@ -116,13 +116,19 @@ def generate(
 
 def _load_prompts(run: "Run", source: str | None) -> tuple[list[Prompt], list[Refused]]:
     if source is not None:
-        good, bad = prompts_lib.load_prompts(source, run.columns)
+        most = run.config.data.max_example_bytes
+        good, bad = prompts_lib.load_prompts(source, run.columns, most)
         named = [bad_one.id or f"{bad_one.file}, example {bad_one.number}" for bad_one in bad]
         return good, [Refused(id, bad_one.reason) for id, bad_one in zip(named, bad, strict=True)]
     config = run.config.data
     if "eval" not in run.splits:
         raise UsageError("generate needs --prompts=FILE, since config.data.eval names no pairs")
-    pairs = load_pairs(config.eval, on_bad_row=config.on_bad_row, columns=run.columns).pairs
+    pairs = load_pairs(
+        config.eval,
+        on_bad_row=config.on_bad_row,
+        columns=run.columns,
+        max_example_bytes=config.max_example_bytes,
+    ).pairs
     return [Prompt(pair.id, pair.prompt, pair.tools) for pair in pairs], []
 
 

@@ -112,13 +112,13 @@ class Setting:
         policy = lora.adapted(self.model, config.lora)
         backend = Sharded(policy, self.training_mesh(), self.topology.devices())
         batching = Batching.training(config, backend.row_shards)
-        attention = self._attention(backend)
+        attention = self.attention_of(backend)
         columns = self.weight_columns
         settings = train.step_settings(config, policy, self.judge_layers, attention, columns)
         step = train.compile_step(config, settings, backend, total_steps=100)
         batch = lengths.train_batch(at, batching, len(self.judge_layers), len(columns))
         needed = batching.pairs * flops.training(self.model, at.prompt, (at.response,) * 2)
-        return self._compile(
+        return self.compile(
             "train",
             self.topology,
             backend,
@@ -136,11 +136,11 @@ class Setting:
             config=self._of_passes,
             dtype=jnp.dtype(self.config.model.dtype),
             chunk=self.config.model.logps_chunk,
-            attention=self._attention(backend),
+            attention=self.attention_of(backend),
         )
         batch = lengths.reference_batch(at, batching.rows)
         needed = flops.response_logps(self.model, at.prompt, (at.response,) * 2)
-        return self._compile(
+        return self.compile(
             "reference",
             self.prepares_on,
             backend,
@@ -162,7 +162,7 @@ class Setting:
             verdict=self.config.judge.verdict,
             config=self._of_passes,
             dtype=jnp.dtype(self.config.model.dtype),
-            attention=self._attention(backend),
+            attention=self.attention_of(backend),
         )
         rows = lengths.judge_rows(at, batching.rows)
         letters = jax.ShapeDtypeStruct((2,), jnp.int32)
@@ -173,7 +173,7 @@ class Setting:
             (at.judge_order,) * 2,
             last_layer=None if self.config.judge.verdict else max(self.judge_layers),
         )
-        return self._compile(
+        return self.compile(
             "judge",
             self.prepares_on,
             backend,
@@ -206,7 +206,7 @@ class Setting:
         sizes = meshes.local_sizes(self.training_mesh(), chips.size)
         return Sharded(self._of_passes, sizes, chips.devices())
 
-    def _attention(self, backend: Sharded) -> str:
+    def attention_of(self, backend: Sharded) -> str:
         model = self.config.model
         choice = implementations.choose(
             model.attention, self.model, jnp.dtype(model.dtype), backend.devices
@@ -217,7 +217,7 @@ class Setting:
         params = abstract_params(self._of_passes, jnp.dtype(self.config.model.param_dtype))
         return backend.abstract_state(params)
 
-    def _compile(
+    def compile(
         self,
         name: str,
         topology: Topology,
@@ -226,6 +226,7 @@ class Setting:
         needed: int,
         lower: Callable[[], Any],
     ) -> Compiled:
+        """Compiles a program of any name for some chips; raises as `training` does."""
         start = time.monotonic()
         # Nothing that runs here is compiled: no use in a cache.
         cached = jax.config.jax_enable_compilation_cache
@@ -251,7 +252,7 @@ class Setting:
             mesh=sizes,
             coordinates=_coordinates(backend.mesh),
             batching=batching,
-            attention=self._attention(backend),
+            attention=self.attention_of(backend),
             memory=Memory.of(compiled.memory_analysis()),
             model_flops=needed,
             flops=work.flops(program),
@@ -281,6 +282,14 @@ class Setting:
                 changes.append("model.dtype to 'bfloat16'")
             changes.append(f"a smaller model.logps_chunk than {config.model.logps_chunk}")
             changes.append(f"more chips than {self.topology.size}")
+        elif name in ("decode", "prefill"):
+            section = config.generate
+            changes.append(f"fewer generate.slots than {section.slots}")
+            changes.append(f"a smaller generate.max_length than {section.max_length}")
+            if section.cache != "int8":
+                changes.append("generate.cache to 'int8'")
+            if section.weights != "int8":
+                changes.append("generate.weights to 'int8'")
         else:
             if batching.rows > 1:
                 changes.append(f"a smaller judge.token_budget than {config.judge.token_budget}")

@@ -10,8 +10,8 @@ from rich.console import Console
 from attnpo_jax import config as config_lib
 from attnpo_jax.data import mixture
 from attnpo_jax.models.io import known
+from attnpo_jax.plan import generation, report, search, topologies
 from attnpo_jax.plan import pairs as pairs_lib
-from attnpo_jax.plan import report, search, topologies
 from attnpo_jax.plan.lengths import Lengths
 from attnpo_jax.plan.programs import Setting
 from attnpo_jax.plan.topologies import PlanError
@@ -30,6 +30,7 @@ def plan(
     row_length: int | None = None,
     response_length: int | None = None,
     search_over: bool = False,
+    generates: bool = False,
     as_json: bool = False,
     console: Console | None = None,
 ) -> None:
@@ -41,6 +42,7 @@ def plan(
       row_length, response_length: see `lengths.Lengths.of`.
       search_over: whether to try meshes, microbatch sizes and remat policies, in place of the
         config's own, and print a ranking.
+      generates: whether sampling is planned, as `config.generate` says, in place of training.
       as_json: print JSON in place of tables.
     """
     config = run.config
@@ -62,6 +64,13 @@ def plan(
             console.print(search.table(ranking))
         return
     setting.training_mesh()
+    if generates:
+        sampling = generation.plan(setting)
+        if as_json:
+            _print_json(console, sampling.as_json())
+        else:
+            console.print(generation.table(sampling))
+        return
     compile_all = [setting.training, setting.reference]
     if setting.judge_layers:
         compile_all.append(setting.judge)

@@ -72,12 +72,17 @@ def sampling_hooks(run: "Run", backend: backends.Backend) -> list["SampleRespons
 def _prompts(run: "Run") -> list[Prompt]:
     source = run.config.train.samples.prompts
     if source:
-        prompts, bad = load_prompts(source, run.columns)
+        prompts, bad = load_prompts(source, run.columns, run.config.data.max_example_bytes)
         if bad:
             raise bad[0]
         return prompts
     data = run.config.data
-    pairs = load_pairs(data.eval, on_bad_row=data.on_bad_row, columns=run.columns).pairs
+    pairs = load_pairs(
+        data.eval,
+        on_bad_row=data.on_bad_row,
+        columns=run.columns,
+        max_example_bytes=data.max_example_bytes,
+    ).pairs
     few = pairs[: run.config.train.samples.count]
     return [Prompt(pair.id, pair.prompt, pair.tools) for pair in few]
 

@@ -1,6 +1,7 @@
 """Runs of `attnpo` that chaos befalls: how they are started, and what counts as their end."""
 
 import dataclasses
+import json
 import os
 import pathlib
 import re
@@ -36,6 +37,7 @@ def write_setting(folder: pathlib.Path) -> pathlib.Path:
     config.prepare.rows_per_shard = 4
     config.train.save_every = 2
     config.train.keep_checkpoints = 3
+    config.generate.max_new_tokens, config.generate.samples, config.generate.slots = 24, 4, 4
     config.parallel.mesh.data, config.parallel.mesh.fsdp = 1, -1
     (folder / "config.json").write_text(config_lib.to_json(config))
     (folder / "config.py").write_text(_CONFIG.format(path=str(folder / "config.json")))
@@ -94,10 +96,26 @@ def same_all(workdir: pathlib.Path, expected: pathlib.Path) -> None:
         np.testing.assert_allclose(array, theirs[name], rtol=0, atol=TOLERANCE, err_msg=name)
 
 
+def same_samples(workdir: pathlib.Path, expected: pathlib.Path) -> None:
+    ours, theirs = (
+        {
+            file.name: [json.loads(line) for line in file.read_text().splitlines()]
+            for file in (w / "samples").glob("*.jsonl")
+        }
+        for w in (workdir, expected)
+    )
+    for records in (*ours.values(), *theirs.values()):
+        for record in records:
+            record["model"] = pathlib.PurePath(record["model"]).name  # a step
+            del record["logprob"]  # up to rounding
+    assert ours == theirs
+
+
 STAGES = {
     "prepare": Stage("prepare", "", same_rows),
     "train": Stage("train", "prepare", same_training),
     "run": Stage("run", "", same_all),
+    "generate": Stage("generate", "run", same_samples),
 }
 """Stages that come later add themselves here."""
 

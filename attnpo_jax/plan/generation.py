@@ -1,0 +1,233 @@
+"""`attnpo plan --generate`: what sampling takes on a TPU slice, from its compiled programs.
+
+A decode step in all slots, their cache full, and the reading of prompts. Tokens a second are those
+of a roofline: what is read of memory is counted by hand, since the loop over the cache's blocks has
+no length that a compiled program tells.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from rich.table import Table
+
+from attnpo_jax.models import decode, int8, kv_cache, placement
+from attnpo_jax.models.decoder import abstract_params
+from attnpo_jax.models.kv_cache import CacheShape
+from attnpo_jax.parallel import mesh as meshes
+from attnpo_jax.parallel.backend import Sharded, prepares_together
+from attnpo_jax.plan.lengths import Batching
+from attnpo_jax.plan.programs import Compiled, Setting
+from attnpo_jax.plan.report import program_json
+from attnpo_jax.plan.roofline import Roofline
+from attnpo_jax.plan.topologies import GIB, PlanError, Topology
+from attnpo_jax.runtime.printable import plain
+from attnpo_jax.sampling import programs
+from attnpo_jax.sampling.programs import State
+
+# Tokens of a prompt that are read at once, see `sampling.engine`.
+_PREFILL = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What sampling takes, by chip.
+
+    Attributes:
+      source: the model.
+      topology: all chips; copies of the model on parts of them sample responses of their own.
+      shape: the cache of one copy.
+      weights: bytes of the weights on a chip.
+      cache: bytes of the cache on a chip.
+      decode, prefill: the programs.
+      step: the least seconds of a decode step, the cache full.
+      limit: what it is spent on.
+    """
+
+    source: str
+    topology: Topology
+    shape: CacheShape
+    weights: float
+    cache: float
+    decode: Compiled
+    prefill: Compiled
+    step: float
+    limit: str
+
+    @property
+    def copies(self) -> int:
+        """Copies of the program that work side by side."""
+        return self.topology.size // self.decode.topology.size
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all chips together, at most, all slots busy and the cache full."""
+        return self.copies * self.shape.slots / self.step
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, in plain types; bytes are per chip."""
+        return {
+            "model": self.source,
+            "topology": self.topology.name,
+            "chips": self.topology.size,
+            "copies": self.copies,
+            "slots": self.shape.slots,
+            "length": self.shape.length,
+            "weights_bytes": self.weights,
+            "cache_bytes": self.cache,
+            "decode_step_seconds": self.step,
+            "limit": self.limit,
+            "tokens_per_second": self.tokens_per_second,
+            "programs": {p.name: program_json(p) for p in (self.decode, self.prefill)},
+        }
+
+
+def plan(setting: Setting) -> Generation:
+    """Compiles both programs as `config.generate` has them.
+
+    Raises:
+      DoesNotFit: one needs more memory than a chip has.
+      PlanError: the config's `generate.max_length` is 0, so that nothing says how large the cache
+        is.
+    """
+    config, section = setting.config, setting.config.generate
+    if not section.max_length:
+        raise PlanError(
+            "generate.max_length = 0: a plan has no prompts to take it from; accepted: the tokens "
+            "of prompt and response together, as --config.generate.max_length=2048"
+        )
+    model = int8.shape_of_passes(setting.model, section.weights)
+    dtype, param_dtype = jnp.dtype(config.model.dtype), jnp.dtype(config.model.param_dtype)
+    where = _where(setting, model)
+    sizes = meshes.local_sizes(setting.training_mesh(), where.size)
+    backend = Sharded(model, sizes, where.devices())
+    slots = -(-section.slots // backend.row_shards) * backend.row_shards
+    shape = CacheShape.of(
+        model, slots, section.max_length, dtype, quantized=section.cache == "int8"
+    )
+    params = backend.abstract_state(abstract_params(model, param_dtype))
+    split = NamedSharding(backend.mesh, kv_cache.SPLIT)
+    cache = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), shape.abstract()
+    )
+    state, static = State(cache, None), {"config": model, "shape": shape, "dtype": dtype}
+
+    def whole(*dims: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(dims, jnp.int32)
+
+    step = backend.state_pass(_greedy_step, state, **static)
+    decoding = setting.compile(
+        "decode",
+        where,
+        backend,
+        Batching(1, slots, slots),
+        _flops(model, slots, section.max_length),
+        lambda: step.lower(params, state, (whole(slots), whole(slots))),
+    )
+    rows = backend.row_shards
+    read = backend.state_pass(
+        programs.prefill, state, attention=setting.attention_of(backend), **static
+    )
+    length = min(_PREFILL, section.max_length)
+    prefilling = setting.compile(
+        "prefill",
+        where,
+        backend,
+        Batching(1, rows, rows),
+        rows * _prefill_flops(model, length),
+        lambda: read.lower((params, None), state, (whole(rows, length), whole(rows), whole(rows))),
+    )
+    of_chip = where.size
+    weights = sum(_bytes_on_chip(x) for x in jax.tree.leaves(params))
+    held = shape.nbytes / of_chip
+    return Generation(
+        config.model.source,
+        setting.topology,
+        shape,
+        weights,
+        held,
+        decoding,
+        prefilling,
+        *_least_step(decoding, weights, held),
+    )
+
+
+def table(made: Generation) -> Table:
+    """The plan for people."""
+    shown = Table(
+        title=plain(f"plan of sampling: {made.source} on {made.topology.name}"), show_header=False
+    )
+    chip = made.topology.chip
+    shown.add_row("copies", f"{made.copies} of {made.decode.topology.size} chips")
+    shown.add_row("mesh of a copy", ", ".join(f"{a} {n}" for a, n in made.decode.mesh.items()))
+    shown.add_row("slots of a copy", f"{made.shape.slots}, {made.shape.length} tokens each")
+    shown.add_row("weights, by chip", f"{made.weights / GIB:.2f} GiB")
+    shown.add_row("cache, by chip", f"{made.cache / GIB:.2f} GiB")
+    for program in (made.decode, made.prefill):
+        peak = f"{program.memory.peak / GIB:.2f} of {chip.hbm / GIB:.2f} GiB"
+        shown.add_row(f"peak of {program.name}", peak)
+    shown.add_row("decode step, at least", f"{1e3 * made.step:.2f} ms, for {made.limit}")
+    shown.add_row("tokens a second, at most", f"{made.tokens_per_second:,.0f}")
+    return shown
+
+
+def _where(setting: Setting, model: Any) -> Topology:
+    """The chips that work on the same responses together."""
+    chips, host = setting.topology, setting.topology.host
+    together = chips.size > host.size and prepares_together(
+        model,
+        setting.config.prepare.devices,
+        setting.config.model.param_dtype,
+        setting.training_mesh(),
+        host.size,
+        chips.chip.hbm,
+    )
+    return chips if together else host
+
+
+def _greedy_step(params, state: State, arrays, *, config, shape, dtype):
+    token_B, length_B = arrays
+    logits_BV, cache = decode.step(
+        config, params, state.cache, shape, token_B, length_B, dtype=dtype
+    )
+    token_B = jnp.argmax(placement.by_rows(logits_BV), axis=-1)
+    return State(cache, None), token_B
+
+
+def _least_step(program: Compiled, weights: float, cache: float) -> tuple[float, str]:
+    """Seconds of a decode step by the slowest of compute, memory and interconnect, and which."""
+    line = Roofline.of(program)
+    memory = max(line.memory, (weights + cache) / program.topology.chip.hbm_bandwidth)
+    parts = {"compute": line.compute, "memory": memory, "interconnect": line.interconnect}
+    limit = max(parts, key=parts.__getitem__)
+    return parts[limit], limit
+
+
+def _bytes_on_chip(x: jax.ShapeDtypeStruct) -> int:
+    shape = x.sharding.shard_shape(x.shape)
+    size = 1
+    for dim in shape:
+        size *= dim
+    return size * x.dtype.itemsize
+
+
+def _matrices(model: Any) -> int:
+    """Weights that a token is multiplied with in all layers."""
+    heads = model.num_heads + model.num_kv_heads
+    of_layer = 2 * model.hidden_size * model.head_dim * heads
+    of_layer += 3 * model.hidden_size * model.intermediate_size
+    return model.num_layers * of_layer
+
+
+def _flops(model: Any, slots: int, length: int) -> int:
+    """Of a decode step in all slots, each with a full cache."""
+    head = model.vocab_size * model.hidden_size
+    attention = 2 * model.num_layers * model.num_heads * model.head_dim * length
+    return 2 * slots * (_matrices(model) + head + attention)
+
+
+def _prefill_flops(model: Any, length: int) -> int:
+    attention = model.num_layers * model.num_heads * model.head_dim * length
+    return 2 * length * (_matrices(model) + attention)

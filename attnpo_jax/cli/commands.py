@@ -110,6 +110,15 @@ COMMANDS = {
         example="attnpo generate --model=smollm2-135m-instruct --prompts=builtin:eval \\\n"
         "      --out=samples.jsonl --temperature=0 --max-new-tokens=64",
     ),
+    "serve": Command(
+        "attnpo_jax.generate.server",
+        "serve",
+        "Answer the calls of OpenAI's API, chats and completions, on this machine.",
+        {"model": Option("model", str, "Which model, as for `generate`.")},
+        workdir="optional",
+        section="serve",
+        example="attnpo serve --model=smollm2-135m-instruct --port=8000",
+    ),
     "export-weights": Command(
         "attnpo_jax.export.weights",
         "export_weights",

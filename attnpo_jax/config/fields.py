@@ -8,7 +8,7 @@ function's hyperparameters, see `attnpo_jax.config.sections`.
 from collections.abc import Mapping
 from typing import Any
 
-from attnpo_jax.config import generate_fields, rules
+from attnpo_jax.config import generate_fields, rules, serve_fields
 from attnpo_jax.config.field import Field
 from attnpo_jax.runtime import nested
 
@@ -367,6 +367,7 @@ FIELDS: dict[str, Field] = {
         "needs the package gcsfs",
     ),
     **generate_fields.FIELDS,
+    **serve_fields.FIELDS,
     "parallel.backend": Field(
         "jit",
         rules.one_of("jit", "pmap"),

@@ -12,18 +12,17 @@ read as text, found in the response, and their weights carried over by character
 """
 
 import functools
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import pre_tokenizers
 
 from attnpo_jax.data.align import align
 from attnpo_jax.data.long_text import shared_beginning
 from attnpo_jax.data.pair import SIDES, BadExample, PrecomputedWeights
+from attnpo_jax.data.token_bytes import TokenBytes
 from attnpo_jax.data.tokenize import TokenizedPair
 from attnpo_jax.runtime.errors import UserError
 
@@ -187,24 +186,16 @@ class WeightReader:
 
 
 class _TokenBytes:
-    """The bytes that tokens of a byte-level or SentencePiece tokenizer stand for."""
+    """The bytes of the tokens that weights came with."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, origin: str):
         self._origin = origin
-        self._added = set(tokenizer.get_added_tokens_decoder())
-        self._token_of = tokenizer.id_to_token
         self._id_of = tokenizer.get_vocab()
-        self._known: dict[int, bytes] = {}
-        described = json.loads(tokenizer.to_str())
-        parts = [described["decoder"], described["pre_tokenizer"]]
-        self._byte_of = _bytes_of_characters() if '"ByteLevel"' in json.dumps(parts) else None
-        parts.append(described["normalizer"])
-        is_sentencepiece = "▁" in json.dumps(parts, ensure_ascii=False)
-        self._is_readable = self._byte_of is not None or is_sentencepiece
+        self._bytes_of = TokenBytes(tokenizer)
 
     def knows_all(self, tokens: Iterable[str]) -> bool:
         """Whether all strings are entries of the vocabulary whose bytes can be told."""
-        return self._is_readable and all(token in self._id_of for token in tokens)
+        return self._bytes_of.is_readable and all(token in self._id_of for token in tokens)
 
     def ids(self, tokens: Iterable[str]) -> np.ndarray:
         """The ids, int32 (T,), of entries of the vocabulary."""
@@ -212,45 +203,19 @@ class _TokenBytes:
 
     def __call__(self, token_id: int, pair_id: str) -> bytes:
         """The bytes of a token."""
-        if not self._is_readable:
+        if not self._bytes_of.is_readable:
             raise UserError(
                 f"{self._origin}: neither a byte-level nor a SentencePiece tokenizer; accepted "
                 "beside weights: tokens of these, or the tokens' texts instead of their ids"
             )
-        if token_id not in self._known:
-            self._known[token_id] = self._read(token_id, pair_id)
-        return self._known[token_id]
-
-    def _read(self, token_id: int, pair_id: str) -> bytes:
-        token = self._token_of(token_id)
-        if token is None:
+        known = self._bytes_of(token_id)
+        if known is None:
             raise BadExample(
                 f"token {token_id} is not in the vocabulary of {self._origin} "
                 "(data.weights_tokenizer names the tokenizer that made the tokens)",
                 id=pair_id,
             )
-        if self._byte_of is not None:
-            if token_id in self._added:
-                return token.encode()
-            return bytes(self._byte_of[character] for character in token)
-        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            return bytes([int(token[3:5], 16)])
-        # Runs of spaces may be among the added tokens, as in Gemma's vocabulary.
-        return token.replace("▁", " ").encode()
-
-
-def _bytes_of_characters() -> dict[str, int]:
-    """The bytes that the characters of byte-level tokens stand for.
-
-    Bytes that are printable in Latin-1 stand for themselves; the others, in order, have the
-    characters from U+0100 on.
-    """
-    others = iter(range(256, 512))
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    table = {chr(b) if b in printable else chr(next(others)): b for b in range(256)}
-    if set(table) != set(pre_tokenizers.ByteLevel.alphabet()):
-        raise AssertionError("the alphabet of byte-level tokens is another than this one")
-    return table
+        return known
 
 
 def _locate(pieces: Sequence[bytes], text: str) -> tuple[np.ndarray, float] | None:

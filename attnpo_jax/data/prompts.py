@@ -74,7 +74,7 @@ def load_prompts(
         short_name, rows = _rows(name, max_example_bytes)
         for number, row in rows:
             try:
-                prompt = _prompt(row, f"{short_name}:{number}", columns)
+                prompt = prompt_of(row, f"{short_name}:{number}", columns)
                 good.append(dataclasses.replace(prompt, id=unique(prompt.id)))
             except BadExample as error:
                 bad.append(BadExample(error.reason, name, number, own_id(row)))
@@ -94,7 +94,7 @@ def as_prompts(prompts: Iterable[str | Sequence[Message] | Prompt]) -> list[Prom
         if not isinstance(prompt, Prompt):
             if not isinstance(prompt, str):
                 prompt = list(prompt)
-            prompt = _prompt({"prompt": prompt}, str(place), AS_THEY_ARE)
+            prompt = prompt_of({"prompt": prompt}, str(place))
         made.append(prompt)
     return made
 
@@ -122,7 +122,12 @@ def _line(line: str) -> Any:
         return error
 
 
-def _prompt(row: Any, fallback_id: str, columns: Columns) -> Prompt:
+def prompt_of(row: Any, fallback_id: str, columns: Columns = AS_THEY_ARE) -> Prompt:
+    """The prompt of a row, see `load_prompts`; `fallback_id` is the id of one that has none.
+
+    Raises:
+      BadExample: it has none; the reason says why.
+    """
     if isinstance(row, BadExample):
         raise row
     if not isinstance(row, Mapping):

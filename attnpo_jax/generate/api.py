@@ -12,9 +12,10 @@ from attnpo_jax.generate import model as models
 from attnpo_jax.judge.language_model import LanguageModel
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.runtime.errors import UserError
-from attnpo_jax.sampling.engine import Engine, Request, Response, Update
+from attnpo_jax.sampling.engine import Engine
 from attnpo_jax.sampling.model import SampledModel
 from attnpo_jax.sampling.requests import requests_of
+from attnpo_jax.sampling.responses import Request, Response, Update
 
 if TYPE_CHECKING:
     from attnpo_jax.run import Run
@@ -80,15 +81,7 @@ def _begin(
     max_length: int,
     settings: dict[str, Any],
 ) -> tuple[list[Request], Engine]:
-    if isinstance(model, LanguageModel):
-        config, sampled = (
-            config_lib.default_config(),
-            SampledModel.of(str(model.folder), model, backends.one_device(model.config)),
-        )
-    elif isinstance(model, SampledModel):
-        config, sampled = config_lib.default_config(), model
-    else:
-        config, sampled = model.config, models.load(model)
+    sampled, config = sampled_of(model)
     in_force = sampled.settings(**(config_lib.sampling(config.generate) | settings))
     requests, length, refused = requests_of(
         sampled,
@@ -101,6 +94,17 @@ def _begin(
     if refused:
         raise UserError(f"prompt {refused[0].id}: {refused[0].reason}")
     return requests, engine_for(sampled, config, length=length, slots=min(slots, len(requests)))
+
+
+def sampled_of(model: "LanguageModel | Run | SampledModel") -> tuple[SampledModel, Any]:
+    """What is sampled from, and the config that says how; see `generate`."""
+    if isinstance(model, LanguageModel):
+        backend = backends.one_device(model.config)
+        sampled = SampledModel.of(str(model.folder), model, backend)
+        return sampled, config_lib.default_config()
+    if isinstance(model, SampledModel):
+        return model, config_lib.default_config()
+    return models.load(model), model.config
 
 
 def engine_for(sampled: SampledModel, config: Any, *, length: int, slots: int) -> Engine:

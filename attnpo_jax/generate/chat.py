@@ -16,9 +16,10 @@ from attnpo_jax.generate.api import engine_for
 from attnpo_jax.parallel import processes
 from attnpo_jax.runtime.errors import UserError
 from attnpo_jax.runtime.printable import printable
-from attnpo_jax.sampling.engine import Engine, Request
+from attnpo_jax.sampling.engine import Engine
 from attnpo_jax.sampling.model import SampledModel
 from attnpo_jax.sampling.requests import encode
+from attnpo_jax.sampling.responses import Request
 
 if TYPE_CHECKING:
     from attnpo_jax.run import Run

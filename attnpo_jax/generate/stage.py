@@ -23,9 +23,10 @@ from attnpo_jax.runtime import atomic, schema
 from attnpo_jax.runtime.errors import Preempted, UsageError, UserError
 from attnpo_jax.runtime.printable import say
 from attnpo_jax.runtime.progress import CountProgress
-from attnpo_jax.sampling.engine import Engine, Request
+from attnpo_jax.sampling.engine import Engine
 from attnpo_jax.sampling.model import SampledModel
 from attnpo_jax.sampling.requests import Refused, requests_of
+from attnpo_jax.sampling.responses import Request
 from attnpo_jax.sampling.samples import Samples
 
 if TYPE_CHECKING:

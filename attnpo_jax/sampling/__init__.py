@@ -4,12 +4,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from attnpo_jax.sampling.engine import Engine, Request, Response, Update
+    from attnpo_jax.sampling.engine import Engine
+    from attnpo_jax.sampling.responses import Request, Response, Update
     from attnpo_jax.sampling.settings import SamplingSettings, SettingsError
 
 __all__ = ["Engine", "Request", "Response", "SamplingSettings", "SettingsError", "Update"]
 
-_HOMES = dict.fromkeys(("Engine", "Request", "Response", "Update"), "engine")
+_HOMES = {"Engine": "engine"}
+_HOMES |= dict.fromkeys(("Request", "Response", "Update"), "responses")
 _HOMES |= dict.fromkeys(("SamplingSettings", "SettingsError"), "settings")
 
 

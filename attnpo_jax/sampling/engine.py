@@ -10,10 +10,9 @@ Shapes: B slots, R rows of prompts, L row length, n steps a call.
 import collections
 import dataclasses
 import functools
-import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,14 +29,19 @@ from attnpo_jax.parallel import backend as backends
 from attnpo_jax.runtime.errors import UserError
 from attnpo_jax.sampling import programs
 from attnpo_jax.sampling.programs import SPLIT, State
+from attnpo_jax.sampling.responses import (
+    MOST_TOP_LOGPROBS,
+    FinishReason,
+    Request,
+    Response,
+    Top,
+    Update,
+)
 from attnpo_jax.sampling.sample import Features
-from attnpo_jax.sampling.settings import SamplingSettings
-from attnpo_jax.sampling.slots import settings_of
+from attnpo_jax.sampling.slots import settings_of, tops_of
 from attnpo_jax.sampling.text import ResponseText
 
 _LOG = logging.getLogger(__name__)
-
-FinishReason = Literal["stop", "length", "error"]
 
 # Rows of prompts that are read at once are so many, for each of the parts that rows are split in.
 _ROWS = (16, 4, 1)
@@ -48,75 +52,6 @@ _FEWEST_TOKENS = 32
 _FEWEST_SHARED = 16
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Request:
-    """A response that is wanted.
-
-    Attributes:
-      id: of the prompt. Draws depend on it.
-      tokens: int32, the prompt's, at least one.
-      settings: how the response is drawn.
-      sample: which of the prompt's responses it is, from 0. Draws depend on it.
-      stop_tokens: tokens that end it, beside those of the settings.
-    """
-
-    id: str
-    tokens: np.ndarray
-    settings: SamplingSettings
-    sample: int = 0
-    stop_tokens: tuple[int, ...] = ()
-
-    @functools.cached_property
-    def key(self) -> np.ndarray:
-        """uint32 (2,): what all draws of the response begin with."""
-        named = f"{self.settings.seed}\0{self.sample}\0{self.id}"
-        digest = hashlib.blake2b(named.encode("utf-8", "surrogatepass"), digest_size=8)
-        return np.frombuffer(digest.digest(), "<u4")
-
-    @functools.cached_property
-    def ends(self) -> tuple[int, ...]:
-        """All tokens that end the response."""
-        return tuple(dict.fromkeys((*self.stop_tokens, *self.settings.stop_token_ids)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Response:
-    """What came of a request.
-
-    Attributes:
-      text: without special tokens, and up to the stop text that ended it.
-      tokens: what was sampled, the one that ended it included.
-      logprobs: their log-probs under the model's own distribution: temperature 1, nothing cut off.
-      finish_reason: `stop` at a stop token or text, `length` where there was no more room, `error`
-        where the model gave logits that are no numbers.
-    """
-
-    id: str
-    sample: int
-    text: str
-    tokens: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    finish_reason: FinishReason
-    prompt_tokens: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Update:
-    """What has come of a request in one call.
-
-    Attributes:
-      text: what was added to the text and is sure to stay.
-      tokens, logprobs: what was sampled.
-      response: all of it, where it is finished.
-    """
-
-    request: Request
-    text: str
-    tokens: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    response: Response | None
-
-
 @dataclasses.dataclass(eq=False)
 class _Slot:
     """A request under way."""
@@ -125,6 +60,7 @@ class _Slot:
     text: ResponseText
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
+    top: list[Top] = dataclasses.field(default_factory=list)
 
 
 class Engine:
@@ -216,6 +152,10 @@ class Engine:
                 f"{name}: {size} tokens, and there is room for {self.cache_shape.length} with the "
                 "response; accepted: a shorter prompt, or a larger length"
             )
+        if not 0 <= request.top_logprobs <= MOST_TOP_LOGPROBS:
+            raise UserError(
+                f"{name}: top_logprobs = {request.top_logprobs}; accepted: 0 to {MOST_TOP_LOGPROBS}"
+            )
         given = {
             "a token": request.tokens,
             "a stop token": request.ends,
@@ -280,26 +220,30 @@ class Engine:
         if not active:
             return []
         features = functools.reduce(
-            Features.__or__, (self._slots[b].request.settings.features for b in active)
+            Features.__or__, (self._slots[b].request.features for b in active)
         )
         arrays = self._arrays()
         program = self._program(programs.decode_steps, features=features, steps=self._steps)
         self._state, output = program(self._params, self._state, self._backend.replicate(arrays))
-        tokens_nB, logprobs_nB, failed_B = jax.device_get(output)
-        return [self._take(b, tokens_nB[:, b], logprobs_nB[:, b], failed_B[b]) for b in active]
+        *sampled, failed_B = jax.device_get(output)
+        return [self._take(b, *sampled, failed_B[b]) for b in active]
 
-    def _take(self, b: int, tokens_n, logprobs_n, failed: bool) -> Update:
+    def _take(self, b: int, tokens_nB, logprobs_nB, top, failed: bool) -> Update:
         """Adds what a call has sampled in a slot; frees it where the response is finished."""
         slot = self._slots[b]
         request, before = slot.request, len(slot.tokens)
         reason: FinishReason | None = None
         room = self.cache_shape.length - len(request.tokens)
         most = min(request.settings.max_new_tokens, room)
-        for token, logprob in zip(tokens_n.tolist(), logprobs_n.tolist(), strict=True):
+        sampled = tokens_nB[:, b].tolist(), logprobs_nB[:, b].tolist()
+        top_n = tops_of(*(x_nBk[:, b] for x_nBk in top), request.top_logprobs)
+        for token, logprob, likeliest in zip(*sampled, top_n, strict=True):
             if token < 0:
                 break
             slot.tokens.append(token)
             slot.logprobs.append(logprob)
+            if request.top_logprobs:
+                slot.top.append(likeliest)
             if token in request.ends:
                 reason = "stop"
             elif slot.text.add(token):
@@ -321,10 +265,11 @@ class Engine:
                 tuple(slot.logprobs),
                 reason,
                 len(request.tokens),
+                tuple(slot.top),
             )
         news = slot.text.news(last=response is not None)
         new = tuple(slot.tokens[before:]), tuple(slot.logprobs[before:])
-        return Update(request, news, *new, response)
+        return Update(request, news, *new, response, tuple(slot.top[before:]))
 
     def _arrays(self) -> tuple[Any, ...]:
         """What a call is told of the slots: last tokens, lengths, counts, who is active, settings.

@@ -47,15 +47,18 @@ def mark_prompts(_, state: State, arrays, *, config, shape, dtype):
 
 
 def decode_steps(params, state: State, arrays, *, config, shape, dtype, features, steps):
-    """Up to `steps` tokens in every slot that is active: (tokens, log-probs (n, B), failed (B,)).
+    """Up to `steps` tokens in every slot that is active.
 
-    Tokens are -1 where a slot has none.
+    Returns:
+      The state; tokens, -1 where a slot has none, and log-probs (n, B), the likeliest tokens and
+      their log-probs (n, B, k), and which slots failed (B,).
     """
     token_B, length_B, count_B, active_B, settings = arrays
     rows = jnp.arange(token_B.shape[0])
+    k = min(features.top_logprobs, config.vocab_size)
 
     def one(carry):
-        i, state, token_B, length_B, count_B, active_B, failed_B, tokens_nB, logprobs_nB = carry
+        i, state, token_B, length_B, count_B, active_B, failed_B, sampled = carry
         logits_BV, cache = decode.step(
             config, params, state.cache, shape, token_B, length_B, dtype=dtype
         )
@@ -63,8 +66,8 @@ def decode_steps(params, state: State, arrays, *, config, shape, dtype, features
         new_B, logprob_B = sample.next_tokens(logits_BV, settings, count_B, state.seen_BV, features)
         failed_B |= active_B & ~fine_B
         active_B &= fine_B
-        tokens_nB = tokens_nB.at[i].set(jnp.where(active_B, new_B, -1))
-        logprobs_nB = logprobs_nB.at[i].set(logprob_B)
+        new = jnp.where(active_B, new_B, -1), logprob_B, sample.likeliest(logits_BV, k)
+        sampled = jax.tree.map(lambda so_far, x: so_far.at[i].set(x), sampled, new)
         seen_BV = state.seen_BV
         if features.penalties:
             seen_BV = seen_BV.at[rows, new_B].set(sample.PROMPT | sample.SAMPLED)
@@ -74,15 +77,16 @@ def decode_steps(params, state: State, arrays, *, config, shape, dtype, features
         ended_B = jnp.any(new_B[:, None] == settings.stop_BE, axis=-1)
         active_B &= ~ended_B & (count_B < settings.max_new_tokens_B)
         state = State(cache, seen_BV)
-        return i + 1, state, token_B, length_B, count_B, active_B, failed_B, tokens_nB, logprobs_nB
+        return i + 1, state, token_B, length_B, count_B, active_B, failed_B, sampled
 
     def goes_on(carry):
         i, active_B = carry[0], carry[5]
         return (i < steps) & jnp.any(active_B)
 
     tokens_nB = jnp.full((steps, token_B.shape[0]), -1, jnp.int32)
-    logprobs_nB = jnp.zeros(tokens_nB.shape, jnp.float32)
+    top = tuple(jnp.zeros((*tokens_nB.shape, k), kind) for kind in (jnp.int32, jnp.float32))
+    sampled = tokens_nB, jnp.zeros(tokens_nB.shape, jnp.float32), top
     slots = token_B, length_B, count_B, active_B, jnp.zeros_like(active_B)
-    carry = (jnp.int32(0), state, *slots, tokens_nB, logprobs_nB)
-    _, state, *_, failed_B, tokens_nB, logprobs_nB = jax.lax.while_loop(goes_on, one, carry)
-    return state, (tokens_nB, logprobs_nB, failed_B)
+    carry = (jnp.int32(0), state, *slots, sampled)
+    _, state, *_, failed_B, sampled = jax.lax.while_loop(goes_on, one, carry)
+    return state, (*sampled, failed_B)

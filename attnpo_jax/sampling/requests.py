@@ -10,8 +10,8 @@ from attnpo_jax.data.pair import BadExample
 from attnpo_jax.data.prompts import Prompt
 from attnpo_jax.data.vocabulary import check_ids
 from attnpo_jax.runtime.errors import UserError
-from attnpo_jax.sampling.engine import Request
 from attnpo_jax.sampling.model import SampledModel
+from attnpo_jax.sampling.responses import Request
 from attnpo_jax.sampling.settings import SamplingSettings
 
 

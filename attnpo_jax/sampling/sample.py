@@ -54,10 +54,11 @@ class Features:
     penalties: bool = False
     bias: bool = False
     min_new_tokens: bool = False
+    top_logprobs: int = 0  # how many of the likeliest tokens are told of
 
     def __or__(self, other: "Features") -> "Features":
         pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
-        return Features(*(a or b for a, b in pairs))
+        return Features(*(max(a, b) for a, b in pairs))
 
 
 def next_tokens(
@@ -82,6 +83,16 @@ def next_tokens(
         token_B = jnp.where(settings.temperature_B > 0, drawn_B, token_B)
     picked_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
     return token_B, picked_B - jax.nn.logsumexp(logits_BV, axis=-1)
+
+
+def likeliest(logits_BV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The k likeliest tokens int32 (B, k), the first one first, and their log-probs float32 (B, k).
+
+    Under the model's own distribution, as the log-probs of `next_tokens`; fewer, where the
+    vocabulary has fewer.
+    """
+    highest_Bk, token_Bk = jax.lax.top_k(logits_BV, min(k, logits_BV.shape[1]))
+    return token_Bk, highest_Bk - jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
 
 
 def changed_logits(

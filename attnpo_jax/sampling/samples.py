@@ -13,7 +13,7 @@ from typing import Any
 from attnpo_jax.data.prompts import Prompt
 from attnpo_jax.runtime import atomic
 from attnpo_jax.runtime.errors import UserError
-from attnpo_jax.sampling.engine import Request, Response
+from attnpo_jax.sampling.responses import Request, Response
 
 # Log-probs are the same up to rounding only, whatever is beside a response.
 _DIGITS = 3

@@ -4,18 +4,16 @@ Shapes: B slots, E entries of a list, padded.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from attnpo_jax.sampling.responses import Request, Top
 from attnpo_jax.sampling.sample import SlotSettings
 from attnpo_jax.sampling.settings import SamplingSettings
 
-if TYPE_CHECKING:
-    from attnpo_jax.sampling.engine import Request
 
-
-def settings_of(requests: Sequence["Request | None"], room: int) -> SlotSettings:
+def settings_of(requests: Sequence[Request | None], room: int) -> SlotSettings:
     """The settings of all slots; `room` is what a slot holds in all."""
     blank = SamplingSettings()
     settings = [blank if request is None else request.settings for request in requests]
@@ -41,6 +39,12 @@ def settings_of(requests: Sequence["Request | None"], room: int) -> SlotSettings
         bias_tokens_BE=_padded([[token for token, _ in b] for b in bias], -1, np.int32),
         bias_BE=_padded([[value for _, value in b] for b in bias], 0.0, np.float32),
     )
+
+
+def tops_of(token_nk: np.ndarray, logprob_nk: np.ndarray, k: int) -> list[Top]:
+    """The first k of the likeliest tokens of each step, with their log-probs."""
+    both = zip(token_nk[:, :k].tolist(), logprob_nk[:, :k].tolist(), strict=True)
+    return [tuple(zip(tokens, logprobs, strict=True)) for tokens, logprobs in both]
 
 
 def _padded(rows: Sequence[Sequence[Any]], fill: Any, dtype: Any) -> np.ndarray:

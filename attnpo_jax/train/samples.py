@@ -15,9 +15,10 @@ from attnpo_jax.judge.language_model import LanguageModel
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.parallel import preemption, processes
 from attnpo_jax.runtime.errors import UserError
-from attnpo_jax.sampling.engine import Engine, Request
+from attnpo_jax.sampling.engine import Engine
 from attnpo_jax.sampling.model import SampledModel
 from attnpo_jax.sampling.requests import requests_of
+from attnpo_jax.sampling.responses import Request
 from attnpo_jax.sampling.samples import Samples
 from attnpo_jax.train.hooks import is_due
 from attnpo_jax.train.loop import TrainLoop

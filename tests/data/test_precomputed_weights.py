@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from attnpo_jax.data import precomputed_weights
+from attnpo_jax.data import precomputed_weights, token_bytes
 from attnpo_jax.data.pair import BadExample, PrecomputedWeights
 from attnpo_jax.data.precomputed_weights import WeightReader
 from attnpo_jax.data.sources import load_pairs, pairs_digest
@@ -105,7 +105,7 @@ def test_rows_without_sound_weights_are_bad_rows(tmp_path, change, reason):
 
 def byte_level(*words):
     """A byte-level tokenizer of single bytes (id = byte) and whole words (ids from 256 on)."""
-    byte_of = {b: c for c, b in precomputed_weights._bytes_of_characters().items()}
+    byte_of = {b: c for c, b in token_bytes.bytes_of_characters().items()}
     vocab = {byte_of[b]: b for b in range(256)}
     vocab |= {"".join(byte_of[b] for b in w.encode()): 256 + i for i, w in enumerate(words)}
     backend = tokenizers.Tokenizer(models.BPE(vocab, []))

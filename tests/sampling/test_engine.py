@@ -289,3 +289,31 @@ def test_the_embedded_models_greedy_tokens(smollm2_folder):
     ]
     found = responses(engine_of(model, slots=2), requests)
     assert [list(found[r.id, 0].tokens) for r in requests] == [row["greedy_24"] for row in rows]
+
+
+@pytest.mark.parametrize("k", [1, 5, 7])
+def test_the_likeliest_tokens_are_those_of_the_forward_pass(model, expected, k):
+    plain = requests_of(model, number=4, samples=2, **SAMPLED)
+    # Some ask, and others of the same calls do not.
+    requests = [
+        dataclasses.replace(request, top_logprobs=k if request.sample else 0) for request in plain
+    ]
+    found = responses(engine_of(model, slots=3), requests)
+    same(found, {key: expected[key] for key in found})
+    for request in requests:
+        response = found[request.id, request.sample]
+        if not request.top_logprobs:
+            assert response.top == ()
+            continue
+        logps = jax.nn.log_softmax(whole_pass(model, [*request.tokens, *response.tokens]))
+        assert len(response.top) == len(response.tokens)
+        for place, top in enumerate(response.top, len(request.tokens) - 1):
+            highest, likeliest = jax.lax.top_k(logps[place], k)
+            assert [token for token, _ in top] == likeliest.tolist()
+            np.testing.assert_allclose([logprob for _, logprob in top], highest, atol=1e-4)
+
+
+def test_the_likeliest_tokens_can_be_no_more_than_a_program_tells(model):
+    request = dataclasses.replace(requests_of(model, number=1)[0], top_logprobs=21)
+    with pytest.raises(UserError, match="top_logprobs = 21; accepted: 0 to 20"):
+        engine_of(model, slots=1).add(request)

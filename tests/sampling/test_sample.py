@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from attnpo_jax.sampling import SamplingSettings, sample
-from attnpo_jax.sampling.engine import Request
+from attnpo_jax.sampling.responses import Request
 from attnpo_jax.sampling.slots import settings_of
 
 DRAWS = 20_000

@@ -107,11 +107,14 @@ def sampled_of(model: "LanguageModel | Run | SampledModel") -> tuple[SampledMode
     return models.load(model), model.config
 
 
-def engine_for(sampled: SampledModel, config: Any, *, length: int, slots: int) -> Engine:
+def engine_for(
+    sampled: SampledModel, config: Any, *, length: int, slots: int, steady: bool = False
+) -> Engine:
     """The engine of a model, as a config has it."""
     return sampled.engine(
         length=length,
         slots=slots,
+        steady=steady,
         dtype=jnp.dtype(config.model.dtype),
         quantized_cache=config.generate.cache == "int8",
         attention=config.model.attention,

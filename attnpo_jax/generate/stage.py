@@ -173,8 +173,9 @@ def _answer(
     failed: list[Refused] = []
     stopped = False
     if left:
-        slots = min(run.config.generate.slots, len(left))
-        engine = engine_for(sampled, run.config, length=length, slots=slots)
+        # As if none were there yet, so that what is left comes out as it would have.
+        slots = min(run.config.generate.slots, len(requests))
+        engine = engine_for(sampled, run.config, length=length, slots=slots, steady=True)
         _LOG.info(
             "%d responses, %d at a time; the KV cache takes %.2f GB (%d tokens a slot)",
             len(left),
@@ -184,7 +185,8 @@ def _answer(
         )
         writes = not sampled.together or processes.is_first()
         bar = run.config.log.progress and processes.is_first()
-        failed, stopped = _sample(engine, left, samples if writes else None, bar, sampled.together)
+        kept = samples if writes else None
+        failed, stopped = _sample(engine, left, requests, kept, bar, sampled.together)
     processes.barrier("generate: responses written")
     everyones = team.exchange([[one.id, one.reason] for one in failed], _REFUSED)
     failed = [Refused(*said) for of_one in everyones for said in of_one]
@@ -199,14 +201,17 @@ def _answer(
 def _sample(
     engine: Engine,
     requests: Sequence[Request],
+    everyone: Sequence[Request],
     samples: Samples | None,
     bar: bool,
     together: bool,
 ) -> tuple[list[Refused], bool]:
-    """Runs the engine; the prompts that failed, and whether it was told to stop."""
+    """Runs the engine on those of all requests that are left; the prompts that failed, and whether
+    it was told to stop.
+    """
     failed: list[Refused] = []
     by_key = {(request.id, request.sample): request for request in requests}
-    engine.submit(requests)
+    engine.submit(requests, everyone)
     total = len(requests)
     with (
         preemption.watch() as noticed,

@@ -266,12 +266,13 @@ class Sharded:
 
     def zeros(self, shapes: Any, specs: Any) -> Any:
         """Zeros of some shapes and dtypes, split as partition specs say, a prefix of the tree."""
-        placed = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
 
-        def make():
-            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        def of(spec: PartitionSpec, part: Any) -> Any:
+            placed = NamedSharding(self.mesh, spec)
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=placed), part)
 
-        return jax.jit(make, out_shardings=placed)()
+        is_spec = {"is_leaf": lambda x: isinstance(x, PartitionSpec)}
+        return jax.tree.map(of, specs, shapes, **is_spec)
 
     def state_pass(self, function: Callable, state: Any, **static: Any) -> Callable:
         """Compiles `(shared, state, arrays) -> (state, results)` for what is done over and over.

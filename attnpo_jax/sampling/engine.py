@@ -74,6 +74,9 @@ class Engine:
       dtype: what activations are computed in, and the cache is held in.
       quantized_cache: whether the cache is held as int8.
       steps: tokens a call, at most: what a finished response's slot may wait for.
+      steady: whether everything is computed in arrays of the same shapes whatever is under way, so
+        that a response is the same to the last bit of its log-probs, and not up to rounding only.
+        It costs time where few requests are under way, or many prompts are read at once.
       backend: where to run; None for one device.
       attention: of prompts; `auto`, or one of `models.attention.implementations.IMPLEMENTATIONS`.
     """
@@ -89,6 +92,7 @@ class Engine:
         dtype=jnp.float32,
         quantized_cache: bool = False,
         steps: int = 8,
+        steady: bool = False,
         backend: backends.Sharded | None = None,
         attention: str = "auto",
     ):
@@ -97,6 +101,9 @@ class Engine:
         self._backend = backend or backends.one_device(config)
         shards = self._backend.row_shards
         slots = -(-slots // shards) * shards
+        # On a CPU, a step takes the longer the more slots there are; elsewhere it waits for memory.
+        self._resizes = not steady and shards == 1 and self._backend.devices[0].platform == "cpu"
+        self._rows = _ROWS[-1:] if steady else _ROWS
         self.cache_shape = CacheShape.of(config, slots, length, dtype, quantized=quantized_cache)
         choice = implementations.choose(attention, config, dtype, self._backend.devices)
         self._static = {"config": config, "dtype": jnp.dtype(dtype)}
@@ -191,8 +198,11 @@ class Engine:
             return
         self._shared, self._past = common.astype(np.int32), None
 
-    def submit(self, requests: Sequence[Request]) -> None:
+    def submit(self, requests: Sequence[Request], sharing: Sequence[Request] | None = None) -> None:
         """Puts many requests into the queue, those of long prompts first, and has them `share`.
+
+        Args:
+          sharing: the requests of which these are some: what all of those begin with is shared.
 
         Raises:
           UserError: one can't be served, see `add`; none was put there.
@@ -200,7 +210,7 @@ class Engine:
         for request in requests:
             self.check(request)
         if requests:
-            self.share([request.tokens for request in requests])
+            self.share([request.tokens for request in sharing or requests])
         self._waiting.extend(sorted(requests, key=lambda r: (-len(r.tokens), r.id, r.sample)))
 
     def run(self, requests: Sequence[Request]) -> Iterator[Response]:
@@ -215,6 +225,7 @@ class Engine:
 
     def step(self) -> list[Update]:
         """Gives free slots to waiting requests, and takes a few steps in all of them."""
+        self._resize()
         self._fill_slots()
         active = [b for b, slot in enumerate(self._slots) if slot is not None]
         if not active:
@@ -288,12 +299,40 @@ class Engine:
         room = self.cache_shape.length
         return token_B, length_B, count_B, active_B, settings_of(requests, room)
 
+    def _resize(self) -> None:
+        """Has half as many slots where no more are wanted, or twice as many until there are enough.
+
+        By twos, so that there are few programs that move what slots hold.
+        """
+        wanted = min(self.running + self.waiting, self.cache_shape.slots)
+        if not self._resizes or not wanted:
+            return
+        size = len(self._slots)
+        if wanted > size:
+            while size < wanted:
+                size *= 2
+                self._move(size)
+        elif size % 2 == 0 and size // 2 >= wanted:
+            self._move(size // 2)
+
+    def _move(self, size: int) -> None:
+        """Has so many slots, half or twice as many as before."""
+        kept = [b for b, slot in enumerate(self._slots) if slot is not None]
+        smaller, old = min(size, len(self._slots)), self._state
+        self._slots = [self._slots[b] for b in kept] + [None] * (size - len(kept))
+        self._state = None
+        if old is not None and kept:
+            self._make_state(seen=old.seen_BV is not None)
+            source = np.array(kept + [0] * (smaller - len(kept)), np.int32)
+            program = self._program(programs.move, before=old.cache.keys_CBKHb.shape[1])
+            self._state, _ = program(old, self._state, self._backend.replicate(source))
+
     def _fill_slots(self) -> None:
         free = [b for b, slot in enumerate(self._slots) if slot is None]
         taken = [self._waiting.popleft() for _ in range(min(len(free), len(self._waiting)))]
         if not taken:
             return
-        self._make_state(taken)
+        self._make_state(any(request.settings.features.penalties for request in taken))
         groups: dict[tuple[int, bool], list[tuple[int, Request]]] = {}
         for b, request in zip(free, taken, strict=False):
             text = ResponseText(self._tokenizer.tokenizer.backend_tokenizer, request.settings.stop)
@@ -310,7 +349,7 @@ class Engine:
 
     def _rows_at_once(self, length: int, wanted: int) -> int:
         shards = self._backend.row_shards
-        for rows in _ROWS:
+        for rows in self._rows:
             fits = rows * shards * length <= _PREFILL_TOKENS * shards or rows == 1
             if fits and (rows * shards <= wanted or rows == 1):
                 return rows * shards
@@ -353,20 +392,25 @@ class Engine:
 
     # --- On the devices ---------------------------------------------------------------------------
 
-    def _make_state(self, requests: Sequence[Request]) -> None:
-        """Allocates what the requests need and is not there yet."""
-        penalties = any(request.settings.features.penalties for request in requests)
+    @property
+    def _shape(self) -> CacheShape:
+        """Of the cache as it is now."""
+        return dataclasses.replace(self.cache_shape, slots=len(self._slots))
+
+    def _make_state(self, seen: bool) -> None:
+        """Allocates the cache, and what is `seen` if that is wanted, where they are not there."""
         if self._state is None:
-            self._state = self._backend.zeros(State(self.cache_shape.abstract(), None), SPLIT)
-        if penalties and self._state.seen_BV is None:
-            seen = jax.ShapeDtypeStruct((len(self._slots), self._config.vocab_size), jnp.uint8)
-            self._state = State(self._state.cache, self._backend.zeros(seen, placement.BY_ROWS))
+            self._state = self._backend.zeros(State(self._shape.abstract(), None), SPLIT)
+        if seen and self._state.seen_BV is None:
+            of_words = len(self._slots), self._config.vocab_size
+            shape = jax.ShapeDtypeStruct(of_words, jnp.uint8)
+            self._state = State(self._state.cache, self._backend.zeros(shape, placement.BY_ROWS))
 
     def _program(self, function: Any, **static: Any) -> Any:
         """The compiled function, made once for each set of static arguments."""
-        key = function, tuple(static.items()), self._state.seen_BV is None
+        key = function, tuple(static.items()), len(self._slots), self._state.seen_BV is None
         if key not in self._programs:
-            fixed = dict(static, shape=self.cache_shape, **self._static)
+            fixed = dict(static, shape=self._shape, **self._static)
             self._programs[key] = self._backend.state_pass(function, self._state, **fixed)
         return self._programs[key]
 

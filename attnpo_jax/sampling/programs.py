@@ -46,6 +46,19 @@ def mark_prompts(_, state: State, arrays, *, config, shape, dtype):
     return dataclasses.replace(state, seen_BV=seen_BV), ()
 
 
+def move(old: State, state: State, source_B, *, config, shape, dtype, before):
+    """The first slots as other slots were, of a state with more of them or fewer."""
+    del config, shape, dtype, before
+    n = source_B.shape[0]
+    cache = jax.tree.map(
+        lambda x, x_old: x.at[:, :n].set(x_old[:, source_B]), state.cache, old.cache
+    )
+    seen_BV = state.seen_BV
+    if seen_BV is not None:
+        seen_BV = seen_BV.at[:n].set(old.seen_BV[source_B])
+    return State(cache, seen_BV), ()
+
+
 def decode_steps(params, state: State, arrays, *, config, shape, dtype, features, steps):
     """Up to `steps` tokens in every slot that is active.
 

@@ -17,6 +17,7 @@ from attnpo_jax.runtime.errors import UserError
 from attnpo_jax.sampling import Engine, Request, SamplingSettings
 from attnpo_jax.sampling.engine import row_length
 from tests import tiny
+from tests.sampling import greedy
 
 HEADER = "<|im_start|>user\nWhat do you say to this one: "
 LENGTH = 160
@@ -121,10 +122,12 @@ def test_slots_and_order_change_nothing(model, expected, slots, steps):
     same(responses(engine, [requests[i] for i in order]), expected)
 
 
-@pytest.mark.parametrize("axis", ["data", "fsdp", "tensor"])
-def test_devices_change_nothing(model, expected, axis):
-    sizes = {"data": 1, "fsdp": 1, "tensor": 1} | {axis: 4}
-    backend = backends.Sharded(model.config, sizes, jax.devices()[:4])
+@pytest.mark.parametrize(
+    ("axis", "count"), [("data", 2), ("data", 8), ("fsdp", 2), ("fsdp", 8), ("tensor", 4)]
+)
+def test_devices_change_nothing(model, expected, axis, count):
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1} | {axis: count}
+    backend = backends.Sharded(model.config, sizes, jax.devices()[:count])
     placed = jax.device_put(model.params, backend.parameter_shardings())
     on_mesh = dataclasses.replace(model, params=placed)
     engine = engine_of(on_mesh, slots=6, backend=backend)
@@ -317,3 +320,10 @@ def test_the_likeliest_tokens_can_be_no_more_than_a_program_tells(model):
     request = dataclasses.replace(requests_of(model, number=1)[0], top_logprobs=21)
     with pytest.raises(UserError, match="top_logprobs = 21; accepted: 0 to 20"):
         engine_of(model, slots=1).add(request)
+
+
+def test_the_embedded_model_s_greedy_responses_are_those_of_transformers(smollm2_folder):
+    pytest.importorskip("torch")
+    same, apart = greedy.compare(2, 12)
+    assert same + len(apart) == 2
+    assert all(gap < greedy.TIE for gap in apart)

@@ -58,7 +58,7 @@ def load(run: "Run", which: str | None = None) -> SampledModel:
     backend = backends.for_sampling(passes, config.parallel, config.prepare.devices, dtype)
     if which == TRAINED:
         params, step = _trained(run, backend, passes)
-        name = f"{run.checkpoint_folder}/{step}"
+        name = f"{run.workdir.resolve().name}/step-{step}"
     elif which == BASE and run.workdir is not None:
         params = run.load_params(passes, backend.parameter_shardings())
         name = source

@@ -143,7 +143,6 @@ def _path(
         return pathlib.Path(out).expanduser()
     if name is None:
         name = pathlib.PurePath(sampled.name).name
-        name = f"step-{name}" if model in (None, models.TRAINED) else name
         name = models.BASE if model == models.BASE else name
     if not re.fullmatch(r"[\w][\w.+-]*", name):
         raise UsageError(f"--name={name}; accepted: letters, digits, and . _ + - between them")

@@ -95,7 +95,7 @@ def test_trained_and_base_are_the_models_of_their_name(folder, tmp_path):
         )
     responses = {which: [r["tokens"] for r in records] for which, records in found.items()}
     assert responses["trained"] == responses[str(workdir / "export")] != responses["base"]
-    assert found["trained"][0]["model"] == f"{workdir}/checkpoints/1"
+    assert found["trained"][0]["model"] == "work/step-1"
 
 
 def test_a_workdir_gets_samples_named_after_the_model(folder):

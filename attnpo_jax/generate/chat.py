@@ -1,5 +1,6 @@
 """`attnpo generate --interactive`: a chat in the terminal."""
 
+import contextlib
 import dataclasses
 import signal
 import threading
@@ -14,6 +15,7 @@ from attnpo_jax.data.prompts import Prompt
 from attnpo_jax.generate import model as models
 from attnpo_jax.generate.api import engine_for
 from attnpo_jax.parallel import processes
+from attnpo_jax.runtime import interrupts
 from attnpo_jax.runtime.errors import UserError
 from attnpo_jax.runtime.printable import printable
 from attnpo_jax.sampling.engine import Engine
@@ -141,13 +143,13 @@ def _show(console: Console, text: str) -> None:
     console.print(printable(text), end="", highlight=False, markup=False, soft_wrap=True)
 
 
-class _interruptible:  # noqa: N801  used as a `with` statement alone
-    """Ctrl-C sets an event inside of the `with` block, and nothing else."""
-
-    def __enter__(self) -> threading.Event:
-        stopped = threading.Event()
-        self._outside = signal.signal(signal.SIGINT, lambda *_: stopped.set())
-        return stopped
-
-    def __exit__(self, *error: object) -> None:
-        signal.signal(signal.SIGINT, self._outside)
+@contextlib.contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """Ctrl-C sets an event inside of the `with` block, and does nothing else."""
+    stopped = threading.Event()
+    outside = signal.signal(signal.SIGINT, lambda *_: stopped.set())
+    try:
+        with interrupts.handed_over():
+            yield stopped
+    finally:
+        signal.signal(signal.SIGINT, outside)

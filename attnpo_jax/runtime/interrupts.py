@@ -28,6 +28,7 @@ GRACE_SECONDS = 5.0
 
 _first: float | None = None
 _saving = 0  # how many `work_to_save` blocks are open
+_handed_over = 0  # how many `handed_over` blocks are open
 
 
 def came() -> bool:
@@ -71,6 +72,17 @@ def work_to_save() -> Iterator[None]:
         yield
     finally:
         _saving -= 1
+
+
+@contextlib.contextmanager
+def handed_over() -> Iterator[None]:
+    """Leaves every Ctrl-C to the program's own handler inside of the `with` block."""
+    global _handed_over
+    _handed_over += 1
+    try:
+        yield
+    finally:
+        _handed_over -= 1
 
 
 def leave_to_others() -> None:
@@ -129,6 +141,8 @@ def _listen(reads: int, program: str) -> None:
         numbers = os.read(reads, 64)
         if not numbers:
             return
+        if _handed_over:
+            numbers = bytes(number for number in numbers if number != signal.SIGINT)
         if signal.SIGTERM in numbers and signal.getsignal(signal.SIGTERM) is terminate:
             terminate(signal.SIGTERM, None)
         if due is None and not _saving and {signal.SIGINT, signal.SIGTERM} & {*numbers}:

@@ -135,3 +135,19 @@ def test_work_to_save_is_not_cut_short(monkeypatch, capfd):
 
     assert program.exit_code("attnpo", work) == 75
     assert capfd.readouterr().err == "attnpo: step 1 is saved\n"
+
+
+def test_a_handed_over_ctrl_c_is_neither_told_of_nor_counted(capfd):
+    came = []
+
+    def work():
+        outside = signal.signal(signal.SIGINT, lambda *_: came.append(1))
+        with interrupts.handed_over():
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(interrupts.AGAIN_SECONDS + 0.1)
+        signal.signal(signal.SIGINT, outside)
+        return 0
+
+    assert program.exit_code("attnpo", work) == 0
+    assert len(came) == 2 and capfd.readouterr().err == ""

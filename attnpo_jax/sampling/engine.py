@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnpo_jax.data.tokenize import ChatTokenizer
+from attnpo_jax.judge.prompt import common_beginning
 from attnpo_jax.models import placement
 from attnpo_jax.models.attention import implementations
 from attnpo_jax.models.attention.core import Past
@@ -191,7 +192,7 @@ class Engine:
         """
         prompts = list(prompts)
         # The last token of each is read in its slot.
-        common = functools.reduce(_common_beginning, (tokens[:-1] for tokens in prompts))
+        common = functools.reduce(common_beginning, (tokens[:-1] for tokens in prompts))
         if len(prompts) < 2 or len(common) < _FEWEST_SHARED:
             common = common[:0]
         if np.array_equal(common, self._shared):
@@ -422,9 +423,3 @@ def row_length(tokens: int) -> int:
         step = length // 2 if length & (length - 1) == 0 else length // 3
         length += step
     return length
-
-
-def _common_beginning(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    n = min(len(first), len(second))
-    differs = np.flatnonzero(first[:n] != second[:n])
-    return first[: int(differs[0]) if len(differs) else n]

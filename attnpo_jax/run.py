@@ -21,6 +21,8 @@ from attnpo_jax.data.cache_key import cache_key, naming_fields
 from attnpo_jax.data.columns import Columns
 from attnpo_jax.data.manifest import PreparedMismatch, differences
 from attnpo_jax.data.prepared import METADATA, Prepared
+from attnpo_jax.data.prompts import Prompt
+from attnpo_jax.data.sources import load_pairs
 from attnpo_jax.data.tokenize import ChatTokenizer
 from attnpo_jax.judge.prompt import JudgeTemplate
 from attnpo_jax.models import int8, lora
@@ -135,6 +137,17 @@ class Run:
     def weight_columns(self) -> str | tuple[str, ...]:
         """The precomputed weights to read: "all", or their names."""
         return config_lib.weight_columns(self.config)
+
+    def held_out_prompts(self, most: int | None = None) -> list[Prompt]:
+        """The prompts of the held-out pairs, the first of them where there are to be no more."""
+        data = self.config.data
+        pairs = load_pairs(
+            data.eval,
+            on_bad_row=data.on_bad_row,
+            columns=self.columns,
+            max_example_bytes=data.max_example_bytes,
+        ).pairs
+        return [Prompt(pair.id, pair.prompt, pair.tools) for pair in pairs[:most]]
 
     def prepared_path(self, split: str) -> pathlib.Path:
         """The folder of a split's prepared dataset."""

@@ -14,7 +14,6 @@ from rich.console import Console
 from attnpo_jax import config as config_lib
 from attnpo_jax.data import prompts as prompts_lib
 from attnpo_jax.data.prompts import Prompt
-from attnpo_jax.data.sources import load_pairs
 from attnpo_jax.generate import benchmark_files, chat
 from attnpo_jax.generate import model as models
 from attnpo_jax.generate.api import engine_for
@@ -120,16 +119,9 @@ def _load_prompts(run: "Run", source: str | None) -> tuple[list[Prompt], list[Re
         good, bad = prompts_lib.load_prompts(source, run.columns, most)
         named = [bad_one.id or f"{bad_one.file}, example {bad_one.number}" for bad_one in bad]
         return good, [Refused(id, bad_one.reason) for id, bad_one in zip(named, bad, strict=True)]
-    config = run.config.data
     if "eval" not in run.splits:
         raise UsageError("generate needs --prompts=FILE, since config.data.eval names no pairs")
-    pairs = load_pairs(
-        config.eval,
-        on_bad_row=config.on_bad_row,
-        columns=run.columns,
-        max_example_bytes=config.max_example_bytes,
-    ).pairs
-    return [Prompt(pair.id, pair.prompt, pair.tools) for pair in pairs], []
+    return run.held_out_prompts(), []
 
 
 def _path(

@@ -17,7 +17,7 @@ from attnpo_jax.models import decode, int8, kv_cache
 from attnpo_jax.models.decoder import abstract_params
 from attnpo_jax.models.kv_cache import CacheShape
 from attnpo_jax.parallel import mesh as meshes
-from attnpo_jax.parallel.backend import Sharded, prepares_together
+from attnpo_jax.parallel.backend import Sharded
 from attnpo_jax.plan.lengths import Batching
 from attnpo_jax.plan.programs import Compiled, Setting
 from attnpo_jax.plan.report import program_json
@@ -100,7 +100,7 @@ def plan(setting: Setting) -> Generation:
         )
     model = int8.shape_of_passes(setting.model, section.weights)
     dtype, param_dtype = jnp.dtype(config.model.dtype), jnp.dtype(config.model.param_dtype)
-    where = _where(setting, model)
+    where = setting.chips_of(model)
     sizes = meshes.local_sizes(setting.training_mesh(), where.size)
     backend = Sharded(model, sizes, where.devices())
     slots = -(-section.slots // backend.row_shards) * backend.row_shards
@@ -171,20 +171,6 @@ def table(made: Generation) -> Table:
     shown.add_row("decode step, at least", f"{1e3 * made.step:.2f} ms, for {made.limit}")
     shown.add_row("tokens a second, at most", f"{made.tokens_per_second:,.0f}")
     return shown
-
-
-def _where(setting: Setting, model: Any) -> Topology:
-    """The chips that work on the same responses together."""
-    chips, host = setting.topology, setting.topology.host
-    together = chips.size > host.size and prepares_together(
-        model,
-        setting.config.prepare.devices,
-        setting.config.model.param_dtype,
-        setting.training_mesh(),
-        host.size,
-        chips.chip.hbm,
-    )
-    return chips if together else host
 
 
 def _greedy_step(params, state: State, arrays, *, config, shape, dtype):

@@ -189,10 +189,14 @@ class Setting:
     @property
     def prepares_on(self) -> Topology:
         """The chips that work on one shard of the prepared dataset together."""
+        return self.chips_of(self._of_passes)
+
+    def chips_of(self, model: ModelConfig) -> Topology:
+        """The chips that pass over the same rows together, with a model: a host's, or all."""
         chips, host = self.topology, self.topology.host
         several = chips.size > host.size
         together = several and prepares_together(
-            self._of_passes,
+            model,
             self.config.prepare.devices,
             self.config.model.param_dtype,
             self.training_mesh(),

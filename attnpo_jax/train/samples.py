@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from attnpo_jax import config as config_lib
 from attnpo_jax.data.prompts import Prompt, load_prompts
-from attnpo_jax.data.sources import load_pairs
 from attnpo_jax.judge.language_model import LanguageModel
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.parallel import preemption, processes
@@ -76,15 +75,7 @@ def _prompts(run: "Run") -> list[Prompt]:
         if bad:
             raise bad[0]
         return prompts
-    data = run.config.data
-    pairs = load_pairs(
-        data.eval,
-        on_bad_row=data.on_bad_row,
-        columns=run.columns,
-        max_example_bytes=data.max_example_bytes,
-    ).pairs
-    few = pairs[: run.config.train.samples.count]
-    return [Prompt(pair.id, pair.prompt, pair.tools) for pair in few]
+    return run.held_out_prompts(run.config.train.samples.count)
 
 
 class SampleResponses:

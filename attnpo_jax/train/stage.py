@@ -74,6 +74,14 @@ def refuse_changed(run: "Run") -> None:
 
     Of those, what the config says: it can be told before anything is computed or written.
     """
+    run.checkpoint_folder  # noqa: B018  all processes look whether it is theirs
+    # One looks for all: what others have seen of a bucket's folder, they would go on seeing.
+    if processes.is_first():
+        _refuse_changed(run)
+    processes.barrier("train: settings are those of the checkpoints")
+
+
+def _refuse_changed(run: "Run") -> None:
     found = checkpoint.newest_identity(run.checkpoint_folder)
     if found is None:
         return

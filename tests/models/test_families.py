@@ -372,6 +372,7 @@ def test_parameters_have_logical_axes_and_neutral_norms(models, name):
 def test_greedy_decoding_equals_transformers(models, name):
     """Past a window's end and a ring's, whose blocks hold four positions."""
     model, new = models(name), 24
+    fresh = build(name)  # other tests have hooks on theirs
     rng = np.random.default_rng(4)
     prompts = [rng.integers(3, V, n).astype(np.int32) for n in (1, 6, 17)]
     shape = decode.CacheShape.of(model.config, len(prompts), 48, jnp.float32, block=4)
@@ -400,7 +401,7 @@ def test_greedy_decoding_equals_transformers(models, name):
     )
     for b, prompt in enumerate(prompts):
         with torch.no_grad():
-            theirs = model.theirs.generate(
+            theirs = fresh.generate(
                 torch.tensor(prompt[None].astype(np.int64)),
                 attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
                 do_sample=False,

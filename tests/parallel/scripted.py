@@ -209,15 +209,15 @@ def _while_saving(told, process):
 def _while_restoring(told, process):
     from attnpo_jax.parallel import checkpoint
 
-    read, damaged = checkpoint._read_metadata, []
+    load, damaged = checkpoint._load, []
 
-    def read_or_fail(manager, step):
+    def load_or_fail(manager, folder, step, *arguments):
         if told.at("process-1-cannot-read", step) and process == 1 and not damaged:
             damaged.append(step)
             raise ValueError("not what was written")
-        return read(manager, step)
+        return load(manager, folder, step, *arguments)
 
-    checkpoint._read_metadata = read_or_fail
+    checkpoint._load = load_or_fail
 
 
 def record_what_is_fed(file, set_attribute=setattr):

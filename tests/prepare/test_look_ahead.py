@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 from tokenizers import normalizers
 
+from attnpo_jax.data.manifest import fingerprint
 from attnpo_jax.data.pair import BadExample
 from attnpo_jax.data.sources import load_pairs
 from attnpo_jax.judge.judge import judge_pairs
@@ -112,6 +113,8 @@ def test_ids_of_what_was_prepared_before_and_of_single_pairs(config, tmp_path):
     path = tmp_path / "work" / "prepared" / "train" / "prepared.json"
     content = json.loads(path.read_text())
     content["components"]["model"]["config"]["vocab_size"] = 258
+    del content["check"]
+    content["fingerprint"] = fingerprint(content["components"])
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="train, pair x: the rejected holds the token '<sea>'"):
         run.open_prepared("train")

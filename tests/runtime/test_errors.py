@@ -5,8 +5,9 @@ import pkgutil
 import attnpo_jax
 from attnpo_jax.runtime.errors import UserError
 
-# Not for a user to mend: work that is saved, and errors that others tell of in their own words.
-OTHERS = {"Preempted", "NotPythonError", "SchemaError"}
+# Not for a user to mend: work that is saved, errors that others tell of in their own words, and
+# what a server's caller is told.
+OTHERS = {"Preempted", "NotPythonError", "SchemaError", "ApiError"}
 
 
 def test_the_package_s_errors_are_told_without_a_traceback():

@@ -212,6 +212,16 @@ class Run:
         """sha256 of the tokenizer and its chat template."""
         return self.tokenizer.digest()
 
+    @property
+    def adapters_identity(self) -> dict[str, Any]:
+        """What a checkpoint's adapters must share with the config.
+
+        Without the base that they were trained on, and the scale that they were trained with,
+        adapters are worth nothing: neither shows in their shapes.
+        """
+        fields = {f"lora.{name}": self.config.lora[name] for name in ("rank", "alpha", "targets")}
+        return {"config": fields, "prepared": {"model": {"weights": self.weights_digest}}}
+
     def load_params(self, shape: ModelConfig, shardings: Any, *, keep: bool = False) -> Any:
         """The model's parameters, in `model.param_dtype`; read once for stages in one process.
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from attnpo_jax.data.chat_template import Conversation
 from attnpo_jax.judge.language_model import load_model
-from attnpo_jax.models import decoder
+from attnpo_jax.models import decoder, flops
 from attnpo_jax.models.config import ModelConfig
 from attnpo_jax.sampling import Engine, Request, SamplingSettings
 from benchmarks import protocol
@@ -107,11 +107,13 @@ def _work(
         for request, n in zip(requests, lengths, strict=True)
     )
     steps = -(-sum(lengths) // slots)
-    tokens = sum(lengths) + sum(len(request.tokens) - 1 for request in requests)
+    computed = sum(
+        flops.keys_and_values(config, len(request.tokens) - 1)
+        + flops.decoded(config, len(request.tokens) - 1, n)
+        for request, n in zip(requests, lengths, strict=True)
+    )
     return {
-        "flops": 2.0 * (weights - config.vocab_size * config.hidden_size) * tokens
-        + 2.0 * config.vocab_size * config.hidden_size * sum(lengths)
-        + 4.0 * config.num_layers * config.num_heads * config.head_dim * positions,
+        "flops": float(computed),
         "read_bytes": float(weights * width * steps + of_position * width * positions),
     }
 

@@ -193,7 +193,7 @@ class Judging:
         self.info = {
             "pairs": len(self._pairs),
             "tokens": sum(len(ids) for prompt in self._prompts for ids in prompt.ids),
-            "flops": rows + flops.judge_common(model.config, common),
+            "flops": rows + flops.keys_and_values(model.config, common),
         }
 
     def repeat(self) -> dict[str, Any]:

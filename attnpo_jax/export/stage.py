@@ -122,18 +122,8 @@ def _taken(run: "Run") -> dict[str, Any]:
             "weights": run.weights_digest,
             "files": hf_save.companions_digest(run.model_folder),
         },
-        "lora": _adapters_identity(run)["config"] if run.config.lora.rank else None,
+        "lora": run.adapters_identity["config"] if run.config.lora.rank else None,
     }
-
-
-def _adapters_identity(run: "Run") -> dict[str, Any]:
-    """What a checkpoint's adapters must share with the config.
-
-    Without the base that they were trained on, and the scale that they were trained with, adapters
-    are worth nothing: neither shows in their shapes.
-    """
-    fields = {f"lora.{name}": run.config.lora[name] for name in ("rank", "alpha", "targets")}
-    return {"config": fields, "prepared": {"model": {"weights": run.weights_digest}}}
 
 
 def _export(run: "Run", out: pathlib.Path) -> int:
@@ -164,7 +154,7 @@ def _export_adapted(run: "Run", folders: Mapping[str, pathlib.Path]) -> int:
     backend = backends.for_training(policy, config.parallel)
     abstract = backend.abstract_state(lora.abstract_adapters(policy))
     adapters, step = checkpoint.restore_params(
-        run.checkpoint_folder, abstract, _adapters_identity(run)
+        run.checkpoint_folder, abstract, run.adapters_identity
     )
     if "model" in folders:
         params = hf_folder.load_params(

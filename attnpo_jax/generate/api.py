@@ -65,10 +65,15 @@ def stream(
     max_length: int = 0,
     **settings: Any,
 ) -> Iterator[Update]:
-    """What comes of prompts, as it comes; arguments and errors as for `generate`."""
+    """What comes of prompts, as it comes; arguments as for `generate`.
+
+    Where logits are no numbers, the response says so by its `finish_reason`.
+
+    Raises:
+      UserError: a prompt can't be answered, or a setting is not accepted.
+    """
     requests, engine = _begin(model, prompts, samples, slots, max_length, settings)
-    for request in requests:
-        engine.add(request)
+    engine.submit(requests)
     while engine.running or engine.waiting:
         yield from engine.step()
 

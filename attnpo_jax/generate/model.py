@@ -36,6 +36,7 @@ def load(run: "Run", which: str | None = None) -> SampledModel:
 
     Raises:
       FileNotFoundError: there is no checkpoint.
+      CheckpointMismatch: the checkpoint is of another model than the config's, or its adapters are.
       UserError: there is no such model; its tokenizer has no chat template.
     """
     if which is None:
@@ -79,7 +80,9 @@ def _trained(run: "Run", backend: backends.Sharded, passes: Any) -> tuple[Any, i
     if run.config.lora.rank:
         policy = lora.adapted(full, run.config.lora)
         abstract = backend.of(policy).abstract_state(lora.abstract_adapters(policy))
-        adapters, step = checkpoint.restore_params(run.checkpoint_folder, abstract)
+        adapters, step = checkpoint.restore_params(
+            run.checkpoint_folder, abstract, run.adapters_identity
+        )
         params = hf_folder.load_params(
             run.model_folder, full, param_dtype=dtype, shardings=at.parameter_shardings()
         )

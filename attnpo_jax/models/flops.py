@@ -116,8 +116,18 @@ def training(config: ModelConfig, prompt: int, responses: Sequence[int]) -> int:
     return 3 * response_logps(config, prompt, responses)
 
 
-def judge_common(config: ModelConfig, common: int) -> int:
-    """Keys and values of what all judge prompts begin with, once for a whole dataset."""
+def decoded(config: ModelConfig, held: int, tokens: int) -> int:
+    """Logits of `tokens` tokens that are read one after the other, with `held` before them."""
+    costs = Costs.of(config)
+
+    def seen(window):
+        return seen_from(held, tokens, window)
+
+    return costs.forward(tokens, seen, tokens, seen) + tokens * costs.head
+
+
+def keys_and_values(config: ModelConfig, common: int) -> int:
+    """Keys and values of a beginning: of a prompt, or of what all judge prompts share."""
     costs = Costs.of(config)
     return costs.forward(
         common, lambda w: seen_from(0, common, w), read=0, seen_by_read=lambda w: 0
@@ -134,7 +144,7 @@ def judge_row(
     """Attention rows, and the verdict, of one pair in both orders.
 
     Args:
-      common: tokens that all judge prompts begin with (see `judge_common`).
+      common: tokens that all judge prompts begin with (see `keys_and_values`).
       prefix: tokens both orders begin with, `common` included.
       orders: tokens of each order's prompt, `prefix` included.
       last_layer: the last layer whose attention is wanted, where the verdict is not; else None.

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from rich.table import Table
 
-from attnpo_jax.models import decode, int8, kv_cache
+from attnpo_jax.models import decode, flops, int8, kv_cache
 from attnpo_jax.models.decoder import abstract_params
 from attnpo_jax.models.kv_cache import CacheShape
 from attnpo_jax.parallel import mesh as meshes
@@ -123,7 +123,7 @@ def plan(setting: Setting) -> Generation:
         where,
         backend,
         Batching(1, slots, slots),
-        _flops(model, slots, section.max_length),
+        slots * flops.decoded(model, section.max_length - 1, 1),
         lambda: step.lower(params, state, (whole(slots), whole(slots))),
     )
     rows = backend.row_shards
@@ -136,7 +136,7 @@ def plan(setting: Setting) -> Generation:
         where,
         backend,
         Batching(1, rows, rows),
-        rows * _prefill_flops(model, length),
+        rows * flops.keys_and_values(model, length),
         lambda: read.lower((params, None), state, (whole(rows, length), whole(rows), whole(rows))),
     )
     of_chip = where.size
@@ -197,23 +197,3 @@ def _bytes_on_chip(x: jax.ShapeDtypeStruct) -> int:
     for dim in shape:
         size *= dim
     return size * x.dtype.itemsize
-
-
-def _matrices(model: Any) -> int:
-    """Weights that a token is multiplied with in all layers."""
-    heads = model.num_heads + model.num_kv_heads
-    of_layer = 2 * model.hidden_size * model.head_dim * heads
-    of_layer += 3 * model.hidden_size * model.intermediate_size
-    return model.num_layers * of_layer
-
-
-def _flops(model: Any, slots: int, length: int) -> int:
-    """Of a decode step in all slots, each with a full cache."""
-    head = model.vocab_size * model.hidden_size
-    attention = 2 * model.num_layers * model.num_heads * model.head_dim * length
-    return 2 * slots * (_matrices(model) + head + attention)
-
-
-def _prefill_flops(model: Any, length: int) -> int:
-    attention = model.num_layers * model.num_heads * model.head_dim * length
-    return 2 * length * (_matrices(model) + attention)

@@ -1,11 +1,11 @@
 """What is asked of a response: how it is drawn, and where it ends."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from attnpo_jax.models.io.hf_folder import read_json
 from attnpo_jax.runtime.errors import UserError
 from attnpo_jax.sampling.rules import SETTINGS
 from attnpo_jax.sampling.sample import Features
@@ -104,7 +104,8 @@ def defaults_of(folder: str | pathlib.Path) -> tuple[dict[str, Any], tuple[int, 
       UserError: a file is no JSON object, or what it says of a setting is not accepted.
     """
     folder = pathlib.Path(folder)
-    generation, config = (_read(folder / f) for f in ("generation_config.json", "config.json"))
+    files = folder / "generation_config.json", folder / "config.json"
+    generation, config = (read_json(file) if file.is_file() else {} for file in files)
     settings = {k: generation[k] for k in _OF_GENERATION_CONFIG if generation.get(k) is not None}
     if generation.get("do_sample") is False:
         settings["temperature"] = 0
@@ -118,15 +119,3 @@ def defaults_of(folder: str | pathlib.Path) -> tuple[dict[str, Any], tuple[int, 
     except SettingsError as error:
         raise UserError(f"{folder / 'generation_config.json'}: {error}") from error
     return settings, tuple(ends)
-
-
-def _read(file: pathlib.Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not JSON ({type(error).__name__})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: {type(content).__name__} where an object is expected")
-    return content

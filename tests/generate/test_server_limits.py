@@ -17,7 +17,9 @@ from attnpo_jax import cli
 from attnpo_jax.generate import server
 from attnpo_jax.generate.server import app as app_lib
 from attnpo_jax.generate.server import stage
+from attnpo_jax.runtime import interrupts
 from attnpo_jax.runtime.errors import UserError
+from attnpo_jax.sampling import Engine
 from tests.generate.calls import CHAT, LENGTH, calling, served_as, wait_until
 
 
@@ -149,7 +151,13 @@ def test_what_does_not_finish_in_time_is_given_up(served_run, sampled, monkeypat
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_signal_lets_answers_finish_and_ends_the_server(served_run, caplog, number, code):
+def test_a_signal_lets_answers_finish_and_ends_the_server(
+    served_run, caplog, monkeypatch, number, code
+):
+    # An answer that takes longer than a process with nothing to save has to end.
+    monkeypatch.setattr(interrupts, "GRACE_SECONDS", 0.2)
+    step = Engine.step
+    monkeypatch.setattr(Engine, "step", lambda self: time.sleep(0.1) or step(self))
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as free:
         port = free.getsockname()[1]
     came = []

@@ -227,8 +227,8 @@ def test_single_tokens_are_shown_with_their_bytes():
 @pytest.mark.parametrize(
     ("which", "workdir", "name", "expected"),
     [
-        (None, "w", "w/checkpoints/30", "step-30"),
-        ("trained", "w", "w/checkpoints/30", "step-30"),
+        (None, "w", "w/step-30", "step-30"),
+        ("trained", "w", "w/step-30", "step-30"),
         ("base", "w", "org/model", "org/model"),
         (None, None, "smollm2-135m-instruct", "smollm2-135m-instruct"),
         (None, None, "FOLDER/", "my-model"),

@@ -18,6 +18,7 @@ from attnpo_jax import run as run_lib
 from attnpo_jax.generate import generate, stage, stream
 from attnpo_jax.generate import model as models
 from attnpo_jax.generate.chat import Chat
+from attnpo_jax.parallel.checkpoint_damage import CheckpointMismatch
 from attnpo_jax.run import Run
 from attnpo_jax.runtime.errors import Preempted, UsageError, UserError
 from attnpo_jax.sampling import Engine, samples
@@ -124,6 +125,9 @@ def test_adapters_and_int8(folder, tmp_path):
     export = str(tmp_path / "work" / "export")
     merged = sampled(folder, tmp_path / "b.jsonl", model=export, changes=greedy)
     assert [r["tokens"] for r in trained] == [r["tokens"] for r in merged]
+    other = greedy | {"lora__alpha": 99.0}
+    with pytest.raises(CheckpointMismatch, match="lora.alpha"):
+        sampled(folder, tmp_path / "x.jsonl", workdir=tmp_path / "work", changes=other)
     # Of int8 no more than that it is near: the first tokens' log-probs.
     int8 = {"generate__weights": "int8", "generate__cache": "int8", "generate__max_new_tokens": 1}
     one = greedy | {"generate__max_new_tokens": 1}

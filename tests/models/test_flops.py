@@ -84,12 +84,12 @@ def test_without_a_verdict_the_last_layer_takes_keys_and_the_scores_of_what_is_r
 
 
 def test_what_judge_prompts_share_needs_no_more_than_keys_and_values_in_the_last_layer():
-    assert flops.judge_common(TINY, 2) == 2 * (16 + 68) + (1 + 2) * 16 + 2 * 16
+    assert flops.keys_and_values(TINY, 2) == 2 * (16 + 68) + (1 + 2) * 16 + 2 * 16
 
 
 def test_moving_tokens_into_the_common_beginning_moves_their_cost():
     whole = flops.judge_row(TINY, 0, 5, (9, 11))
-    assert flops.judge_common(TINY, 3) + flops.judge_row(TINY, 3, 5, (9, 11)) == whole
+    assert flops.keys_and_values(TINY, 3) + flops.judge_row(TINY, 3, 5, (9, 11)) == whole
 
 
 def test_a_token_of_the_embedded_model_takes_twice_its_layer_parameters():
@@ -107,3 +107,13 @@ def test_a_token_of_the_embedded_model_takes_twice_its_layer_parameters():
     # 134,515,008 parameters, less the embedding's 28,311,552 and 61 norms of 576.
     parameters = 134_515_008 - 28_311_552 - 61 * 576
     assert costs.layers * (costs.key_value + costs.rest) == 2 * parameters
+
+
+@pytest.mark.parametrize("windows", [None, (4, None, 4)])
+def test_decoding_a_response_takes_what_its_log_probs_take(windows):
+    model = dataclasses.replace(TINY, num_layers=3, layer_windows=windows)
+    prompt, response = 9, 7
+    apart = flops.keys_and_values(model, prompt - 1) + flops.decoded(model, prompt - 1, response)
+    assert apart == flops.response_logps(model, prompt, [response])
+    steps = sum(flops.decoded(model, prompt - 1 + k, 1) for k in range(response))
+    assert steps == flops.decoded(model, prompt - 1, response)

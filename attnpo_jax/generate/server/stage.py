@@ -54,7 +54,8 @@ def serve(run: "Run", *, model: str | None = None) -> None:
     # Before the model is loaded, which may take minutes.
     with contextlib.closing(_bind(section.host, section.port)) as bound:
         server = Server(run, models.load(run, model), bound, model)
-        with preemption.watch() as noticed:
+        # Answers under way have a grace time of their own.
+        with preemption.watch() as noticed, interrupts.work_to_save():
             server.run(noticed)
     if interrupts.came():
         raise KeyboardInterrupt
@@ -84,7 +85,7 @@ def _bind(host: str, port: int) -> socket.socket:
 def _name_of(run: "Run", which: str | None, sampled: SampledModel) -> str:
     """What clients call a model where the config does not say."""
     if which == models.TRAINED or (which is None and run.workdir is not None):
-        return f"step-{pathlib.PurePath(sampled.name).name}"
+        return pathlib.PurePath(sampled.name).name  # as step-10
     folder = pathlib.Path(sampled.name).expanduser()
     return folder.resolve().name if folder.is_dir() else sampled.name
 

@@ -6,6 +6,7 @@ no length that a compiled program tells.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -192,8 +193,4 @@ def _least_step(program: Compiled, weights: float, cache: float) -> tuple[float,
 
 
 def _bytes_on_chip(x: jax.ShapeDtypeStruct) -> int:
-    shape = x.sharding.shard_shape(x.shape)
-    size = 1
-    for dim in shape:
-        size *= dim
-    return size * x.dtype.itemsize
+    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize

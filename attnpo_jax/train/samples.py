@@ -5,7 +5,6 @@ import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import jax
 import jax.numpy as jnp
 
 from attnpo_jax import config as config_lib
@@ -128,5 +127,4 @@ class SampleResponses:
                 },
             )
             _LOG.info("step %d: %d responses in %s", loop.step, len(records), path)
-        jax.block_until_ready(loop.state.step)
         loop.speed.restart()

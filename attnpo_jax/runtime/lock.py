@@ -185,6 +185,7 @@ class Lock:
     def _take(self) -> None:
         first: _Found | None = None  # as it was when its owner was first asked after
         watched_since, told = 0.0, False
+        refused_since = None  # since when another newcomer's guard stood in the way
         while not self._create():
             found = _look(self.file)
             if found is None:
@@ -199,10 +200,16 @@ class Lock:
                 )
             waited = time.monotonic() - watched_since
             if lives is False or waited >= EXPIRY_SECONDS:
-                # Of a process that is known to be gone, it is no news that its lock has stayed.
-                level = logging.INFO if lives is False else logging.WARNING
-                _LOG.log(level, "%s: taken over from %s, which is gone", self.folder, found)
-                self._remove(found)
+                if self._remove(found):
+                    # Of a process that is known to be gone, it is no news that its lock has stayed.
+                    level = logging.INFO if lives is False else logging.WARNING
+                    _LOG.log(level, "%s: taken over from %s, which is gone", self.folder, found)
+                    continue
+                refused_since = refused_since or time.monotonic()
+                if time.monotonic() - refused_since >= EXPIRY_SECONDS:
+                    # Held for moments only: who made it was killed in one.
+                    self._guard(found.token).unlink(missing_ok=True)
+                time.sleep(_POLL_SECONDS / 50)
             else:
                 if not told and waited > _POLL_SECONDS:
                     told = True
@@ -223,7 +230,7 @@ class Lock:
         with contextlib.suppress(OSError):  # the work is done; a lock that stays is found dead
             found = _look(self.file)
             if found is not None and found.token == self._token:
-                self.file.unlink()
+                self._remove(found)
         self._remove_folders()
 
     def _create(self) -> bool:
@@ -242,19 +249,29 @@ class Lock:
             file.write(json.dumps(owner, indent=2).encode() + b"\n")
         return True
 
-    def _remove(self, dead: _Found) -> None:
-        """Removes a dead owner's lock, and none that another newcomer has taken meanwhile."""
-        aside = self.file.with_name(f"{FILE}.{self._token}")
-        now = _look(self.file)
-        if now is None or now.token != dead.token:
-            return
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(self.file, aside)
-            taken = _look(aside)
-            if taken is not None and taken.token != dead.token:
-                with contextlib.suppress(FileExistsError):
-                    os.link(aside, self.file)  # it came between look and rename
-            aside.unlink()
+    def _guard(self, token: str | None) -> pathlib.Path:
+        """The file that whoever makes it alone may remove the lock with this token."""
+        return self.file.with_name(f"{FILE}.{token}")
+
+    def _remove(self, found: _Found) -> bool:
+        """Removes a lock if it is still as found; False if another is about to remove it.
+
+        Two newcomers may find one dead lock. Without the guard, the slower one might remove the
+        lock that the faster one, or a third, has made since.
+        """
+        guard = self._guard(found.token)
+        try:
+            os.close(os.open(guard, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        except FileExistsError:
+            return False
+        try:
+            now = _look(self.file)
+            # A lock without a token may be one that is just being written.
+            if now and now.token == found.token and (now.owner or now.beat == found.beat):
+                self.file.unlink()
+        finally:
+            guard.unlink(missing_ok=True)
+        return True
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_SECONDS):

@@ -178,6 +178,16 @@ def test_of_many_newcomers_at_once_one_takes_a_dead_owner_s_lock(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_guard_whose_maker_was_killed_does_not_last(tmp_path, quick):
+    written(tmp_path, pid=gone())
+    guard = tmp_path / f"{lock.FILE}.{'a' * 32}"
+    guard.touch()
+    begun = time.monotonic()
+    with lock.held(tmp_path):
+        assert time.monotonic() - begun >= lock.EXPIRY_SECONDS
+    assert list(tmp_path.iterdir()) == []
+
+
 def start(folder, beat):
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.runtime.test_lock", str(folder), str(beat)],

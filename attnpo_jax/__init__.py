@@ -72,9 +72,10 @@ if TYPE_CHECKING:
     from attnpo_jax.losses import ResponseScores
     from attnpo_jax.models.config import ModelConfig
     from attnpo_jax.models.scoring import response_logps
+    from attnpo_jax.pair_loss import StepSettings
     from attnpo_jax.parallel.state import TrainState
     from attnpo_jax.run import Run
-    from attnpo_jax.train.step import StepSettings, make_eval_step, make_train_step
+    from attnpo_jax.train.step import make_eval_step, make_train_step
     from attnpo_jax.weighting import ResponseTokens
 
 _MODULES = ("config", "export", "judge", "losses", "prepare", "run", "train", "weighting")
@@ -110,7 +111,7 @@ _HOMES = {
     "ResponseTokens": "weighting",
     "ResponseScores": "losses",
     "response_logps": "models.scoring",
-    "StepSettings": "train.step",
+    "StepSettings": "pair_loss",
     "make_eval_step": "train.step",
     "make_train_step": "train.step",
     "TrainState": "parallel.state",

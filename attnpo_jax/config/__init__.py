@@ -16,6 +16,7 @@ from attnpo_jax.config.layers import (
 )
 from attnpo_jax.config.overrides import load_config
 from attnpo_jax.config.sections import SECTIONS, bind_section, complete_sections, section_for
+from attnpo_jax.config.step import step_settings
 
 __all__ = [
     "ConfigError",
@@ -35,6 +36,7 @@ __all__ = [
     "sampling",
     "section_for",
     "source_layers",
+    "step_settings",
     "to_json",
     "validate",
     "weight_columns",

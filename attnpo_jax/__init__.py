@@ -37,6 +37,7 @@ __all__ = [
     "TrainState",
     "config",
     "default_config",
+    "evaluate",
     "export",
     "judge",
     "judge_pairs",
@@ -58,7 +59,7 @@ __all__ = [
 
 # What type checkers and editors read; a test keeps it in step with `_HOMES`.
 if TYPE_CHECKING:
-    from attnpo_jax import config, export, judge, losses, prepare, run, train, weighting
+    from attnpo_jax import config, evaluate, export, judge, losses, prepare, run, train, weighting
     from attnpo_jax.config import ConfigError, default_config, section_for, validate
     from attnpo_jax.data.batching import EvalBatches, PairBatch, TrainBatches
     from attnpo_jax.data.pair import BadExample, Pair
@@ -78,7 +79,17 @@ if TYPE_CHECKING:
     from attnpo_jax.train.step import make_eval_step, make_train_step
     from attnpo_jax.weighting import ResponseTokens
 
-_MODULES = ("config", "export", "judge", "losses", "prepare", "run", "train", "weighting")
+_MODULES = (
+    "config",
+    "evaluate",
+    "export",
+    "judge",
+    "losses",
+    "prepare",
+    "run",
+    "train",
+    "weighting",
+)
 
 _HOMES = {
     # A model and its judgement of pairs.

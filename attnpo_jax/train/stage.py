@@ -28,6 +28,7 @@ from attnpo_jax.runtime import atomic, nested
 from attnpo_jax.runtime.metrics import MetricsWriter
 from attnpo_jax.runtime.metrics import read as read_metrics
 from attnpo_jax.train import hooks, optim
+from attnpo_jax.train.evaluations import evaluation_hooks
 from attnpo_jax.train.loop import TrainLoop
 from attnpo_jax.train.progress import TrainProgress
 from attnpo_jax.train.samples import sampling_hooks
@@ -106,10 +107,12 @@ def _train(run: "Run") -> None:
     eval_step = backend.eval_step(make_eval_step(settings, backend.axis_name))
     first = processes.is_first()
     samples = sampling_hooks(run, backend)
+    is_of = identity(config, run.model, data["train"])
+    evaluations = evaluation_hooks(run, backend, is_of)
 
     with Checkpoints(
         checkpoint_folder,
-        identity(config, run.model, data["train"]),
+        is_of,
         keep=config.train.keep_checkpoints,
     ) as checkpoints:
         state, restored = _start(run, backend, compiled, checkpoints)
@@ -155,7 +158,8 @@ def _train(run: "Run") -> None:
                 backend.put_batch,
                 notice.after_step,
                 hooks.Report(data["train"], every=config.train.log_every, beta=settings.beta),
-                [evaluates, *samples, saves, hooks.Stop(checkpoints)],  # in this order
+                # In this order.
+                [evaluates, *samples, *evaluations, saves, hooks.Stop(checkpoints)],
                 checkpoints,
             )
 

@@ -125,6 +125,8 @@ def add_options(parser: argparse.ArgumentParser, command: Command) -> None:
 
 def field_options(command: Command) -> dict[str, str]:
     """The options that are fields of the config, each with its field."""
+    if not command.sections:
+        return {}  # without the libraries that the table of fields needs
     from attnpo_jax.config.fields import FIELDS
 
     return {
@@ -136,6 +138,8 @@ def field_options(command: Command) -> dict[str, str]:
 
 
 def _add_fields(parser: argparse.ArgumentParser, command: Command) -> None:
+    if not command.sections:
+        return
     from attnpo_jax.config.fields import FIELDS
 
     groups = {

@@ -55,7 +55,7 @@ def test_bootstrap_of_a_mean_holds_it():
     holds = 0
     for draw in range(300):
         x = rng.exponential(size=80)
-        low, high = intervals.bootstrap(80, lambda rows: x[rows].mean(), draws=300, seed=draw)
+        low, high = intervals.bootstrap(80, lambda rows, x=x: x[rows].mean(), draws=300, seed=draw)
         holds += low <= 1 <= high
     assert 0.88 <= holds / 300 <= 0.98
 

@@ -79,6 +79,8 @@ class Evaluator:
         each `-`.
       run: does it. Of several processes all run it; what the first one returns counts.
       needs_model: whether it looks at a model, or at files alone.
+      of_files: of its config section, whether that names files which it looks at in the model's
+        place.
       needs_pairs: whether it is about the config's held-out pairs, where nothing else is named.
       compares: whether it holds the model against another one by itself.
     """
@@ -86,6 +88,7 @@ class Evaluator:
     name: str
     run: Callable[["Task"], Result]
     needs_model: bool = True
+    of_files: Callable[[Any], bool] = lambda section: False
     needs_pairs: bool = False
     compares: bool = False
 
@@ -95,7 +98,11 @@ class Evaluator:
 
 
 # By name, the modules that have them as `EVALUATOR`.
-_BUILTIN: dict[str, str] = {}
+_BUILTIN: dict[str, str] = {
+    "alpaca-eval": "attnpo_jax.evaluate.alpaca_eval",
+    "arena-hard": "attnpo_jax.evaluate.arena_hard",
+    "mt-bench": "attnpo_jax.evaluate.mt_bench",
+}
 _registered: dict[str, Evaluator] = {}
 
 

@@ -66,11 +66,13 @@ def evaluate(
     folder = pathlib.Path(out).expanduser() if out is not None else None
     if folder is None and run.workdir is not None:
         folder = run.workdir / FOLDER / name
-    if folder is None and evaluator.needs_model:
+    section = run.config.evaluate.get(evaluator.section)
+    looks_at_model = evaluator.needs_model and not evaluator.of_files(section)
+    if folder is None and looks_at_model:
         raise UsageError(f"evaluate {name} needs --workdir=DIR or --out=DIR, for its files")
     with run.writing() if run.workdir is not None else contextlib.nullcontext():
-        subject = Subject(run, model, label) if evaluator.needs_model else None
-        found = evaluate_one(run, evaluator, subject, folder, console)
+        subject = Subject(run, model, label) if looks_at_model else None
+        found = evaluate_one(run, evaluator, subject, folder, console, label)
     if found is None:
         return []
     if as_json:
@@ -125,8 +127,12 @@ def evaluate_one(
     subject: Subject | None,
     folder: pathlib.Path | None,
     console: Console,
+    label: str | None = None,
 ) -> Evaluation | None:
     """One evaluation of one model, from its files if it is finished.
+
+    Args:
+      label: what the files are called where there is no model; None for the evaluation's name.
 
     Returns:
       It; None in all processes but the first.
@@ -134,9 +140,9 @@ def evaluate_one(
     Raises:
       EvaluationMismatch: it was done with other settings.
     """
-    task = Task(run, evaluator, subject, folder, console)
+    task = Task(run, evaluator, subject, folder, console, label or evaluator.name)
     settings = _settings(task)
-    file = None if folder is None else folder / f"{task.model or evaluator.name}.json"
+    file = None if folder is None else folder / f"{task.model}.json"
     if file is not None:
         there = processes.is_first() and file.exists()
         if there:
@@ -150,7 +156,7 @@ def evaluate_one(
     result = evaluator.run(task)
     if not processes.is_first():
         return None
-    evaluation = Evaluation(evaluator.name, task.model or evaluator.name, settings, result)
+    evaluation = Evaluation(evaluator.name, task.model, settings, result)
     if folder is not None:
         evaluation.write(folder)
     return evaluation
@@ -165,12 +171,28 @@ def _settings(task: Task) -> dict[str, Any]:
         of_model = subject is not None and field.startswith(("generate.", "model."))
         if field.startswith(own) or field == "evaluate.judge.model" or of_model:
             settings[field] = value
-        if field.startswith(own) and isinstance(value, str) and os.path.isfile(value):
-            with open(value, "rb") as file:
-                settings[f"sha256 of {field}"] = hashlib.file_digest(file, "sha256").hexdigest()
+        if field.startswith(own) and isinstance(value, str) and value:
+            settings |= _digest(field, pathlib.Path(value).expanduser())
     if subject is not None:
         settings["model"] = subject.digest or subject.which
     return json.loads(json.dumps(settings))
+
+
+def _digest(field: str, path: pathlib.Path) -> dict[str, str]:
+    """sha256 of a file that a field names, or of those of a folder's files; nothing if there is
+    none.
+    """
+
+    def of_file(path: pathlib.Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    if path.is_file():
+        return {f"sha256 of {field}": of_file(path)}
+    if not path.is_dir():
+        return {}
+    digests = [of_file(one) for one in sorted(path.iterdir()) if one.is_file()]
+    return {f"sha256 of {field}": hashlib.sha256("".join(digests).encode()).hexdigest()}
 
 
 def _check(file: pathlib.Path, kept: Evaluation, settings: dict[str, Any]) -> None:

@@ -98,6 +98,7 @@ class Task:
       subject: the model; None where the evaluation looks at none.
       folder: where its files go, which is there; None where nothing is to be written.
       console: where more than figures may be shown.
+      label: what files are called that are of no model.
     """
 
     run: "Run"
@@ -105,6 +106,7 @@ class Task:
     subject: Subject | None
     folder: pathlib.Path | None
     console: Console
+    label: str = ""
 
     @property
     def section(self) -> config_dict.ConfigDict:
@@ -113,8 +115,8 @@ class Task:
 
     @property
     def model(self) -> str:
-        """What the model's files are called."""
-        return "" if self.subject is None else self.subject.name
+        """What the model's files are called, or those of no model."""
+        return self.label if self.subject is None else self.subject.name
 
     def sampled(self) -> SampledModel:
         """The model with its parameters."""

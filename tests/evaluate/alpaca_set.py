@@ -25,10 +25,10 @@ def outputs(generator, rows, seed, words):
     return made
 
 
-def top_logprobs(text, shift=0.0):
-    """What a judge says to a text: log-probs of tokens, at times without one letter or both."""
-    rng = random.Random(text)
-    first = rng.gauss(shift, 2.0)
+def top_logprobs(messages):
+    """What a judge says to messages: log-probs of tokens, at times without one letter or both."""
+    rng = random.Random("".join(one["role"] + one["content"] for one in messages))
+    first = rng.gauss(0.0, 2.0)
     p = 1 / (1 + math.exp(-first))
     top = {"m": math.log(0.98 * p), "M": math.log(0.98 * (1 - p)), " m": math.log(0.01)}
     missing = rng.random()

@@ -208,7 +208,7 @@ def test_settings_that_are_none_are_told_of(tmp_path, content, message):
 
 
 def test_files_that_are_none_are_told_of(tmp_path):
-    with pytest.raises(UserError, match="line 1: lacks category, baseline"):
+    with pytest.raises(UserError, match="line 1: it lacks category, baseline"):
         files.read_judgments(lines(tmp_path / "j", [{"uid": "q", "model": "m", "games": []}]), "")
     mixed = [judgment("q", "A>B", "A>B", old) for old in (True, False)]
     with pytest.raises(UserError, match="with question_id and with uid"):

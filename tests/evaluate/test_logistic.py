@@ -53,3 +53,15 @@ def test_linearized_rows_have_the_spread_of_the_pooled_mean():
     spread = (sums[drawn].sum(1) / counts[drawn].sum(1)).std()
     values = pooled.linearized(sums, counts)
     assert values.std(ddof=1) / 20 == pytest.approx(spread, rel=0.06)
+
+
+@pytest.mark.parametrize("penalty", [1e-4, 1.0, 4.0, 1e4])
+def test_an_absolute_penalty_is_paid_for_as_the_conditions_of_the_minimum_say(penalty):
+    rng = np.random.default_rng(0)
+    x, y, w = rng.normal(size=(80, 4)), rng.uniform(size=80), rng.uniform(size=80)
+    y[x[:, 0] > 0] = 1.0
+    b = logistic.fit_l1(x, y, w, penalty)
+    slope = x.T @ (w * (expit(x @ b) - y))
+    assert (b == 0).all() == (penalty == 1e4)
+    assert slope[b != 0] == pytest.approx(-penalty * np.sign(b[b != 0]), abs=1e-6)
+    assert (np.abs(slope[b == 0]) <= penalty + 1e-9).all()

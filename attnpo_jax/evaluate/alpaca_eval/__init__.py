@@ -42,14 +42,14 @@ def _annotations(task: "Task") -> list[dict[str, Any]]:
     # All that may be missing is asked for before anything is sampled.
     prompt = files.JudgePrompt(needs.path(task, "prompt", _PROMPT))
     baseline = files.read_outputs(needs.path(task, "reference", _REFERENCE))
-    folder = needs.folder(task) / task.label
+    folder = needs.folder(task) / task.model
     judge = needs.judge(task)
     named = needs.optional_path(task, "outputs")
     outputs = _sampled(task, baseline, folder) if named is None else files.read_outputs(named)
     if not processes.is_first():
         return []
     annotations = annotate(
-        files.joined(baseline, outputs, task.label),
+        files.joined(baseline, outputs, task.model),
         prompt,
         judge,
         annotator=task.section.annotator or judge.model,
@@ -71,7 +71,7 @@ def _sampled(
         {
             "instruction": row["instruction"],
             "output": said[id],
-            "generator": task.label,
+            "generator": task.model,
             "dataset": row.get("dataset"),
         }
         for id, row in zip(ids, baseline, strict=True)
@@ -85,5 +85,5 @@ def _sampled(
 EVALUATOR = Evaluator(
     "alpaca-eval",
     run,
-    needs_model=lambda section: not (section.annotations or section.outputs),
+    of_files=lambda section: bool(section.annotations or section.outputs),
 )

@@ -108,6 +108,8 @@ def _length_controlled(
         "length_controlled_fit": dict(
             zip(("length", "difficulty", "model"), found.coefficients, strict=True)
         ),
+        "length_controlled_penalty": found.penalty,
+        "length_controlled_without_penalty": found.unpenalized,
     }
 
 

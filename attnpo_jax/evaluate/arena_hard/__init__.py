@@ -62,7 +62,7 @@ def _judgments(task: "Task", answers: dict[str, dict[str, Answer]]) -> list[Judg
     )
     folder = needs.folder(task)
     endpoint = needs.judge(task)
-    model = section.judged or task.label
+    model = section.judged or task.model
     if not section.judged:
         answers = answers | {model: _sampled(task, questions)}
     if not processes.is_first():
@@ -83,17 +83,17 @@ def _sampled(task: "Task", questions: list[Question]) -> dict[str, Answer]:
     records = {record["id"]: record for record in task.responses(prompts, samples=1)}
     in_layout = (benchmark_files.arena_hard_answer, benchmark_files.arena_hard_v01_answer)
     rows = [
-        in_layout[question.old](records[question.id], task.label)
+        in_layout[question.old](records[question.id], task.model)
         for question in questions
         if question.id in records
     ]
     if processes.is_first():
-        atomic.write_json_lines(task.folder / "model_answer" / f"{task.label}.jsonl", rows)
+        atomic.write_json_lines(task.folder / "model_answer" / f"{task.model}.jsonl", rows)
     return {id: Answer(record["response"], None) for id, record in records.items()}
 
 
 EVALUATOR = Evaluator(
     "arena-hard",
     run,
-    needs_model=lambda section: not (section.judgments or section.judged),
+    of_files=lambda section: bool(section.judgments or section.judged),
 )

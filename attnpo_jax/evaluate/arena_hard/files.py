@@ -189,9 +189,7 @@ def read_judgments(path: pathlib.Path, baseline: str) -> list[Judgment]:
             judgment_of(row, baseline) for row in others_files.read_lines(file, _JUDGMENTS)
         ]
     if len({one.old for one in judgments}) > 1:
-        raise UserError(
-            f"{path}: rows with question_id and with uid; accepted: one of these alone"
-        )
+        raise UserError(f"{path}: rows with question_id and with uid; accepted: one of these alone")
     return judgments
 
 

@@ -58,25 +58,25 @@ def _judgments(task: "Task", questions: list[files.Question]) -> list[dict[str, 
         return []
     if named is None:
         rows = [
-            benchmark_files.mt_bench_answer(one.number, answers[one.id], task.label)
+            benchmark_files.mt_bench_answer(one.number, answers[one.id], task.model)
             for one in questions
         ]
-        atomic.write_json_lines(folder / "model_answer" / f"{task.label}.jsonl", rows)
+        atomic.write_json_lines(folder / "model_answer" / f"{task.model}.jsonl", rows)
     judgments = judge(
         questions,
         answers,
         references,
         prompts,
         endpoint,
-        model=task.label,
+        model=task.model,
         max_tokens=task.section.max_tokens,
     )
-    atomic.write_json_lines(folder / "model_judgment" / f"{task.label}.jsonl", judgments)
+    atomic.write_json_lines(folder / "model_judgment" / f"{task.model}.jsonl", judgments)
     return judgments
 
 
 EVALUATOR = Evaluator(
     "mt-bench",
     run,
-    needs_model=lambda section: not (section.judgments or section.answers),
+    of_files=lambda section: bool(section.judgments or section.answers),
 )

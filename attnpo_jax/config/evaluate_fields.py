@@ -3,8 +3,31 @@
 Those of one evaluation are `evaluate.NAME.*`, with `_` for each `-` of its name.
 """
 
+import urllib.parse
+from typing import Any
+
 from attnpo_jax.config import rules
 from attnpo_jax.config.field import Field
+
+
+def _is_address(value: Any) -> bool:
+    if not rules.text_or_none().accepts(value):
+        return False
+    try:
+        parts = urllib.parse.urlsplit(value)
+        _ = parts.port  # raises where it is none
+    except ValueError:
+        return False
+    # A password in it would stand in files and messages.
+    plain = not (parts.username or parts.password or parts.query or parts.fragment)
+    return value == "" or (parts.scheme in ("http", "https") and bool(parts.hostname) and plain)
+
+
+def _address() -> rules.Rule:
+    return rules.Rule(
+        _is_address, "'', or an address as 'http://127.0.0.1:8000/v1', with no user or key in it"
+    )
+
 
 FIELDS = {
     "evaluate.names": Field(
@@ -14,6 +37,69 @@ FIELDS = {
         "([evaluate.md](evaluate.md)) of the model that training starts from and of the trained "
         "one; `()`: none",
         mixed=True,
+    ),
+    "evaluate.judge.base_url": Field(
+        "",
+        _address(),
+        "address of an endpoint of OpenAI's API that judges "
+        "([evaluate.md](evaluate.md#endpoints)), up to what stands before `/chat/completions`; "
+        "`''`: there is none",
+    ),
+    "evaluate.judge.model": Field(
+        "", rules.text_or_none(), "what the endpoint calls the model that judges"
+    ),
+    "evaluate.judge.key_env": Field(
+        "OPENAI_API_KEY",
+        rules.text(),
+        "the environment's variable that holds the endpoint's key; without it none is sent",
+    ),
+    "evaluate.judge.concurrency": Field(8, rules.integer(1, 1000), "requests under way at a time"),
+    "evaluate.judge.timeout": Field(
+        120.0, rules.positive(), "seconds that an answer may take; then it is asked for again"
+    ),
+    "evaluate.judge.retries": Field(
+        8,
+        rules.integer(0, 1000),
+        "times that a request is sent again while the endpoint is down, slow, busy or answers "
+        "nonsense, each after a longer wait",
+    ),
+    "evaluate.judge.max_requests": Field(
+        0,
+        rules.integer(0, 10**12),
+        "requests that may be sent in all, those of earlier commands and those sent again "
+        "included; 0: any number",
+    ),
+    "evaluate.judge.max_tokens": Field(
+        0,
+        rules.integer(0, 10**15),
+        "tokens that prompts and answers may take in all, likewise; 0: any number",
+    ),
+    "evaluate.judge.dry_run": Field(
+        False, rules.boolean(), "count what would be asked, and ask nothing"
+    ),
+    "evaluate.versus.baseline": Field(
+        "base",
+        rules.text(),
+        "what the model is held against: `base` (the model that training starts from), a samples "
+        "file of `attnpo generate`, or an HF folder or hub id",
+    ),
+    "evaluate.versus.prompts": Field(
+        "",
+        rules.text_or_none(),
+        "source of the prompts ([generate.md](generate.md#prompts)); `''`: the held-out pairs, or "
+        "the built-in ones where there are none",
+    ),
+    "evaluate.versus.judge": Field(
+        "",
+        rules.text_or_none(),
+        "who judges: `endpoint` (`evaluate.judge`), `base`, `trained`, or an HF folder or hub id; "
+        "`''`: the endpoint where there is one, else `base`",
+    ),
+    "evaluate.versus.count": Field(
+        200, rules.integer(1, 1_000_000), "prompts that are taken, the first ones, at most"
+    ),
+    "evaluate.versus.max_new_tokens": Field(
+        256, rules.integer(1, 1_000_000), "tokens of a response, at most"
     ),
 }
 

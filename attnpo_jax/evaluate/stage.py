@@ -12,9 +12,10 @@ from rich.console import Console
 
 from attnpo_jax import config as config_lib
 from attnpo_jax.evaluate import files
+from attnpo_jax.evaluate.endpoint import DryRun
 from attnpo_jax.evaluate.evaluator import Evaluator, find
 from attnpo_jax.evaluate.files import Evaluation, EvaluationMismatch
-from attnpo_jax.evaluate.task import Subject, Task
+from attnpo_jax.evaluate.task import FOLDER, Subject, Task
 from attnpo_jax.generate import model as models
 from attnpo_jax.parallel import preemption, processes
 from attnpo_jax.runtime.errors import UsageError
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from attnpo_jax.run import Run
 
 _LOG = logging.getLogger(__name__)
-
-FOLDER = "evaluations"
 
 
 def evaluate(
@@ -129,7 +128,7 @@ def evaluate_one(
     """One evaluation of one model, from its files if it is finished.
 
     Returns:
-      It; None in all processes but the first.
+      It; None in all processes but the first, and where the judge is to be asked nothing.
 
     Raises:
       EvaluationMismatch: it was done with other settings.
@@ -147,7 +146,11 @@ def evaluate_one(
         folder.mkdir(parents=True, exist_ok=True)
     if subject is not None:
         _LOG.info("evaluating %s: %s", subject.name, evaluator.name)
-    result = evaluator.run(task)
+    try:
+        result = evaluator.run(task)
+    except DryRun as counted:
+        say(console, counted)
+        return None
     if not processes.is_first():
         return None
     evaluation = Evaluation(evaluator.name, task.model or evaluator.name, settings, result)

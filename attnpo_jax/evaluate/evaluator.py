@@ -46,6 +46,19 @@ class Figure:
     count: int = 0
     column: str | None = None
 
+    def facts(self) -> dict[str, Any]:
+        """The figure as JSON has it, where what is no number is null."""
+        return {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in dataclasses.asdict(self).items()
+        }
+
+    def cells(self) -> tuple[str, str]:
+        """The value and the interval as tables show them."""
+        value = "none" if math.isnan(self.value) else f"{self.value:.4g}"
+        there = math.isfinite(self.low) and math.isfinite(self.high)
+        return value, f"{self.low:.4g} to {self.high:.4g}" if there else ""
+
 
 def figure(rows: Sequence[Row], column: str) -> Figure:
     """The mean of a field over the rows that have it."""
@@ -95,7 +108,9 @@ class Evaluator:
 
 
 # By name, the modules that have them as `EVALUATOR`.
-_BUILTIN: dict[str, str] = {}
+_BUILTIN: dict[str, str] = {
+    "versus": "attnpo_jax.evaluate.versus",
+}
 _registered: dict[str, Evaluator] = {}
 
 

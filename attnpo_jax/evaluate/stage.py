@@ -14,8 +14,9 @@ from attnpo_jax import config as config_lib
 from attnpo_jax.evaluate import files
 from attnpo_jax.evaluate.endpoint import DryRun
 from attnpo_jax.evaluate.evaluator import Evaluator, find
-from attnpo_jax.evaluate.files import Evaluation, EvaluationMismatch
-from attnpo_jax.evaluate.task import FOLDER, Subject, Task
+from attnpo_jax.evaluate.files import FOLDER, Evaluation, EvaluationMismatch
+from attnpo_jax.evaluate.report import compare, show
+from attnpo_jax.evaluate.task import Subject, Task
 from attnpo_jax.generate import model as models
 from attnpo_jax.parallel import preemption, processes
 from attnpo_jax.runtime.errors import UsageError
@@ -75,7 +76,9 @@ def evaluate(
     if as_json:
         print(json.dumps(found.facts(), indent=2), flush=True)
     else:
-        files.show(console, [found], folder=folder)
+        files.show(console, found)
+        if folder is not None:
+            say(console, f"rows and figures in {folder}")
     return [found]
 
 
@@ -100,8 +103,7 @@ def _all(run: "Run", as_json: bool, console: Console) -> list[Evaluation]:
     if as_json and processes.is_first():
         print(json.dumps([one.facts() for one in everything], indent=2), flush=True)
     elif everything:
-        for evaluations in filter(None, found.values()):
-            files.show(console, evaluations)
+        show(console, compare([(one.model, one) for one in everything]))
         say(console, f"rows, figures and samples in {run.workdir / FOLDER}")
     return everything
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from attnpo_jax.data.prompts import Prompt
 from attnpo_jax.evaluate.endpoint import Endpoint
 from attnpo_jax.evaluate.evaluator import Evaluator
+from attnpo_jax.evaluate.files import FOLDER
 from attnpo_jax.generate import model as models
 from attnpo_jax.generate.respond import respond
 from attnpo_jax.parallel import checkpoint
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
-FOLDER = "evaluations"
 _ANSWERS = "judge.sqlite"
 
 

@@ -196,6 +196,14 @@ COMMANDS = {
         example="attnpo evaluate arena-hard --judgments=model_judgment/gpt-4.1 \\\n"
         "      --answers=model_answer --control=both",
     ),
+    "evaluate versus": _evaluation(
+        "versus",
+        "Hold a model's answers against another one's, judged pair by pair in both orders.",
+        _OF_A_MODEL,
+        judged=True,
+        example="attnpo evaluate versus --config=configs/quickstart.py --workdir=DIR \\\n"
+        "      --baseline=base",
+    ),
     "evaluate report": Command(
         "attnpo_jax.evaluate.report",
         "report",

@@ -137,6 +137,17 @@ def _between_fields(values: Mapping[str, Any]) -> list[str]:
     bucket = values["train.checkpoint_dir"].startswith("gs://")
     if bucket and importlib.util.find_spec("gcsfs") is None:
         found.append(f"{named('train.checkpoint_dir')}: needs the package gcsfs: pip install gcsfs")
+    if values["evaluate.judge.base_url"]:
+        if not values["evaluate.judge.model"]:
+            found.append(
+                f"{named('evaluate.judge.model')}: accepted: the name of a model of the endpoint "
+                "in config.evaluate.judge.base_url"
+            )
+        if importlib.util.find_spec("openai") is None:
+            found.append(
+                f"{named('evaluate.judge.base_url')}: needs the package openai: pip install "
+                "'.[evaluate]' in a clone"
+            )
     for field, package in _WRITERS.items():
         if values[field] and importlib.util.find_spec(package) is None:
             extra = field.split(".")[1]

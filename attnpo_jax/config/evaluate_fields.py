@@ -3,80 +3,30 @@
 Those of one evaluation are `evaluate.NAME.*`, with `_` for each `-` of its name.
 """
 
-from attnpo_jax.config import rules
+import urllib.parse
+from typing import Any
+
+from attnpo_jax.config import benchmark_fields, rules
 from attnpo_jax.config.field import Field
 
 
-def _path(help: str) -> Field:
-    return Field("", rules.text_or_none(), help)
+def _is_address(value: Any) -> bool:
+    if not rules.text_or_none().accepts(value):
+        return False
+    try:
+        parts = urllib.parse.urlsplit(value)
+        _ = parts.port  # raises where it is none
+    except ValueError:
+        return False
+    # A password in it would stand in files and messages.
+    plain = not (parts.username or parts.password or parts.query or parts.fragment)
+    return value == "" or (parts.scheme in ("http", "https") and bool(parts.hostname) and plain)
 
 
-_ALPACA_EVAL = {
-    "annotations": _path(
-        "AlpacaEval's annotations.json to score; then nothing is sampled or asked"
-    ),
-    "reference": _path("the baseline's outputs, which also say the instructions, a JSON list"),
-    "outputs": _path("the model's outputs, model_outputs.json; `''`: they are sampled"),
-    "prompt": _path("the judge's prompt, the package's alpaca_eval_clf.txt"),
-    "annotator": Field(
-        "",
-        rules.text_or_none(),
-        "the annotator's name in the annotations; `''`: the judge's model",
-    ),
-    "seed": Field(
-        0,
-        rules.integer(0, 2**31 - 1),
-        "of the order in which outputs are shown; the package's is 0",
-    ),
-    "length_data": _path(
-        "the package's df_gamed.csv, or the folder that has it, for the length-controlled win "
-        "rate; `''`: there is none"
-    ),
-}
-
-_MT_BENCH = {
-    "judgments": _path(
-        "FastChat's judgments of single answers to score; then nothing is sampled or asked"
-    ),
-    "questions": _path("FastChat's question.jsonl"),
-    "answers": _path("the model's answers, both turns; `''`: they are sampled"),
-    "references": _path("answers that the judge is shown for math, reasoning and coding"),
-    "prompts": _path("the judge's prompts, FastChat's judge_prompts.jsonl"),
-    "max_tokens": Field(2048, rules.integer(1, 1_000_000), "tokens of a judgment, at most"),
-}
-
-_ARENA_HARD = {
-    "judgments": _path(
-        "Arena-Hard's judgments to score, a file or a folder of them; then nothing is sampled or "
-        "asked"
-    ),
-    "questions": _path("Arena-Hard's question.jsonl, of v0.1 or v2"),
-    "answers": _path("answers, the baseline's too, a file or Arena-Hard's folder model_answer"),
-    "judged": Field(
-        "",
-        rules.text_or_none(),
-        "the model in `answers` that is judged; `''`: answers are sampled",
-    ),
-    "settings": _path("how the judge is asked, Arena-Hard's YAML file of the version"),
-    "categories": _path(
-        "baselines and system prompts by category, Arena-Hard's utils/judge_utils.py; `''`: as "
-        "`settings` says"
-    ),
-    "baseline": Field(
-        "",
-        rules.text_or_none(),
-        "the baseline; `''`: as judgments or `categories` say, of v0.1 gpt-4-0314",
-    ),
-    "control": Field(
-        "none",
-        rules.one_of("none", "length", "markdown", "both"),
-        "the style at whose equal values a second win rate is taken",
-    ),
-}
-
-
-def _section(name: str, fields: dict[str, Field]) -> dict[str, Field]:
-    return {f"evaluate.{name}.{field}": value for field, value in fields.items()}
+def _address() -> rules.Rule:
+    return rules.Rule(
+        _is_address, "'', or an address as 'http://127.0.0.1:8000/v1', with no user or key in it"
+    )
 
 
 FIELDS = {
@@ -88,9 +38,70 @@ FIELDS = {
         "one; `()`: none",
         mixed=True,
     ),
-    **_section("alpaca_eval", _ALPACA_EVAL),
-    **_section("mt_bench", _MT_BENCH),
-    **_section("arena_hard", _ARENA_HARD),
+    "evaluate.judge.base_url": Field(
+        "",
+        _address(),
+        "address of an endpoint of OpenAI's API that judges "
+        "([evaluate.md](evaluate.md#endpoints)), up to what stands before `/chat/completions`; "
+        "`''`: there is none",
+    ),
+    "evaluate.judge.model": Field(
+        "", rules.text_or_none(), "what the endpoint calls the model that judges"
+    ),
+    "evaluate.judge.key_env": Field(
+        "OPENAI_API_KEY",
+        rules.text(),
+        "the environment's variable that holds the endpoint's key; without it none is sent",
+    ),
+    "evaluate.judge.concurrency": Field(8, rules.integer(1, 1000), "requests under way at a time"),
+    "evaluate.judge.timeout": Field(
+        120.0, rules.positive(), "seconds that an answer may take; then it is asked for again"
+    ),
+    "evaluate.judge.retries": Field(
+        8,
+        rules.integer(0, 1000),
+        "times that a request is sent again while the endpoint is down, slow, busy or answers "
+        "nonsense, each after a longer wait",
+    ),
+    "evaluate.judge.max_requests": Field(
+        0,
+        rules.integer(0, 10**12),
+        "requests that may be sent in all, those of earlier commands and those sent again "
+        "included; 0: any number",
+    ),
+    "evaluate.judge.max_tokens": Field(
+        0,
+        rules.integer(0, 10**15),
+        "tokens that prompts and answers may take in all, likewise; 0: any number",
+    ),
+    "evaluate.judge.dry_run": Field(
+        False, rules.boolean(), "count what would be asked, and ask nothing"
+    ),
+    "evaluate.versus.baseline": Field(
+        "base",
+        rules.text(),
+        "what the model is held against: `base` (the model that training starts from), a samples "
+        "file of `attnpo generate`, or an HF folder or hub id",
+    ),
+    "evaluate.versus.prompts": Field(
+        "",
+        rules.text_or_none(),
+        "source of the prompts ([generate.md](generate.md#prompts)); `''`: the held-out pairs, or "
+        "the built-in ones where there are none",
+    ),
+    "evaluate.versus.judge": Field(
+        "",
+        rules.text_or_none(),
+        "who judges: `endpoint` (`evaluate.judge`), `base`, `trained`, or an HF folder or hub id; "
+        "`''`: the endpoint where there is one, else `base`",
+    ),
+    "evaluate.versus.count": Field(
+        200, rules.integer(1, 1_000_000), "prompts that are taken, the first ones, at most"
+    ),
+    "evaluate.versus.max_new_tokens": Field(
+        256, rules.integer(1, 1_000_000), "tokens of a response, at most"
+    ),
+    **benchmark_fields.FIELDS,
 }
 
 IN_TRAINING = {

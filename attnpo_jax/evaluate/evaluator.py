@@ -115,6 +115,7 @@ _BUILTIN: dict[str, str] = {
     "alpaca-eval": "attnpo_jax.evaluate.alpaca_eval",
     "arena-hard": "attnpo_jax.evaluate.arena_hard",
     "mt-bench": "attnpo_jax.evaluate.mt_bench",
+    "versus": "attnpo_jax.evaluate.versus",
 }
 _registered: dict[str, Evaluator] = {}
 

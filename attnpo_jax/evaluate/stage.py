@@ -12,6 +12,7 @@ from rich.console import Console
 
 from attnpo_jax import config as config_lib
 from attnpo_jax.evaluate import files
+from attnpo_jax.evaluate.endpoint import DryRun
 from attnpo_jax.evaluate.evaluator import Evaluator, find
 from attnpo_jax.evaluate.files import FOLDER, Evaluation, EvaluationMismatch
 from attnpo_jax.evaluate.report import compare, show
@@ -135,7 +136,7 @@ def evaluate_one(
       label: what the files are called where there is no model; None for the evaluation's name.
 
     Returns:
-      It; None in all processes but the first.
+      It; None in all processes but the first, and where the judge is to be asked nothing.
 
     Raises:
       EvaluationMismatch: it was done with other settings.
@@ -153,7 +154,11 @@ def evaluate_one(
         folder.mkdir(parents=True, exist_ok=True)
     if subject is not None:
         _LOG.info("evaluating %s: %s", subject.name, evaluator.name)
-    result = evaluator.run(task)
+    try:
+        result = evaluator.run(task)
+    except DryRun as counted:
+        say(console, counted)
+        return None
     if not processes.is_first():
         return None
     evaluation = Evaluation(evaluator.name, task.model, settings, result)

@@ -13,17 +13,21 @@ from ml_collections import config_dict
 from rich.console import Console
 
 from attnpo_jax.data.prompts import Prompt
+from attnpo_jax.evaluate.endpoint import Endpoint
 from attnpo_jax.evaluate.evaluator import Evaluator
+from attnpo_jax.evaluate.files import FOLDER
 from attnpo_jax.generate import model as models
 from attnpo_jax.generate.respond import respond
 from attnpo_jax.parallel import checkpoint
-from attnpo_jax.runtime.errors import UserError
+from attnpo_jax.runtime.errors import UsageError, UserError
 from attnpo_jax.sampling.model import SampledModel
 
 if TYPE_CHECKING:
     from attnpo_jax.run import Run
 
 _LOG = logging.getLogger(__name__)
+
+_ANSWERS = "judge.sqlite"
 
 
 class Subject:
@@ -121,6 +125,26 @@ class Task:
     def sampled(self) -> SampledModel:
         """The model with its parameters."""
         return self.subject.sampled()
+
+    def judge(self) -> Endpoint | None:
+        """The endpoint of `config.evaluate.judge`; None where there is none.
+
+        Its answers are kept for all evaluations of the workdir together, or beside the evaluation's
+        other files where there is no workdir. Of several processes, the first one asks.
+
+        Raises:
+          UserError: see `Endpoint.open`; there is no folder for its answers.
+        """
+        section = self.run.config.evaluate.judge
+        if not section.base_url:
+            return None
+        folder = self.folder if self.run.workdir is None else self.run.workdir / FOLDER
+        if folder is None:
+            raise UsageError(
+                f"evaluate {self.evaluator.name} needs --workdir=DIR or --out=DIR, for what the "
+                "judge answers"
+            )
+        return Endpoint.open(section, folder / _ANSWERS, progress=self.run.config.log.progress)
 
     def responses(
         self,

@@ -181,6 +181,23 @@ class Judge:
 
         The next batch is under way on the device while the last one's attention is carried over.
         """
+        for batch, (rows_SBQL, verdict_BQ, answer_BQ) in self._outputs(prompts):
+            done = []
+            for b, i in enumerate(batch):
+                pair, rows_SQL = tokenized[i], rows_SBQL[:, b]
+                attention = (self._carried_over(rows_SQL, prompts[i], pair, side) for side in SIDES)
+                says = (*attention, verdict_BQ[b], answer_BQ[b])
+                of_model = self.source_layers, self._model.config.num_layers
+                done.append((i, Judgement(pair.id, *says, *of_model)))
+            yield done
+
+    def verdicts(self, prompts: Sequence[JudgePrompt]) -> Iterator[list[tuple[int, np.ndarray]]]:
+        """As `run`, of the verdicts alone: yields (place, float32 (2,)) lists."""
+        for batch, (_, verdict_BQ, _) in self._outputs(prompts):
+            yield list(zip(batch, verdict_BQ, strict=True))
+
+    def _outputs(self, prompts: Sequence[JudgePrompt]) -> Iterator[tuple[list[int], tuple]]:
+        """Yields which prompts, and what the pass gives for them."""
         rows = [self._row(prompt) for prompt in prompts]
         lengths = np.array([len(row.tokens) for row in rows], int)
         # A prompt that does not begin as the sample did runs whole, without the shared past.
@@ -193,15 +210,7 @@ class Judge:
 
         groups = np.flatnonzero(shares), np.flatnonzero(~shares)
         for batch, output in self._batches.run(lengths, self._lengths, start, *groups):
-            rows_SBQL, verdict_BQ, answer_BQ = output
-            done = []
-            for b, i in enumerate(batch.tolist()):
-                pair, rows_SQL = tokenized[i], rows_SBQL[:, b]
-                attention = (self._carried_over(rows_SQL, prompts[i], pair, side) for side in SIDES)
-                says = (*attention, verdict_BQ[b], answer_BQ[b])
-                of_model = self.source_layers, self._model.config.num_layers
-                done.append((i, Judgement(pair.id, *says, *of_model)))
-            yield done
+            yield batch.tolist(), output
 
     def _begins_common(self, prompt: JudgePrompt) -> bool:
         n = len(self._common)

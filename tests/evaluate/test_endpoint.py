@@ -2,8 +2,13 @@
 
 import collections
 import contextlib
+import itertools
+import os
 import random
+import signal
 import sqlite3
+import subprocess
+import sys
 import time
 
 import pytest
@@ -131,9 +136,11 @@ def test_a_storm_of_429_is_waited_out_as_long_as_it_says(tmp_path):
         answers = judge(server, tmp_path).ask(asks(8))
     assert heard(answers) == expected(asks(8))
     assert set(server.delivered.values()) == {1}
-    times = [seconds for seconds, *_ in server.requests]
-    # Twelve refusals of four workers are three waves; after each, nothing is sent for 50 ms.
-    assert len([1 for one, two in zip(times, times[1:], strict=False) if two - one > 0.04]) == 3
+    sent = collections.defaultdict(list)
+    for seconds, _, body in server.requests:
+        sent[body["messages"][0]["content"]].append(seconds)
+    waits = [two - one for times in sent.values() for one, two in itertools.pairwise(times)]
+    assert len(waits) == 12 and min(waits) >= 0.05
 
 
 LASTING = {
@@ -332,3 +339,45 @@ def test_what_is_under_way_has_a_while_to_finish(tmp_path, monkeypatch):
         assert time.monotonic() - start < 8  # the slow one takes ten seconds
     outcomes = sorted(tried(tmp_path))
     assert outcomes == [("answered", 11), ("sent", 85)]
+
+
+def test_sigterm_ends_it_with_what_was_under_way(tmp_path):
+    def fault(number, body):
+        if number == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.05)
+
+    with faulty.Endpoint(fault) as server:
+        asked = judge(server, tmp_path, concurrency=2)
+        with pytest.raises(Preempted):
+            asked.ask(asks(40))
+        before = len(server.requests)
+        assert before < 40
+        assert heard(asked.ask(asks(40))) == expected(asks(40))
+    assert len(server.requests) == 40 and set(server.delivered.values()) == {1}
+
+
+KILLED = """
+import pathlib, sys
+from tests.evaluate import test_endpoint as of
+of.judge(sys.argv[1], pathlib.Path(sys.argv[2])).ask(of.asks(30))
+"""
+
+
+@pytest.mark.process
+def test_killed_it_loses_what_was_under_way_alone(tmp_path):
+    def fault(number, body):
+        if number == 12:
+            process.send_signal(signal.SIGKILL)
+        time.sleep(0.02)
+
+    with faulty.Endpoint(fault) as server:
+        command = [sys.executable, "-c", KILLED, server.url, str(tmp_path)]
+        with subprocess.Popen(command) as process:
+            assert process.wait() == -signal.SIGKILL
+        before = len(server.requests)
+        sent = [tokens for outcome, tokens in tried(tmp_path) if outcome == "sent"]
+        assert before < 30 and 1 <= len(sent) <= 4 and set(sent) <= {85, 86}
+        server.fault = lambda number, body: None
+        assert heard(judge(server, tmp_path).ask(asks(30))) == expected(asks(30))
+    assert len(server.requests) - 30 <= len(sent)

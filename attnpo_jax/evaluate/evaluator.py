@@ -108,7 +108,9 @@ class Evaluator:
 
 
 # By name, the modules that have them as `EVALUATOR`.
-_BUILTIN: dict[str, str] = {}
+_BUILTIN = {
+    "harness": "attnpo_jax.evaluate.harness",
+}
 _registered: dict[str, Evaluator] = {}
 
 

@@ -98,6 +98,7 @@ class Task:
       subject: the model; None where the evaluation looks at none.
       folder: where its files go, which is there; None where nothing is to be written.
       console: where more than figures may be shown.
+      settings: what decides the figures, by field.
     """
 
     run: "Run"
@@ -105,6 +106,7 @@ class Task:
     subject: Subject | None
     folder: pathlib.Path | None
     console: Console
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def section(self) -> config_dict.ConfigDict:

@@ -45,7 +45,7 @@ class Subject:
         sampled: SampledModel | None = None,
         identity: Mapping[str, Any] | None = None,
     ):
-        self._run, self._sampled = run, sampled
+        self._run, self._sampled, self._given = run, sampled, sampled is not None
         self.which = which or (models.BASE if run.workdir is None else models.TRAINED)
         step = None
         if self.which == models.TRAINED and sampled is None:
@@ -68,8 +68,9 @@ class Subject:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def release(self) -> None:
-        """Forgets the parameters, so that there is room for another model's."""
-        self._sampled = None
+        """Forgets the parameters, so that there is room for another model's; not those given."""
+        if not self._given:
+            self._sampled = None
         self._run.drop_params()
 
 

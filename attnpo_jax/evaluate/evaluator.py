@@ -111,9 +111,10 @@ class Evaluator:
 
 
 # By name, the modules that have them as `EVALUATOR`.
-_BUILTIN: dict[str, str] = {
+_BUILTIN = {
     "alpaca-eval": "attnpo_jax.evaluate.alpaca_eval",
     "arena-hard": "attnpo_jax.evaluate.arena_hard",
+    "harness": "attnpo_jax.evaluate.harness",
     "mt-bench": "attnpo_jax.evaluate.mt_bench",
     "versus": "attnpo_jax.evaluate.versus",
 }

@@ -189,6 +189,8 @@ def test_what_the_judge_needs_is_asked_for(tmp_path):
     settings = JudgeSettings.read(tmp_path / "settings.yaml", tmp_path / "judge_utils.py")
     with pytest.raises(UserError, match="question q: no answer of base; answers found.*ours"):
         judge(questions, {"ours": {}}, settings, FakeJudge(str), model="ours", baseline="")
+    with pytest.raises(UserError, match="base is the baseline too"):
+        judge(questions, {}, settings, FakeJudge(str), model="base", baseline="")
 
 
 @pytest.mark.parametrize(

@@ -76,12 +76,14 @@ def judged(monkeypatch):
     return put
 
 
-def evaluated(folder, name, out, *, model="base", **fields):
+def evaluated(folder, name, out, *, label=None, **fields):
     config = tiny.small_config(folder, generate__max_new_tokens=5)
     section = config.evaluate[name.replace("-", "_")]
     for field, value in fields.items():
-        section[field] = str(folder / value) if (folder / value).exists() else value
-    (found,) = evaluate(Run.resolve(config), name=name, model=model, out=out, console=QUIET)
+        is_path = field not in ("baseline", "judged", "control") and value
+        section[field] = str(folder / value) if is_path else value
+    run = Run.resolve(config)
+    (found,) = evaluate(run, name=name, model="base", label=label, out=out, console=QUIET)
     return found
 
 
@@ -102,7 +104,7 @@ def test_alpaca_eval_samples_annotates_and_scores(folder, judged, tmp_path):
     assert [row["instruction"] for row in outputs] == ["One?", "Two?"]
     assert {row["generator"] for row in outputs} == {"base"}
     annotations = json.loads((tmp_path / "base" / "annotations.json").read_text())
-    assert sorted({row["preference"] for row in annotations}) <= [1.25, 1.75]
+    assert {row["preference"] for row in annotations} <= {1.25, 1.75}
     assert {row["annotator"] for row in annotations} == {"judge"}
     mean = sum(row["preference"] - 1 for row in annotations) / 2
     assert found.result.figures["win_rate"].value == pytest.approx(mean)
@@ -164,17 +166,7 @@ def test_arena_hard_samples_judges_and_scores(folder, judged, tmp_path, old):
         fields = {name: value.replace("new/", "old/") for name, value in ARENA.items()}
         fields |= {"baseline": "base"}
         del fields["categories"]
-    found = (
-        evaluated(folder, "arena-hard", tmp_path, **fields | {"name": "ours"}) if False else None
-    )
-    config = tiny.small_config(folder, generate__max_new_tokens=5)
-    for field, value in fields.items():
-        there = (folder / value).exists() and field != "baseline"
-        config.evaluate.arena_hard[field] = str(folder / value) if there else value
-    run = Run.resolve(config)
-    (found,) = evaluate(
-        run, name="arena-hard", model="base", label="ours", out=tmp_path, console=QUIET
-    )
+    found = evaluated(folder, "arena-hard", tmp_path, label="ours", **fields)
     assert found.result.figures["win_rate"].value == 1.0
     assert found.result.about["baseline"] == "base"
     answers = test_arena_hard.files.read_answers(tmp_path / "model_answer")

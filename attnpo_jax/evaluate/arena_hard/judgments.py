@@ -50,6 +50,8 @@ def judge(
                 "accepted: evaluate.arena_hard.categories, Arena-Hard's utils/judge_utils.py, "
                 "which has both for each category"
             )
+        if other == model:
+            raise UserError(f"{model} is the baseline too; accepted: another --name for the model")
         pair = [_answer(answers, name, question.id) for name in (other, model)]
         for order, (a, b) in enumerate((pair, pair[::-1]), 1):
             messages = ({"role": "system", "content": system}, *_asked(settings, question, a, b))

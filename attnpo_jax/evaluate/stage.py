@@ -183,7 +183,7 @@ def _settings(run: "Run", evaluator: Evaluator, subject: Subject | None) -> dict
 
 
 def _digest(field: str, path: pathlib.Path) -> dict[str, str]:
-    """sha256 of a file that a field names, or of those of a folder's files; nothing if there is
+    """sha256 of a file that a field names, or of a folder's tables together; nothing if there is
     none.
     """
 
@@ -195,8 +195,10 @@ def _digest(field: str, path: pathlib.Path) -> dict[str, str]:
         return {f"sha256 of {field}": of_file(path)}
     if not path.is_dir():
         return {}
-    digests = [of_file(one) for one in sorted(path.iterdir()) if one.is_file()]
-    return {f"sha256 of {field}": hashlib.sha256("".join(digests).encode()).hexdigest()}
+    # Not of all files: it may be a model's folder.
+    tables = [one for ending in ("*.jsonl", "*.csv") for one in sorted(path.glob(ending))]
+    digests = "".join(map(of_file, tables))
+    return {f"sha256 of {field}": hashlib.sha256(digests.encode()).hexdigest()} if tables else {}
 
 
 def _check(file: pathlib.Path, kept: Evaluation, settings: dict[str, Any]) -> None:

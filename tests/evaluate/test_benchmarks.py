@@ -111,11 +111,11 @@ def test_alpaca_eval_samples_annotates_and_scores(folder, judged, tmp_path):
     assert len(judge.asked) == 2
     # From the files that it wrote, without a model or a judge, the same comes out.
     again = evaluated(
-        tmp_path / "base",
+        folder,
         "alpaca-eval",
         tmp_path / "again",
-        annotations="annotations.json",
-        length_data=str(folder / "df_gamed.csv"),
+        annotations=tmp_path / "base" / "annotations.json",
+        length_data="df_gamed.csv",
     )
     assert again.result.figures == found.result.figures
     assert len(judge.asked) == 2

@@ -12,7 +12,7 @@ import os
 import pathlib
 import sys
 
-FOLDER = pathlib.Path(sys.argv[1])
+FOLDER = pathlib.Path(sys.argv[1]).resolve()
 os.environ.setdefault("OPENAI_API_KEY", "none")
 
 import pandas as pd  # noqa: E402

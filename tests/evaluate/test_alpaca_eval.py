@@ -227,6 +227,8 @@ def test_outputs_are_joined_by_their_instruction(made):
     assert files.joined(baseline, outputs[::-1], "x") == files.joined(baseline, outputs, "x")
     with pytest.raises(UserError, match="no output of x for the instruction 'Question 0"):
         files.joined(baseline, outputs[1:], "x")
+    with pytest.raises(UserError, match="not Unicode"):
+        files.joined(baseline, [outputs[0] | {"output": "\ud800"}, *outputs[1:]], "x")
 
 
 def test_files_that_are_none_are_told_of(tmp_path):

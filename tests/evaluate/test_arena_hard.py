@@ -199,6 +199,7 @@ def test_what_the_judge_needs_is_asked_for(tmp_path):
         ("- 1", "accepted: a file of Arena-Hard's"),
         ("prompt_template: x", "regex_patterns"),
         ("{prompt_template: x, regex_patterns: ['(']}", "in a pattern '\\('"),
+        ("{prompt_template: x, regex_patterns: ['(a)(b)']}", "patterns of one group"),
         ("a: [", "no YAML"),
     ],
 )

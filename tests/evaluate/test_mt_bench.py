@@ -125,6 +125,7 @@ def test_several_models_have_figures_of_their_own_and_repetitions_count():
         ("[[10.]]", 10.0),
         ("8/10", -1),
         ("[[eight]] [-3]", -1),
+        (f"[[{'9' * 5000}]]", -1),
     ],
 )
 def test_ratings_are_read_as_fastchat_reads_them(text, value):

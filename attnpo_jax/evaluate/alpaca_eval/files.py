@@ -82,7 +82,7 @@ def joined(
       generator: the model's name where its outputs have none.
 
     Raises:
-      UserError: an instruction has no output.
+      UserError: an instruction has no output; a text is not Unicode.
     """
     by_id = dict(zip(ids([row["instruction"] for row in outputs]), outputs, strict=True))
     pairs = []
@@ -93,6 +93,8 @@ def joined(
                 "accepted: one for each of evaluate.alpaca_eval.reference"
             )
         other = by_id[id]
+        for text in (row["instruction"], row["output"], other["output"]):
+            _check_unicode(text)
         pair = {
             "instruction": row["instruction"],
             "output_1": row["output"],
@@ -106,6 +108,15 @@ def joined(
         pair |= {"output_2": other["output"], "generator_2": other.get("generator") or generator}
         pairs.append(pair)
     return pairs
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{text[:60]!r}: not Unicode ({error.reason}); accepted: text without lone surrogates"
+        ) from None
 
 
 class JudgePrompt:

@@ -26,7 +26,7 @@ from attnpo_jax.runtime.errors import UserError
 FILE = "df_gamed.csv"
 WHERE = f"{FILE} of https://huggingface.co/datasets/tatsu-lab/alpaca_eval"
 
-_COLUMNS = (
+COLUMNS = (
     "index",
     "preference",
     "std_delta_len",
@@ -69,14 +69,14 @@ class LengthData:
         file = path / FILE if path.is_dir() else path
         with file.open(encoding="utf-8-sig", newline="") as lines:
             rows = csv.DictReader(lines)
-            lacks = [name for name in _COLUMNS if name not in (rows.fieldnames or ())]
-            if lacks:
-                raise UserError(f"{file}: no column {', '.join(lacks)}; accepted: {WHERE}")
             try:
-                found = [[_number(row[name]) for name in _COLUMNS] for row in rows]
+                lacks = [name for name in COLUMNS if name not in (rows.fieldnames or ())]
+                found = [] if lacks else [[_number(row[name]) for name in COLUMNS] for row in rows]
             except (ValueError, csv.Error) as error:
                 line = rows.line_num
                 raise UserError(f"{file}, line {line}: {error}; accepted: {WHERE}") from None
+        if lacks:
+            raise UserError(f"{file}: no column {', '.join(lacks)}; accepted: {WHERE}")
         if not found:
             raise UserError(f"{file}: no rows; accepted: {WHERE}")
         index, preference, length, difficulty, own = np.array(found).T

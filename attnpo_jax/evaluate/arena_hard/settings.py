@@ -82,6 +82,8 @@ class JudgeSettings:
             compiled = tuple(re.compile(pattern) for pattern in patterns)
         except re.error as error:
             raise UserError(f"{file}: {error} in a pattern {error.pattern!r}") from None
+        if any(pattern.groups != 1 for pattern in compiled):
+            raise UserError(f"{file}: accepted: patterns of one group each, the verdict")
         return cls(
             templates,
             compiled,

@@ -1,5 +1,6 @@
 """MT-Bench's single-answer grading by any endpoint."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,7 +27,10 @@ def rating(judgment: str) -> float | int:
     """
     for pattern in _RATINGS:
         if found := pattern.search(judgment):
-            return float(found[1]) if "." in found[1] else int(found[1])
+            value = float(found[1])
+            if not math.isfinite(value):
+                return UNREADABLE
+            return value if "." in found[1] else int(value)
     return UNREADABLE
 
 

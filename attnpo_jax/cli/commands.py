@@ -180,6 +180,12 @@ COMMANDS = {
         example="attnpo evaluate versus --config=configs/quickstart.py --workdir=DIR \\\n"
         "      --baseline=base",
     ),
+    "evaluate harness": _evaluation(
+        "harness",
+        "Tasks of lm-evaluation-harness; needs the extra lm_eval.",
+        _OF_A_MODEL,
+        example="attnpo evaluate harness --model=smollm2-135m-instruct --tasks=arc_easy --out=arc",
+    ),
     "evaluate report": Command(
         "attnpo_jax.evaluate.report",
         "report",

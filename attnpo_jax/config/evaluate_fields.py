@@ -101,6 +101,36 @@ FIELDS = {
     "evaluate.versus.max_new_tokens": Field(
         256, rules.integer(1, 1_000_000), "tokens of a response, at most"
     ),
+    "evaluate.harness.tasks": Field(
+        (),
+        rules.texts("a task's name, or a pattern", empty=True),
+        "tasks of lm-evaluation-harness",
+        mixed=True,
+    ),
+    "evaluate.harness.include_path": Field(
+        "", rules.text_or_none(), "folder with YAML files of tasks of one's own"
+    ),
+    "evaluate.harness.include_defaults": Field(
+        True, rules.boolean(), "whether the tasks that the harness comes with are there too"
+    ),
+    "evaluate.harness.num_fewshot": Field(
+        None,
+        rules.or_none(rules.integer(0, 1000)),
+        "solved examples before each question; None: as the task says",
+        mixed=True,
+    ),
+    "evaluate.harness.limit": Field(
+        0, rules.integer(0, 100_000_000), "questions of each task, at most; 0: all"
+    ),
+    "evaluate.harness.chat": Field(
+        False, rules.boolean(), "whether questions are put through the chat template"
+    ),
+    "evaluate.harness.batch_size": Field(
+        16, rules.integer(1, 100_000), "texts that are scored, and responses sampled, at a time"
+    ),
+    "evaluate.harness.max_new_tokens": Field(
+        256, rules.integer(1, 1_000_000), "tokens of a response, where a task does not say"
+    ),
 }
 
 IN_TRAINING = {

@@ -108,7 +108,8 @@ class Evaluator:
 
 
 # By name, the modules that have them as `EVALUATOR`.
-_BUILTIN: dict[str, str] = {
+_BUILTIN = {
+    "harness": "attnpo_jax.evaluate.harness",
     "versus": "attnpo_jax.evaluate.versus",
 }
 _registered: dict[str, Evaluator] = {}

@@ -194,10 +194,10 @@ class Judge:
     def verdicts(self, prompts: Sequence[JudgePrompt]) -> Iterator[list[tuple[int, np.ndarray]]]:
         """As `run`, of the verdicts alone: yields (place, float32 (2,)) lists."""
         for batch, (_, verdict_BQ, _) in self._outputs(prompts):
-            yield list(zip(batch, verdict_BQ, strict=True))
+            yield [(i, verdict_BQ[b]) for b, i in enumerate(batch)]
 
     def _outputs(self, prompts: Sequence[JudgePrompt]) -> Iterator[tuple[list[int], tuple]]:
-        """Yields which prompts, and what the pass gives for them."""
+        """Yields which prompts, and what the pass gives for them, and for rows of padding."""
         rows = [self._row(prompt) for prompt in prompts]
         lengths = np.array([len(row.tokens) for row in rows], int)
         # A prompt that does not begin as the sample did runs whole, without the shared past.

@@ -37,19 +37,25 @@ class Answers:
 
 
 class Models:
-    """The models that an evaluation needs, each loaded once."""
+    """The models that an evaluation needs, one at a time."""
 
     def __init__(self, task: Task):
         self._task = task
-        self._loaded: dict[str, SampledModel] = {}
+        self._loaded: tuple[str, SampledModel] | None = None
 
     def __call__(self, which: str) -> SampledModel:
-        """A model; raises as `generate.model.load` does."""
+        """A model; raises as `generate.model.load` does.
+
+        It takes the place of the one before, whose parameters may be as large.
+        """
         if which == self._task.subject.which:
+            self._loaded = None
             return self._task.sampled()
-        if which not in self._loaded:
-            self._loaded[which] = models.load(self._task.run, which)
-        return self._loaded[which]
+        if self._loaded is None or self._loaded[0] != which:
+            self._loaded = None
+            self._task.subject.release()
+            self._loaded = which, models.load(self._task.run, which)
+        return self._loaded[1]
 
 
 def both(task: Task, load: Models) -> tuple[Answers, Answers]:

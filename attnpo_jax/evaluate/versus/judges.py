@@ -80,7 +80,6 @@ def ask_model(run: "Run", sampled: SampledModel, pairs: Sequence[Pair]) -> list[
         template=run.template,
         max_length=config.judge.max_length,
         max_answer_length=config.judge.max_answer_length,
-        source_layers=(),
         dtype=jnp.dtype(config.model.dtype),
         batch_size=config.judge.batch_size,
         token_budget=config.judge.token_budget,

@@ -37,6 +37,7 @@ __all__ = [
     "TrainState",
     "config",
     "default_config",
+    "evaluate",
     "export",
     "judge",
     "judge_pairs",
@@ -58,7 +59,7 @@ __all__ = [
 
 # What type checkers and editors read; a test keeps it in step with `_HOMES`.
 if TYPE_CHECKING:
-    from attnpo_jax import config, export, judge, losses, prepare, run, train, weighting
+    from attnpo_jax import config, evaluate, export, judge, losses, prepare, run, train, weighting
     from attnpo_jax.config import ConfigError, default_config, section_for, validate
     from attnpo_jax.data.batching import EvalBatches, PairBatch, TrainBatches
     from attnpo_jax.data.pair import BadExample, Pair
@@ -72,12 +73,23 @@ if TYPE_CHECKING:
     from attnpo_jax.losses import ResponseScores
     from attnpo_jax.models.config import ModelConfig
     from attnpo_jax.models.scoring import response_logps
+    from attnpo_jax.pair_loss import StepSettings
     from attnpo_jax.parallel.state import TrainState
     from attnpo_jax.run import Run
-    from attnpo_jax.train.step import StepSettings, make_eval_step, make_train_step
+    from attnpo_jax.train.step import make_eval_step, make_train_step
     from attnpo_jax.weighting import ResponseTokens
 
-_MODULES = ("config", "export", "judge", "losses", "prepare", "run", "train", "weighting")
+_MODULES = (
+    "config",
+    "evaluate",
+    "export",
+    "judge",
+    "losses",
+    "prepare",
+    "run",
+    "train",
+    "weighting",
+)
 
 _HOMES = {
     # A model and its judgement of pairs.
@@ -110,7 +122,7 @@ _HOMES = {
     "ResponseTokens": "weighting",
     "ResponseScores": "losses",
     "response_logps": "models.scoring",
-    "StepSettings": "train.step",
+    "StepSettings": "pair_loss",
     "make_eval_step": "train.step",
     "make_train_step": "train.step",
     "TrainState": "parallel.state",

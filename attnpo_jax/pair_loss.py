@@ -1,15 +1,21 @@
-"""From token weights and log-probs to losses and metrics, pair by pair: pure functions.
+"""From a batch, or log-probs and weights, to losses and metrics, pair by pair: pure functions.
 
-Shapes: P pairs, B = 2P responses (of each pair the chosen one, then the rejected one), T response
-tokens.
+Shapes: as in `data.batching`; P pairs (rows times pairs a row), B = 2P responses (of each pair the
+chosen one, then the rejected one), T response tokens.
 """
 
+import dataclasses
+import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from attnpo_jax.data.batching import PairBatch
 from attnpo_jax.losses import ResponseScores
+from attnpo_jax.models.decoder import ModelConfig, Params
+from attnpo_jax.models.scoring import response_logps
 from attnpo_jax.weighting import ResponseTokens
 
 Metrics = dict[str, jax.Array]
@@ -26,6 +32,87 @@ def resolution(dtype) -> float:
     root of the sum that `pair_losses` takes (root mean squares: at most 1.5e-6 and 0.006).
     """
     return _RESOLUTION[jnp.dtype(dtype).name]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSettings:
+    """What a step does, fixed before it is compiled.
+
+    Attributes:
+      model: the model's shape.
+      weighting: `(ResponseTokens) -> weights_BT`, hyperparameters bound.
+      objective: `(chosen, rejected: ResponseScores) -> loss_B`, hyperparameters bound.
+      beta: scale of the reported rewards.
+      source_layers: the layers on the judge arrays' source axis.
+      weight_columns: the names on the axis of the precomputed weights.
+      dtype: what activations are computed in.
+      remat: a key of `models.decoder.REMAT_POLICIES`.
+      attention: one of `models.attention.implementations.IMPLEMENTATIONS`.
+      logps_chunk: tokens whose logits exist at a time.
+    """
+
+    model: ModelConfig
+    weighting: Callable[[ResponseTokens], jax.Array]
+    objective: Callable[[ResponseScores, ResponseScores], jax.Array]
+    beta: float
+    source_layers: tuple[int, ...]
+    weight_columns: tuple[str, ...] = ()
+    dtype: Any = jnp.float32
+    remat: str = "dots"
+    attention: str = "xla"
+    logps_chunk: int = 2048
+
+
+def batch_losses(
+    settings: StepSettings, params: Params, batch: PairBatch
+) -> tuple[jax.Array, Metrics]:
+    """Each pair's loss and what is reported of it.
+
+    Args:
+      settings: the step's settings.
+      params: the policy's parameters; the loss is differentiable in them.
+      batch: rows without a microbatch axis.
+
+    Returns:
+      loss_P and metrics (P,), as `pair_losses` gives them.
+    """
+    policy_BG2T = response_logps(
+        settings.model,
+        params,
+        batch,
+        dtype=settings.dtype,
+        remat=settings.remat,
+        attention=settings.attention,
+        chunk=settings.logps_chunk,
+    )
+
+    def by_response(x):
+        """(B, G, 2, ...) -> (2P, ...): the responses of a pair in turn."""
+        return x.reshape(math.prod(x.shape[:3]), *x.shape[3:])
+
+    mask, policy = by_response(batch.mask_BG2T), by_response(policy_BG2T)
+    responses = ResponseTokens(
+        mask_BT=mask,
+        text_mask_BT=by_response(batch.text_mask_BG2T),
+        judge_B2ST=by_response(batch.judge_BG22ST),
+        verdict_B2=jnp.repeat(batch.verdict_BG2.reshape(-1, 2), 2, axis=0),
+        reference_logps_BT=by_response(batch.reference_logps_BG2T),
+        policy_logps_BT=jax.lax.stop_gradient(policy),
+        is_chosen=jnp.tile(jnp.array([True, False]), mask.shape[0] // 2),
+        source_layers=settings.source_layers,
+        num_layers=settings.model.num_layers,
+        ready_BKT=None if batch.ready_BG2KT is None else by_response(batch.ready_BG2KT),
+        weight_columns=settings.weight_columns,
+    )
+    return pair_losses(
+        settings.weighting,
+        settings.objective,
+        policy,
+        responses,
+        batch.valid_BG.reshape(-1),
+        beta=settings.beta,
+        resolution=resolution(settings.dtype),
+    )
 
 
 def pair_losses(

@@ -328,7 +328,8 @@ def run(run: Run, *, console: "Console | None" = None) -> None:
     # Here, so that a command loads its own stage alone.
     from rich.console import Console
 
-    from attnpo_jax import export, prepare, train
+    from attnpo_jax import evaluate, export, prepare, train
+    from attnpo_jax.evaluate.stage import FOLDER, wanted
     from attnpo_jax.export.stage import export_folders
     from attnpo_jax.runtime import metrics
     from attnpo_jax.runtime.printable import say
@@ -337,14 +338,19 @@ def run(run: Run, *, console: "Console | None" = None) -> None:
     console = console or Console()
     with run.writing():
         refuse_changed(run)
+        for name in wanted(run):
+            evaluate.find(name)  # before anything is computed
         prepare.prepare(run, keep_params=True, console=console)
         train.train(run, console=console)
+        if wanted(run):
+            evaluate.evaluate(run, console=console)
         export.export(run, console=console)
     if not processes.is_first():
         return
     names = {"model": "model (Hugging Face)", "adapter": "adapters (PEFT)"}
     for what, path in (
         *((names[kind], folder) for kind, folder in export_folders(run).items()),
+        *((("evaluations", run.workdir / FOLDER),) if wanted(run) else ()),
         ("metrics", run.workdir / metrics.FILE),
         ("checkpoints", run.checkpoint_folder),
         ("prepared data", run.workdir / "prepared"),

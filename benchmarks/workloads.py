@@ -495,7 +495,7 @@ class _Trainer:
     def __init__(self, config, model: decoder.ModelConfig, source_layers: tuple[int, ...]):
         self.backend = backends.for_training(model, config.parallel)
         attention = _attention(config, model, self.backend)
-        settings = stage.step_settings(config, model, source_layers, attention)
+        settings = config_lib.step_settings(config, model, source_layers, attention)
         self.compiled = stage.compile_step(config, settings, self.backend, total_steps=1000)
         self._model, self._dtype = model, jnp.dtype(config.model.param_dtype)
 

@@ -92,7 +92,7 @@ def test_programs_of_a_ready_config_compile_for_eight_devices(file):
     assert config.train.microbatch_size % backend.row_shards == 0
     assert config.train.eval_batch_size % backend.row_shards == 0
 
-    settings = stage.step_settings(config, model, sources, "xla")
+    settings = config_lib.step_settings(config, model, sources, "xla")
     step = stage.compile_step(config, settings, backend, total_steps=10)
     state, batch = step.abstract_state, abstract_batch(backend.row_shards, len(sources))
     # What the state takes on each device is known beforehand: three times the parameters.

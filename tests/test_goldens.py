@@ -23,9 +23,10 @@ from attnpo_jax.judge.language_model import load_model
 from attnpo_jax.models import decoder
 from attnpo_jax.models.attention import implementations
 from attnpo_jax.models.scoring import response_logps
+from attnpo_jax.pair_loss import StepSettings
 from attnpo_jax.parallel.state import create
 from attnpo_jax.train import optim
-from attnpo_jax.train.step import StepSettings, make_train_step
+from attnpo_jax.train.step import make_train_step
 
 pytestmark = pytest.mark.golden
 

@@ -7,7 +7,6 @@ import pytest
 from attnpo_jax import pair_loss
 from attnpo_jax.data.batching import Example, RowShape, fill_rows
 from attnpo_jax.models import scoring
-from attnpo_jax.train import step
 from attnpo_jax.weighting import ResponseTokens
 from tests import tiny
 
@@ -101,7 +100,7 @@ def test_before_the_first_update_every_pair_is_a_tie(dtype):
     alone = rows([example(i) for i in range(24)], 1)
     logps = np.asarray(scoring.response_logps(tiny.MODEL, params, alone, dtype=dtype))
     packed = rows([example(i, tuple(logps[i, 0])) for i in range(24)], 3)
-    _, found = step.pair_losses(tiny.settings(dtype=dtype), params, packed)
+    _, found = pair_loss.batch_losses(tiny.settings(dtype=dtype), params, packed)
     assert np.any(found["rewards/margins"]), "nothing was rounded"
     for prefix in ("", "weighted_"):
         assert found[f"rewards/{prefix}ties"].tolist() == [1] * 24

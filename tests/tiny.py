@@ -15,9 +15,10 @@ from attnpo_jax import losses, weighting
 from attnpo_jax.data.batching import Example, RowShape, fill_rows
 from attnpo_jax.models import decoder
 from attnpo_jax.models.io import hf_config, hf_folder, hf_save
+from attnpo_jax.pair_loss import StepSettings
 from attnpo_jax.parallel.state import create
 from attnpo_jax.train import optim
-from attnpo_jax.train.step import StepSettings, make_eval_step, make_train_step
+from attnpo_jax.train.step import make_eval_step, make_train_step
 
 HF_CONFIG = {
     "architectures": ["LlamaForCausalLM"],

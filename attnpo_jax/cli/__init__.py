@@ -16,8 +16,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import attnpo_jax
-from attnpo_jax.cli.commands import COMMANDS
-from attnpo_jax.cli.parser import LEVELS, PROCESS_OPTIONS, add_options, needed_by, parser_of
+from attnpo_jax.cli.commands import COMMANDS, command_of
+from attnpo_jax.cli.parser import (
+    LEVELS,
+    PROCESS_OPTIONS,
+    add_options,
+    field_options,
+    needed_by,
+    parser_of,
+)
 from attnpo_jax.runtime import cache, program
 from attnpo_jax.runtime.errors import UsageError
 
@@ -49,11 +56,14 @@ def _main(argv: list[str]) -> int:
         return _version(arguments)
     if name == "completion":
         return _completion(arguments)
-    if name not in COMMANDS:
+    if name == "evaluate" and arguments and not arguments[0].startswith("-"):
+        name = f"{name} {arguments.pop(0)}"
+        _check_evaluation(name, arguments)
+    elif name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         raise UsageError(f"unknown command {name!r}{hint}; commands: {', '.join(COMMANDS)}")
-    command = COMMANDS[name]
+    command = command_of(name)
     options, overrides = parse(name, arguments)
     if "help" in options:
         return _say(parser_of(name).format_help())
@@ -74,8 +84,23 @@ def _main(argv: list[str]) -> int:
     run = Run.resolve(config.load_config(options.get("config"), overrides), workdir)
     cache.keep_compiled_programs()
     own = {option.keyword: options[k] for k, option in command.options.items() if k in options}
+    own |= command.given
     getattr(importlib.import_module(command.module), command.function)(run, **own)
     return 0
+
+
+def _check_evaluation(name: str, arguments: Sequence[str]) -> None:
+    """Raises UsageError for an evaluation that the package lacks and no config can have."""
+    if name in COMMANDS or any(re.match("--?(config|help|h$)", text) for text in arguments):
+        return
+    names = [key.partition(" ")[2] for key in COMMANDS if key.startswith("evaluate ")]
+    asked = name.partition(" ")[2]
+    close = difflib.get_close_matches(asked, names, n=1)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    raise UsageError(
+        f"no evaluation {asked!r}{hint}; accepted: {', '.join(names)}, or one of a plugin, with a "
+        "--config=FILE that names it"
+    )
 
 
 def _say(text: str) -> int:
@@ -133,14 +158,9 @@ def parse(name: str, arguments: Sequence[str]) -> tuple[dict[str, Any], list[str
         flag = text.partition("=")[0]
         raise UsageError(f"unknown option {flag}{_similar_option(flag.lstrip('-'), name)}")
     named = {key.replace("_", "-"): value for key, value in vars(options).items()}
-    section = COMMANDS[name].section
-    if section is not None:
-        from attnpo_jax.config.fields import FIELDS
-
-        for field in FIELDS:
-            option = field.removeprefix(f"{section}.").replace("_", "-")
-            if field.startswith(f"{section}.") and option in named:
-                overrides.append(f"--config.{field}={named.pop(option)}")
+    for option, field in field_options(command_of(name)).items():
+        if option in named:
+            overrides.append(f"--config.{field}={named.pop(option)}")
     return named, overrides
 
 
@@ -184,7 +204,7 @@ def _similar_option(name: str, command: str) -> str:
 
 
 def _help() -> str:
-    summaries = {key: command.summary for key, command in COMMANDS.items()}
+    summaries = {key: one.summary for key, one in COMMANDS.items() if " " not in key}
     summaries |= {"completion": COMPLETION_SUMMARY, "version": VERSION_SUMMARY}
     listed = "\n".join(f"  {key:<15}{summary}" for key, summary in summaries.items())
     options = parser_of("run").format_help()
@@ -211,9 +231,12 @@ def _completion(arguments: list[str]) -> int:
     from attnpo_jax.config.fields import FIELDS
 
     whole = argparse.ArgumentParser("attnpo", add_help=False)
-    commands = whole.add_subparsers()
+    groups = {"": whole.add_subparsers()}
     for name, command in COMMANDS.items():
-        parser = commands.add_parser(name, help=command.summary, add_help=False)
+        group, _, last = name.rpartition(" ")
+        parser = groups[group].add_parser(last, help=command.summary, add_help=False)
+        if any(other.startswith(f"{name} ") for other in COMMANDS):
+            groups[name] = parser.add_subparsers()
         add_options(parser, command)
         for field, entry in FIELDS.items():
             parser.add_argument(f"--config.{field}", help=entry.rule.accepted.replace("%", "%%"))
@@ -226,9 +249,9 @@ def _completion(arguments: list[str]) -> int:
                 action.choices = LEVELS
             elif action.dest == "config.SECTION.FIELD":
                 action.help = argparse.SUPPRESS  # the fields themselves are there
-    shells = commands.add_parser("completion", help=COMPLETION_SUMMARY, add_help=False)
+    shells = groups[""].add_parser("completion", help=COMPLETION_SUMMARY, add_help=False)
     shells.add_argument("shell", choices=("bash", "zsh"))
-    commands.add_parser("version", help=VERSION_SUMMARY, add_help=False)
+    groups[""].add_parser("version", help=VERSION_SUMMARY, add_help=False)
     return _say(shtab.complete(whole, shell=arguments[0]))
 
 

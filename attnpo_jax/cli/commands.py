@@ -32,9 +32,10 @@ class Command:
       summary: what it says of itself.
       options: options of its own, by name.
       workdir: whether its run has one. A command without one runs in a single process.
-      section: a section of the config whose fields are options of their own names too; such a
-         command needs no config file.
+      sections: sections of the config whose fields are options too, each with what their names
+         begin with there; such a command needs no config file.
       example: what its help shows as an example.
+      given: further arguments of the function.
     """
 
     module: str
@@ -42,8 +43,52 @@ class Command:
     summary: str
     options: Mapping[str, Option] = dataclasses.field(default_factory=dict)
     workdir: Literal["needed", "optional", "none"] = "needed"
-    section: str | None = None
+    sections: Mapping[str, str] = dataclasses.field(default_factory=dict)
     example: str | None = None
+    given: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def _evaluation(
+    name: str,
+    summary: str,
+    options: Mapping[str, Option],
+    *,
+    judged: bool = False,
+    example: str | None = None,
+) -> Command:
+    """One of the evaluations, whose config section's fields are its options.
+
+    Args:
+      judged: whether `config.evaluate.judge` is about it too.
+    """
+    section = f"evaluate.{name.replace('-', '_')}"
+    return Command(
+        "attnpo_jax.evaluate.stage",
+        "evaluate",
+        summary,
+        options,
+        workdir="optional",
+        sections={section: ""} | ({"evaluate.judge": "judge-"} if judged else {}),
+        example=example,
+        given={"name": name},
+    )
+
+
+_JSON = Option("as_json", bool, "Print JSON.")
+_OF_FILES = {
+    "name": Option("label", str, "What the files are called, in place of the model's name."),
+    "out": Option("out", str, "Folder of the files, in place of WORKDIR/evaluations/NAME."),
+    "json": _JSON,
+}
+_OF_A_MODEL = {
+    "model": Option(
+        "model",
+        str,
+        "trained (the newest checkpoint), base (what training starts from), or any HF folder or "
+        "hub id [trained where there is a workdir].",
+    ),
+    **_OF_FILES,
+}
 
 
 COMMANDS = {
@@ -84,12 +129,7 @@ COMMANDS = {
         "generate",
         "Sample responses to prompts, or chat in the terminal; resumes.",
         {
-            "model": Option(
-                "model",
-                str,
-                "trained (the newest checkpoint), base (what training starts from), or any HF "
-                "folder or hub id [trained where there is a workdir].",
-            ),
+            "model": _OF_A_MODEL["model"],
             "prompts": Option(
                 "prompts",
                 str,
@@ -106,7 +146,7 @@ COMMANDS = {
             "interactive": Option("interactive", bool, "Chat in the terminal."),
         },
         workdir="optional",
-        section="generate",
+        sections={"generate": ""},
         example="attnpo generate --model=smollm2-135m-instruct --prompts=builtin:eval \\\n"
         "      --out=samples.jsonl --temperature=0 --max-new-tokens=64",
     ),
@@ -116,8 +156,16 @@ COMMANDS = {
         "Answer the calls of OpenAI's API, chats and completions, on this machine.",
         {"model": Option("model", str, "Which model, as for `generate`.")},
         workdir="optional",
-        section="serve",
+        sections={"serve": ""},
         example="attnpo serve --model=smollm2-135m-instruct --port=8000",
+    ),
+    "evaluate": Command(
+        "attnpo_jax.evaluate.stage",
+        "evaluate",
+        "Evaluate the trained model and the one it started from, as config.evaluate.names says; or "
+        "one evaluation, evaluate NAME.",
+        {"json": _JSON},
+        example="attnpo evaluate checks --model=smollm2-135m-instruct --out=checks",
     ),
     "export-weights": Command(
         "attnpo_jax.export.weights",
@@ -153,3 +201,17 @@ COMMANDS = {
         workdir="none",
     ),
 }
+
+
+def command_of(name: str) -> Command:
+    """The command of a name; `evaluate NAME` for an evaluation that a config's plugins have.
+
+    Raises:
+      KeyError: there is none.
+    """
+    first, _, evaluation = name.partition(" ")
+    if name not in COMMANDS and first == "evaluate":
+        summary = f"The evaluation {evaluation} of the config's plugins."
+        command = _evaluation(evaluation, summary, _OF_A_MODEL)
+        return dataclasses.replace(command, sections={})
+    return COMMANDS[name]

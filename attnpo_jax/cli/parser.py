@@ -4,7 +4,7 @@ import argparse
 import re
 from typing import NoReturn
 
-from attnpo_jax.cli.commands import COMMANDS, Command
+from attnpo_jax.cli.commands import COMMANDS, Command, command_of
 from attnpo_jax.runtime.errors import UsageError
 
 LEVELS = ("debug", "info", "warning", "error")
@@ -22,7 +22,7 @@ PROCESS_OPTIONS = {
 
 def needed_by(command: Command) -> dict[str, str]:
     """The options that a command needs, with an example each."""
-    needed = {} if command.section else {"config": "configs/quickstart.py"}
+    needed = {} if command.sections else {"config": "configs/quickstart.py"}
     if command.workdir == "needed":
         needed["workdir"] = "DIR"
     return needed | {k: option.example for k, option in command.options.items() if option.example}
@@ -35,7 +35,7 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-class _Formatter(argparse.HelpFormatter):
+class _Formatter(argparse.RawDescriptionHelpFormatter):
     """Shows options as --option=VALUE, as they are written here."""
 
     def __init__(self, prog: str):
@@ -48,7 +48,7 @@ class _Formatter(argparse.HelpFormatter):
 
 def parser_of(name: str) -> argparse.ArgumentParser:
     """The parser of one command's options; overrides of config fields are taken out before."""
-    command = COMMANDS[name]
+    command = command_of(name)
     metavars = {"config": "FILE", "workdir": "DIR"}
     needed = "".join(f" --{key}={metavars.get(key, key.upper())}" for key in needed_by(command))
     example = "" if command.example is None else f"\n\nexample:\n  {command.example}"
@@ -56,6 +56,7 @@ def parser_of(name: str) -> argparse.ArgumentParser:
         f"attnpo {name}",
         usage=f"attnpo {name}{needed} [--config.SECTION.FIELD=VALUE ...]{example}",
         description=command.summary,
+        epilog=_variants_of(name),
         formatter_class=_Formatter,
         argument_default=argparse.SUPPRESS,
         add_help=False,
@@ -64,6 +65,19 @@ def parser_of(name: str) -> argparse.ArgumentParser:
     )
     add_options(parser, command)
     return parser
+
+
+def _variants_of(name: str) -> str | None:
+    """The list of the commands whose names begin with this one's, for its help."""
+    variants = {
+        key.partition(" ")[2]: command.summary
+        for key, command in COMMANDS.items()
+        if key.startswith(f"{name} ")
+    }
+    if not variants:
+        return None
+    listed = "\n".join(f"  {key:<15}{summary}" for key, summary in variants.items())
+    return f"{name.capitalize()} NAME, with options of its own:\n{listed}"
 
 
 def add_options(parser: argparse.ArgumentParser, command: Command) -> None:
@@ -88,8 +102,7 @@ def add_options(parser: argparse.ArgumentParser, command: Command) -> None:
             kind = _count if option.kind is int else _given
             metavar = key.upper().rpartition("-")[2]
             add(f"--{key}", metavar=metavar, type=kind, help=option.summary)
-    if command.section is not None:
-        _add_fields(parser, command.section)
+    _add_fields(parser, command)
     if command.workdir != "none":
         add(
             "--workdir",
@@ -110,16 +123,33 @@ def add_options(parser: argparse.ArgumentParser, command: Command) -> None:
     add("-h", "--help", action="store_true", help="Print this.")
 
 
-def _add_fields(parser: argparse.ArgumentParser, section: str) -> None:
-    """The fields of a section as options."""
+def field_options(command: Command) -> dict[str, str]:
+    """The options that are fields of the config, each with its field."""
+    if not command.sections:
+        return {}  # without the libraries that the table of fields needs
     from attnpo_jax.config.fields import FIELDS
 
-    add = parser.add_argument_group(f"Fields of config.{section}").add_argument
-    for name, field in FIELDS.items():
-        if name.startswith(f"{section}."):
-            option = name.partition(".")[2].replace("_", "-")
-            text = f"{field.help} [{field.default!r}].".replace("%", "%%")
-            add(f"--{option}", metavar="VALUE", type=_given, help=text)
+    return {
+        prefix + field.removeprefix(f"{section}.").replace("_", "-"): field
+        for section, prefix in command.sections.items()
+        for field in FIELDS
+        if field.startswith(f"{section}.")
+    }
+
+
+def _add_fields(parser: argparse.ArgumentParser, command: Command) -> None:
+    if not command.sections:
+        return
+    from attnpo_jax.config.fields import FIELDS
+
+    groups = {
+        section: parser.add_argument_group(f"Fields of config.{section}")
+        for section in command.sections
+    }
+    for option, name in field_options(command).items():
+        add = groups[name.rpartition(".")[0]].add_argument
+        text = f"{FIELDS[name].help} [{FIELDS[name].default!r}].".replace("%", "%%")
+        add(f"--{option}", metavar="VALUE", type=_given, help=text)
 
 
 def _given(text: str) -> str:

@@ -15,11 +15,14 @@ from attnpo_jax.config.layers import (
     weight_columns,
 )
 from attnpo_jax.config.overrides import load_config
+from attnpo_jax.config.rules import as_tuple
 from attnpo_jax.config.sections import SECTIONS, bind_section, complete_sections, section_for
+from attnpo_jax.config.step import step_settings
 
 __all__ = [
     "ConfigError",
     "SECTIONS",
+    "as_tuple",
     "bind_section",
     "check_columns",
     "check_layers",
@@ -35,6 +38,7 @@ __all__ = [
     "sampling",
     "section_for",
     "source_layers",
+    "step_settings",
     "to_json",
     "validate",
     "weight_columns",

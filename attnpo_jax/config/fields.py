@@ -8,7 +8,7 @@ function's hyperparameters, see `attnpo_jax.config.sections`.
 from collections.abc import Mapping
 from typing import Any
 
-from attnpo_jax.config import generate_fields, rules, serve_fields
+from attnpo_jax.config import evaluate_fields, generate_fields, rules, serve_fields
 from attnpo_jax.config.field import Field
 from attnpo_jax.runtime import nested
 
@@ -360,6 +360,7 @@ FIELDS: dict[str, Field] = {
         "how many of the newest checkpoints are kept",
     ),
     **generate_fields.IN_TRAINING,
+    **evaluate_fields.IN_TRAINING,
     "train.checkpoint_dir": Field(
         "",
         rules.folder_or_bucket(),
@@ -368,6 +369,7 @@ FIELDS: dict[str, Field] = {
     ),
     **generate_fields.FIELDS,
     **serve_fields.FIELDS,
+    **evaluate_fields.FIELDS,
     "parallel.backend": Field(
         "jit",
         rules.one_of("jit", "pmap"),

@@ -114,7 +114,7 @@ class Setting:
         batching = Batching.training(config, backend.row_shards)
         attention = self.attention_of(backend)
         columns = self.weight_columns
-        settings = train.step_settings(config, policy, self.judge_layers, attention, columns)
+        settings = config_lib.step_settings(config, policy, self.judge_layers, attention, columns)
         step = train.compile_step(config, settings, backend, total_steps=100)
         batch = lengths.train_batch(at, batching, len(self.judge_layers), len(columns))
         needed = batching.pairs * flops.training(self.model, at.prompt, (at.response,) * 2)

@@ -7,7 +7,7 @@ file appears as a whole, in the order of the prompts, so that an interruption le
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from attnpo_jax.data.prompts import Prompt
@@ -54,7 +54,7 @@ class Samples:
         wanted = {(request.id, request.sample): request for request in requests}
         found = {}
         for file in (self.path, *self.journals):
-            for record in _read(file):
+            for record in read(file):
                 key = record["id"], record["sample"]
                 self._check(file, record, wanted.get(key))
                 found[key] = record
@@ -144,7 +144,7 @@ def _appending(file: pathlib.Path):
     return opened
 
 
-def _read(file: pathlib.Path) -> Iterable[dict[str, Any]]:
+def read(file: pathlib.Path) -> Iterator[dict[str, Any]]:
     """The records of a file; a last line without its end was cut off and counts for nothing.
 
     Raises:

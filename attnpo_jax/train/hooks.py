@@ -124,7 +124,7 @@ class Evaluate:
         """Evaluates where the run begins, unless `metrics.jsonl` has that already."""
         # Only the first process reads what it alone writes.
         evaluated = processes.is_first() and any(
-            line["step"] == loop.step and any(name.startswith("eval_") for name in line)
+            line["step"] == loop.step and "eval_loss" in line
             for line in read_metrics(loop.metrics.workdir)
         )
         due = loop.step == 0 or is_due(loop, self._every)

@@ -12,13 +12,13 @@ from ml_collections import config_dict
 from rich.console import Console
 
 from attnpo_jax import config as config_lib
-from attnpo_jax import losses, weighting
 from attnpo_jax.config.fields import DECISIVE
 from attnpo_jax.data.batching import EvalBatches, PairBatch, TrainBatches
 from attnpo_jax.data.prepared import Prepared
 from attnpo_jax.models import lora
 from attnpo_jax.models.attention import implementations
 from attnpo_jax.models.decoder import ModelConfig, Params, abstract_params
+from attnpo_jax.pair_loss import StepSettings
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.parallel import checkpoint, preemption, processes
 from attnpo_jax.parallel.checkpoint import Checkpoints
@@ -28,10 +28,11 @@ from attnpo_jax.runtime import atomic, nested
 from attnpo_jax.runtime.metrics import MetricsWriter
 from attnpo_jax.runtime.metrics import read as read_metrics
 from attnpo_jax.train import hooks, optim
+from attnpo_jax.train.evaluations import evaluation_hooks
 from attnpo_jax.train.loop import TrainLoop
 from attnpo_jax.train.progress import TrainProgress
 from attnpo_jax.train.samples import sampling_hooks
-from attnpo_jax.train.step import StepSettings, make_eval_step, make_train_step
+from attnpo_jax.train.step import make_eval_step, make_train_step
 from attnpo_jax.train.summary import summary
 
 if TYPE_CHECKING:
@@ -99,17 +100,19 @@ def _train(run: "Run") -> None:
     attention = _attention(run, backend)
     data = {split: run.open_prepared(split) for split in run.splits}
     batches, eval_batches = _batches(config, backend, data)
-    settings = step_settings(
+    settings = config_lib.step_settings(
         config, run.policy, data["train"].source_layers, attention, data["train"].weight_columns
     )
     compiled = compile_step(config, settings, backend, len(batches))
     eval_step = backend.eval_step(make_eval_step(settings, backend.axis_name))
     first = processes.is_first()
     samples = sampling_hooks(run, backend)
+    is_of = identity(config, run.model, data["train"])
+    evaluations = evaluation_hooks(run, backend, is_of)
 
     with Checkpoints(
         checkpoint_folder,
-        identity(config, run.model, data["train"]),
+        is_of,
         keep=config.train.keep_checkpoints,
     ) as checkpoints:
         state, restored = _start(run, backend, compiled, checkpoints)
@@ -155,7 +158,8 @@ def _train(run: "Run") -> None:
                 backend.put_batch,
                 notice.after_step,
                 hooks.Report(data["train"], every=config.train.log_every, beta=settings.beta),
-                [evaluates, *samples, saves, hooks.Stop(checkpoints)],  # in this order
+                # In this order.
+                [evaluates, *samples, *evaluations, saves, hooks.Stop(checkpoints)],
                 checkpoints,
             )
 
@@ -263,7 +267,7 @@ def compile_step(
 
     Args:
       config: its sections `optim` and `model` are used, and its seed.
-      settings: see `step_settings`.
+      settings: see `config.step_settings`.
       backend: places the state and compiles the step.
       total_steps: optimizer steps of the whole run, for the schedule.
     """
@@ -295,37 +299,6 @@ def initial_state(config: config_dict.ConfigDict, model: ModelConfig) -> TrainSt
     """
     optimizer = optim.make_optimizer(config.optim, optim.make_schedule(config.optim, 1))
     return _first_state(config, model, optimizer)[1]
-
-
-def step_settings(
-    config: config_dict.ConfigDict,
-    model: ModelConfig,
-    source_layers: tuple[int, ...],
-    attention: str,
-    weight_columns: tuple[str, ...] = (),
-) -> StepSettings:
-    """What the config says about a step.
-
-    Args:
-      config: see `attnpo_jax.config.default_config`.
-      model: the model's shape.
-      source_layers: the layers on the prepared dataset's source axis.
-      attention: the backend that was chosen.
-      weight_columns: the precomputed weights that the prepared dataset has.
-    """
-    return StepSettings(
-        model=model,
-        weighting=config_lib.bind_section(weighting, config.weighting),
-        objective=config_lib.bind_section(losses, config.objective),
-        # An objective of one's own need not have a beta; its rewards are plain log-ratios.
-        beta=config.objective.get("beta", 1.0),
-        source_layers=source_layers,
-        weight_columns=weight_columns,
-        dtype=jnp.dtype(config.model.dtype),
-        remat=config.model.remat,
-        attention=attention,
-        logps_chunk=config.model.logps_chunk,
-    )
 
 
 def identity(config: config_dict.ConfigDict, model: ModelConfig, data: Prepared) -> dict[str, Any]:

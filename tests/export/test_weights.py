@@ -21,10 +21,9 @@ from attnpo_jax.data.tokenize import ChatTokenizer, tokenize_pair
 from attnpo_jax.export.weights import export_weights
 from attnpo_jax.judge.judge import Judge
 from attnpo_jax.judge.language_model import load_model
+from attnpo_jax.pair_loss import batch_losses
 from attnpo_jax.prepare.stage import prepare
 from attnpo_jax.run import Run
-from attnpo_jax.train.stage import step_settings
-from attnpo_jax.train.step import pair_losses
 from tests import tiny
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens" / "judge_weights.jsonl"
@@ -112,7 +111,7 @@ def by_pair(config, workdir, split="train"):
     """Losses and metrics of every pair, with the weights of both responses."""
     dataset = Run.resolve(config, workdir).open_prepared(split)
     model = load_model(config.model.source)
-    settings = step_settings(
+    settings = config_lib.step_settings(
         config, model.config, dataset.source_layers, "xla", dataset.weight_columns
     )
     # Not the reference itself, where every loss would be log 2.
@@ -126,7 +125,7 @@ def by_pair(config, workdir, split="train"):
         seen.append(weights)
         return weights
 
-    loss, _ = pair_losses(dataclasses.replace(settings, weighting=spy), params, batch)
+    loss, _ = batch_losses(dataclasses.replace(settings, weighting=spy), params, batch)
     return np.asarray(loss), np.asarray(seen[0]), batch
 
 

@@ -19,7 +19,7 @@ from attnpo_jax.data.batching import Example, RowShape, fill_rows
 from attnpo_jax.judge import judge
 from attnpo_jax.models import decode, decoder, kv_cache, lm_head
 from attnpo_jax.models.io import hf_folder, hf_save
-from attnpo_jax.train.step import StepSettings, pair_losses
+from attnpo_jax.pair_loss import StepSettings, batch_losses
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -274,7 +274,7 @@ def test_gradients_of_a_dpo_loss_equal_those_of_torch(models, name, tmp_path):
     )
 
     def mean_loss(params):
-        return pair_losses(settings, params, batch)[0].sum() / len(pairs)
+        return batch_losses(settings, params, batch)[0].sum() / len(pairs)
 
     loss, grads = jax.jit(jax.value_and_grad(mean_loss))(m.params)
     np.testing.assert_allclose(loss, want_loss.item(), atol=1e-5)

@@ -11,13 +11,13 @@ import numpy as np
 import optax
 import pytest
 
-from attnpo_jax import losses, weighting
+from attnpo_jax import losses, pair_loss, weighting
 from attnpo_jax.data.batching import Example, RowShape, fill_rows
 from attnpo_jax.models import decoder
 from attnpo_jax.models.config import ModelConfig
+from attnpo_jax.pair_loss import StepSettings, batch_losses
 from attnpo_jax.parallel.state import create
-from attnpo_jax.train import step as step_module
-from attnpo_jax.train.step import StepSettings, make_eval_step, make_train_step, pair_losses
+from attnpo_jax.train.step import make_eval_step, make_train_step
 
 TINY = ModelConfig(
     vocab_size=61,
@@ -208,7 +208,7 @@ def test_a_weighting_sees_each_response_with_its_own(params):
 
     @jax.jit
     def look(params, batch):
-        pair_losses(settings, params, batch)
+        batch_losses(settings, params, batch)
         return seen.pop()
 
     batch = jax.tree.map(lambda x: x[0], batch_of(one_a_row()))
@@ -244,7 +244,7 @@ def test_metrics_by_hand(monkeypatch):
 
     rows = [[pair(5, [-2, -1], [-1, -3])], [pair(6, [-1, -1], [-4, -4])]]
     policy = jnp.array([[[[-1.0, -1], [-3, -2]]], [[[-2, -4], [-1, -4]]]])
-    monkeypatch.setattr(step_module, "response_logps", lambda *_, **__: policy)
+    monkeypatch.setattr(pair_loss, "response_logps", lambda *_, **__: policy)
     step = make_train_step(SETTINGS, KEEP_GRADIENT, lambda step: 0.5 + step)
     state = create({"layer": jnp.zeros(2)}, KEEP_GRADIENT)
     batch = batch_of(rows, RowShape(6, 4, 2))

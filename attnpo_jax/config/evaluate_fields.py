@@ -1,0 +1,33 @@
+"""The fields that say what is evaluated and how: the section `evaluate`, and `train.evaluations`.
+
+Those of one evaluation are `evaluate.NAME.*`, with `_` for each `-` of its name.
+"""
+
+from attnpo_jax.config import rules
+from attnpo_jax.config.field import Field
+
+FIELDS = {
+    "evaluate.names": Field(
+        (),
+        rules.texts("the name of an evaluation", empty=True),
+        "what `attnpo run` ends with, and `attnpo evaluate` does without a name: evaluations "
+        "([evaluate.md](evaluate.md)) of the model that training starts from and of the trained "
+        "one; `()`: none",
+        mixed=True,
+    ),
+}
+
+IN_TRAINING = {
+    "train.evaluations.names": Field(
+        (),
+        rules.texts("the name of an evaluation", empty=True),
+        "evaluations ([evaluate.md](evaluate.md)) of the model in training, into "
+        "`evaluations/NAME/step-N.json` and `metrics.jsonl`",
+        mixed=True,
+    ),
+    "train.evaluations.every": Field(
+        0,
+        rules.integer(0, 1_000_000_000),
+        "steps between two times that they are done; after the last step too. 0: only then",
+    ),
+}

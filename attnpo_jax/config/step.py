@@ -1,0 +1,48 @@
+"""What a config says about a training or evaluation step."""
+
+from typing import TYPE_CHECKING
+
+from ml_collections import config_dict
+
+from attnpo_jax import losses, weighting
+from attnpo_jax.config.sections import bind_section
+from attnpo_jax.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from attnpo_jax.pair_loss import StepSettings
+
+
+def step_settings(
+    config: config_dict.ConfigDict,
+    model: ModelConfig,
+    source_layers: tuple[int, ...],
+    attention: str,
+    weight_columns: tuple[str, ...] = (),
+) -> "StepSettings":
+    """What the config says about a step.
+
+    Args:
+      config: see `attnpo_jax.config.default_config`.
+      model: the model's shape.
+      source_layers: the layers on the prepared dataset's source axis.
+      attention: the implementation that was chosen.
+      weight_columns: the precomputed weights that the prepared dataset has.
+    """
+    # Here, since a config is checked without the libraries that compute.
+    import jax.numpy as jnp
+
+    from attnpo_jax.pair_loss import StepSettings
+
+    return StepSettings(
+        model=model,
+        weighting=bind_section(weighting, config.weighting),
+        objective=bind_section(losses, config.objective),
+        # An objective of one's own need not have a beta; its rewards are plain log-ratios.
+        beta=config.objective.get("beta", 1.0),
+        source_layers=source_layers,
+        weight_columns=weight_columns,
+        dtype=jnp.dtype(config.model.dtype),
+        remat=config.model.remat,
+        attention=attention,
+        logps_chunk=config.model.logps_chunk,
+    )

@@ -1,0 +1,104 @@
+"""95% intervals of what is estimated from rows: means, paired differences, win rates.
+
+All are of the mean over a population that the rows are drawn from independently, one row a prompt.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from scipy import special
+
+LEVEL = 0.95
+_Z = float(special.ndtri((1 + LEVEL) / 2))
+
+Interval = tuple[float, float]
+
+
+def mean(values: Sequence[float]) -> Interval:
+    """The interval of a mean.
+
+    Values from 0 to 1 (passes, accuracies, wins with ties at a half) get Wilson's score interval
+    (1927), with the count of rows that a proportion of the same standard error would have: it stays
+    within 0 and 1, and holds near them too. Any other values get Student's t interval.
+
+    Args:
+      values: (n,) one a row.
+
+    Returns:
+      Low and high end; NaN for fewer than two values that are not from 0 to 1.
+
+    >>> "%.4f %.4f" % mean([1.0] * 8 + [0.0] * 2)
+    '0.4902 0.9433'
+    """
+    x = np.asarray(values, np.float64)
+    n = len(x)
+    if n and x.min() >= 0 and x.max() <= 1:
+        p = float(x.mean())
+        # Of 0 and 1 alone, the same as n; rows that all say the same tell nothing of their spread.
+        effective = n * p * (1 - p) / v if (v := float(x.var())) > 0 else n
+        center = (p + _Z**2 / (2 * effective)) / (1 + _Z**2 / effective)
+        half = math.sqrt(p * (1 - p) / effective + (_Z / (2 * effective)) ** 2)
+        half *= _Z / (1 + _Z**2 / effective)
+        return max(0.0, center - half), min(1.0, center + half)
+    if n < 2:
+        return math.nan, math.nan
+    half = float(special.stdtrit(n - 1, (1 + LEVEL) / 2)) * float(x.std(ddof=1)) / math.sqrt(n)
+    return float(x.mean()) - half, float(x.mean()) + half
+
+
+def paired_difference(first: Sequence[float], second: Sequence[float]) -> Interval:
+    """The interval of the mean of `second - first`, rows of the same prompts.
+
+    Of values from 0 to 1, one difference of 1 and one of -1 are added, as Bonett and Price (2012)
+    do for paired proportions: without them, models that agree on all rows of a small set would be
+    equal for certain. Any others get Student's t interval.
+
+    Args:
+      first, second: (n,) the two models' values, row by row.
+
+    >>> "%.4f %.4f" % paired_difference([0, 0, 1, 1], [0, 0, 1, 1])
+    '-0.4620 0.4620'
+    """
+    a, b = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    difference = b - a
+    if len(a) and min(a.min(), b.min()) >= 0 and max(a.max(), b.max()) <= 1:
+        added = np.concatenate([difference, [1.0, -1.0]])
+        half = _Z * float(added.std()) / math.sqrt(len(added))
+        return float(added.mean()) - half, float(added.mean()) + half
+    return mean(difference)
+
+
+def bootstrap(
+    rows: int, statistic: Callable[[np.ndarray], float], *, draws: int = 2000, seed: int = 0
+) -> Interval:
+    """The percentile interval of a statistic over resampled rows (Efron 1979).
+
+    Args:
+      rows: how many there are.
+      statistic: of rows' numbers (rows,), drawn with replacement.
+      draws: how many times.
+      seed: of the draws.
+
+    Returns:
+      Low and high end; NaN where there are no rows, or the statistic is not finite for most draws.
+    """
+    if not rows:
+        return math.nan, math.nan
+    rng = np.random.default_rng(seed)
+    found = np.array([statistic(rng.integers(0, rows, rows)) for _ in range(draws)])
+    found = found[np.isfinite(found)]
+    if 2 * len(found) < draws:
+        return math.nan, math.nan
+    low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """The two-sided p-value of as many wins if both sides were as good; 1 without any.
+
+    >>> round(sign_test(8, 2), 4)
+    0.1094
+    """
+    # At even odds both tails are alike.
+    return min(1.0, 2 * float(special.bdtr(min(wins, losses), wins + losses, 0.5)))

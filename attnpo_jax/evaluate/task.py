@@ -1,0 +1,155 @@
+"""What an evaluation is given: the model at hand, the config, a place for its files, a judge."""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ml_collections import config_dict
+from rich.console import Console
+
+from attnpo_jax.data.prompts import Prompt
+from attnpo_jax.evaluate.evaluator import Evaluator
+from attnpo_jax.generate import model as models
+from attnpo_jax.generate.respond import respond
+from attnpo_jax.parallel import checkpoint
+from attnpo_jax.runtime.errors import UserError
+from attnpo_jax.sampling.model import SampledModel
+
+if TYPE_CHECKING:
+    from attnpo_jax.run import Run
+
+_LOG = logging.getLogger(__name__)
+
+
+class Subject:
+    """The model that is evaluated, loaded when it is first asked for.
+
+    Args:
+      run: whose config says how.
+      which: see `generate.model.load`.
+      name: what its files are called; None for the checkpoint's step, `base`, or its folder's name.
+      sampled: the model, where it is loaded already.
+      identity: what a trained model's checkpoint says that it is of; None to look it up.
+    """
+
+    def __init__(
+        self,
+        run: "Run",
+        which: str | None = None,
+        name: str | None = None,
+        sampled: SampledModel | None = None,
+        identity: Mapping[str, Any] | None = None,
+    ):
+        self._run, self._sampled = run, sampled
+        self.which = which or (models.BASE if run.workdir is None else models.TRAINED)
+        step = None
+        if self.which == models.TRAINED and sampled is None:
+            step, identity = _newest(run)
+        self.name = name or _name_of(self.which, step)
+        self._identity = identity
+
+    def sampled(self) -> SampledModel:
+        """The model; raises as `generate.model.load` does."""
+        if self._sampled is None:
+            self._sampled = models.load(self._run, self.which)
+        return self._sampled
+
+    @property
+    def digest(self) -> str | None:
+        """sha256 of what a trained model's checkpoint says that it is of; None for others."""
+        if self._identity is None:
+            return None
+        text = json.dumps(self._identity, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def release(self) -> None:
+        """Forgets the parameters, so that there is room for another model's."""
+        self._sampled = None
+        self._run.drop_params()
+
+
+def _newest(run: "Run") -> tuple[int, dict[str, Any]]:
+    """The newest checkpoint's step, and what it is of."""
+    found = run.workdir and checkpoint.newest_identity(run.checkpoint_folder)
+    if not found:
+        where = "no workdir" if run.workdir is None else f"no checkpoint in {run.workdir}"
+        raise UserError(f"--model=trained: {where}; accepted: base, or an HF folder or hub id")
+    return found
+
+
+def _name_of(which: str, step: int | None) -> str:
+    if step is not None:
+        return f"step-{step}"
+    return re.sub(r"[^\w.+-]", "-", pathlib.PurePath(which).name) or models.BASE
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Task:
+    """One evaluation of one model.
+
+    Attributes:
+      run: the run.
+      evaluator: the evaluation.
+      subject: the model; None where the evaluation looks at none.
+      folder: where its files go, which is there; None where nothing is to be written.
+      console: where more than figures may be shown.
+    """
+
+    run: "Run"
+    evaluator: Evaluator
+    subject: Subject | None
+    folder: pathlib.Path | None
+    console: Console
+
+    @property
+    def section(self) -> config_dict.ConfigDict:
+        """The evaluation's own section of the config; empty if it has none."""
+        return self.run.config.evaluate.get(self.evaluator.section) or config_dict.ConfigDict()
+
+    @property
+    def model(self) -> str:
+        """What the model's files are called."""
+        return "" if self.subject is None else self.subject.name
+
+    def sampled(self) -> SampledModel:
+        """The model with its parameters."""
+        return self.subject.sampled()
+
+    def responses(
+        self,
+        prompts: Sequence[Prompt],
+        tag: str = "samples",
+        *,
+        samples: int | None = None,
+        **settings: Any,
+    ) -> list[dict[str, Any]]:
+        """The model's responses to prompts, kept in `FOLDER/MODEL.TAG.jsonl`, and resumed.
+
+        Args:
+          prompts: what to answer.
+          tag: of the file, where an evaluation has several.
+          samples: responses to each; None: as `config.generate.samples` says.
+          **settings: of sampling, over those of `config.generate`.
+
+        Returns:
+          Records of the samples file, in the order of the prompts. A prompt that the model can't
+          answer has none; it is told of in the log.
+        """
+        path = self.folder / f"{self.model}.{tag}.jsonl"
+        records, refused = respond(
+            self.run, self.sampled(), prompts, path, samples=samples, **settings
+        )
+        if refused:
+            _LOG.warning(
+                "%s: %d prompts are not answered, the first one %s: %s",
+                path,
+                len(refused),
+                refused[0].id,
+                refused[0].reason,
+            )
+        return records

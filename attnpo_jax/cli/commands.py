@@ -167,6 +167,12 @@ COMMANDS = {
         {"json": _JSON},
         example="attnpo evaluate checks --model=smollm2-135m-instruct --out=checks",
     ),
+    "evaluate checks": _evaluation(
+        "checks",
+        "How often do responses do what prompts ask of their form: verifiable, without a judge.",
+        _OF_A_MODEL,
+        example="attnpo evaluate checks --model=smollm2-135m-instruct --out=checks --count=20",
+    ),
     "export-weights": Command(
         "attnpo_jax.export.weights",
         "export_weights",

@@ -15,6 +15,21 @@ FIELDS = {
         "one; `()`: none",
         mixed=True,
     ),
+    "evaluate.checks.prompts": Field(
+        "builtin:checks-eval",
+        rules.text(),
+        "source of the prompts with checks ([evaluate.md](evaluate.md#checks)): a file of your "
+        "own, `builtin:checks-eval` (121 prompts) or `builtin:checks-train` (203)",
+    ),
+    "evaluate.checks.count": Field(
+        0, rules.integer(0, 1_000_000_000), "only the first so many of the prompts; 0: all"
+    ),
+    "evaluate.checks.temperature": Field(
+        0.0, rules.of_sampling("temperature"), "of the responses; 0 for the likeliest tokens"
+    ),
+    "evaluate.checks.max_new_tokens": Field(
+        384, rules.of_sampling("max_new_tokens"), "tokens of a response, at most"
+    ),
 }
 
 IN_TRAINING = {

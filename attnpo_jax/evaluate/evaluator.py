@@ -38,6 +38,7 @@ class Figure:
       count: rows that it is taken over.
       column: the rows' field whose mean it is, over those that have it: two models' rows then give
         paired differences. None for what is no mean.
+      detail: whether it is for the file alone, and neither for the table nor for metrics.
     """
 
     value: float
@@ -45,14 +46,15 @@ class Figure:
     high: float = math.nan
     count: int = 0
     column: str | None = None
+    detail: bool = False
 
 
-def figure(rows: Sequence[Row], column: str) -> Figure:
+def figure(rows: Sequence[Row], column: str, *, detail: bool = False) -> Figure:
     """The mean of a field over the rows that have it."""
     values = [float(row[column]) for row in rows if row.get(column) is not None]
     value = math.fsum(values) / len(values) if values else math.nan
     low, high = intervals.mean(values) if values else (math.nan, math.nan)
-    return Figure(value, low, high, len(values), column)
+    return Figure(value, low, high, len(values), column, detail)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +97,10 @@ class Evaluator:
 
 
 # By name, the modules that have them as `EVALUATOR`.
-_BUILTIN: dict[str, str] = {}
+_BUILTIN: dict[str, str] = {
+    "checks": "attnpo_jax.evaluate.checks.evaluation",
+    "pairs": "attnpo_jax.evaluate.pairs.evaluation",
+}
 _registered: dict[str, Evaluator] = {}
 
 

@@ -22,6 +22,7 @@ _FIGURE = schema.Table(
         "high": _NUMBER,
         "count": schema.Whole(),
         "column": schema.Maybe(schema.Text()),
+        "detail": schema.Flag(),
     }
 )
 _FORM = schema.Table(
@@ -123,7 +124,8 @@ def show(
         table.add_column(plain(one.model or "value"), justify="right")
         table.add_column("95% interval", justify="right")
     table.add_column("rows", justify="right")
-    for name in dict.fromkeys(key for one in evaluations for key in one.result.figures):
+    shown = (key for one in evaluations for key, f in one.result.figures.items() if not f.detail)
+    for name in dict.fromkeys(shown):
         figures = [one.result.figures.get(name) for one in evaluations]
         cells = [cell for figure in figures for cell in _cells(figure)]
         table.add_row(plain(name), *cells, str(next(f.count for f in figures if f is not None)))

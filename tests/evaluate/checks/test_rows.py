@@ -43,8 +43,8 @@ ANSWERS = {
     "checks-eval-044": "You can read on the way.\n\nYou arrive in the middle of town.",
     "checks-eval-045": "Who listens best? Who laughs with the class? That one is good.",
     "checks-eval-052": "It should SMELL sweet, FEEL soft at the neck and LOOK whole.",
-    "checks-eval-055": "Planes, hammers and saws hang there; sawdust covers every bench while radio "
-    "plays softly.",
+    "checks-eval-055": "Planes, hammers and saws hang there; sawdust covers every bench while "
+    "radio plays softly.",
     "checks-eval-056": "Rollers press inked plates on webs of paper, then folded.",
     "checks-eval-059": "One half of the brain rests, the other keeps watch. What do you think?",
     "checks-eval-060": "Dear [name], please come to our play on [date].",

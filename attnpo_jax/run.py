@@ -329,7 +329,8 @@ def run(run: Run, *, console: "Console | None" = None) -> None:
     from rich.console import Console
 
     from attnpo_jax import evaluate, export, prepare, train
-    from attnpo_jax.evaluate.stage import FOLDER, wanted
+    from attnpo_jax.evaluate.files import FOLDER
+    from attnpo_jax.evaluate.stage import wanted
     from attnpo_jax.export.stage import export_folders
     from attnpo_jax.runtime import metrics
     from attnpo_jax.runtime.printable import say

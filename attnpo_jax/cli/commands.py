@@ -32,8 +32,9 @@ class Command:
       summary: what it says of itself.
       options: options of its own, by name.
       workdir: whether its run has one. A command without one runs in a single process.
+      needs_config: whether it needs a config file.
       sections: sections of the config whose fields are options too, each with what their names
-         begin with there; such a command needs no config file.
+         begin with there.
       example: what its help shows as an example.
       given: further arguments of the function.
     """
@@ -43,6 +44,7 @@ class Command:
     summary: str
     options: Mapping[str, Option] = dataclasses.field(default_factory=dict)
     workdir: Literal["needed", "optional", "none"] = "needed"
+    needs_config: bool = True
     sections: Mapping[str, str] = dataclasses.field(default_factory=dict)
     example: str | None = None
     given: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -68,6 +70,7 @@ def _evaluation(
         summary,
         options,
         workdir="optional",
+        needs_config=False,
         sections={section: ""} | ({"evaluate.judge": "judge-"} if judged else {}),
         example=example,
         given={"name": name},
@@ -146,6 +149,7 @@ COMMANDS = {
             "interactive": Option("interactive", bool, "Chat in the terminal."),
         },
         workdir="optional",
+        needs_config=False,
         sections={"generate": ""},
         example="attnpo generate --model=smollm2-135m-instruct --prompts=builtin:eval \\\n"
         "      --out=samples.jsonl --temperature=0 --max-new-tokens=64",
@@ -156,6 +160,7 @@ COMMANDS = {
         "Answer the calls of OpenAI's API, chats and completions, on this machine.",
         {"model": Option("model", str, "Which model, as for `generate`.")},
         workdir="optional",
+        needs_config=False,
         sections={"serve": ""},
         example="attnpo serve --model=smollm2-135m-instruct --port=8000",
     ),
@@ -172,6 +177,23 @@ COMMANDS = {
         "How often do responses do what prompts ask of their form: verifiable, without a judge.",
         _OF_A_MODEL,
         example="attnpo evaluate checks --model=smollm2-135m-instruct --out=checks --count=20",
+    ),
+    "evaluate report": Command(
+        "attnpo_jax.evaluate.report",
+        "report",
+        "Show all evaluations of some workdirs, with paired differences between models.",
+        {
+            "workdirs": Option("workdirs", str, "Folders, with commas between [the --workdir]."),
+            "baseline": Option(
+                "baseline",
+                str,
+                "The model that others are held against, as the table calls it [base].",
+            ),
+            "json": _JSON,
+        },
+        workdir="optional",
+        needs_config=False,
+        example="attnpo evaluate report --workdirs=runs/a,runs/b --baseline=a/base",
     ),
     "export-weights": Command(
         "attnpo_jax.export.weights",
@@ -219,5 +241,5 @@ def command_of(name: str) -> Command:
     if name not in COMMANDS and first == "evaluate":
         summary = f"The evaluation {evaluation} of the config's plugins."
         command = _evaluation(evaluation, summary, _OF_A_MODEL)
-        return dataclasses.replace(command, sections={})
+        return dataclasses.replace(command, sections={}, needs_config=True)
     return COMMANDS[name]

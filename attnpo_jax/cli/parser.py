@@ -22,7 +22,7 @@ PROCESS_OPTIONS = {
 
 def needed_by(command: Command) -> dict[str, str]:
     """The options that a command needs, with an example each."""
-    needed = {} if command.sections else {"config": "configs/quickstart.py"}
+    needed = {} if not command.needs_config else {"config": "configs/quickstart.py"}
     if command.workdir == "needed":
         needed["workdir"] = "DIR"
     return needed | {k: option.example for k, option in command.options.items() if option.example}

@@ -368,8 +368,8 @@ FIELDS: dict[str, Field] = {
         "needs the package gcsfs",
     ),
     **generate_fields.FIELDS,
-    **serve_fields.FIELDS,
     **evaluate_fields.FIELDS,
+    **serve_fields.FIELDS,
     "parallel.backend": Field(
         "jit",
         rules.one_of("jit", "pmap"),

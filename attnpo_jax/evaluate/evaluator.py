@@ -48,6 +48,19 @@ class Figure:
     column: str | None = None
     detail: bool = False
 
+    def facts(self) -> dict[str, Any]:
+        """The figure as JSON has it, where what is no number is null."""
+        return {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in dataclasses.asdict(self).items()
+        }
+
+    def cells(self) -> tuple[str, str]:
+        """The value and the interval as tables show them."""
+        value = "none" if math.isnan(self.value) else f"{self.value:.4g}"
+        there = math.isfinite(self.low) and math.isfinite(self.high)
+        return value, f"{self.low:.4g} to {self.high:.4g}" if there else ""
+
 
 def figure(rows: Sequence[Row], column: str, *, detail: bool = False) -> Figure:
     """The mean of a field over the rows that have it."""
@@ -99,7 +112,6 @@ class Evaluator:
 # By name, the modules that have them as `EVALUATOR`.
 _BUILTIN: dict[str, str] = {
     "checks": "attnpo_jax.evaluate.checks.evaluation",
-    "pairs": "attnpo_jax.evaluate.pairs.evaluation",
 }
 _registered: dict[str, Evaluator] = {}
 

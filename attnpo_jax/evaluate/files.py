@@ -3,7 +3,8 @@
 import dataclasses
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -13,6 +14,8 @@ from attnpo_jax.evaluate.evaluator import Figure, Result
 from attnpo_jax.runtime import atomic, json_files, schema
 from attnpo_jax.runtime.errors import UserError
 from attnpo_jax.runtime.printable import plain, say
+
+FOLDER = "evaluations"
 
 _NUMBER = schema.Maybe(schema.Number())
 _FIGURE = schema.Table(
@@ -59,18 +62,11 @@ class Evaluation:
 
     def facts(self) -> dict[str, Any]:
         """All but the rows, as JSON has it."""
-        figures = {}
-        for name, figure in self.result.figures.items():
-            values = dataclasses.asdict(figure)
-            figures[name] = {
-                key: None if isinstance(value, float) and not math.isfinite(value) else value
-                for key, value in values.items()
-            }
         return {
             "evaluation": self.name,
             "model": self.model,
             "settings": dict(self.settings),
-            "figures": figures,
+            "figures": {name: one.facts() for name, one in self.result.figures.items()},
             "about": dict(self.result.about),
         }
 
@@ -114,33 +110,30 @@ def _read_rows(file: pathlib.Path) -> list[dict[str, Any]]:
     return rows
 
 
-def show(
-    console: Console, evaluations: Sequence[Evaluation], *, folder: pathlib.Path | None = None
-) -> None:
-    """Prints the figures of one evaluation, of one model or several side by side."""
-    table = Table(title=plain(evaluations[0].name))
+def of_workdir(workdir: pathlib.Path) -> list[Evaluation]:
+    """All finished evaluations of a run, oldest model first where its files are called by a step.
+
+    Raises:
+      UserError: a file is damaged.
+    """
+    found = (workdir / FOLDER).glob("*/*.json")
+    return [read(file) for file in sorted(found, key=lambda file: (file.parent.name, _order(file)))]
+
+
+def _order(file: pathlib.Path) -> tuple[int, int, str]:
+    step = re.fullmatch(r"step-(\d+)", file.stem)
+    return (1, int(step[1]), "") if step else (0, 0, file.stem)
+
+
+def show(console: Console, evaluation: Evaluation) -> None:
+    """Prints the figures of one evaluation."""
+    table = Table(title=plain(f"{evaluation.name}, {evaluation.model}"))
     table.add_column("")
-    for one in evaluations:
-        table.add_column(plain(one.model or "value"), justify="right")
-        table.add_column("95% interval", justify="right")
-    table.add_column("rows", justify="right")
-    shown = (key for one in evaluations for key, f in one.result.figures.items() if not f.detail)
-    for name in dict.fromkeys(shown):
-        figures = [one.result.figures.get(name) for one in evaluations]
-        cells = [cell for figure in figures for cell in _cells(figure)]
-        table.add_row(plain(name), *cells, str(next(f.count for f in figures if f is not None)))
+    for head in ("value", "95% interval", "rows"):
+        table.add_column(head, justify="right")
+    for name, figure in evaluation.result.figures.items():
+        if not figure.detail:
+            table.add_row(plain(name), *figure.cells(), str(figure.count))
     console.print(table)
-    for one in evaluations:
-        of = f"{one.model}, " if len(evaluations) > 1 else ""
-        for key, value in one.result.about.items():
-            say(console, f"{of}{key}: {value}")
-    if folder is not None:
-        say(console, f"rows and figures in {folder}")
-
-
-def _cells(figure: Figure | None) -> tuple[str, str]:
-    if figure is None:
-        return "", ""
-    value = "none" if math.isnan(figure.value) else f"{figure.value:.4g}"
-    there = math.isfinite(figure.low) and math.isfinite(figure.high)
-    return value, f"{figure.low:.4g} to {figure.high:.4g}" if there else ""
+    for key, value in evaluation.result.about.items():
+        say(console, f"{key}: {value}")

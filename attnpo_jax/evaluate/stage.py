@@ -13,7 +13,8 @@ from rich.console import Console
 from attnpo_jax import config as config_lib
 from attnpo_jax.evaluate import files
 from attnpo_jax.evaluate.evaluator import Evaluator, find
-from attnpo_jax.evaluate.files import Evaluation, EvaluationMismatch
+from attnpo_jax.evaluate.files import FOLDER, Evaluation, EvaluationMismatch
+from attnpo_jax.evaluate.report import compare, show
 from attnpo_jax.evaluate.task import Subject, Task
 from attnpo_jax.generate import model as models
 from attnpo_jax.parallel import preemption, processes
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from attnpo_jax.run import Run
 
 _LOG = logging.getLogger(__name__)
-
-FOLDER = "evaluations"
 
 
 def evaluate(
@@ -76,7 +75,9 @@ def evaluate(
     if as_json:
         print(json.dumps(found.facts(), indent=2), flush=True)
     else:
-        files.show(console, [found], folder=folder)
+        files.show(console, found)
+        if folder is not None:
+            say(console, f"rows and figures in {folder}")
     return [found]
 
 
@@ -101,8 +102,7 @@ def _all(run: "Run", as_json: bool, console: Console) -> list[Evaluation]:
     if as_json and processes.is_first():
         print(json.dumps([one.facts() for one in everything], indent=2), flush=True)
     elif everything:
-        for evaluations in filter(None, found.values()):
-            files.show(console, evaluations)
+        show(console, compare([(one.model, one) for one in everything]))
         say(console, f"rows, figures and samples in {run.workdir / FOLDER}")
     return everything
 

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from attnpo_jax import config as config_lib
 from attnpo_jax.evaluate import Evaluator, Subject, find
-from attnpo_jax.evaluate.stage import FOLDER, evaluate_one
+from attnpo_jax.evaluate.files import FOLDER
+from attnpo_jax.evaluate.stage import evaluate_one
 from attnpo_jax.judge.language_model import LanguageModel
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.runtime.errors import Preempted

@@ -202,3 +202,30 @@ def test_a_figure_is_taken_over_the_rows_that_have_it():
     found = figure(rows, "x")
     assert (found.value, found.count) == (0.5, 2)
     assert figure([], "x").count == 0
+
+
+def test_a_report_has_paired_differences_of_several_workdirs(folder, tmp_path, capsys):
+    """Two workdirs; by hand: of three shared rows one is gained, none lost."""
+    figures = {"base": [0, 1, 1, 0], "step-9": [1, 1, 1]}
+    for name, values in figures.items():
+        rows = [{"id": f"r{i}", "hit": v} for i, v in enumerate(values)]
+        of = tmp_path / f"of-{name}" / "evaluations" / "hits"
+        of.mkdir(parents=True)
+        result = Result(rows, {"hits": figure(rows, "hit")})
+        evaluate.Evaluation("hits", name, {}, result).write(of)
+    workdirs = f"--workdirs={tmp_path / 'of-base'},{tmp_path / 'of-step-9'}"
+    assert cli.main(["evaluate", "report", workdirs, "--json"]) == 0
+    first, second = json.loads(capsys.readouterr().out)
+    assert (first["model"], first["value"], first["difference"]) == ("of-base/base", 0.5, None)
+    assert second["model"] == "of-step-9/step-9"
+    found = second["difference"]
+    # Differences 1, 0, 0, with 1 and -1 added: mean 1/5, variance 3/5 - 1/25.
+    half = 1.959964 * (0.56 / 5) ** 0.5
+    assert (found["value"], found["count"]) == (pytest.approx(1 / 3), 3)
+    assert (found["low"], found["high"]) == pytest.approx((0.2 - half, 0.2 + half), abs=1e-6)
+    assert cli.main(["evaluate", "report", workdirs]) == 0
+    assert "= +0.3333" in capsys.readouterr().out
+    assert cli.main(["evaluate", "report", workdirs, "--baseline=step-9"]) == 2
+    assert "accepted: of-base/base, of-step-9/step-9" in capsys.readouterr().err
+    assert cli.main(["evaluate", "report", f"--workdirs={folder}"]) == 2
+    assert "no evaluations in" in capsys.readouterr().err

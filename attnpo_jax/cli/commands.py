@@ -178,6 +178,12 @@ COMMANDS = {
         _OF_A_MODEL,
         example="attnpo evaluate checks --model=smollm2-135m-instruct --out=checks --count=20",
     ),
+    "evaluate pairs": _evaluation(
+        "pairs",
+        "How often is the implicit reward of the better response higher, on held-out pairs.",
+        _OF_A_MODEL,
+        example="attnpo evaluate pairs --model=smollm2-135m-instruct --out=pairs --subset=failure",
+    ),
     "evaluate report": Command(
         "attnpo_jax.evaluate.report",
         "report",

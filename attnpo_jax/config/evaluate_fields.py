@@ -30,6 +30,17 @@ FIELDS = {
     "evaluate.checks.max_new_tokens": Field(
         384, rules.of_sampling("max_new_tokens"), "tokens of a response, at most"
     ),
+    "evaluate.pairs.source": Field(
+        "",
+        rules.text_or_none(),
+        "source of the pairs ([evaluate.md](evaluate.md#pairs)), prepared into a folder of "
+        "`evaluations/pairs`; `''`: the held-out pairs of `data.eval`",
+    ),
+    "evaluate.pairs.subset": Field(
+        "",
+        rules.text_or_none(),
+        "column of the source whose values tell subsets apart; `''`: `subset`, where there is one",
+    ),
 }
 
 IN_TRAINING = {

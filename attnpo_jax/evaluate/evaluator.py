@@ -112,6 +112,7 @@ class Evaluator:
 # By name, the modules that have them as `EVALUATOR`.
 _BUILTIN: dict[str, str] = {
     "checks": "attnpo_jax.evaluate.checks.evaluation",
+    "pairs": "attnpo_jax.evaluate.pairs.evaluation",
 }
 _registered: dict[str, Evaluator] = {}
 

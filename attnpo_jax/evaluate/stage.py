@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
+# Fields that say which pairs there are, and how they are judged, weighed and rewarded.
+_OF_PAIRS = ("data.", "judge.", "weighting.", "objective.")
+
 
 def evaluate(
     run: "Run",
@@ -163,7 +166,8 @@ def _settings(task: Task) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for field, value in config_lib.flatten(task.run.config).items():
         of_model = subject is not None and field.startswith(("generate.", "model."))
-        if field.startswith(own) or field == "evaluate.judge.model" or of_model:
+        of_pairs = task.evaluator.needs_pairs and field.startswith(_OF_PAIRS)
+        if field.startswith(own) or field == "evaluate.judge.model" or of_model or of_pairs:
             settings[field] = value
         if field.startswith(own) and isinstance(value, str) and os.path.isfile(value):
             with open(value, "rb") as file:

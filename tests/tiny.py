@@ -113,8 +113,8 @@ def write_pairs(file, number):
 def changed(config, changes):
     """The config with other values of some fields, whose names have __ for the dots."""
     for name, value in changes.items():
-        section, field = name.split("__")
-        config[section][field] = value
+        *sections, field = name.split("__")
+        functools.reduce(getattr, sections, config)[field] = value
     return config
 
 

@@ -184,6 +184,12 @@ COMMANDS = {
         _OF_A_MODEL,
         example="attnpo evaluate pairs --model=smollm2-135m-instruct --out=pairs --subset=failure",
     ),
+    "evaluate harness": _evaluation(
+        "harness",
+        "Tasks of lm-evaluation-harness; needs the extra lm_eval.",
+        _OF_A_MODEL,
+        example="attnpo evaluate harness --model=smollm2-135m-instruct --tasks=arc_easy --out=arc",
+    ),
     "evaluate report": Command(
         "attnpo_jax.evaluate.report",
         "report",

@@ -18,7 +18,7 @@ FIELDS = {
     "evaluate.checks.prompts": Field(
         "builtin:checks-eval",
         rules.text(),
-        "source of the prompts with checks ([evaluate.md](evaluate.md#checks)): a file of your "
+        "source of the prompts with checks ([evaluate.md](evaluate.md#checks-verifiable-instructions)): a file of your "
         "own, `builtin:checks-eval` (121 prompts) or `builtin:checks-train` (203)",
     ),
     "evaluate.checks.count": Field(
@@ -33,13 +33,43 @@ FIELDS = {
     "evaluate.pairs.source": Field(
         "",
         rules.text_or_none(),
-        "source of the pairs ([evaluate.md](evaluate.md#pairs)), prepared into a folder of "
+        "source of the pairs ([evaluate.md](evaluate.md#pairs-implicit-rewards)), prepared into a folder of "
         "`evaluations/pairs`; `''`: the held-out pairs of `data.eval`",
     ),
     "evaluate.pairs.subset": Field(
         "",
         rules.text_or_none(),
         "column of the source whose values tell subsets apart; `''`: `subset`, where there is one",
+    ),
+    "evaluate.harness.tasks": Field(
+        (),
+        rules.texts("a task's name, or a pattern", empty=True),
+        "tasks of lm-evaluation-harness",
+        mixed=True,
+    ),
+    "evaluate.harness.include_path": Field(
+        "", rules.text_or_none(), "folder with YAML files of tasks of one's own"
+    ),
+    "evaluate.harness.include_defaults": Field(
+        True, rules.boolean(), "whether the tasks that the harness comes with are there too"
+    ),
+    "evaluate.harness.num_fewshot": Field(
+        None,
+        rules.or_none(rules.integer(0, 1000)),
+        "solved examples before each question; None: as the task says",
+        mixed=True,
+    ),
+    "evaluate.harness.limit": Field(
+        0, rules.integer(0, 100_000_000), "questions of each task, at most; 0: all"
+    ),
+    "evaluate.harness.chat": Field(
+        False, rules.boolean(), "whether questions are put through the chat template"
+    ),
+    "evaluate.harness.batch_size": Field(
+        16, rules.integer(1, 100_000), "texts that are scored, and responses sampled, at a time"
+    ),
+    "evaluate.harness.max_new_tokens": Field(
+        256, rules.integer(1, 1_000_000), "tokens of a response, where a task does not say"
     ),
 }
 

@@ -110,9 +110,10 @@ class Evaluator:
 
 
 # By name, the modules that have them as `EVALUATOR`.
-_BUILTIN: dict[str, str] = {
+_BUILTIN = {
     "checks": "attnpo_jax.evaluate.checks.evaluation",
     "pairs": "attnpo_jax.evaluate.pairs.evaluation",
+    "harness": "attnpo_jax.evaluate.harness",
 }
 _registered: dict[str, Evaluator] = {}
 

@@ -137,8 +137,8 @@ def evaluate_one(
     Raises:
       EvaluationMismatch: it was done with other settings.
     """
-    task = Task(run, evaluator, subject, folder, console)
-    settings = _settings(task)
+    settings = _settings(run, evaluator, subject)
+    task = Task(run, evaluator, subject, folder, console, settings)
     file = None if folder is None else folder / f"{task.model or evaluator.name}.json"
     if file is not None:
         there = processes.is_first() and file.exists()
@@ -159,14 +159,13 @@ def evaluate_one(
     return evaluation
 
 
-def _settings(task: Task) -> dict[str, Any]:
+def _settings(run: "Run", evaluator: Evaluator, subject: Subject | None) -> dict[str, Any]:
     """What decides the figures: fields of the config, and digests of the files that they name."""
-    own = f"evaluate.{task.evaluator.section}."
-    subject = task.subject
+    own = f"evaluate.{evaluator.section}."
     settings: dict[str, Any] = {}
-    for field, value in config_lib.flatten(task.run.config).items():
+    for field, value in config_lib.flatten(run.config).items():
         of_model = subject is not None and field.startswith(("generate.", "model."))
-        of_pairs = task.evaluator.needs_pairs and field.startswith(_OF_PAIRS)
+        of_pairs = evaluator.needs_pairs and field.startswith(_OF_PAIRS)
         if field.startswith(own) or field == "evaluate.judge.model" or of_model or of_pairs:
             settings[field] = value
         if field.startswith(own) and isinstance(value, str) and os.path.isfile(value):

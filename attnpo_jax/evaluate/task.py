@@ -45,7 +45,7 @@ class Subject:
         sampled: SampledModel | None = None,
         identity: Mapping[str, Any] | None = None,
     ):
-        self._run, self._sampled = run, sampled
+        self._run, self._sampled, self._given = run, sampled, sampled is not None
         self.which = which or (models.BASE if run.workdir is None else models.TRAINED)
         step = None
         if self.which == models.TRAINED and sampled is None:
@@ -68,8 +68,9 @@ class Subject:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def release(self) -> None:
-        """Forgets the parameters, so that there is room for another model's."""
-        self._sampled = None
+        """Forgets the parameters, so that there is room for another model's; not those given."""
+        if not self._given:
+            self._sampled = None
         self._run.drop_params()
 
 
@@ -98,6 +99,7 @@ class Task:
       subject: the model; None where the evaluation looks at none.
       folder: where its files go, which is there; None where nothing is to be written.
       console: where more than figures may be shown.
+      settings: what decides the figures, by field.
     """
 
     run: "Run"
@@ -105,6 +107,7 @@ class Task:
     subject: Subject | None
     folder: pathlib.Path | None
     console: Console
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def section(self) -> config_dict.ConfigDict:

@@ -77,6 +77,7 @@ class HarnessModel(TemplateLM):
         None for the model's positions.
       max_gen_toks: tokens of a response, where a task does not say.
       seed: of the draws, in tasks that sample.
+      config: how it computes, in place of the run's config or the default one.
 
     Raises:
       UserError: the model can't be loaded; there are several processes, each with a model of its
@@ -91,6 +92,7 @@ class HarnessModel(TemplateLM):
         max_length: int | None = None,
         max_gen_toks: int = 256,
         seed: int = 0,
+        config: Any = None,
     ):
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
@@ -98,6 +100,7 @@ class HarnessModel(TemplateLM):
         self._sampled, self._config = sampled_of(
             load_model(model) if isinstance(model, str) else model
         )
+        self._config = config or self._config
         if processes.are_several() and not self._sampled.together:
             raise UserError(
                 "lm-evaluation-harness runs in one process, or in several that hold one model "

@@ -18,8 +18,9 @@ FIELDS = {
     "evaluate.checks.prompts": Field(
         "builtin:checks-eval",
         rules.text(),
-        "source of the prompts with checks ([evaluate.md](evaluate.md#checks-verifiable-instructions)): a file of your "
-        "own, `builtin:checks-eval` (121 prompts) or `builtin:checks-train` (203)",
+        "source of the prompts with checks "
+        "([evaluate.md](evaluate.md#checks-verifiable-instructions)): a file of your own, "
+        "`builtin:checks-eval` (121 prompts) or `builtin:checks-train` (203)",
     ),
     "evaluate.checks.count": Field(
         0, rules.integer(0, 1_000_000_000), "only the first so many of the prompts; 0: all"
@@ -33,8 +34,8 @@ FIELDS = {
     "evaluate.pairs.source": Field(
         "",
         rules.text_or_none(),
-        "source of the pairs ([evaluate.md](evaluate.md#pairs-implicit-rewards)), prepared into a folder of "
-        "`evaluations/pairs`; `''`: the held-out pairs of `data.eval`",
+        "source of the pairs ([evaluate.md](evaluate.md#pairs-implicit-rewards)), prepared into a "
+        "folder of `evaluations/pairs`; `''`: the held-out pairs of `data.eval`",
     ),
     "evaluate.pairs.subset": Field(
         "",

@@ -7,6 +7,8 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
@@ -134,21 +136,38 @@ def test_on_a_mesh_and_in_training_they_are_the_same(folder):
 
 
 def test_another_source_is_prepared_beside_the_figures(folder, tmp_path):
-    rows = [row | {"kind": "k"} for row in tiny.ROWS[:3]]
-    source = tiny.write_lines(tmp_path / "more pairs.jsonl", rows)
+    """RewardBench's columns, in a Parquet file."""
+    subsets = ["math-prm", "hep-cpp", "donotanswer"]
+    rows = [
+        row | {"id": i, "subset": subset, "chosen_model": "m", "rejected_model": "n"}
+        for i, (row, subset) in enumerate(zip(tiny.ROWS, subsets, strict=False))
+    ]
+    source = tmp_path / "reward bench.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), source)
     config = config_of(folder)
-    config.evaluate.pairs.source, config.evaluate.pairs.subset = str(source), "kind"
-    run = Run.resolve(config)
+    config.evaluate.pairs.source = str(source)
+    out = tmp_path / "out"
     for _ in range(2):
         [one] = evaluate.evaluate(
-            run, name="pairs", model="base", out=tmp_path / "out", console=QUIET
+            Run.resolve(config),
+            name="pairs",
+            model=str(folder / "other" / "model"),
+            label="other",
+            out=out,
+            console=QUIET,
         )
-        assert [row["id"] for row in one.result.rows] == [row["id"] for row in rows]
-        assert one.result.figures["accuracy, k"].count == 3
-        (tmp_path / "out" / "base.json").unlink()
-    prepared = list((tmp_path / "out").glob("*/prepared/*"))
-    assert [path.name for path in prepared] == ["eval"] and "more-pairs" in str(prepared[0])
+        assert [row["id"] for row in one.result.rows] == ["0", "1", "2"]
+        assert [row["subset"] for row in one.result.rows] == subsets
+        (out / "other.json").unlink()
+    prepared = list(out.glob("*/prepared/*"))
+    assert [path.name for path in prepared] == ["eval"] and "reward-bench" in str(prepared[0])
     assert one.result.about == {"pairs of": str(source)}
+    accuracies = [row["accuracy"] for row in one.result.rows]
+    score = one.result.figures["RewardBench, Reasoning"].value
+    assert score == pytest.approx(np.average(accuracies[:2], weights=[984, 164]))
+    assert one.result.figures["accuracy, donotanswer"].value == accuracies[2]
+    expected = [row["margin"] for row in found(folder, "other")[0][:3]]
+    assert [row["margin"] for row in one.result.rows] == pytest.approx(expected, rel=1e-3)
 
 
 def test_what_can_t_be_evaluated_is_told(folder, tmp_path):

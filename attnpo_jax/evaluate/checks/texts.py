@@ -118,8 +118,8 @@ def sentences(text: str) -> list[str]:
     """The sentences; a paragraph or an item of a list is one at least, a heading is none.
 
     A full stop ends none in abbreviations that names or numbers follow (`Dr.`, `e.g.`, `No. 5`),
-    after a single capital letter but I (`J. Smith`), or before a small letter, unless the text has
-    small letters alone.
+    after a single capital letter but I (`J. Smith`) or the number of a point (`1. First`), or before
+    a small letter, unless the text has small letters alone.
     """
     cased = any(c.isupper() for c in text) and any(c.islower() for c in text)
     found: list[str] = []
@@ -155,6 +155,8 @@ def _ends(before: str, mark: str, after: str, cased: bool) -> bool:
         return False
     if mark[0] != "." or mark[:2] == "..":
         return True
+    if before.strip().isdigit():  # the number of a point in running text
+        return False
     last = before.split()[-1].lstrip("(\"'“‘«[*_") if before.strip() else ""
     folded = last.casefold()
     if folded in _BEFORE_NAMES or folded in _WITHIN:

@@ -42,6 +42,7 @@ def test_words(text, count):
         ("He came at 5 p.m. and left. She came at 6 p.m. They spoke.", 3),
         ('"Stop!" he said. "Why?" "Because." (Nobody knew.) End', 5),
         ("Well... it rained. Then it stopped.", 2),
+        ("1. One reason. 2. Another reason. How many? 2.", 4),
         ("one thing. another thing. a third one.", 3),  # small letters alone
         ("ALL CAPITALS. TWO.", 2),
         ("# A heading\nOne line\nthat goes on. Two.", 2),

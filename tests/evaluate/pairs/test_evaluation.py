@@ -14,6 +14,7 @@ from rich.console import Console
 
 from attnpo_jax import config as config_lib
 from attnpo_jax import evaluate
+from attnpo_jax import run as run_lib
 from attnpo_jax.data.batching import EvalBatches
 from attnpo_jax.data.prepared import Prepared
 from attnpo_jax.evaluate.pairs import scores
@@ -22,6 +23,7 @@ from attnpo_jax.models import decoder
 from attnpo_jax.parallel.backend import Sharded
 from attnpo_jax.run import Run
 from attnpo_jax.runtime.errors import UserError
+from attnpo_jax.runtime.metrics import read as read_metrics
 from attnpo_jax.train.step import make_eval_step
 from tests import tiny
 
@@ -196,3 +198,30 @@ def test_figures_of_other_rewards_are_not_taken_for_these(folder):
     run = run_of(folder, objective__beta=0.5)
     with pytest.raises(evaluate.EvaluationMismatch, match="objective.beta = .*, now 0.5"):
         evaluate.evaluate(run, name="pairs", model="base", console=QUIET)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_run_s_figures_are_those_of_its_own_evaluation(folder, tmp_path, rank):
+    """While training, of the policy as it lies, adapters or not; at the end, of the checkpoint."""
+    config = config_of(folder, train__steps=2, optim__learning_rate=0.05, lora__rank=rank)
+    config.train.evaluations.names = config.evaluate.names = ("pairs",)
+    workdir = tmp_path / "work"
+    run_lib.run(Run.resolve(config, workdir), console=QUIET)
+    lines = {}
+    for line in read_metrics(workdir):
+        lines.setdefault(line["step"], {}).update(line)
+    for name in ("accuracy", "margin", "weighted accuracy", "weighted margin"):
+        weighted, _, of = name.rpartition(" ")
+        own = f"eval_rewards/{weighted}{'_' if weighted else ''}{_PLURALS[of]}"
+        assert lines[2][f"eval_pairs/{name}"] == pytest.approx(lines[2][own], rel=1e-3), name
+    of = workdir / "evaluations" / "pairs"
+    in_training, base = (json.loads((of / f"{x}.json").read_text()) for x in ("step-2", "base"))
+    [again] = evaluate.evaluate(
+        Run.resolve(config, workdir), name="pairs", label="again", console=QUIET
+    )
+    for name, figure in in_training["figures"].items():
+        assert again.result.figures[name].value == pytest.approx(figure["value"], rel=1e-2), name
+    assert base["figures"]["ties"]["value"] == 1 and in_training["figures"]["ties"]["value"] < 1
+
+
+_PLURALS = {"accuracy": "accuracies", "margin": "margins"}

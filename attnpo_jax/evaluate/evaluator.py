@@ -94,7 +94,8 @@ class Evaluator:
         each `-`.
       run: does it. Of several processes all run it; what the first one returns counts.
       needs_model: whether it looks at a model, or at files alone.
-      needs_pairs: whether it is about the config's held-out pairs, where nothing else is named.
+      needs_pairs: whether it is about the config's held-out pairs, where `source` or `prompts` of
+        its section names nothing else.
       compares: whether it holds the model against another one by itself.
     """
 

@@ -116,7 +116,9 @@ def wanted(run: "Run") -> tuple[str, ...]:
 
 
 def _lacks_pairs(run: "Run", evaluator: Evaluator) -> bool:
-    lacks = evaluator.needs_pairs and "eval" not in run.splits
+    own = run.config.evaluate.get(evaluator.section) or {}
+    others = any(own.get(field) for field in ("source", "prompts"))
+    lacks = evaluator.needs_pairs and not others and "eval" not in run.splits
     if lacks:
         _LOG.info("no evaluation %s: config.data.eval names no pairs", evaluator.name)
     return lacks

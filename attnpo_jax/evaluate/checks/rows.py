@@ -46,7 +46,7 @@ class Check:
         except RegistryError as error:
             raise BadExample(str(error)) from None
         for name, value in parameters.items():
-            rule = rules.of_hyperparameter(accepted[name], hints[name])
+            rule = rules.of_hyperparameter(accepted[name], hints.get(name, object))
             if not rule.accepts(value) or value == "":
                 raise BadExample(
                     f"check {check.kind!r}: {name} = {value!r}; accepted: {rule.accepted}"

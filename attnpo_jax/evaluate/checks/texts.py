@@ -118,8 +118,8 @@ def sentences(text: str) -> list[str]:
     """The sentences; a paragraph or an item of a list is one at least, a heading is none.
 
     A full stop ends none in abbreviations that names or numbers follow (`Dr.`, `e.g.`, `No. 5`),
-    after a single capital letter but I (`J. Smith`) or the number of a point (`1. First`), or before
-    a small letter, unless the text has small letters alone.
+    after a single capital letter but I (`J. Smith`) or a point's number (`1. First`), or before a
+    small letter, unless the text has small letters alone.
     """
     cased = any(c.isupper() for c in text) and any(c.islower() for c in text)
     found: list[str] = []

@@ -2,13 +2,15 @@
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from attnpo_jax.data.prompts import load_prompts
 from attnpo_jax.data.sources import load_pairs
 from attnpo_jax.evaluate.checks import builtin, own_tasks, tasks
 from attnpo_jax.evaluate.checks.registry import registry
-from attnpo_jax.evaluate.checks.rows import load
+from attnpo_jax.evaluate.checks.rows import Check, load
 from attnpo_jax.evaluate.checks.wordings import WORDINGS
 from attnpo_jax.runtime.errors import UserError
 
@@ -129,6 +131,24 @@ def test_a_file_of_ones_own(tmp_path):
     found = load(own)
     assert [one.prompt.id for one in found] == ["own:1", "b"]
     assert found[0].checks[0].parameters == {"least": 1}
+    # A table has all parameters of all checks, most of them null.
+    rows = [
+        {"id": "a", "prompt": "A", "checks": [{"kind": "words", "most": 3}, {"kind": "quoted"}]},
+        {"id": "b", "prompt": "B", "checks": [{"kind": "includes", "phrases": ["x", "y"]}]},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "own.parquet")
+    of_table = [one.checks for one in load(str(tmp_path / "own.parquet"))]
+    assert of_table == [tuple(map(Check.of, row["checks"])) for row in rows]
+
+
+def test_a_kind_of_ones_own(tmp_path, monkeypatch):
+    def says(response: str, *, what) -> bool:
+        return what in response
+
+    monkeypatch.setitem(registry._functions, "says", says)
+    row = {"prompt": "A", "checks": [{"kind": "says", "what": "x"}]}
+    (one,) = load(write(tmp_path / "own.jsonl", row))
+    assert one.checks[0].passes("axb") and not one.checks[0].passes("ab")
 
 
 @pytest.mark.parametrize(

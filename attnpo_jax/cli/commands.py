@@ -172,6 +172,18 @@ COMMANDS = {
         {"json": _JSON},
         example="attnpo evaluate checks --model=smollm2-135m-instruct --out=checks",
     ),
+    "evaluate checks": _evaluation(
+        "checks",
+        "How often do responses do what prompts ask of their form: verifiable, without a judge.",
+        _OF_A_MODEL,
+        example="attnpo evaluate checks --model=smollm2-135m-instruct --out=checks --count=20",
+    ),
+    "evaluate pairs": _evaluation(
+        "pairs",
+        "How often is the implicit reward of the better response higher, on held-out pairs.",
+        _OF_A_MODEL,
+        example="attnpo evaluate pairs --model=smollm2-135m-instruct --out=pairs --subset=failure",
+    ),
     "evaluate alpaca-eval": _evaluation(
         "alpaca-eval",
         "Score AlpacaEval's annotations, length-controlled too; or make them first, with a judge.",

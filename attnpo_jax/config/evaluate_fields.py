@@ -31,12 +31,39 @@ def _address() -> rules.Rule:
 
 FIELDS = {
     "evaluate.names": Field(
-        (),
+        ("pairs", "checks", "versus"),
         rules.texts("the name of an evaluation", empty=True),
         "what `attnpo run` ends with, and `attnpo evaluate` does without a name: evaluations "
         "([evaluate.md](evaluate.md)) of the model that training starts from and of the trained "
         "one; `()`: none",
         mixed=True,
+    ),
+    "evaluate.checks.prompts": Field(
+        "builtin:checks-eval",
+        rules.text(),
+        "source of the prompts with checks "
+        "([evaluate.md](evaluate.md#checks-verifiable-instructions)): a file of your own, "
+        "`builtin:checks-eval` (121 prompts) or `builtin:checks-train` (203)",
+    ),
+    "evaluate.checks.count": Field(
+        0, rules.integer(0, 1_000_000_000), "only the first so many of the prompts; 0: all"
+    ),
+    "evaluate.checks.temperature": Field(
+        0.0, rules.of_sampling("temperature"), "of the responses; 0 for the likeliest tokens"
+    ),
+    "evaluate.checks.max_new_tokens": Field(
+        384, rules.of_sampling("max_new_tokens"), "tokens of a response, at most"
+    ),
+    "evaluate.pairs.source": Field(
+        "",
+        rules.text_or_none(),
+        "source of the pairs ([evaluate.md](evaluate.md#pairs-implicit-rewards)), prepared into a "
+        "folder of `evaluations/pairs`; `''`: the held-out pairs of `data.eval`",
+    ),
+    "evaluate.pairs.subset": Field(
+        "",
+        rules.text_or_none(),
+        "column of the source whose values tell subsets apart; `''`: `subset`, where there is one",
     ),
     "evaluate.judge.base_url": Field(
         "",

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
+# Fields that say which pairs there are, and how they are judged, weighed and rewarded.
+_OF_PAIRS = ("data.", "judge.", "weighting.", "objective.")
+
 
 def evaluate(
     run: "Run",
@@ -116,7 +119,9 @@ def wanted(run: "Run") -> tuple[str, ...]:
 
 
 def _lacks_pairs(run: "Run", evaluator: Evaluator) -> bool:
-    lacks = evaluator.needs_pairs and "eval" not in run.splits
+    own = run.config.evaluate.get(evaluator.section) or {}
+    others = any(own.get(field) for field in ("source", "prompts"))
+    lacks = evaluator.needs_pairs and not others and "eval" not in run.splits
     if lacks:
         _LOG.info("no evaluation %s: config.data.eval names no pairs", evaluator.name)
     return lacks
@@ -173,7 +178,8 @@ def _settings(run: "Run", evaluator: Evaluator, subject: Subject | None) -> dict
     settings: dict[str, Any] = {}
     for field, value in config_lib.flatten(run.config).items():
         of_model = subject is not None and field.startswith(("generate.", "model."))
-        if field.startswith(own) or field == "evaluate.judge.model" or of_model:
+        of_pairs = evaluator.needs_pairs and field.startswith(_OF_PAIRS)
+        if field.startswith(own) or field == "evaluate.judge.model" or of_model or of_pairs:
             settings[field] = value
         if field.startswith(own) and isinstance(value, str) and value:
             settings |= _digest(field, pathlib.Path(value).expanduser())

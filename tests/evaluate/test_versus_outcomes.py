@@ -116,8 +116,9 @@ def test_a_preference_for_length_alone_is_taken_out():
 
 @pytest.mark.parametrize("outcome, expected", [(1.0, 1.0), (0.0, 0.0), (0.5, 0.5)])
 def test_outcomes_that_are_all_the_same(outcome, expected):
-    found = of.length_controlled([outcome] * 6, range(6), [3] * 6)
-    np.testing.assert_allclose(found, [expected] * 3, atol=1e-4)
+    value, low, high = of.length_controlled([outcome] * 6, range(6), [3] * 6)
+    np.testing.assert_allclose(value, expected, atol=1e-4)
+    assert math.isnan(low) and math.isnan(high)
     assert all(map(math.isnan, of.length_controlled([], [], [])))
 
 

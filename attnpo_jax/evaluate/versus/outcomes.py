@@ -82,9 +82,14 @@ def win_rate(outcomes: Sequence[float]) -> tuple[float, float, float]:
     x = np.asarray(outcomes, np.float64)
     if not len(x):
         return math.nan, math.nan, math.nan
-    if {0.0, 1.0} <= {*x.tolist()}:
+    if _has_both(x):
         return float(x.mean()), *intervals.bootstrap(len(x), lambda drawn: float(x[drawn].mean()))
     return float(x.mean()), *intervals.mean(x)
+
+
+def _has_both(outcomes: np.ndarray) -> bool:
+    """Whether something was won and something lost."""
+    return {0.0, 1.0} <= {*outcomes.tolist()}
 
 
 def length_controlled(
@@ -100,7 +105,8 @@ def length_controlled(
     prompts' difficulty, which need many models: P(win) = sigmoid(a tanh(d / std(d)) + c), where d
     is the difference of lengths in characters, is fitted to the outcomes by maximum likelihood, a
     tie counting as half a win and half a loss; the rate is sigmoid(c). A small penalty,
-    ridge / 2 a^2, keeps the slope finite. Draws of the bootstrap keep std(d).
+    ridge / 2 a^2, keeps the slope finite. Draws of the bootstrap keep std(d); where nothing was won
+    or nothing lost, they would not differ, and there is no interval.
 
     Args:
       outcomes: (n,) 1, 0 or a half.
@@ -119,7 +125,10 @@ def length_controlled(
     def rate(rows: np.ndarray) -> float:
         return float(special.expit(_intercept(x[rows], y[rows], ridge)))
 
-    return rate(np.arange(len(y))), *intervals.bootstrap(len(y), rate)
+    value = rate(np.arange(len(y)))
+    if not _has_both(y):
+        return value, math.nan, math.nan
+    return value, *intervals.bootstrap(len(y), rate)
 
 
 def _intercept(x: np.ndarray, y: np.ndarray, ridge: float) -> float:

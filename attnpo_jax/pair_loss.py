@@ -76,7 +76,12 @@ def batch_losses(
     Returns:
       loss_P and metrics (P,), as `pair_losses` gives them.
     """
-    policy_BG2T = response_logps(
+    return losses_of_logps(settings, policy_logps(settings, params, batch), batch)
+
+
+def policy_logps(settings: StepSettings, params: Params, batch: PairBatch) -> jax.Array:
+    """The policy's log-prob of each response token: float32 (B, G, 2, T)."""
+    return response_logps(
         settings.model,
         params,
         batch,
@@ -85,6 +90,12 @@ def batch_losses(
         attention=settings.attention,
         chunk=settings.logps_chunk,
     )
+
+
+def losses_of_logps(
+    settings: StepSettings, policy_BG2T: jax.Array, batch: PairBatch
+) -> tuple[jax.Array, Metrics]:
+    """As `batch_losses`, of log-probs that are there already."""
 
     def by_response(x):
         """(B, G, 2, ...) -> (2P, ...): the responses of a pair in turn."""

@@ -132,6 +132,7 @@ def write_inputs(folder):
     config.train.batch_size = 4
     config.train.eval_batch_size = 2
     config.train.epochs = 2
+    config.evaluate.names = ()
     return config
 
 
@@ -177,6 +178,7 @@ def small_config(inputs, **changes):
     config.weighting.layer = -1
     config.prepare.rows_per_shard = 2
     config.log.progress = False
+    config.evaluate.names = ()
     return changed(config, changes)
 
 

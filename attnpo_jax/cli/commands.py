@@ -172,6 +172,42 @@ COMMANDS = {
         {"json": _JSON},
         example="attnpo evaluate checks --model=smollm2-135m-instruct --out=checks",
     ),
+    "evaluate checks": _evaluation(
+        "checks",
+        "How often do responses do what prompts ask of their form: verifiable, without a judge.",
+        _OF_A_MODEL,
+        example="attnpo evaluate checks --model=smollm2-135m-instruct --out=checks --count=20",
+    ),
+    "evaluate pairs": _evaluation(
+        "pairs",
+        "How often is the implicit reward of the better response higher, on held-out pairs.",
+        _OF_A_MODEL,
+        example="attnpo evaluate pairs --model=smollm2-135m-instruct --out=pairs --subset=failure",
+    ),
+    "evaluate alpaca-eval": _evaluation(
+        "alpaca-eval",
+        "Score AlpacaEval's annotations, length-controlled too; or make them first, with a judge.",
+        _OF_A_MODEL,
+        judged=True,
+        example="attnpo evaluate alpaca-eval --annotations=annotations.json \\\n"
+        "      --length-data=df_gamed.csv",
+    ),
+    "evaluate mt-bench": _evaluation(
+        "mt-bench",
+        "Score MT-Bench's judgments, by turn and category; or make them first, with a judge.",
+        _OF_A_MODEL,
+        judged=True,
+        example="attnpo evaluate mt-bench --judgments=gpt-4_single.jsonl \\\n"
+        "      --questions=question.jsonl",
+    ),
+    "evaluate arena-hard": _evaluation(
+        "arena-hard",
+        "Score Arena-Hard's judgments, of v0.1 or v2; or make them first, with a judge.",
+        _OF_A_MODEL,
+        judged=True,
+        example="attnpo evaluate arena-hard --judgments=model_judgment/gpt-4.1 \\\n"
+        "      --answers=model_answer --control=both",
+    ),
     "evaluate versus": _evaluation(
         "versus",
         "Hold a model's answers against another one's, judged pair by pair in both orders.",

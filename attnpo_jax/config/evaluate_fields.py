@@ -6,7 +6,7 @@ Those of one evaluation are `evaluate.NAME.*`, with `_` for each `-` of its name
 import urllib.parse
 from typing import Any
 
-from attnpo_jax.config import rules
+from attnpo_jax.config import benchmark_fields, rules
 from attnpo_jax.config.field import Field
 
 
@@ -31,12 +31,39 @@ def _address() -> rules.Rule:
 
 FIELDS = {
     "evaluate.names": Field(
-        (),
+        ("pairs", "checks", "versus"),
         rules.texts("the name of an evaluation", empty=True),
         "what `attnpo run` ends with, and `attnpo evaluate` does without a name: evaluations "
         "([evaluate.md](evaluate.md)) of the model that training starts from and of the trained "
         "one; `()`: none",
         mixed=True,
+    ),
+    "evaluate.checks.prompts": Field(
+        "builtin:checks-eval",
+        rules.text(),
+        "source of the prompts with checks "
+        "([evaluate.md](evaluate.md#checks-verifiable-instructions)): a file of your own, "
+        "`builtin:checks-eval` (121 prompts) or `builtin:checks-train` (203)",
+    ),
+    "evaluate.checks.count": Field(
+        0, rules.integer(0, 1_000_000_000), "only the first so many of the prompts; 0: all"
+    ),
+    "evaluate.checks.temperature": Field(
+        0.0, rules.of_sampling("temperature"), "of the responses; 0 for the likeliest tokens"
+    ),
+    "evaluate.checks.max_new_tokens": Field(
+        384, rules.of_sampling("max_new_tokens"), "tokens of a response, at most"
+    ),
+    "evaluate.pairs.source": Field(
+        "",
+        rules.text_or_none(),
+        "source of the pairs ([evaluate.md](evaluate.md#pairs-implicit-rewards)), prepared into a "
+        "folder of `evaluations/pairs`; `''`: the held-out pairs of `data.eval`",
+    ),
+    "evaluate.pairs.subset": Field(
+        "",
+        rules.text_or_none(),
+        "column of the source whose values tell subsets apart; `''`: `subset`, where there is one",
     ),
     "evaluate.judge.base_url": Field(
         "",
@@ -101,6 +128,7 @@ FIELDS = {
     "evaluate.versus.max_new_tokens": Field(
         256, rules.integer(1, 1_000_000), "tokens of a response, at most"
     ),
+    **benchmark_fields.FIELDS,
     "evaluate.harness.tasks": Field(
         (),
         rules.texts("a task's name, or a pattern", empty=True),

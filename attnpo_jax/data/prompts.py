@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from attnpo_jax.data import limits
@@ -67,20 +67,37 @@ def load_prompts(
     Raises:
       FileNotFoundError, UserError: there is no such source, or no prompt in it.
     """
+    found = [prompt for prompt, _ in prompts_and_rows(source, columns, max_example_bytes)]
+    good = [prompt for prompt in found if isinstance(prompt, Prompt)]
+    return good, [prompt for prompt in found if isinstance(prompt, BadExample)]
+
+
+def prompts_and_rows(
+    source: str,
+    columns: Columns = AS_THEY_ARE,
+    max_example_bytes: int = limits.MAX_EXAMPLE_BYTES,
+    read: Callable[[Any], Any] = lambda row: row,
+) -> Iterator[tuple[Prompt | BadExample, Any]]:
+    """As `load_prompts`, in order, each with what `read` makes of its row.
+
+    Args:
+      read: may raise a BadExample, which then takes the prompt's place.
+    """
     unique = UniqueIds()
-    good: list[Prompt] = []
-    bad: list[BadExample] = []
+    empty = True
     for name in expand(source, ALONE) if source != STANDARD_INPUT else [source]:
         short_name, rows = _rows(name, max_example_bytes)
         for number, row in rows:
+            empty = False
             try:
                 prompt = prompt_of(row, f"{short_name}:{number}", columns)
-                good.append(dataclasses.replace(prompt, id=unique(prompt.id)))
+                held = read(row)
             except BadExample as error:
-                bad.append(BadExample(error.reason, name, number, own_id(row)))
-    if not good and not bad:
+                yield BadExample(error.reason, name, number, own_id(row)), None
+            else:
+                yield dataclasses.replace(prompt, id=unique(prompt.id)), held
+    if empty:
         raise UserError(f"{source}: no prompt found; accepted: at least one")
-    return good, bad
 
 
 def as_prompts(prompts: Iterable[str | Sequence[Message] | Prompt]) -> list[Prompt]:

@@ -33,6 +33,8 @@ ACCEPTED_SOURCES = (
 )
 
 _BUILTIN = pathlib.Path(__file__).parent / "builtin"
+# Those of checks are prompts alone.
+_BUILTIN_NAMES = ("train", "eval", "checks-train", "checks-eval")
 _TEXT_ENDINGS = (".json", ".jsonl", ".csv", ".tsv")
 _PACKED_ENDINGS = tuple(a + b for a in _TEXT_ENDINGS for b in text_files.PACKED)
 _FILE_ENDINGS = (*_TEXT_ENDINGS, ".parquet", ".arrow", *_PACKED_ENDINGS)
@@ -149,8 +151,9 @@ def open_source(
 def _open(source: str, select: _Select, team: Team, limit: int) -> tuple[str, Examples]:
     if source.startswith("builtin:"):
         split = source.removeprefix("builtin:")
-        if split not in ("train", "eval"):
-            raise UserError(f"no builtin data {source!r}; accepted: builtin:train, builtin:eval")
+        if split not in _BUILTIN_NAMES:
+            accepted = ", ".join(f"builtin:{name}" for name in _BUILTIN_NAMES)
+            raise UserError(f"no builtin data {source!r}; accepted: {accepted}")
         path = _BUILTIN / f"{split}.jsonl"
         return f"builtin-{split}", text_files.JsonLines(path, source, team, None, limit)
 

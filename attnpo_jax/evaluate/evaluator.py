@@ -38,6 +38,7 @@ class Figure:
       count: rows that it is taken over.
       column: the rows' field whose mean it is, over those that have it: two models' rows then give
         paired differences. None for what is no mean.
+      detail: whether it is for the file alone, and neither for the table nor for metrics.
     """
 
     value: float
@@ -45,6 +46,7 @@ class Figure:
     high: float = math.nan
     count: int = 0
     column: str | None = None
+    detail: bool = False
 
     def facts(self) -> dict[str, Any]:
         """The figure as JSON has it, where what is no number is null."""
@@ -60,12 +62,12 @@ class Figure:
         return value, f"{self.low:.4g} to {self.high:.4g}" if there else ""
 
 
-def figure(rows: Sequence[Row], column: str) -> Figure:
+def figure(rows: Sequence[Row], column: str, *, detail: bool = False) -> Figure:
     """The mean of a field over the rows that have it."""
     values = [float(row[column]) for row in rows if row.get(column) is not None]
     value = math.fsum(values) / len(values) if values else math.nan
     low, high = intervals.mean(values) if values else (math.nan, math.nan)
-    return Figure(value, low, high, len(values), column)
+    return Figure(value, low, high, len(values), column, detail)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,13 +94,17 @@ class Evaluator:
         each `-`.
       run: does it. Of several processes all run it; what the first one returns counts.
       needs_model: whether it looks at a model, or at files alone.
-      needs_pairs: whether it is about the config's held-out pairs, where nothing else is named.
+      needs_pairs: whether it is about the config's held-out pairs, where `source` or `prompts` of
+        its section names nothing else.
+      of_files: of its config section, whether that names files which it looks at in the model's
+        place.
       compares: whether it holds the model against another one by itself.
     """
 
     name: str
     run: Callable[["Task"], Result]
     needs_model: bool = True
+    of_files: Callable[[Any], bool] = lambda section: False
     needs_pairs: bool = False
     compares: bool = False
 
@@ -109,7 +115,12 @@ class Evaluator:
 
 # By name, the modules that have them as `EVALUATOR`.
 _BUILTIN = {
+    "checks": "attnpo_jax.evaluate.checks.evaluation",
+    "pairs": "attnpo_jax.evaluate.pairs.evaluation",
+    "alpaca-eval": "attnpo_jax.evaluate.alpaca_eval",
+    "arena-hard": "attnpo_jax.evaluate.arena_hard",
     "harness": "attnpo_jax.evaluate.harness",
+    "mt-bench": "attnpo_jax.evaluate.mt_bench",
     "versus": "attnpo_jax.evaluate.versus",
 }
 _registered: dict[str, Evaluator] = {}

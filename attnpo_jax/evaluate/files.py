@@ -25,6 +25,7 @@ _FIGURE = schema.Table(
         "high": _NUMBER,
         "count": schema.Whole(),
         "column": schema.Maybe(schema.Text()),
+        "detail": schema.Flag(),
     }
 )
 _FORM = schema.Table(
@@ -131,7 +132,8 @@ def show(console: Console, evaluation: Evaluation) -> None:
     for head in ("value", "95% interval", "rows"):
         table.add_column(head, justify="right")
     for name, figure in evaluation.result.figures.items():
-        table.add_row(plain(name), *figure.cells(), str(figure.count))
+        if not figure.detail:
+            table.add_row(plain(name), *figure.cells(), str(figure.count))
     console.print(table)
     for key, value in evaluation.result.about.items():
         say(console, f"{key}: {value}")

@@ -40,7 +40,8 @@ def mean(values: Sequence[float]) -> Interval:
         center = (p + _Z**2 / (2 * effective)) / (1 + _Z**2 / effective)
         half = math.sqrt(p * (1 - p) / effective + (_Z / (2 * effective)) ** 2)
         half *= _Z / (1 + _Z**2 / effective)
-        return max(0.0, center - half), min(1.0, center + half)
+        # At the ends without what rounding leaves.
+        return max(0.0, center - half) if p > 0 else 0.0, min(1.0, center + half) if p < 1 else 1.0
     if n < 2:
         return math.nan, math.nan
     half = float(special.stdtrit(n - 1, (1 + LEVEL) / 2)) * float(x.std(ddof=1)) / math.sqrt(n)

@@ -148,7 +148,7 @@ def show(console: Console, lines: Sequence[Line]) -> None:
     """Prints lines as one table for each evaluation."""
     differs = False
     for evaluation in dict.fromkeys(line.evaluation for line in lines):
-        own = [line for line in lines if line.evaluation == evaluation]
+        own = [one for one in lines if one.evaluation == evaluation and not one.figure.detail]
         table = Table(title=plain(evaluation))
         table.add_column("")
         table.add_column("model")

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
+# Fields that say which pairs there are, and how they are judged, weighed and rewarded.
+_OF_PAIRS = ("data.", "judge.", "weighting.", "objective.")
+
 
 def evaluate(
     run: "Run",
@@ -66,11 +69,13 @@ def evaluate(
     folder = pathlib.Path(out).expanduser() if out is not None else None
     if folder is None and run.workdir is not None:
         folder = run.workdir / FOLDER / name
-    if folder is None and evaluator.needs_model:
+    section = run.config.evaluate.get(evaluator.section)
+    looks_at_model = evaluator.needs_model and not evaluator.of_files(section)
+    if folder is None and looks_at_model:
         raise UsageError(f"evaluate {name} needs --workdir=DIR or --out=DIR, for its files")
     with run.writing() if run.workdir is not None else contextlib.nullcontext():
-        subject = Subject(run, model, label) if evaluator.needs_model else None
-        found = evaluate_one(run, evaluator, subject, folder, console)
+        subject = Subject(run, model, label) if looks_at_model else None
+        found = evaluate_one(run, evaluator, subject, folder, console, label)
     if found is None:
         return []
     if as_json:
@@ -114,7 +119,9 @@ def wanted(run: "Run") -> tuple[str, ...]:
 
 
 def _lacks_pairs(run: "Run", evaluator: Evaluator) -> bool:
-    lacks = evaluator.needs_pairs and "eval" not in run.splits
+    own = run.config.evaluate.get(evaluator.section) or {}
+    others = any(own.get(field) for field in ("source", "prompts"))
+    lacks = evaluator.needs_pairs and not others and "eval" not in run.splits
     if lacks:
         _LOG.info("no evaluation %s: config.data.eval names no pairs", evaluator.name)
     return lacks
@@ -126,8 +133,12 @@ def evaluate_one(
     subject: Subject | None,
     folder: pathlib.Path | None,
     console: Console,
+    label: str | None = None,
 ) -> Evaluation | None:
     """One evaluation of one model, from its files if it is finished.
+
+    Args:
+      label: what the files are called where there is no model; None for the evaluation's name.
 
     Returns:
       It; None in all processes but the first, and where the judge is to be asked nothing.
@@ -136,8 +147,8 @@ def evaluate_one(
       EvaluationMismatch: it was done with other settings.
     """
     settings = _settings(run, evaluator, subject)
-    task = Task(run, evaluator, subject, folder, console, settings)
-    file = None if folder is None else folder / f"{task.model or evaluator.name}.json"
+    task = Task(run, evaluator, subject, folder, console, settings, label or evaluator.name)
+    file = None if folder is None else folder / f"{task.model}.json"
     if file is not None:
         there = processes.is_first() and file.exists()
         if there:
@@ -155,7 +166,7 @@ def evaluate_one(
         return None
     if not processes.is_first():
         return None
-    evaluation = Evaluation(evaluator.name, task.model or evaluator.name, settings, result)
+    evaluation = Evaluation(evaluator.name, task.model, settings, result)
     if folder is not None:
         evaluation.write(folder)
     return evaluation
@@ -167,14 +178,33 @@ def _settings(run: "Run", evaluator: Evaluator, subject: Subject | None) -> dict
     settings: dict[str, Any] = {}
     for field, value in config_lib.flatten(run.config).items():
         of_model = subject is not None and field.startswith(("generate.", "model."))
-        if field.startswith(own) or field == "evaluate.judge.model" or of_model:
+        of_pairs = evaluator.needs_pairs and field.startswith(_OF_PAIRS)
+        if field.startswith(own) or field == "evaluate.judge.model" or of_model or of_pairs:
             settings[field] = value
-        if field.startswith(own) and isinstance(value, str) and os.path.isfile(value):
-            with open(value, "rb") as file:
-                settings[f"sha256 of {field}"] = hashlib.file_digest(file, "sha256").hexdigest()
+        if field.startswith(own) and isinstance(value, str) and value:
+            settings |= _digest(field, pathlib.Path(value).expanduser())
     if subject is not None:
         settings["model"] = subject.digest or subject.which
     return json.loads(json.dumps(settings))
+
+
+def _digest(field: str, path: pathlib.Path) -> dict[str, str]:
+    """sha256 of a file that a field names, or of a folder's tables together; nothing if there is
+    none.
+    """
+
+    def of_file(path: pathlib.Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    if path.is_file():
+        return {f"sha256 of {field}": of_file(path)}
+    if not path.is_dir():
+        return {}
+    # Not of all files: it may be a model's folder.
+    tables = [one for ending in ("*.jsonl", "*.csv") for one in sorted(path.glob(ending))]
+    digests = "".join(map(of_file, tables))
+    return {f"sha256 of {field}": hashlib.sha256(digests.encode()).hexdigest()} if tables else {}
 
 
 def _check(file: pathlib.Path, kept: Evaluation, settings: dict[str, Any]) -> None:

@@ -104,6 +104,7 @@ class Task:
       folder: where its files go, which is there; None where nothing is to be written.
       console: where more than figures may be shown.
       settings: what decides the figures, by field.
+      label: what files are called that are of no model.
     """
 
     run: "Run"
@@ -112,6 +113,7 @@ class Task:
     folder: pathlib.Path | None
     console: Console
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    label: str = ""
 
     @property
     def section(self) -> config_dict.ConfigDict:
@@ -120,8 +122,8 @@ class Task:
 
     @property
     def model(self) -> str:
-        """What the model's files are called."""
-        return "" if self.subject is None else self.subject.name
+        """What the model's files are called, or those of no model."""
+        return self.label if self.subject is None else self.subject.name
 
     def sampled(self) -> SampledModel:
         """The model with its parameters."""

@@ -2,12 +2,13 @@
 
 - AlpacaEval: `[{"instruction", "output", "generator", "dataset"}]`, a JSON list;
 - MT-Bench: FastChat's answers, a JSON line a question with `choices[].turns`;
-- Arena-Hard: v0.1's answers are FastChat's; v2's have the conversation in `messages`.
+- Arena-Hard: answers with the conversation in `messages`; v0.1 had FastChat's layout at first, with
+  an object a turn.
 """
 
 import json
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from attnpo_jax.runtime import atomic
@@ -45,33 +46,50 @@ def _alpaca_eval(records: Sequence[Mapping[str, Any]], generator: str) -> str:
 
 
 def _mt_bench(records: Sequence[Mapping[str, Any]], generator: str) -> str:
-    def rows() -> Iterator[dict[str, Any]]:
-        for record in records:
-            yield {
-                "question_id": _number(record["id"]),
-                "answer_id": f"{generator}-{record['id']}",
-                "model_id": generator,
-                "choices": [{"index": 0, "turns": [record["response"]]}],
-                "tstamp": 0.0,
-            }
+    return _lines(
+        mt_bench_answer(_number(record["id"]), [record["response"]], generator)
+        for record in records
+    )
 
-    return _lines(rows())
+
+def mt_bench_answer(id: int | str, turns: Sequence[str], generator: str) -> dict[str, Any]:
+    """FastChat's row of an answer, a text a turn."""
+    return {
+        "question_id": id,
+        "answer_id": f"{generator}-{id}",
+        "model_id": generator,
+        "choices": [{"index": 0, "turns": list(turns)}],
+        "tstamp": 0.0,
+    }
 
 
 def _arena_hard(records: Sequence[Mapping[str, Any]], generator: str) -> str:
-    def rows() -> Iterator[dict[str, Any]]:
-        for record in records:
-            answer = {"role": "assistant", "content": {"answer": record["response"]}}
-            yield {
-                "uid": record["id"],
-                "ans_id": f"{generator}-{record['id']}",
-                "model": generator,
-                "messages": [*record["prompt"], answer],
-                "tstamp": 0.0,
-                "metadata": {"token_len": len(record["tokens"])},
-            }
+    return _lines(arena_hard_answer(record, generator) for record in records)
 
-    return _lines(rows())
+
+def arena_hard_answer(record: Mapping[str, Any], generator: str) -> dict[str, Any]:
+    """Arena-Hard's row of an answer."""
+    answer = {"role": "assistant", "content": {"answer": record["response"]}}
+    return {
+        "uid": record["id"],
+        "ans_id": f"{generator}-{record['id']}",
+        "model": generator,
+        "messages": [*record["prompt"], answer],
+        "tstamp": 0.0,
+        "metadata": {"token_len": len(record["tokens"])},
+    }
+
+
+def arena_hard_v01_answer(record: Mapping[str, Any], generator: str) -> dict[str, Any]:
+    """The row of an answer in the layout that Arena-Hard v0.1 had at first."""
+    turn = {"content": record["response"], "token_len": len(record["tokens"])}
+    return {
+        "question_id": record["id"],
+        "answer_id": f"{generator}-{record['id']}",
+        "model_id": generator,
+        "choices": [{"index": 0, "turns": [turn]}],
+        "tstamp": 0.0,
+    }
 
 
 def _number(id: str) -> int | str:
@@ -79,7 +97,7 @@ def _number(id: str) -> int | str:
     return int(id) if id.isascii() and id.isdecimal() else id
 
 
-def _lines(rows: Iterator[dict[str, Any]]) -> str:
+def _lines(rows: Iterable[dict[str, Any]]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 

@@ -43,7 +43,13 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 
-def prepare(run: "Run", *, keep_params: bool = False, console: Console | None = None) -> None:
+def prepare(
+    run: "Run",
+    *,
+    splits: Sequence[str] | None = None,
+    keep_params: bool = False,
+    console: Console | None = None,
+) -> None:
     """Prepares the training pairs and, if there are any, the held-out ones.
 
     What is on disk already and still fits is kept: a finished dataset as a whole, an unfinished one
@@ -54,6 +60,7 @@ def prepare(run: "Run", *, keep_params: bool = False, console: Console | None = 
 
     Args:
       run: the run; the datasets go to `prepared/train` and `prepared/eval` of its folder.
+      splits: those to prepare; None for all that the run has.
       keep_params: whether the model's parameters stay loaded for the stage that follows.
       console: where the figures go; None for standard output.
 
@@ -68,12 +75,12 @@ def prepare(run: "Run", *, keep_params: bool = False, console: Console | None = 
       LockedError: another run writes to the folder.
     """
     with run.writing():
-        _prepare(run, keep_params, console or Console())
+        _prepare(run, splits or run.splits, keep_params, console or Console())
 
 
-def _prepare(run: "Run", keep_params: bool, console: Console) -> None:
+def _prepare(run: "Run", splits: Sequence[str], keep_params: bool, console: Console) -> None:
     # The data come first: a mistake in them shall not wait for a model to be downloaded.
-    loaded = {split: _load_pairs(run, split) for split in run.splits}
+    loaded = {split: _load_pairs(run, split) for split in splits}
     # All splits are checked before any of them is computed.
     todo = _todo(run, loaded)
     if any(split.status != "complete" for split in todo):

@@ -97,7 +97,7 @@ class Evaluations:
                 folder = self._run.workdir / FOLDER / evaluator.name
                 found = evaluate_one(self._run, evaluator, subject, folder, Console(quiet=True))
                 for key, figure in found.result.figures.items() if found else ():
-                    if math.isfinite(figure.value):
+                    if math.isfinite(figure.value) and not figure.detail:
                         figures[f"eval_{evaluator.name}/{key}"] = figure.value
         except Preempted:
             loop.stops = True

@@ -22,6 +22,12 @@ from attnpo_jax.data.chat_template import Conversation
 from attnpo_jax.data.prepared import Prepared, PreparedWriter
 from attnpo_jax.data.sources import load_pairs
 from attnpo_jax.data.tokenize import ChatTokenizer
+from attnpo_jax.evaluate import alpaca_eval, arena_hard, mt_bench
+from attnpo_jax.evaluate.alpaca_eval import files as alpaca_files
+from attnpo_jax.evaluate.alpaca_eval import length_control
+from attnpo_jax.evaluate.arena_hard import files as arena_files
+from attnpo_jax.evaluate.arena_hard.settings import JudgeSettings
+from attnpo_jax.evaluate.mt_bench import files as mt_files
 from attnpo_jax.models.io import gguf, hf_folder
 from attnpo_jax.runtime import metrics
 from tests import tiny
@@ -217,6 +223,44 @@ def _metrics(draw):
     return {metrics.FILE: draw(damaged(b"\n".join(draw(mutated_json(x)) for x in lines) + b"\n"))}
 
 
+# --- Files of others' benchmarks ----------------------------------------------------------------
+
+_GAMES = [{"score": "A>>B"}, None]
+_FINDINGS = {
+    "alpaca": {"instruction": "a", "output_1": "b", "output_2": "c", "preference": 1.2},
+    "mt": {"question_id": 81, "model": "m", "judge": ["j", "p"], "score": 7, "turn": 1},
+    "arena": {"question_id": "q", "model": "m", "games": _GAMES},
+    "arena 2": {"uid": "q", "category": "c", "model": "m", "baseline": "b", "games": _GAMES},
+    "settings": {"prompt_template": ["a"], "regex_patterns": ["[(A)]"], "temperature": 0},
+    "lengths": dict.fromkeys(length_control.COLUMNS, 0),
+}
+
+
+@st.composite
+def _findings(draw):
+    kind = draw(st.sampled_from(list(_FINDINGS)))
+    rows = [draw(mutated_json(_FINDINGS[kind])) for _ in range(draw(st.integers(1, 3)))]
+    if kind == "lengths":
+        rows = [",".join(length_control.COLUMNS).encode(), b"0,1,0.5,-1,False", *rows]
+    content = b"[" + b",".join(rows) + b"]" if kind == "alpaca" else b"\n".join(rows)
+    return {kind: draw(damaged(content))}
+
+
+def _score(folder):
+    (file,) = folder.iterdir()
+    match file.name:
+        case "alpaca":
+            alpaca_eval.score(alpaca_files.read_annotations(file))
+        case "mt":
+            mt_bench.score(mt_files.read_judgments(file), {"81": "math"})
+        case "settings":
+            JudgeSettings.read(file, file).verdict("[[A>B]]")
+        case "lengths":
+            alpaca_eval.LengthData.read(file)
+        case _:
+            arena_hard.score(arena_files.read_judgments(file, ""))
+
+
 # --- Command lines ------------------------------------------------------------------------------
 
 _FIELDS = [
@@ -257,5 +301,6 @@ TARGETS = {
     "prepared": Target(_prepared(), _open_prepared),
     "run config": Target(_run_configs(), _read_run_config),
     "metrics": Target(_metrics(), metrics.read),
+    "benchmarks": Target(_findings(), _score),
     "overrides": Target(_overrides(), _apply),
 }

@@ -126,7 +126,7 @@ def test_an_endpoint_that_can_not_be_read_gives_ties(folder, tmp_path):
     with faulty.Endpoint(lambda number, body: "too long") as server:
         result = compare(folder, tmp_path, judge=server)
     assert result.about["ties"] == {"identical": 1, "unreadable": 5}
-    assert result.figures["first shown preferred"].count == 0
+    assert result.figures["first_shown_preferred"].count == 0
 
 
 def test_pairs_that_a_model_can_not_judge_are_shown_and_not_counted(folder, tmp_path):
@@ -141,7 +141,7 @@ def test_pairs_that_a_model_can_not_judge_are_shown_and_not_counted(folder, tmp_
     row = result.rows[1]
     assert row["win"] is None and "judge.max_length = 200 allows 199" in row["refused"]
     assert result.about["not judged"].startswith("1, the first one row-1: the judge prompt takes")
-    assert result.figures["win rate"].count == 5
+    assert result.figures["win_rate"].count == 5
 
 
 def test_there_must_be_an_endpoint_where_one_is_asked_for(folder, tmp_path):
@@ -176,7 +176,7 @@ def test_two_models_answer_and_their_samples_stay(folder, tmp_path):
 def test_a_model_against_itself_is_all_ties(folder, tmp_path):
     result = compare(folder, tmp_path, "base", baseline="base", max_new_tokens=4, count=3)
     assert {row["tie"] for row in result.rows} == {"identical"}
-    assert result.figures["win rate"].value == 0.5
+    assert result.figures["win_rate"].value == 0.5
 
 
 def test_samples_of_other_prompts(folder, tmp_path):
@@ -206,14 +206,14 @@ def test_rows_and_figures_by_hand():
     wins = [1.0] * 5 + [0.0] + [0.5] * 4
     controlled, *_ = outcomes.length_controlled(wins, range(10, 20), [12] * 10)
     assert {name: (figure.value, figure.count) for name, figure in found.items()} == {
-        "win rate": (0.7, 10),  # five wins, a loss, four ties
-        "length-controlled win rate": (controlled, 10),
+        "win_rate": (0.7, 10),  # five wins, a loss, four ties
+        "length_controlled_win_rate": (controlled, 10),
         "decided": (0.6, 10),
-        "sign test p": (intervals.sign_test(5, 1), 6),
+        "sign_test_p": (intervals.sign_test(5, 1), 6),
         # Half of each that is decided, both of two that are not, none of what is read once.
-        "first shown preferred": (pytest.approx((6 * 0.5 + 2 * 1.0 + 0.0) / 9), 9),
+        "first_shown_preferred": (pytest.approx((6 * 0.5 + 2 * 1.0 + 0.0) / 9), 9),
         # Pairs 0 and 1 are shorter and won, 2 as long, 3 and 4 longer and won, 5 longer and lost.
-        "longer preferred": (0.4, 5),
+        "longer_preferred": (0.4, 5),
     }
     assert versus.summary(rows) == {
         "wins": 5,
@@ -237,6 +237,6 @@ def test_a_dry_run_from_the_command_line(folder, tmp_path, capsys):
         assert not server.requests and not (tmp_path / "a.jsonl.json").exists()
         assert cli.main(command) == 0
     told = capsys.readouterr().out
-    assert "length-controlled win rate" in told and "judge: judge" in told
+    assert "length_controlled_win_rate" in told and "judge: judge" in told
     assert cli.main([text for text in command if "judge-model" not in text]) == 1
     assert "judge.model = '': accepted: the name of a model" in capsys.readouterr().err

@@ -75,7 +75,7 @@ def test_intervals_hold_a_known_win_rate_as_often_as_they_say():
 def test_without_differences_in_length_the_win_rate_stays_as_it_is():
     outcomes = [1.0, 1.0, 0.5, 0.0, 1.0]
     value, low, high = of.length_controlled(outcomes, [9] * 5, [9] * 5)
-    np.testing.assert_allclose(value, 0.7, atol=1e-6)
+    np.testing.assert_allclose(value, 0.7, atol=0.002)
     assert low < 0.7 < high
 
 
@@ -86,7 +86,7 @@ def test_two_lengths_by_hand():
     value, *_ = of.length_controlled(outcomes, lengths, [100] * 20, ridge=0.0)
     np.testing.assert_allclose(value, special.expit((math.log(9) + 0) / 2), rtol=1e-6)  # 0.75
     shrunk, *_ = of.length_controlled(outcomes, lengths, [100] * 20)
-    assert 0.7 < shrunk < value
+    assert 0.74 < shrunk < value
 
 
 def test_the_fit_is_that_of_a_general_minimizer():
@@ -97,7 +97,7 @@ def test_the_fit_is_that_of_a_general_minimizer():
 
     def loss(at):
         logits = at[0] * np.tanh(d) + at[1]
-        return np.sum(np.logaddexp(0, logits) - outcomes * logits) + 0.05 * at[0] ** 2
+        return np.sum(np.logaddexp(0, logits) - outcomes * logits) + 0.005 * at @ at
 
     expected = special.expit(optimize.minimize(loss, [0.0, 0.0], tol=1e-12).x[1])
     value, low, high = of.length_controlled(outcomes, lengths, others)
@@ -116,8 +116,9 @@ def test_a_preference_for_length_alone_is_taken_out():
 
 @pytest.mark.parametrize("outcome, expected", [(1.0, 1.0), (0.0, 0.0), (0.5, 0.5)])
 def test_outcomes_that_are_all_the_same(outcome, expected):
-    found = of.length_controlled([outcome] * 6, range(6), [3] * 6)
-    np.testing.assert_allclose(found, [expected] * 3, atol=1e-4)
+    value, low, high = of.length_controlled([outcome] * 6, range(6), [3] * 6)
+    np.testing.assert_allclose(value, expected, atol=1e-4)
+    assert math.isnan(low) and math.isnan(high)
     assert all(map(math.isnan, of.length_controlled([], [], [])))
 
 

@@ -99,12 +99,12 @@ def figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
     won, lost = wins.count(1.0), wins.count(0.0)
     controlled = outcomes.length_controlled(wins, lengths, others)
     return {
-        "win rate": Figure(*outcomes.win_rate(wins), len(wins), "win"),
-        "length-controlled win rate": Figure(*controlled, len(wins)),
+        "win_rate": Figure(*outcomes.win_rate(wins), len(wins), "win"),
+        "length_controlled_win_rate": Figure(*controlled, len(wins)),
         "decided": figure(rows, "decided"),
-        "sign test p": Figure(intervals.sign_test(won, lost), count=won + lost),
-        "first shown preferred": figure(rows, "first_shown"),
-        "longer preferred": figure(rows, "longer_won"),
+        "sign_test_p": Figure(intervals.sign_test(won, lost), count=won + lost),
+        "first_shown_preferred": figure(rows, "first_shown"),
+        "longer_preferred": figure(rows, "longer_won"),
     }
 
 

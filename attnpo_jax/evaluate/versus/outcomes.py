@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy import special
 
-from attnpo_jax.evaluate import intervals
+from attnpo_jax.evaluate import intervals, logistic
 
-# Keeps the slope finite where length alone tells wins from losses, as it may among few pairs; of
-# 200 pairs of ordinary lengths it takes half a percent off the slope.
-_RIDGE = 0.1
-_STEPS, _LONGEST_STEP, _CLOSE = 100, 4.0, 1e-10
+# Keeps the fit finite where length alone tells wins from losses, as it may among few pairs; of 200
+# pairs of ordinary lengths it takes less than a thousandth off the coefficients.
+_RIDGE = 0.01
 _LETTER = re.compile(r"\W*([AB])\b")
 
 
@@ -82,9 +81,14 @@ def win_rate(outcomes: Sequence[float]) -> tuple[float, float, float]:
     x = np.asarray(outcomes, np.float64)
     if not len(x):
         return math.nan, math.nan, math.nan
-    if {0.0, 1.0} <= {*x.tolist()}:
+    if _has_both(x):
         return float(x.mean()), *intervals.bootstrap(len(x), lambda drawn: float(x[drawn].mean()))
     return float(x.mean()), *intervals.mean(x)
+
+
+def _has_both(outcomes: np.ndarray) -> bool:
+    """Whether something was won and something lost."""
+    return {0.0, 1.0} <= {*outcomes.tolist()}
 
 
 def length_controlled(
@@ -100,7 +104,8 @@ def length_controlled(
     prompts' difficulty, which need many models: P(win) = sigmoid(a tanh(d / std(d)) + c), where d
     is the difference of lengths in characters, is fitted to the outcomes by maximum likelihood, a
     tie counting as half a win and half a loss; the rate is sigmoid(c). A small penalty,
-    ridge / 2 a^2, keeps the slope finite. Draws of the bootstrap keep std(d).
+    ridge / 2 (a^2 + c^2), keeps both finite. Draws of the bootstrap keep std(d); where nothing was
+    won or nothing lost, they tell too little, and there is no interval.
 
     Args:
       outcomes: (n,) 1, 0 or a half.
@@ -114,29 +119,14 @@ def length_controlled(
         return math.nan, math.nan, math.nan
     d = np.asarray(lengths, np.float64) - np.asarray(baseline_lengths, np.float64)
     spread = d.std(ddof=1) if len(d) > 1 else 0.0
-    x = np.tanh(d / spread) if spread > 0 else np.zeros_like(d)
+    if len({*y.tolist()}) == 1:
+        return float(y[0]), math.nan, math.nan
+    x = np.stack([np.tanh(d / spread) if spread > 0 else np.zeros_like(d), np.ones_like(d)], 1)
+    whole = logistic.fit(x, y, ridge=ridge)
 
     def rate(rows: np.ndarray) -> float:
-        return float(special.expit(_intercept(x[rows], y[rows], ridge)))
+        return float(special.expit(logistic.fit(x[rows], y[rows], ridge=ridge, start_F=whole)[1]))
 
-    return rate(np.arange(len(y))), *intervals.bootstrap(len(y), rate)
-
-
-def _intercept(x: np.ndarray, y: np.ndarray, ridge: float) -> float:
-    """c of the fit, by Newton's method; large but finite where all outcomes are the same."""
-    a = c = 0.0
-    tiny = 1e-6
-    for _ in range(_STEPS):
-        p = special.expit(a * x + c)
-        off, weight = p - y, p * (1 - p)
-        gradient_a, gradient_c = off @ x + ridge * a, off.sum() + tiny * c
-        aa, ac, cc = weight @ x**2 + ridge, weight @ x, weight.sum() + tiny
-        determinant = aa * cc - ac * ac
-        step_a = (cc * gradient_a - ac * gradient_c) / determinant
-        step_c = (aa * gradient_c - ac * gradient_a) / determinant
-        largest = max(abs(step_a), abs(step_c))
-        shrink = min(1.0, _LONGEST_STEP / largest) if largest else 1.0
-        a, c = a - shrink * step_a, c - shrink * step_c
-        if largest < _CLOSE:
-            break
-    return c
+    none = math.nan, math.nan
+    interval = intervals.bootstrap(len(y), rate) if _has_both(y) else none
+    return float(special.expit(whole[1])), *interval

@@ -14,7 +14,7 @@ import jax
 import pytest
 
 import attnpo_jax
-from attnpo_jax import cli
+from attnpo_jax import cli, evaluate
 from attnpo_jax.config import ConfigError, flatten, load_config
 from attnpo_jax.run import Run
 from attnpo_jax.runtime.errors import UsageError
@@ -417,7 +417,14 @@ def test_help_lists_commands_and_options(arguments, capsys):
         assert cli.COMMANDS["run"].summary in out
     else:
         for name in (*cli.COMMANDS, "completion", "version"):
-            assert f"\n  {name} " in out
+            assert (f"\n  {name} " in out) == (" " not in name)
+
+
+def test_the_help_of_evaluate_lists_evaluations(capsys):
+    assert cli.main(["evaluate", "--help"]) == 0
+    listed = capsys.readouterr().out.partition("Evaluate NAME")[2]
+    for name in evaluate.names():
+        assert f"\n  {name} " in listed and f"evaluate {name}" in cli.COMMANDS
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"]])

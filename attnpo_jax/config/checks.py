@@ -90,6 +90,8 @@ def suggest(field: str, known: Sequence[str] | Mapping[str, Any]) -> str:
     if not close:
         lasts = {k.split(".")[-1]: k for k in known}
         close = [lasts[k] for k in difflib.get_close_matches(last, list(lasts), n=1)]
+    least = min((k.count(".") for k in close), default=0)
+    close = [k for k in close if k.count(".") == least]  # before those of single evaluations
     return f" (did you mean {' or '.join(f'config.{k}' for k in close)}?)" if close else ""
 
 

@@ -1,6 +1,7 @@
 """Finished evaluations: `evaluations/NAME/MODEL.json`, and `MODEL.rows.jsonl` beside it."""
 
 import dataclasses
+import json
 import math
 import pathlib
 import re
@@ -73,7 +74,8 @@ class Evaluation:
     def write(self, folder: pathlib.Path) -> None:
         """Writes both files, the rows first: where the figures are, the evaluation is finished."""
         atomic.write_json_lines(_rows_file(folder, self.model), self.result.rows)
-        atomic.write_json(folder / f"{self.model}.json", self.facts())
+        text = json.dumps(self.facts(), indent=2) + "\n"  # figures in their order
+        atomic.write_atomically(folder / f"{self.model}.json", text.encode())
 
 
 def _rows_file(folder: pathlib.Path, model: str) -> pathlib.Path:

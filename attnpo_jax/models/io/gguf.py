@@ -179,7 +179,9 @@ def _hf_names(config: Mapping[str, object]) -> dict[str, str]:
 def read_tensors(reader: gguf.GGUFReader, config: Mapping[str, object]) -> dict[str, np.ndarray]:
     """Every tensor of the file under its Hugging Face name, float32, in Hugging Face row order."""
     if (layers := config["num_hidden_layers"]) > len(reader.tensors):
-        raise ValueError(f"{layers} layers, but {len(reader.tensors)} tensors")
+        raise ValueError(
+            f"num_hidden_layers {layers}, but the file has {len(reader.tensors)} tensors"
+        )
     tensors, unknown, names = {}, [], _hf_names(config)
     for tensor in reader.tensors:
         name = names.get(tensor.name)

@@ -186,5 +186,5 @@ def test_what_is_not_known_is_named_with_the_file(tmp_path, arguments, message):
 
 def test_layers_that_the_file_has_no_tensors_for_are_refused_at_once():
     empty = types.SimpleNamespace(tensors=[])
-    with pytest.raises(ValueError, match="100000000 layers, but 0 tensors"):
+    with pytest.raises(ValueError, match="num_hidden_layers 100000000, but the file has 0 tensors"):
         reader.read_tensors(empty, {"num_hidden_layers": 100_000_000})

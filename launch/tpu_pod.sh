@@ -81,6 +81,8 @@ install)
     mkdir -p attnpo_jax && tar -xzf attnpo.tar.gz -C attnpo_jax
     python3 -m pip install --user --quiet --require-hashes -r attnpo_jax/launch/uv.txt
     ~/.local/bin/uv venv --clear --python 3.11 ~/attnpo_venv
+    ~/.local/bin/uv pip install --python ~/attnpo_venv/bin/python --require-hashes \
+      -r attnpo_jax/requirements.lock
     ~/.local/bin/uv pip install --python ~/attnpo_venv/bin/python './attnpo_jax[tpu,tokamax]'"
   ;;
 run)

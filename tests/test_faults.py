@@ -152,11 +152,9 @@ def sigterm_at(monkeypatch, step):
 def killed(setting, workdir, fault):
     """`attnpo run` in a process of its own that SIGKILL ends at `fault`."""
     folder, _ = setting
-    environ = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-m", "tests.test_faults", fault, str(folder / "config.py"), str(workdir)],
         cwd=ROOT,
-        env=environ,
         capture_output=True,
         text=True,
     )
@@ -402,7 +400,6 @@ def test_a_full_disk_is_one_message_and_room_is_all_it_takes(
     done = subprocess.run(
         [*IN_NAMESPACE, *map(str, script)],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )

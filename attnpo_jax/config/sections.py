@@ -28,8 +28,8 @@ class Section(config_dict.ConfigDict):
     _former: str | None = None
 
     def __setitem__(self, key: str, value: Any) -> None:
-        before = self.get("name", value) if key == "name" else value
-        if before == value:
+        before = self.get("name", value)
+        if key != "name" or before == value:
             super().__setitem__(key, value)
             return
         known = value in self._registry.names()

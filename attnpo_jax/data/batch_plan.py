@@ -2,7 +2,7 @@
 
 A batch's pairs are had by its number alone (`Order`), and so is how they lie in its microbatches.
 Its shape is one of the few that pad least over all batches of the run, so all of them are looked at
-beforehand (`plan`): many at a time, and none is kept but for the number of its shape.
+beforehand (`plan`): many at a time, and of many none is kept but for the number of its shape.
 """
 
 import dataclasses
@@ -17,7 +17,6 @@ from attnpo_jax.data.packing import (
     round_up,
     rows_needed,
     rows_used,
-    split_evenly,
     split_many,
 )
 
@@ -26,10 +25,13 @@ _TRIED = 24
 # A token of a row of this length costs about twice one of a short row, since it has more to attend
 # to: from the FLOPs of a 135M decoder, 6 k; less here, since attention runs below matmul speed.
 _ATTENTION_LENGTH = 2048
-# Pairs that are looked at together: arrays of a few megabytes.
-_AT_ONCE = 1 << 17
+# Pairs that are looked at together: arrays of a few megabytes, and yet many groups of 256 pairs.
+_AT_ONCE = 1 << 18
 # Pairs whose order is made together: small epochs take least when there are many.
 _SHUFFLED_AT_ONCE = 1 << 19
+# Pair-visits of a run up to which all orders are kept for the three times that they are looked at,
+# rather than made anew: 32 MB.
+_KEPT = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,10 +92,10 @@ class Order:
     def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """All batches, many of the same size at a time: (their numbers (n,), pairs (n, size))."""
         whole, rest = divmod(self._num_pairs, self.batch_size)
-        at_once = max(1, _SHUFFLED_AT_ONCE // self._num_pairs)
+        shuffled = max(1, _SHUFFLED_AT_ONCE // self._num_pairs)
         num_epochs = -(-self._total // self.steps_per_epoch)
-        for first in range(0, num_epochs, at_once):
-            epochs = np.arange(first, min(first + at_once, num_epochs))
+        for first in range(0, num_epochs, shuffled):
+            epochs = np.arange(first, min(first + shuffled, num_epochs))
             items = self._epochs(epochs)
             steps = epochs[:, None] * self.steps_per_epoch + np.arange(self.steps_per_epoch)
             cut = whole * self.batch_size
@@ -145,40 +147,27 @@ def plan(
       row_multiple: microbatches have a multiple of this many rows.
     """
     groups = functools.partial(
-        _groups,
-        lengths=sizes.row,
-        parts=parts,
-        size=min(part_size, order.batch_size),
+        split_many, lengths=sizes.row, parts=parts, size=min(part_size, order.batch_size)
     )
+    kept = list(order.blocks()) if len(order) * order.batch_size <= _KEPT else None
+
+    def blocks():
+        return order.blocks() if kept is None else kept
+
     longest = np.zeros(len(order), np.int32)
     used = 0
-    for steps, items in order.blocks():
+    for steps, items in blocks():
         of_items = sizes.row[items]
         longest[steps] = of_items.max(axis=1)
         used += int(of_items.sum())
     tried = _lengths_to_try(longest, num_buckets)
-    needs, pattern = _needs(order, sizes, groups, longest, tried, row_multiple)
+    needs, pattern = _needs(blocks, sizes, groups, longest, tried, row_multiple)
     chosen, which_of = _choose(needs, np.bincount(pattern), tried, num_buckets)
     which = which_of.astype(np.int32)[pattern]
-    shapes = _shapes(order, sizes, groups, chosen, which)
+    shapes = _shapes(blocks, sizes, groups, chosen, which)
     counts = np.bincount(which, minlength=len(shapes))
     room = parts * sum(int(n) * s.rows * s.length for n, s in zip(counts, shapes, strict=True))
     return Plan(shapes, which, 1 - used / room)
-
-
-def _groups(items: np.ndarray, *, lengths: np.ndarray, parts: int, size: int) -> np.ndarray:
-    """The pairs of each microbatch of some batches, int (size, batches, parts), longest first.
-
-    -1 where a microbatch has no more.
-    """
-    # One batch after the other is quicker where few batches have many microbatches each.
-    if items.shape[1] <= parts or (len(items) >= 32 and parts <= 128):
-        return split_many(items, lengths, parts, size)
-    groups = np.full((size, len(items), parts), -1)
-    for b, of_batch in enumerate(items):
-        for p, group in enumerate(split_evenly(of_batch, lengths, parts, size)):
-            groups[: len(group), b, p] = group
-    return groups
 
 
 def _lengths_to_try(longest: np.ndarray, num_buckets: int) -> list[int]:
@@ -187,7 +176,7 @@ def _lengths_to_try(longest: np.ndarray, num_buckets: int) -> list[int]:
     return sorted({*base, *(round_up(math.ceil(length)) for length in spread)})
 
 
-def _needs(order, sizes, groups, longest, tried, row_multiple) -> tuple[np.ndarray, np.ndarray]:
+def _needs(blocks, sizes, groups, longest, tried, row_multiple) -> tuple[np.ndarray, np.ndarray]:
     """The rows that batches need with each row length.
 
     Returns:
@@ -195,9 +184,9 @@ def _needs(order, sizes, groups, longest, tried, row_multiple) -> tuple[np.ndarr
       fit; and the pattern of each batch, (steps,).
     """
     capacities = np.array(tried)
-    pattern = np.zeros(len(order), np.int32)
+    pattern = np.zeros(len(longest), np.int32)
     kept: list[np.ndarray] = []
-    for steps, items in order.blocks():
+    for steps, items in blocks():
         in_groups = groups(items)
         fits = longest[steps] <= capacities[:, None]
         rows = np.where(fits.T, np.int32(round_up(1, row_multiple)), np.int32(0))
@@ -286,22 +275,20 @@ def _totals(needs, weights, best, sizes, costs, column) -> np.ndarray:
     return totals
 
 
-def _shapes(order, sizes, groups, chosen, which) -> tuple[RowShape, ...]:
+def _shapes(blocks, sizes, groups, chosen, which) -> tuple[RowShape, ...]:
     """The shapes of the chosen (row length, rows), with room for all that their batches hold."""
     scored, response, pairs = np.zeros((3, len(chosen)), int)
-    for steps, items in order.blocks():
+    capacities = np.array([length for length, _ in chosen])
+    for steps, items in blocks():
         in_groups = groups(items)
-        lengths, of_scored = (_of_pairs(x, in_groups) for x in (sizes.row, sizes.scored))
-        longest = sizes.response[items].max(axis=1)
-        for k in np.unique(which[steps]):
-            mine = which[steps] == k
-            most = rows_used(
-                lengths[:, mine].reshape(len(lengths), -1),
-                of_scored[:, mine].reshape(len(lengths), -1),
-                chosen[k][0],
-            )
-            scored[k], pairs[k] = max(scored[k], most[0]), max(pairs[k], most[1])
-            response[k] = max(response[k], longest[mine].max())
+        np.maximum.at(response, which[steps], sizes.response[items].max(axis=1))
+        lengths, of_scored = (
+            _of_pairs(x, in_groups).reshape(len(in_groups), -1) for x in (sizes.row, sizes.scored)
+        )
+        shape = np.repeat(which[steps], in_groups.shape[2])
+        most = rows_used(lengths, of_scored, capacities[shape])
+        np.maximum.at(scored, shape, most[0])
+        np.maximum.at(pairs, shape, most[1])
     return tuple(
         RowShape(
             length=length,

@@ -127,14 +127,38 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 def split_evenly(items: np.ndarray, lengths: np.ndarray, parts: int, size: int) -> list[list[int]]:
     """Items in `parts` groups of at most `size`, their total lengths about equal, longest first."""
-    groups: list[list[int]] = [[] for _ in range(parts)]
-    least = [(0, g) for g in range(parts)]  # a heap of the groups that have room, by their totals
-    for item in items[np.argsort(-lengths[items], kind="stable")].tolist():
-        total, g = heapq.heappop(least)
-        groups[g].append(item)
-        if len(groups[g]) < size:
-            heapq.heappush(least, (total + int(lengths[item]), g))
-    return groups
+    items, group, _ = _split(items, lengths, parts, size)
+    by_group = items[np.argsort(group, kind="stable")]
+    cuts = np.cumsum(np.bincount(group, minlength=parts))[:-1]
+    return [of_group.tolist() for of_group in np.split(by_group, cuts)]
+
+
+def _split(
+    items: np.ndarray, lengths: np.ndarray, parts: int, size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For `split_evenly`: the items, longest first, the group of each, and its place there."""
+    items = items[np.argsort(-lengths[items], kind="stable")]
+    first, rest = items[:parts], items[parts:]  # the first ones each find a group that is empty
+    group, place = list(range(len(first))), [0] * len(first)
+    # A heap of the groups that have room, by their totals and then by number, both in one integer.
+    totals = lengths[first].astype(np.int64) * parts + np.arange(len(first))
+    least = totals.tolist()
+    heapq.heapify(least)
+    filled = [1] * parts
+    for length in (lengths[rest].astype(np.int64) * parts).tolist():
+        g = least[0] % parts
+        group.append(g)
+        place.append(filled[g])
+        filled[g] += 1
+        if filled[g] < size:
+            heapq.heapreplace(least, least[0] + length)
+        else:
+            heapq.heappop(least)
+    return items, np.array(group), np.array(place)
+
+
+# From where on `split_many` takes one row after the other.
+_FEW_ROWS, _MANY_PARTS = 32, 128
 
 
 def split_many(items: np.ndarray, lengths: np.ndarray, parts: int, size: int) -> np.ndarray:
@@ -147,10 +171,16 @@ def split_many(items: np.ndarray, lengths: np.ndarray, parts: int, size: int) ->
       int (size, rows, parts), -1 for none.
     """
     rows, n = items.shape
+    groups = np.full((size, rows, parts), -1)
+    # One row after the other is quicker where few rows have many groups each.
+    if n > parts and (rows < _FEW_ROWS or parts > _MANY_PARTS):
+        for row, of_row in enumerate(items):
+            of_row, group, place = _split(of_row, lengths, parts, size)
+            groups[place, row, group] = of_row
+        return groups
     every = np.arange(rows)
     order = np.argsort(-lengths[items], axis=1, kind="stable")
     items = np.take_along_axis(items, order, axis=1).T  # (n, rows)
-    groups = np.full((size, rows, parts), -1)
     # The first ones each find a group that is empty.
     first = min(parts, n)
     groups[0, :, :first] = items[:first].T
@@ -195,43 +225,44 @@ def rows_needed(lengths: Sequence[np.ndarray], capacities: np.ndarray) -> list[n
     return np.split(needed, np.cumsum([of_one.shape[1] for of_one in lengths])[:-1])
 
 
-def rows_used(lengths: np.ndarray, scored: np.ndarray, capacity: int) -> tuple[int, int]:
-    """The most that any row holds after `pack` has packed many groups.
+def rows_used(
+    lengths: np.ndarray, scored: np.ndarray, capacities: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The most that any row of each group holds after `pack` has packed it.
 
     Args:
       lengths: int (items, groups), as for `rows_needed`.
       scored: of each item, how many of its tokens are scored, int (items, groups).
-      capacity: of the rows.
+      capacities: of the rows of each group, int (groups,).
 
     Returns:
-      (scored tokens, items).
+      (scored tokens, items), each int (groups,).
     """
-    most = 0, 0
+    most = np.zeros((2, lengths.shape[1]), int)
+    counted = np.stack([scored, lengths > 0], axis=1)  # (items, 2, groups)
     for start in range(0, lengths.shape[1], _PACKED_AT_ONCE):
-        part = lengths[:, start : start + _PACKED_AT_ONCE]
-        of_part = scored[:, start : start + _PACKED_AT_ONCE]
-        held: list[tuple[np.ndarray, np.ndarray]] = []
-        _first_fit(part, np.full(part.shape[1], capacity), of_part, held)
-        most = (
-            max(most[0], max(int(tokens.max()) for tokens, _ in held)),
-            max(most[1], max(int(items.max()) for _, items in held)),
-        )
-    return most
+        part = slice(start, start + _PACKED_AT_ONCE)
+        held: list[np.ndarray] = []
+        _first_fit(lengths[:, part], capacities[part], counted[..., part], held)
+        most[:, part] = np.max(held, axis=0, initial=0)
+    return most[0], most[1]
 
 
 def _first_fit(
     lengths: np.ndarray,
     capacity: np.ndarray,
-    scored: np.ndarray | None = None,
-    held: list[tuple[np.ndarray, np.ndarray]] | None = None,
+    counted: np.ndarray | None = None,
+    held: list[np.ndarray] | None = None,
 ) -> list[np.ndarray]:
     """What is left of each row, (groups,), after first-fit packing of all groups at once.
 
-    With `scored`, `held` gets the scored tokens and the number of the items of each row.
+    With `counted` (items, n, groups), `held` gets the sums (n, groups) over the items of each row;
+    no sum is more than the capacity.
     """
     word = np.int16 if int(capacity.max()) <= np.iinfo(np.int16).max else np.int32
     sign_bit = word(8 * np.dtype(word).itemsize - 1)
     lengths, capacity = lengths.astype(word), capacity.astype(word)
+    counted = None if counted is None else counted.astype(word)
     unfit = np.empty_like(capacity)
     rooms: list[np.ndarray] = []
     for i, waiting in enumerate(lengths):  # lengths that have no row yet, 0 when they have
@@ -242,16 +273,14 @@ def _first_fit(
                     break
                 rooms.append(capacity.copy())
                 if held is not None:
-                    held.append((np.zeros(len(capacity), int), np.zeros(len(capacity), int)))
+                    held.append(np.zeros_like(counted[0]))
             # Where it fits, the room shrinks and nothing waits any more. Without masks or copies:
             # most of planning a run is spent here.
-            before = waiting.copy() if held is not None else None
             rooms[r] -= waiting
             np.right_shift(rooms[r], sign_bit, out=unfit)  # all bits set where it does not fit
             waiting &= unfit
             rooms[r] += waiting
             if held is not None:
-                placed = before != waiting
-                np.add(held[r][0], scored[i], out=held[r][0], where=placed)
-                np.add(held[r][1], 1, out=held[r][1], where=placed)
+                held[r] += counted[i] & ~unfit
+                counted[i] &= unfit
     return rooms

@@ -562,7 +562,9 @@ def test_validation_loads_no_model_or_data_library():
         "import sys; from attnpo_jax.config import *; validate(default_config());"
         "print([m for m in ('transformers', 'datasets', 'torch', 'flax') if m in sys.modules])"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-E", "-c", code], capture_output=True, text=True, check=True
+    )
     assert re.search(r"^\[\]$", out.stdout, re.M), out.stdout
 
 

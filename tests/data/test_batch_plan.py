@@ -7,7 +7,7 @@ import grain
 import numpy as np
 import pytest
 
-from attnpo_jax.data import batch_plan
+from attnpo_jax.data import batch_plan, packing
 from attnpo_jax.data.batch_plan import Order, Sizes, plan
 from attnpo_jax.data.packing import pack, rows_needed, split_evenly, split_many
 from attnpo_jax.data.shuffle import shuffled
@@ -88,7 +88,9 @@ def test_batches_planned_together_are_those_planned_one_by_one(
         assert split_evenly(order[s], sizes.row, parts, part_size) == groups[s]
 
 
-def test_groups_of_many_batches_are_those_of_each():
+@pytest.mark.parametrize("few_rows", [0, 7])  # together, or one after the other
+def test_groups_of_many_batches_are_those_of_each(monkeypatch, few_rows):
+    monkeypatch.setattr(packing, "_FEW_ROWS", few_rows)
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 40, 500)
     for n, parts, size in ((12, 3, 4), (9, 4, 4), (2, 3, 4), (5, 5, 1), (8, 1, 8)):
@@ -110,16 +112,30 @@ def test_rows_of_many_groups_are_those_of_each():
             assert of_capacity.tolist() == plain
 
 
-def test_a_million_visits_are_planned_in_seconds():
-    # A twentieth of them, which took 1.7 s batch by batch and takes 0.06 s.
-    num_pairs = 50_000
+@pytest.mark.parametrize(
+    ("num_pairs", "batch_size", "part_size", "epochs"),
+    [(50_000, 32, 4, 1), (50_000, 512, 256, 1), (1000, 8, 8, 50), (50_000, 5_000, 4, 1)],
+)
+def test_a_million_visits_are_planned_in_seconds(num_pairs, batch_size, part_size, epochs):
+    # A twentieth of them, each in less than 0.1 s; the first took 1.7 s batch by batch.
     sizes = sizes_of(num_pairs, seed=0, longest=1800)
+    total = epochs * -(-num_pairs // batch_size)
+    parts = -(-batch_size // part_size)
+    order = order_of(num_pairs, batch_size, total)
     start = time.process_time()
-    found = plan(
-        order_of(num_pairs, 32, 1563), sizes, parts=8, part_size=4, num_buckets=6, row_multiple=1
-    )
+    found = plan(order, sizes, parts=parts, part_size=part_size, num_buckets=6, row_multiple=1)
     assert time.process_time() - start < 1
-    assert len(found.which) == 1563
+    assert len(found.which) == total
+
+
+def test_whether_orders_are_kept_changes_no_plan(monkeypatch):
+    sizes, order = sizes_of(300, seed=1), order_of(300, 32, 25)
+    settings = {"parts": 8, "part_size": 4, "num_buckets": 6, "row_multiple": 1}
+    wanted = plan(order, sizes, **settings)
+    monkeypatch.setattr(batch_plan, "_KEPT", 0)
+    monkeypatch.setattr(batch_plan, "_SHUFFLED_AT_ONCE", 500)
+    found = plan(order, sizes, **settings)
+    assert found.which.tolist() == wanted.which.tolist() and found.shapes == wanted.shapes
 
 
 def test_a_batch_beyond_the_last_is_an_index_error():

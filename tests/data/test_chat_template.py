@@ -139,14 +139,19 @@ def test_rows_are_the_tokens_of_what_transformers_renders(tokenizers_of_families
     assert good >= 8
 
 
-@pytest.mark.parametrize("family", ["llama2", "zephyr", "vicuna", "qwen3"])
-@pytest.mark.parametrize("name", ["llama2", "gemma3"])
-def test_sentencepiece_rows_are_the_tokens_of_the_joint_text(name, family):
+@pytest.fixture(scope="module", params=["llama2", "gemma3"])
+def sentencepiece(request):
+    """Loaded once for all templates: it takes longer than what is done with it."""
     folder = os.environ.get("ATTNPO_TOKENIZERS")
     if not folder:
         pytest.skip("no $ATTNPO_TOKENIZERS (see tests/fetch_tokenizers.sh)")
-    given = transformers.AutoTokenizer.from_pretrained(pathlib.Path(folder) / name)
-    fast = chat_families.with_marks(given.backend_tokenizer)
+    given = transformers.AutoTokenizer.from_pretrained(pathlib.Path(folder) / request.param)
+    return chat_families.with_marks(given.backend_tokenizer)
+
+
+@pytest.mark.parametrize("family", ["llama2", "zephyr", "vicuna", "qwen3"])
+def test_sentencepiece_rows_are_the_tokens_of_the_joint_text(sentencepiece, family):
+    fast = sentencepiece
     fast.chat_template = FAMILIES[family]
     tokenizer, rng, good = ChatTokenizer(fast, origin="test"), random.Random(family), 0
     for _ in range(25):

@@ -111,6 +111,13 @@ def tokenizer(request, tokenizer_name):
     return ChatTokenizer.load(pathlib.Path(folder) / tokenizer_name, TEMPLATES.get(tokenizer_name))
 
 
+@pytest.fixture(scope="module")
+def trained_on(tokenizer, pairs):
+    """Every pair with its tokens."""
+    limits = {"max_length": 200_000, "max_prompt_length": 100_000}
+    return [(pair, tokenize_pair(tokenizer, pair, **limits)) for pair in pairs]
+
+
 def covered(spans):
     return sorted({place for start, end in spans.tolist() for place in range(start, end)})
 
@@ -122,13 +129,12 @@ def as_read_back(text):
     return unicodedata.normalize("NFC", text.replace("▁", " ")).strip()
 
 
-def test_every_pair_is_aligned(tokenizer, pairs):
+def test_every_pair_is_aligned(tokenizer, trained_on):
     prompter = JudgePrompter(tokenizer, JudgeTemplate.load("default"), 100_000, 10_000)
     rng = np.random.default_rng(0)
     control = set(tokenizer.tokenizer.all_special_ids)
     same = tokens = 0
-    for pair in pairs:
-        trained = tokenize_pair(tokenizer, pair, max_length=200_000, max_prompt_length=100_000)
+    for pair, trained in trained_on:
         judged = prompter.build(pair)
         for side in ("chosen", "rejected"):
             text = getattr(pair, side).strip()
@@ -160,11 +166,10 @@ def test_every_pair_is_aligned(tokenizer, pairs):
     assert same > (0.9 if os.environ.get("ATTNPO_PAIRS") else 0.7) * tokens
 
 
-def test_precomputed_weights_of_vocabulary_entries_are_those_of_ids(tokenizer, pairs):
+def test_precomputed_weights_of_vocabulary_entries_are_those_of_ids(tokenizer, trained_on):
     reader = WeightReader(tokenizer.tokenizer.backend_tokenizer, tokenizer.origin)
     rng = np.random.default_rng(1)
-    for pair in pairs:
-        trained = tokenize_pair(tokenizer, pair, max_length=200_000, max_prompt_length=100_000)
+    for pair, trained in trained_on:
         ids, weights = {}, {}
         for side in ("chosen", "rejected"):
             length = getattr(trained, f"{side}_text_length")

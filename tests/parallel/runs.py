@@ -31,7 +31,7 @@ def get_config():
 
 def environment():
     """Variables of a process; the tests' compilation cache is among those that it inherits."""
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    return {**os.environ, "JAX_PLATFORMS": "cpu"}
 
 
 def run(setting, workdir, count, *arguments, code=0):

@@ -27,6 +27,7 @@ import signal
 import sys
 import time
 
+import numpy as np
 import orbax.checkpoint as ocp
 
 from attnpo_jax import config as config_lib
@@ -241,10 +242,11 @@ def record_what_is_fed(file, set_attribute=setattr):
             pairs = []
             for shard in placed.pair_BG.addressable_shards:
                 first = [part.start or 0 for part in shard.index]
+                numbers = np.asarray(shard.data)
                 if shard.replica_id == 0:
-                    for place in zip(*(shard.data >= 0).nonzero(), strict=True):
+                    for place in np.argwhere(numbers >= 0):
                         at = [int(a + b) for a, b in zip(first, place, strict=True)]
-                        pairs.append([*at, int(shard.data[place])])
+                        pairs.append([*at, int(numbers[tuple(place)])])
             with file.open("a") as record:
                 record.write(json.dumps({"step": step[0], "pairs": pairs}) + "\n")
         return placed

@@ -23,7 +23,7 @@ def run(count, code, *arguments):
     process = subprocess.run(
         [*command, sys.executable, "-m", "tests.parallel.test_failures", *map(str, arguments)],
         cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

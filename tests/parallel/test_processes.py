@@ -1,7 +1,6 @@
 """Runs of several processes against runs of one."""
 
 import http.server
-import os
 import re
 import signal
 import socket
@@ -379,7 +378,6 @@ def test_a_usage_error_or_ctrl_c_of_one_ends_all(tmp_path, how, code, why):
     process = subprocess.run(
         command,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )

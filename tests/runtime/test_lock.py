@@ -192,7 +192,6 @@ def start(folder, beat):
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.runtime.test_lock", str(folder), str(beat)],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -178,6 +178,10 @@ def _hf_names(config: Mapping[str, object]) -> dict[str, str]:
 
 def read_tensors(reader: gguf.GGUFReader, config: Mapping[str, object]) -> dict[str, np.ndarray]:
     """Every tensor of the file under its Hugging Face name, float32, in Hugging Face row order."""
+    if (layers := config["num_hidden_layers"]) > len(reader.tensors):
+        raise ValueError(
+            f"num_hidden_layers {layers}, but the file has {len(reader.tensors)} tensors"
+        )
     tensors, unknown, names = {}, [], _hf_names(config)
     for tensor in reader.tensors:
         name = names.get(tensor.name)
@@ -195,6 +199,16 @@ def read_tensors(reader: gguf.GGUFReader, config: Mapping[str, object]) -> dict[
     return tensors
 
 
+class _Reader(gguf.GGUFReader):
+    """Ends where the file does: past that, gguf reads on and on, as many items as a length says."""
+
+    def _get(self, offset, dtype, count=1, override_order=None):
+        stop = int(offset) + np.dtype(dtype).itemsize * int(count)
+        if stop > len(self.data):
+            raise ValueError(f"what begins at byte {offset} would end at {stop}, beyond the file")
+        return super()._get(offset, dtype, count, override_order)
+
+
 def convert(path: str | Path, folder: str | Path) -> None:
     """Write a Llama-architecture GGUF file as a Hugging Face folder with float32 weights.
 
@@ -203,7 +217,7 @@ def convert(path: str | Path, folder: str | Path) -> None:
     """
     path, folder = Path(path), Path(folder)
     try:
-        reader = gguf.GGUFReader(path)
+        reader = _Reader(path)
         metadata = _Metadata(reader)
         tied = all(tensor.name != "output.weight" for tensor in reader.tensors)
         config = read_config(metadata, tied=tied)

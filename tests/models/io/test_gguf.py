@@ -1,6 +1,7 @@
 """GGUF conversion: row order, dequantization, tokenizer and configuration, on tiny files."""
 
 import json
+import types
 
 import gguf
 import numpy as np
@@ -181,3 +182,9 @@ def test_what_is_not_known_is_named_with_the_file(tmp_path, arguments, message):
         reader.convert(tmp_path / "odd.gguf", tmp_path)
     assert "odd.gguf" in str(raised.value)
     assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_layers_that_the_file_has_no_tensors_for_are_refused_at_once():
+    empty = types.SimpleNamespace(tensors=[])
+    with pytest.raises(ValueError, match="num_hidden_layers 100000000, but the file has 0 tensors"):
+        reader.read_tensors(empty, {"num_hidden_layers": 100_000_000})

@@ -62,7 +62,7 @@ def test_every_block_is_covered_here():
     assert set(languages) == {"bash", "python", "text"}
     assert len(PYTHON) == 1 + len(FILES)
     assert set(FILES) == {"my_config.py", "decay.py"}
-    assert [command.split()[0] for command in COMMANDS] == ["attnpo", "attnpo", "python"]
+    assert [command.split()[0] for command in COMMANDS] == ["attnpo"] * 3 + ["python"]
 
 
 def test_two_commands_set_up_a_fresh_machine(checkout):
@@ -110,6 +110,19 @@ def test_sampling_commands(checkout):
         config = config_lib.load_config(options["config"], overrides)
         config_lib.validate(config)
         assert (config.generate.temperature, config.generate.max_new_tokens) == (0, 48)
+
+
+def test_evaluation_commands(checkout):
+    workdir = re.search(r"--workdir=(\S+)", INSTALL)[1]
+    block = next(c for c in COMMANDS if c.startswith("attnpo evaluate"))
+    checks, report = (shlex.split(line)[1:] for line in block.strip().splitlines())
+    options, overrides = cli.parse(" ".join(checks[:2]), checks[2:])
+    assert (options["name"], options["workdir"]) == ("short", workdir)
+    config = config_lib.load_config(options["config"], overrides)
+    config_lib.validate(config)
+    assert (config.evaluate.checks.count, config.evaluate.checks.max_new_tokens) == (24, 48)
+    options, _ = cli.parse(" ".join(report[:2]), report[2:])
+    assert options == {"workdirs": workdir}
 
 
 def test_variant_block_and_its_command(checkout):

@@ -16,6 +16,7 @@ import safetensors.numpy
 
 from attnpo_jax import config as config_lib
 from attnpo_jax.data.prepared import Prepared
+from attnpo_jax.evaluate import files
 from attnpo_jax.runtime import metrics
 from tests import tiny
 
@@ -38,6 +39,9 @@ def write_setting(folder: pathlib.Path) -> pathlib.Path:
     config.train.save_every = 2
     config.train.keep_checkpoints = 3
     config.generate.max_new_tokens, config.generate.samples, config.generate.slots = 24, 4, 4
+    config.evaluate.names = ("pairs", "checks", "versus")
+    config.evaluate.checks.count, config.evaluate.checks.max_new_tokens = 6, 8
+    config.evaluate.versus.max_new_tokens = 8
     config.parallel.mesh.data, config.parallel.mesh.fsdp = 1, -1
     (folder / "config.json").write_text(config_lib.to_json(config))
     (folder / "config.py").write_text(_CONFIG.format(path=str(folder / "config.json")))
@@ -94,6 +98,22 @@ def same_all(workdir: pathlib.Path, expected: pathlib.Path) -> None:
     assert ours.keys() == theirs.keys()
     for name, array in ours.items():
         np.testing.assert_allclose(array, theirs[name], rtol=0, atol=TOLERANCE, err_msg=name)
+    same_evaluations(workdir, expected)
+
+
+def same_evaluations(workdir: pathlib.Path, expected: pathlib.Path) -> None:
+    ours, theirs = (
+        {(one.name, one.model): one.result for one in files.of_workdir(w)}
+        for w in (workdir, expected)
+    )
+    assert ours.keys() == theirs.keys() and ours
+    for key, result in ours.items():
+        other = theirs[key]
+        assert [row["id"] for row in result.rows] == [row["id"] for row in other.rows], key
+        assert result.figures.keys() == other.figures.keys(), key
+        for name, figure in result.figures.items():
+            value, wanted = figure.value, other.figures[name].value
+            np.testing.assert_allclose(value, wanted, rtol=10 * TOLERANCE, atol=TOLERANCE)
 
 
 def same_samples(workdir: pathlib.Path, expected: pathlib.Path) -> None:

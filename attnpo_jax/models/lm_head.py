@@ -33,7 +33,8 @@ def token_logps(
     *,
     softcap: float | None = None,
     chunk: int = 2048,
-) -> jax.Array:
+    collision: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """log softmax(hidden · unembeddingᵀ)[target], float32 (B, M), few tokens and words at a time.
 
     Logits exist for at most about `chunk` tokens and a tile of the vocabulary (16 MiB in all where
@@ -45,20 +46,25 @@ def token_logps(
       hidden_BMD: hidden states (B, M, D) that predict the targets.
       target_BM: int32 token ids (B, M), each in [0, V).
       chunk: tokens projected at a time, over all of a device's own rows together.
+      collision: whether to give log sum_v p_v^2 of each token's softmax p too, float32 (B, M),
+        from the same logits; no gradient flows through it.
+
+    Returns:
+      The log-probs; with `collision`, both.
     """
-    in_chunks = functools.partial(_in_chunks, softcap=softcap, chunk=chunk)
+    in_chunks = functools.partial(_in_chunks, softcap=softcap, chunk=chunk, collision=collision)
     unembedding_VD = unembedding_VD.astype(hidden_BMD.dtype)
     return placement.over_vocabulary(in_chunks)(hidden_BMD, unembedding_VD, target_BM)
 
 
-def _in_chunks(hidden_BMD, unembedding_VD, target_BM, vocabulary, *, softcap, chunk):
+def _in_chunks(hidden_BMD, unembedding_VD, target_BM, vocabulary, *, softcap, chunk, collision):
     B, M = target_BM.shape
     m = max(1, min(M, chunk // B))
     # In float32, so that the gradient is summed up in it over all chunks; tiles are cast down.
     unembedding_VD = unembedding_VD.astype(jnp.float32)
     # A chunk's rows may come from other devices: not to be kept until the backward pass.
     policy = jax.checkpoint_policies.save_only_these_names(_SUMS)
-    scores = functools.partial(_chunk_logps, unembedding_VD, softcap, vocabulary)
+    scores = functools.partial(_chunk_logps, unembedding_VD, softcap, vocabulary, collision)
     scores = jax.checkpoint(scores, policy=policy)
     if m == M:
         return scores((hidden_BMD, target_BM))
@@ -67,19 +73,24 @@ def _in_chunks(hidden_BMD, unembedding_VD, target_BM, vocabulary, *, softcap, ch
     hidden = jnp.pad(hidden_BMD, ((0, 0), (0, pad), (0, 0))).reshape(B, n, m, -1)
     target = jnp.pad(target_BM, ((0, 0), (0, pad))).reshape(B, n, m)
     chunks = (hidden.swapaxes(0, 1), target.swapaxes(0, 1))
-    _, logps = jax.lax.scan(lambda carry, c: (carry, scores(c)), None, chunks)
-    return logps.swapaxes(0, 1).reshape(B, n * m)[:, :M]
+    _, scored = jax.lax.scan(lambda carry, c: (carry, scores(c)), None, chunks)
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, n * m)[:, :M], scored)
 
 
-def _chunk_logps(unembedding_VD, softcap, vocabulary, chunk):
+def _chunk_logps(unembedding_VD, softcap, vocabulary, collision, chunk):
     hidden_BMD, target_BM = jax.tree.map(vocabulary.rows_of_group, chunk)
     B, M, D = hidden_BMD.shape
     place = vocabulary.place(target_BM).reshape(-1)
     length = vocabulary.length(unembedding_VD)
     inputs = hidden_BMD.reshape(-1, D), unembedding_VD, place, length
-    sums = _log_sum_and_picked(*inputs, softcap, vocabulary.constant)
-    log_sum, picked = (x.reshape(B, M) for x in sums)
-    return vocabulary.own_rows(vocabulary.log_probs(picked, log_sum))
+    sums = _log_sum_and_picked(*inputs, softcap, vocabulary.constant, collision)
+    log_sum, picked, *log_squares = (x.reshape(B, M) for x in sums)
+    logps = vocabulary.own_rows(vocabulary.log_probs(picked, log_sum))
+    if not collision:
+        return logps
+    log_sum, log_squares = jax.lax.stop_gradient((log_sum, log_squares[0]))
+    collision_BM = vocabulary.log_sum(log_squares) - 2 * vocabulary.log_sum(log_sum)
+    return logps, vocabulary.own_rows(collision_BM)
 
 
 # Below, T tokens of a chunk; W words of a tile.
@@ -89,37 +100,43 @@ _FEWEST_WORDS = 512
 _SUMS = "head_sums"
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _log_sum_and_picked(hidden_TD, unembedding_VD, place_T, length, softcap, constant):
-    """log of the sum of exp(logits) over words below `length`, and the logit at `place_T` or 0."""
-    return _forward(hidden_TD, unembedding_VD, place_T, length, softcap, constant)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _log_sum_and_picked(hidden_TD, unembedding_VD, place_T, length, softcap, constant, squares):
+    """log of the sum of exp(logits) over words below `length`, and the logit at `place_T` or 0;
+    with `squares`, the log of the sum of exp(2 logits) too, through which there is no gradient.
+    """
+    return _forward(hidden_TD, unembedding_VD, place_T, length, softcap, constant, squares)[0]
 
 
-def _forward(hidden_TD, unembedding_VD, place_T, length, softcap, constant):
+def _forward(hidden_TD, unembedding_VD, place_T, length, softcap, constant, squares):
     def add_words(carry, start):
-        highest, total, picked = carry
+        highest, total, picked, *squared = carry
         _, logits_TW, words, valid = _tile(hidden_TD, unembedding_VD, start, length, softcap)
         higher = jnp.maximum(highest, jnp.max(logits_TW, axis=-1))
-        shrunk = total * jnp.exp(highest - higher)
+        shrink = jnp.exp(highest - higher)
+        exp_TW = jnp.exp(logits_TW - higher[:, None])
         hit = (words == place_T[:, None]) & valid
         return (
             higher,
-            shrunk + jnp.sum(jnp.exp(logits_TW - higher[:, None]), axis=-1),
+            total * shrink + jnp.sum(exp_TW, axis=-1),
             picked + jnp.sum(jnp.where(hit, logits_TW, 0.0), axis=-1),
+            *(x * jnp.square(shrink) + jnp.sum(jnp.square(exp_TW), axis=-1) for x in squared),
         ), None
 
     T = place_T.shape[0]
-    start = tuple(constant(jnp.full(T, value, jnp.float32)) for value in (MASKED, 0, 0))
+    start = tuple(constant(jnp.full(T, value, jnp.float32)) for value in (MASKED, 0, 0, 0)[: 3 + squares])
     tiles = _tiles(T, unembedding_VD.shape[0])
-    (highest, total, picked), _ = jax.lax.scan(add_words, start, tiles)
+    (highest, total, picked, *squared), _ = jax.lax.scan(add_words, start, tiles)
     log_sum = checkpoint_name(highest + jnp.log(total), _SUMS)
     picked = checkpoint_name(picked, _SUMS)
-    return (log_sum, picked), (hidden_TD, unembedding_VD, place_T, length, log_sum)
+    log_squares = tuple(2 * highest + jnp.log(x) for x in squared)
+    return (log_sum, picked, *log_squares), (hidden_TD, unembedding_VD, place_T, length, log_sum)
 
 
-def _backward(softcap, constant, residuals, cotangents):
+def _backward(softcap, constant, squares, residuals, cotangents):
+    del squares
     hidden_TD, unembedding_VD, place_T, length, log_sum_T = residuals
-    d_log_sum_T, d_picked_T = cotangents
+    d_log_sum_T, d_picked_T, *_ = cotangents
 
     def add_words(carry, start):
         d_hidden_TD, d_unembedding_VD = carry

@@ -26,7 +26,8 @@ def response_logps(
     remat: str = "none",
     attention: str = "xla",
     chunk: int = 2048,
-) -> jax.Array:
+    collision: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Log-prob of each response token: float32 (B, G, 2, T), 0 where there is no token.
 
     Both responses of a pair share one pass over the prompt, and only the hidden states that predict
@@ -35,6 +36,11 @@ def response_logps(
     Args:
       batch: rows without a microbatch axis.
       chunk: tokens whose logits exist at a time.
+      collision: whether to give log sum_v p_v^2 of the distribution that each token is of too, of
+        the same shape; no gradient flows through it.
+
+    Returns:
+      The log-probs; with `collision`, both.
     """
     hidden_BLD = decoder.forward(
         config,
@@ -48,13 +54,17 @@ def response_logps(
         attention=attention,
     )
     hidden_BMD = jnp.take_along_axis(hidden_BLD, batch.read_BM[..., None], axis=1)
-    logps_BM = token_logps(
+    scored = token_logps(
         hidden_BMD,
         decoder.unembedding(params),
         batch.target_BM,
         softcap=config.final_logit_softcapping,
         chunk=chunk,
+        collision=collision,
     )
-    B = logps_BM.shape[0]
-    flat = jnp.take_along_axis(logps_BM, batch.index_BG2T.reshape(B, -1), axis=1)
-    return jnp.where(batch.mask_BG2T, flat.reshape(batch.mask_BG2T.shape), 0.0)
+
+    def by_response(x_BM):
+        flat = jnp.take_along_axis(x_BM, batch.index_BG2T.reshape(len(x_BM), -1), axis=1)
+        return jnp.where(batch.mask_BG2T, flat.reshape(batch.mask_BG2T.shape), 0.0)
+
+    return jax.tree.map(by_response, scored)

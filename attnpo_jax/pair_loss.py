@@ -5,6 +5,7 @@ chosen one, then the rejected one), T response tokens.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from attnpo_jax.data.batching import PairBatch
-from attnpo_jax.losses import ResponseScores
+from attnpo_jax.losses import ResponseScores, traits
 from attnpo_jax.models.decoder import ModelConfig, Params
 from attnpo_jax.models.scoring import response_logps
 from attnpo_jax.weighting import ResponseTokens
@@ -42,7 +43,7 @@ class StepSettings:
       model: the model's shape.
       weighting: `(ResponseTokens) -> weights_BT`, hyperparameters bound.
       objective: `(chosen, rejected: ResponseScores) -> loss_B`, hyperparameters bound.
-      beta: scale of the reported rewards.
+      beta: scale of the reported rewards, where the objective has none of its own.
       source_layers: the layers on the judge arrays' source axis.
       weight_columns: the names on the axis of the precomputed weights.
       dtype: what activations are computed in.
@@ -76,7 +77,14 @@ def batch_losses(
     Returns:
       loss_P and metrics (P,), as `pair_losses` gives them.
     """
-    policy_BG2T = response_logps(
+    needs = traits(settings.objective).needs
+    if "reference_kl" in needs:
+        raise ValueError(
+            "the objective needs reference_kl, the reference's distribution over the vocabulary, "
+            "which a step does not have; call it with scores that have kl_B"
+        )
+    collision = "policy_collision" in needs
+    scored = response_logps(
         settings.model,
         params,
         batch,
@@ -84,7 +92,9 @@ def batch_losses(
         remat=settings.remat,
         attention=settings.attention,
         chunk=settings.logps_chunk,
+        collision=collision,
     )
+    policy_BG2T, collision_BG2T = scored if collision else (scored, None)
 
     def by_response(x):
         """(B, G, 2, ...) -> (2P, ...): the responses of a pair in turn."""
@@ -112,6 +122,7 @@ def batch_losses(
         batch.valid_BG.reshape(-1),
         beta=settings.beta,
         resolution=resolution(settings.dtype),
+        collision_BT=by_response(collision_BG2T) if collision else None,
     )
 
 
@@ -124,6 +135,7 @@ def pair_losses(
     *,
     beta: float,
     resolution: float = 0.0,
+    collision_BT: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """TwDPO (Huang et al. 2026): an objective of the weighted sums of both responses' log-probs.
 
@@ -133,14 +145,17 @@ def pair_losses(
       policy_BT: the policy's log-probs; the loss is differentiable in them.
       responses: the same tokens, with the reference's log-probs, as `weigh` sees them.
       valid_P: bool, false for empty slots.
-      beta: scale of the reported rewards.
+      beta: scale of the reported rewards, where the objective has none of its own.
       resolution: relative error of a log-prob, see the function of this name.
+      collision_BT: log sum_v p_v^2 under the policy, 0 where there is no token; for objectives that
+        declare that they need `policy_collision`.
 
     Returns:
       loss_P, 0 for empty slots, and a dict of metrics (P,): `unweighted_loss` (what the loss would
       be with uniform weights), and `rewards/*` and `logps/*`, plain and weighted, under the names
       that TRL gives them. A margin no larger than what rounding makes of it, with the tokens'
-      errors independent, is a tie (`rewards/ties`), and no win (`rewards/accuracies`).
+      errors independent, is a tie (`rewards/ties`), and no win (`rewards/accuracies`). With the
+      rewards of a reference-free objective, or of one that has its own, ties are equal rewards.
     """
     # The reference is frozen, and a weighting that reads the policy is not differentiated through.
     weights, reference = jax.lax.stop_gradient((weigh(responses), responses.reference_logps_BT))
@@ -150,6 +165,9 @@ def pair_losses(
         w, pi, rho, m = (
             x.reshape(-1, 2, T)[:, side] for x in (weights, policy_BT, reference, mask)
         )
+        collision = None
+        if collision_BT is not None:
+            collision = jnp.sum(collision_BT.reshape(-1, 2, T)[:, side], axis=-1)
         return ResponseScores(
             policy_B=jnp.sum(w * pi, axis=-1),
             reference_B=jnp.sum(w * rho, axis=-1),
@@ -157,6 +175,9 @@ def pair_losses(
             # into the gradient, although the slot's loss is left out.
             weight_B=jnp.where(valid_P, jnp.sum(w, axis=-1), 1),
             length_B=jnp.where(valid_P, jnp.sum(m, axis=-1), 1),
+            policy_sum_B=jnp.sum(pi, axis=-1, where=m),
+            reference_sum_B=jnp.sum(rho, axis=-1, where=m),
+            collision_sum_B=collision,
         )
 
     def rounding(weights):
@@ -169,10 +190,17 @@ def pair_losses(
     loss_P = jnp.where(valid_P, objective(chosen, rejected), 0.0)
     ones = mask.astype(weights.dtype)
     plain = score(ones, 0), score(ones, 1)
+    reward = functools.partial(traits(objective).rewards, beta=beta)
+
+    def reports(scores, weights, prefix):
+        # Of rewards against the reference, from which rounding alone may set the policy apart.
+        rounded = traits(objective).of_log_ratios
+        return _reports(reward, *scores, beta * rounding(weights) if rounded else 0.0, prefix)
+
     metrics = {
         "unweighted_loss": objective(*plain),
-        **_reports(beta, *plain, rounding(ones), ""),
-        **_reports(beta, chosen, rejected, rounding(weights), "weighted_"),
+        **reports(plain, ones, ""),
+        **reports((chosen, rejected), weights, "weighted_"),
     }
     return loss_P, jax.tree.map(
         lambda x: jnp.where(valid_P, x, 0.0), jax.lax.stop_gradient(metrics)
@@ -180,15 +208,15 @@ def pair_losses(
 
 
 def _reports(
-    beta: float,
+    reward: Callable[[ResponseScores], jax.Array],
     chosen: ResponseScores,
     rejected: ResponseScores,
-    rounding_P: jax.Array,
+    least: jax.Array | float,
     prefix: str,
 ) -> Metrics:
-    reward_c = beta * (chosen.policy_B - chosen.reference_B)
-    reward_r = beta * (rejected.policy_B - rejected.reference_B)
-    margin, least = reward_c - reward_r, beta * rounding_P
+    """Metrics (P,) of scores; margins of rewards that are no larger than `least` are ties."""
+    reward_c, reward_r = reward(chosen), reward(rejected)
+    margin = reward_c - reward_r
     return {
         f"rewards/{prefix}chosen": reward_c,
         f"rewards/{prefix}rejected": reward_r,

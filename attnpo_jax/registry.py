@@ -38,6 +38,9 @@ class Registry:
       inputs: names of the positional arguments every function of this kind takes.
     """
 
+    options: Mapping[str, str] = types.MappingProxyType({})
+    """Hyperparameters that all functions have beside their own, and what they mean."""
+
     def __init__(self, kind: str, inputs: tuple[str, ...]):
         self.kind = kind
         self.inputs = inputs

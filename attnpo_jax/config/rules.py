@@ -88,6 +88,15 @@ def share(below: float, *, inclusive: bool) -> Rule:
     )
 
 
+def between(above: float, most: float, *, inclusive: bool = False) -> Rule:
+    words = f"a number above {above:g}, " + (
+        f"{most:g} at most" if inclusive else f"below {most:g}"
+    )
+    return Rule(
+        lambda v: _is_number(v) and above < v and (v < most or (inclusive and v == most)), words
+    )
+
+
 def one_of(*values: str) -> Rule:
     return Rule(lambda v: isinstance(v, str) and v in values, ", ".join(map(repr, values)))
 
@@ -255,4 +264,6 @@ def _fits_default(value: Any, default: Any) -> bool:
 
 def _words(hint: Any) -> str:
     simple = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+    if typing.get_origin(hint) is typing.Literal:
+        return ", ".join(map(repr, typing.get_args(hint)))
     return simple.get(hint) or str(hint)

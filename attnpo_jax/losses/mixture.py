@@ -14,9 +14,10 @@ from attnpo_jax.losses.scores import ResponseScores, check
 from attnpo_jax.registry import RegistryError
 
 _FORM = "a sum of objectives, such as 'sigmoid(label_smoothing=0.1) + 0.5 * nll'"
+_TERMS, _BETA = "sigmoid + nll", 0.1
 
 
-def _traits(*, terms: str = "sigmoid + nll", beta: float = 0.1) -> Traits:
+def _traits(*, terms: str = _TERMS, beta: float = _BETA) -> Traits:
     of = [traits(objective) for _, objective in parse(terms, beta)]
     needs = dict.fromkeys(need for one in of for need in one.needs)
     return Traits(tuple(needs), all(one.reference_free for one in of))
@@ -27,8 +28,8 @@ def mixture(
     chosen: ResponseScores,
     rejected: ResponseScores,
     *,
-    terms: str = "sigmoid + nll",
-    beta: float = 0.1,
+    terms: str = _TERMS,
+    beta: float = _BETA,
 ) -> jax.Array:
     """A sum of objectives, each with a weight.
 
@@ -58,7 +59,7 @@ def mixture(
     return sum(weight * loss(chosen, rejected) for weight, loss in parse(terms, beta))
 
 
-def parse(terms: str, beta: float) -> list[tuple[float, Callable]]:
+def parse(terms: str = _TERMS, beta: float = _BETA) -> list[tuple[float, Callable]]:
     """The terms of a mixture: their weights, and objectives `(chosen, rejected) -> loss_B`.
 
     Args:

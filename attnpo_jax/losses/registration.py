@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import types
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -31,17 +32,28 @@ class Traits:
     reference_free: bool = False
     reward: Callable[[ResponseScores], jax.Array] | None = None
 
+    @property
+    def of_log_ratios(self) -> bool:
+        """Whether the rewards are beta times the log-ratios."""
+        return self.reward is None and not self.reference_free
+
+    def rewards(self, scores: ResponseScores, beta: float) -> jax.Array:
+        """Rewards (B,) of responses, for the metrics; `beta` is that of the default."""
+        if self.reward is not None:
+            return self.reward(scores)
+        reference_B = 0.0 if self.reference_free else scores.reference_B
+        return beta * (scores.policy_B - reference_B)
+
 
 class Objectives(Registry):
     """Objectives by name. Each has the hyperparameters of its signature, and `wpo`."""
 
-    OPTIONS = {"wpo": False}
-    _OPTION_TYPES = {"wpo": Literal[False, True, "clamped"]}
-    MEANINGS = {
-        "wpo": "True multiplies each pair's loss by its probability under the policy (WPO), "
-        '"clamped" by no more than 1'
-    }
-    """In words, the options that every objective has."""
+    options = types.MappingProxyType(
+        {
+            "wpo": "True multiplies each pair's loss by how probable the policy finds its "
+            'responses (WPO), "clamped" by 1 at most'
+        }
+    )
 
     def __init__(self):
         super().__init__("objective", inputs=("chosen", "rejected"))
@@ -85,7 +97,7 @@ class Objectives(Registry):
                 f"{', '.join(NEEDS)}"
             )
         own = _defaults(function)
-        taken = [key for key in self.OPTIONS if key in own]
+        taken = [key for key in self.options if key in own]
         if taken:
             raise RegistryError(
                 f"objective {name!r} has the hyperparameter {taken[0]!r}, which all objectives "
@@ -111,11 +123,11 @@ class Objectives(Registry):
 
     def hyperparameters(self, name: str) -> dict[str, Any]:
         """As `Registry.hyperparameters`, with the options that all objectives have."""
-        return {**super().hyperparameters(name), **self.OPTIONS}
+        return {**super().hyperparameters(name), "wpo": False}
 
     def annotations(self, name: str) -> dict[str, Any]:
         """As `Registry.annotations`, with those of the options."""
-        return {**super().annotations(name), **self._OPTION_TYPES}
+        return {**super().annotations(name), "wpo": Literal[False, True, "clamped"]}
 
     def bind(self, name: str, hyperparameters: Mapping[str, Any]) -> functools.partial:
         """As `Registry.bind`; an objective with `wpo` is wrapped in `policy_weighted`.

@@ -124,7 +124,8 @@ def _forward(hidden_TD, unembedding_VD, place_T, length, softcap, constant, squa
         ), None
 
     T = place_T.shape[0]
-    start = tuple(constant(jnp.full(T, value, jnp.float32)) for value in (MASKED, 0, 0, 0)[: 3 + squares])
+    values = (MASKED, 0, 0, 0) if squares else (MASKED, 0, 0)
+    start = tuple(constant(jnp.full(T, value, jnp.float32)) for value in values)
     tiles = _tiles(T, unembedding_VD.shape[0])
     (highest, total, picked, *squared), _ = jax.lax.scan(add_words, start, tiles)
     log_sum = checkpoint_name(highest + jnp.log(total), _SUMS)

@@ -136,8 +136,9 @@ def over_vocabulary(function: Callable[..., jax.Array]) -> Callable[..., jax.Arr
     the function takes few at a time; gathering the matrix would take gigabytes. Its gradient is
     summed over `data` once, after the last token.
 
-    The function is `(hidden_BMD, unembedding_VD, target_BM, vocabulary) -> (B, M)`, or gives several
-    of these, and takes from its last argument, a `Vocabulary`, what depends on all of it; the result takes the other three.
+    The function is `(hidden_BMD, unembedding_VD, target_BM, vocabulary) -> (B, M)`, or a pytree of
+    these, and takes from its last argument, a `Vocabulary`, what depends on all of it; the result
+    takes the other three.
     """
 
     def call(hidden_BMD, unembedding_VD, target_BM):

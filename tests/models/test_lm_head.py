@@ -34,6 +34,28 @@ def test_values_and_gradients_equal_the_plain_computation(chunk):
     chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("chunk", [7, 30])
+def test_the_collision_is_that_of_the_whole_softmax(chunk):
+    rng = np.random.default_rng(3)
+    hidden = jnp.asarray(rng.normal(size=(3, 10, 8)), jnp.float32)
+    unembedding = jnp.asarray(4 * rng.normal(size=(1100, 8)), jnp.float32)  # three tiles
+    target = jnp.asarray(rng.integers(0, 1100, (3, 10)))
+
+    def loss(h, u, collision):
+        found = token_logps(h, u, target, softcap=30.0, chunk=chunk, collision=collision)
+        logps, squares = found if collision else (found, 0.0)
+        return jnp.sum(logps + squares), found
+
+    slope = jax.grad(loss, argnums=(0, 1), has_aux=True)
+    slopes, (logps, squares) = slope(hidden, unembedding, True)
+    plain_slopes, plain_logps = slope(hidden, unembedding, False)
+    logits = 30.0 * jnp.tanh(hidden @ unembedding.T / 30.0)
+    want = jax.nn.logsumexp(2 * jax.nn.log_softmax(logits), axis=-1)
+    np.testing.assert_allclose(squares, want, rtol=1e-5, atol=1e-5)
+    # It has no gradient, and changes nothing else.
+    chex.assert_trees_all_equal((slopes, logps), (plain_slopes, plain_logps))
+
+
 def test_full_logits_are_never_held():
     hidden = jax.ShapeDtypeStruct((2, 4096, 16), jnp.float32)
     unembedding = jax.ShapeDtypeStruct((5000, 16), jnp.float32)
@@ -75,14 +97,16 @@ def test_gradients_are_summed_in_float32_over_chunks():
         assert error < 0.01, chunk
 
 
+@pytest.mark.parametrize("collision", [False, True])
 @pytest.mark.parametrize("chunk", [30, 7])
-def test_logits_are_computed_twice_and_no_oftener(chunk):
+def test_logits_are_computed_twice_and_no_oftener(chunk, collision):
     """Once forward, once backward; with two products for the gradients."""
     hidden, unembedding = jnp.ones((1, 30, 8)), jnp.ones((37, 8))
     target = jnp.zeros((1, 30), jnp.int32)
 
     def total(h, u):
-        return jnp.sum(token_logps(h, u, target, chunk=chunk))
+        found = token_logps(h, u, target, chunk=chunk, collision=collision)
+        return jnp.sum(found[0] * found[1] if collision else found)
 
     jaxpr = jax.make_jaxpr(jax.grad(total, argnums=(0, 1)))(hidden, unembedding)
     assert str(jaxpr).count("dot_general[") == 4

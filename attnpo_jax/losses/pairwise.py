@@ -56,7 +56,7 @@ def sigmoid(
       beta: strength of the pull towards the reference, > 0.
       label_smoothing: assumed share of pairs whose label is wrong, in [0, 0.5).
       divergence: what pulls towards the reference.
-      alpha: of the alpha divergence, > 0; 1 is the forward KL.
+      alpha: of the alpha divergence, > 0; 1 is the forward KL. TRL's coefficient is 1 - alpha.
 
     Returns:
       Loss per pair, (B,).

@@ -181,7 +181,7 @@ def policy_weighted(
       chosen: scores (B,) of the chosen responses, with `collision_sum_B`.
       rejected: scores (B,) of the rejected responses, likewise.
       objective: the objective, hyperparameters bound.
-      clamp: whether the factor is at most 1, as in the paper's code.
+      clamp: whether the factor is at most 1, as in earlier releases of TRL.
 
     Returns:
       Loss per pair, (B,).

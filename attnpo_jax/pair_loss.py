@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from attnpo_jax.data.batching import PairBatch
 from attnpo_jax.losses import ResponseScores
 from attnpo_jax.models.decoder import ModelConfig, Params
-from attnpo_jax.models.scoring import response_logps
+from attnpo_jax.models.scoring import response_scores
 from attnpo_jax.weighting import ResponseTokens
 
 Metrics = dict[str, jax.Array]
@@ -45,6 +45,8 @@ class StepSettings:
       beta: scale of the reported rewards.
       source_layers: the layers on the judge arrays' source axis.
       weight_columns: the names on the axis of the precomputed weights.
+      needs: what the weighting declared that it reads, of `weighting.NEEDS`; nothing else of it is
+        computed.
       dtype: what activations are computed in.
       remat: a key of `models.decoder.REMAT_POLICIES`.
       attention: one of `models.attention.implementations.IMPLEMENTATIONS`.
@@ -57,6 +59,7 @@ class StepSettings:
     beta: float
     source_layers: tuple[int, ...]
     weight_columns: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
     dtype: Any = jnp.float32
     remat: str = "dots"
     attention: str = "xla"
@@ -76,10 +79,11 @@ def batch_losses(
     Returns:
       loss_P and metrics (P,), as `pair_losses` gives them.
     """
-    policy_BG2T = response_logps(
+    policy_BG2T, statistics = response_scores(
         settings.model,
         params,
         batch,
+        statistics=tuple(need.removeprefix("policy_") for need in settings.needs),
         dtype=settings.dtype,
         remat=settings.remat,
         attention=settings.attention,
@@ -91,6 +95,8 @@ def batch_losses(
         return x.reshape(math.prod(x.shape[:3]), *x.shape[3:])
 
     mask, policy = by_response(batch.mask_BG2T), by_response(policy_BG2T)
+    tokens = by_response(_tokens(batch))
+    lengths = jnp.sum(mask, axis=-1)
     responses = ResponseTokens(
         mask_BT=mask,
         text_mask_BT=by_response(batch.text_mask_BG2T),
@@ -103,6 +109,10 @@ def batch_losses(
         num_layers=settings.model.num_layers,
         ready_BKT=None if batch.ready_BG2KT is None else by_response(batch.ready_BG2KT),
         weight_columns=settings.weight_columns,
+        tokens_BT=tokens,
+        partner_tokens_BT=_partners(tokens),
+        partner_length_B=_partners(lengths),
+        **{f"policy_{name}_BT": by_response(x) for name, x in statistics.items()},
     )
     return pair_losses(
         settings.weighting,
@@ -113,6 +123,18 @@ def batch_losses(
         beta=settings.beta,
         resolution=resolution(settings.dtype),
     )
+
+
+def _tokens(batch: PairBatch) -> jax.Array:
+    """The ids of the responses' tokens, int32 (B, G, 2, T); -1 where there is none."""
+    B = batch.index_BG2T.shape[0]
+    flat = jnp.take_along_axis(batch.target_BM, batch.index_BG2T.reshape(B, -1), axis=1)
+    return jnp.where(batch.mask_BG2T, flat.reshape(batch.index_BG2T.shape), -1)
+
+
+def _partners(x: jax.Array) -> jax.Array:
+    """Of (2P, ...), responses of a pair in turn: for each, what the other one of its pair has."""
+    return jnp.flip(x.reshape(-1, 2, *x.shape[1:]), axis=1).reshape(x.shape)
 
 
 def pair_losses(

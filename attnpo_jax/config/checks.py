@@ -17,6 +17,11 @@ from attnpo_jax.registry import REQUIRED, PluginError, RegistryError, load_plugi
 _BUILTIN_HYPERPARAMETERS: dict[str, rules.Rule] = {
     "objective.beta": rules.positive(),
     "objective.label_smoothing": rules.share(0.5, inclusive=False),
+    "weighting.alpha": rules.not_negative(),
+    "weighting.gamma": rules.share(1, inclusive=True),
+    "weighting.limit": rules.positive(),
+    "weighting.beta": rules.positive(),
+    "weighting.share": rules.positive_share(),
 }
 
 _WRITERS = {"log.tensorboard": "tensorboardX", "log.wandb": "wandb"}

@@ -12,6 +12,7 @@ import textwrap
 from attnpo_jax.config.fields import DECISIVE, FIELDS
 from attnpo_jax.config.sections import SECTIONS
 from attnpo_jax.config.show import meanings_of
+from attnpo_jax.registry import REQUIRED
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "config.md"
 _HEAD = "| field | default | accepted | meaning |\n|---|---|---|---|\n"
@@ -42,12 +43,16 @@ def functions() -> str:
         for name in registry.names():
             if registry.get(name).__module__.startswith(f"{registry.__name__}."):
                 defaults = registry.hyperparameters(name).items()
-                listed = ", ".join(f"`{key}={default!r}`" for key, default in defaults) or "none"
+                listed = ", ".join(f"`{_signed(*item)}`" for item in defaults) or "none"
                 summary, *others = meanings_of(section, name).items()
                 told = [f"`{field.partition('.')[2]}`: {text}" for field, text in others]
                 told = " ".join([summary[1], *told])
                 table += f"| `{section}.{name}` | {listed} | {told} |\n"
     return table
+
+
+def _signed(key: str, default: object) -> str:
+    return key if default is REQUIRED else f"{key}={default!r}"
 
 
 def section_of(name: str) -> str:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from attnpo_jax.data.batching import PairBatch
 from attnpo_jax.losses import ResponseScores, traits
 from attnpo_jax.models.decoder import ModelConfig, Params
-from attnpo_jax.models.scoring import response_logps
+from attnpo_jax.models.scoring import response_scores
 from attnpo_jax.weighting import ResponseTokens
 
 Metrics = dict[str, jax.Array]
@@ -46,6 +46,8 @@ class StepSettings:
       beta: scale of the reported rewards, where the objective has none of its own.
       source_layers: the layers on the judge arrays' source axis.
       weight_columns: the names on the axis of the precomputed weights.
+      needs: what the weighting declared that it reads, of `weighting.NEEDS`; what neither it nor
+        the objective declared is not computed.
       dtype: what activations are computed in.
       remat: a key of `models.decoder.REMAT_POLICIES`.
       attention: one of `models.attention.implementations.IMPLEMENTATIONS`.
@@ -58,6 +60,7 @@ class StepSettings:
     beta: float
     source_layers: tuple[int, ...]
     weight_columns: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
     dtype: Any = jnp.float32
     remat: str = "dots"
     attention: str = "xla"
@@ -77,30 +80,31 @@ def batch_losses(
     Returns:
       loss_P and metrics (P,), as `pair_losses` gives them.
     """
-    needs = traits(settings.objective).needs
-    if "reference_kl" in needs:
+    of_objective = traits(settings.objective).needs
+    if "reference_kl" in of_objective:
         raise ValueError(
             "the objective needs reference_kl, the reference's distribution over the vocabulary, "
             "which a step does not have; call it with scores that have kl_B"
         )
-    collision = "policy_collision" in needs
-    scored = response_logps(
+    needs = dict.fromkeys((*settings.needs, *of_objective))
+    policy_BG2T, statistics = response_scores(
         settings.model,
         params,
         batch,
+        statistics=tuple(need.removeprefix("policy_") for need in needs),
         dtype=settings.dtype,
         remat=settings.remat,
         attention=settings.attention,
         chunk=settings.logps_chunk,
-        collision=collision,
     )
-    policy_BG2T, collision_BG2T = scored if collision else (scored, None)
 
     def by_response(x):
         """(B, G, 2, ...) -> (2P, ...): the responses of a pair in turn."""
         return x.reshape(math.prod(x.shape[:3]), *x.shape[3:])
 
     mask, policy = by_response(batch.mask_BG2T), by_response(policy_BG2T)
+    tokens = by_response(_tokens(batch))
+    lengths = jnp.sum(mask, axis=-1)
     responses = ResponseTokens(
         mask_BT=mask,
         text_mask_BT=by_response(batch.text_mask_BG2T),
@@ -113,6 +117,10 @@ def batch_losses(
         num_layers=settings.model.num_layers,
         ready_BKT=None if batch.ready_BG2KT is None else by_response(batch.ready_BG2KT),
         weight_columns=settings.weight_columns,
+        tokens_BT=tokens,
+        partner_tokens_BT=_partners(tokens),
+        partner_length_B=_partners(lengths),
+        **{f"policy_{name}_BT": by_response(x) for name, x in statistics.items()},
     )
     return pair_losses(
         settings.weighting,
@@ -122,8 +130,19 @@ def batch_losses(
         batch.valid_BG.reshape(-1),
         beta=settings.beta,
         resolution=resolution(settings.dtype),
-        collision_BT=by_response(collision_BG2T) if collision else None,
     )
+
+
+def _tokens(batch: PairBatch) -> jax.Array:
+    """The ids of the responses' tokens, int32 (B, G, 2, T); -1 where there is none."""
+    B = batch.index_BG2T.shape[0]
+    flat = jnp.take_along_axis(batch.target_BM, batch.index_BG2T.reshape(B, -1), axis=1)
+    return jnp.where(batch.mask_BG2T, flat.reshape(batch.index_BG2T.shape), -1)
+
+
+def _partners(x: jax.Array) -> jax.Array:
+    """Of (2P, ...), responses of a pair in turn: for each, what the other one of its pair has."""
+    return jnp.flip(x.reshape(-1, 2, *x.shape[1:]), axis=1).reshape(x.shape)
 
 
 def pair_losses(
@@ -135,7 +154,6 @@ def pair_losses(
     *,
     beta: float,
     resolution: float = 0.0,
-    collision_BT: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """TwDPO (Huang et al. 2026): an objective of the weighted sums of both responses' log-probs.
 
@@ -143,12 +161,11 @@ def pair_losses(
       weigh: gives weights (B, T); no gradient goes through them.
       objective: gives losses (P,).
       policy_BT: the policy's log-probs; the loss is differentiable in them.
-      responses: the same tokens, with the reference's log-probs, as `weigh` sees them.
+      responses: the same tokens, with the reference's log-probs, as `weigh` sees them; with
+        `policy_collision_BT`, 0 where there is no token, for objectives that declare it.
       valid_P: bool, false for empty slots.
       beta: scale of the reported rewards, where the objective has none of its own.
       resolution: relative error of a log-prob, see the function of this name.
-      collision_BT: log sum_v p_v^2 under the policy, 0 where there is no token; for objectives that
-        declare that they need `policy_collision`.
 
     Returns:
       loss_P, 0 for empty slots, and a dict of metrics (P,): `unweighted_loss` (what the loss would
@@ -165,9 +182,9 @@ def pair_losses(
         w, pi, rho, m = (
             x.reshape(-1, 2, T)[:, side] for x in (weights, policy_BT, reference, mask)
         )
-        collision = None
+        collision_BT, collision_B = responses.policy_collision_BT, None
         if collision_BT is not None:
-            collision = jnp.sum(collision_BT.reshape(-1, 2, T)[:, side], axis=-1)
+            collision_B = jnp.sum(collision_BT.reshape(-1, 2, T)[:, side], axis=-1)
         return ResponseScores(
             policy_B=jnp.sum(w * pi, axis=-1),
             reference_B=jnp.sum(w * rho, axis=-1),
@@ -177,7 +194,7 @@ def pair_losses(
             length_B=jnp.where(valid_P, jnp.sum(m, axis=-1), 1),
             policy_sum_B=jnp.sum(pi, axis=-1, where=m),
             reference_sum_B=jnp.sum(rho, axis=-1, where=m),
-            collision_sum_B=collision,
+            collision_sum_B=collision_B,
         )
 
     def rounding(weights):

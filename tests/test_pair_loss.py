@@ -64,7 +64,7 @@ def test_margins_below_the_resolution_are_ties(weight):
     )
 
 
-def responses_of(policy, reference, mask):
+def responses_of(policy, reference, mask, collision):
     return ResponseTokens(
         mask_BT=jnp.asarray(mask),
         text_mask_BT=jnp.asarray(mask),
@@ -73,6 +73,7 @@ def responses_of(policy, reference, mask):
         reference_logps_BT=jnp.asarray(reference, jnp.float32),
         policy_logps_BT=jnp.asarray(policy, jnp.float32),
         is_chosen=jnp.tile(jnp.array([True, False]), len(mask) // 2),
+        policy_collision_BT=collision,
     )
 
 
@@ -88,11 +89,10 @@ def with_weights(weights, objective, policy=POLICY, collision=None):
         lambda tokens: tokens.mask_BT * jnp.array(weights),
         objective,
         jnp.asarray(policy, jnp.float32),
-        responses_of(POLICY, REFERENCE, MASK),
+        responses_of(POLICY, REFERENCE, MASK, collision),
         jnp.array([True, False]),
         beta=BETA,
         resolution=0.1,
-        collision_BT=collision,
     )
 
 
@@ -247,3 +247,66 @@ def test_before_the_first_update_every_pair_is_a_tie(dtype):
     for prefix in ("", "weighted_"):
         assert found[f"rewards/{prefix}ties"].tolist() == [1] * 24
         assert found[f"rewards/{prefix}accuracies"].tolist() == [0] * 24
+
+
+def seen_by_a_weighting(**changes):
+    """What a weighting gets of the first microbatch of the tiny batch, one jitted step."""
+    batch = jax.tree.map(lambda x: x[0], tiny.batch())
+
+    def step(params, batch):
+        found = {}
+
+        def weigh(responses):
+            fields = dataclasses.fields(responses)
+            found.update({f.name: getattr(responses, f.name) for f in fields if "_B" in f.name})
+            return responses.mask_BT.astype(jnp.float32)
+
+        settings = dataclasses.replace(tiny.settings(), weighting=weigh, **changes)
+        pair_loss.batch_losses(settings, params, batch)
+        return found
+
+    return batch, step
+
+
+def test_a_weighting_sees_both_responses_tokens_and_what_it_needs():
+    batch, step = seen_by_a_weighting(needs=("policy_entropy",))
+    found = jax.device_get(jax.jit(step)(tiny.params(), batch))
+    assert found["policy_collision_BT"] is None
+    for p, (b, g) in enumerate(np.ndindex(*batch.valid_BG.shape)):
+        ids = [
+            batch.target_BM[b, batch.index_BG2T[b, g, r]][batch.mask_BG2T[b, g, r]] for r in (0, 1)
+        ]
+        for r in (0, 1):
+            row, n, other = 2 * p + r, len(ids[r]), len(ids[1 - r])
+            assert found["tokens_BT"][row, :n].tolist() == ids[r].tolist()
+            assert found["partner_tokens_BT"][row, :other].tolist() == ids[1 - r].tolist()
+            assert (found["tokens_BT"][row, n:] == -1).all()
+            assert (found["partner_tokens_BT"][row, other:] == -1).all()
+            assert found["partner_length_B"][row] == other
+            entropy = found["policy_entropy_BT"][row]
+            # A model of small random weights is all but uniform over its words.
+            assert not entropy[n:].any()
+            np.testing.assert_allclose(entropy[:n], np.log(tiny.MODEL.vocab_size), atol=0.1)
+            assert (entropy[:n] < np.log(tiny.MODEL.vocab_size)).all()
+
+
+def test_what_no_weighting_needs_is_not_computed():
+    def products(**changes):
+        batch, step = seen_by_a_weighting(**changes)
+        return str(jax.make_jaxpr(step)(tiny.params(), batch)).count("dot_general[")
+
+    batch = jax.tree.map(lambda x: x[0], tiny.batch())
+    settings = tiny.settings()
+    logps = jax.make_jaxpr(
+        lambda params, batch: scoring.response_logps(
+            settings.model,
+            params,
+            batch,
+            remat=settings.remat,
+            attention=settings.attention,
+            chunk=settings.logps_chunk,
+        )
+    )
+    alone = str(logps(tiny.params(), batch)).count("dot_general[")
+    assert products() == alone
+    assert products(needs=("policy_entropy", "policy_collision")) == alone + 1

@@ -27,6 +27,11 @@ _BUILTIN_HYPERPARAMETERS: dict[str, rules.Rule] = {
     "objective.nll_weight": rules.not_negative(),
     "objective.gamma": rules.not_negative(),
     "objective.tau": rules.between(0, 1, inclusive=True),
+    "weighting.alpha": rules.not_negative(),
+    "weighting.gamma": rules.share(1, inclusive=True),
+    "weighting.limit": rules.positive(),
+    "weighting.beta": rules.positive(),
+    "weighting.share": rules.positive_share(),
 }
 """By section and hyperparameter, or those of one function."""
 

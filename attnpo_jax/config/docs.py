@@ -12,6 +12,7 @@ import textwrap
 from attnpo_jax.config.fields import DECISIVE, FIELDS
 from attnpo_jax.config.sections import SECTIONS
 from attnpo_jax.config.show import meanings_of
+from attnpo_jax.registry import REQUIRED
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "config.md"
 _HEAD = "| field | default | accepted | meaning |\n|---|---|---|---|\n"
@@ -48,13 +49,17 @@ def functions() -> str:
                 listed, told = [], [meanings[f"{section}.name"]]
                 for key, default in registry.hyperparameters(name).items():
                     if key not in registry.registry.options:
-                        listed.append(f"`{key}={default!r}`")
+                        listed.append(f"`{_signed(key, default)}`")
                         if f"{section}.{key}" in meanings:
                             told.append(f"`{key}`: {meanings[f'{section}.{key}']}")
                 table += (
                     f"| `{section}.{name}` | {', '.join(listed) or 'none'} | {' '.join(told)} |\n"
                 )
     return table
+
+
+def _signed(key: str, default: object) -> str:
+    return key if default is REQUIRED else f"{key}={default!r}"
 
 
 def section_of(name: str) -> str:

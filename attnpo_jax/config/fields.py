@@ -8,7 +8,7 @@ function's hyperparameters, see `attnpo_jax.config.sections`.
 from collections.abc import Mapping
 from typing import Any
 
-from attnpo_jax.config import evaluate_fields, generate_fields, rules, serve_fields
+from attnpo_jax.config import evaluate_fields, generate_fields, rules, serve_fields, shaping_fields
 from attnpo_jax.config.field import Field
 from attnpo_jax.runtime import nested
 
@@ -238,6 +238,7 @@ FIELDS: dict[str, Field] = {
         "devices' memory (as GPUs and TPUs tell it) and all devices together would share "
         "them further",
     ),
+    **shaping_fields.FIELDS,
     "optim.learning_rate": Field(
         1e-06,
         rules.positive(),

@@ -81,6 +81,14 @@ def not_negative() -> Rule:
     return Rule(lambda v: _is_number(v) and v >= 0, "a number, 0 or more")
 
 
+def number() -> Rule:
+    return Rule(_is_number, "a number")
+
+
+def positive_share() -> Rule:
+    return Rule(lambda v: _is_number(v) and 0 < v <= 1, "a number above 0 and up to 1")
+
+
 def share(below: float, *, inclusive: bool) -> Rule:
     words = f"a number from 0 to {below:g}" + ("" if inclusive else f", {below:g} excluded")
     return Rule(

@@ -56,7 +56,7 @@ class Objectives(Registry):
     )
 
     def __init__(self):
-        super().__init__("objective", inputs=("chosen", "rejected"))
+        super().__init__("objective", inputs=("chosen", "rejected"), accepted_needs=NEEDS)
 
     def register(
         self,
@@ -78,8 +78,8 @@ class Objectives(Registry):
           traits: instead of these three, a function of the hyperparameters that gives them.
 
         Raises:
-          RegistryError: as for `Registry.register`; or an unknown need, a hyperparameter that is
-            named as an option of all objectives, or one of `reward` that the objective lacks.
+          RegistryError: as for `Registry.register`; or a hyperparameter that is named as an option
+            of all objectives, or one of `reward` that the objective lacks.
         """
         if function is None:
             return functools.partial(
@@ -90,12 +90,6 @@ class Objectives(Registry):
                 traits=traits,
             )
         name = function.__name__
-        unknown = [need for need in needs if need not in NEEDS]
-        if unknown:
-            raise RegistryError(
-                f"objective {name!r} needs {', '.join(map(repr, unknown))}; accepted: "
-                f"{', '.join(NEEDS)}"
-            )
         own = _defaults(function)
         taken = [key for key in self.options if key in own]
         if taken:
@@ -117,7 +111,7 @@ class Objectives(Registry):
                 bound = functools.partial(reward, **{k: values[k] for k in _defaults(reward)})
             return Traits(tuple(needs), reference_free, bound)
 
-        super().register(function)
+        super().register(function, needs=needs)
         function.objective_traits = traits or declared
         return function
 

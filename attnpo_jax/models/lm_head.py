@@ -1,9 +1,11 @@
-"""Log-probabilities of given tokens, without ever holding (B, L, V) logits.
+"""Log-probabilities of given tokens, and statistics of their distributions, without ever holding
+(B, L, V) logits.
 
 Shapes: B rows, M scored tokens a row, D width, V vocabulary.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +35,7 @@ def token_logps(
     *,
     softcap: float | None = None,
     chunk: int = 2048,
-    collision: bool = False,
-) -> jax.Array | tuple[jax.Array, jax.Array]:
+) -> jax.Array:
     """log softmax(hidden · unembeddingᵀ)[target], float32 (B, M), few tokens and words at a time.
 
     Logits exist for at most about `chunk` tokens and a tile of the vocabulary (16 MiB in all where
@@ -46,25 +47,52 @@ def token_logps(
       hidden_BMD: hidden states (B, M, D) that predict the targets.
       target_BM: int32 token ids (B, M), each in [0, V).
       chunk: tokens projected at a time, over all of a device's own rows together.
-      collision: whether to give log sum_v p_v^2 of each token's softmax p too, float32 (B, M),
-        from the same logits; no gradient flows through it.
-
-    Returns:
-      The log-probs; with `collision`, both.
     """
-    in_chunks = functools.partial(_in_chunks, softcap=softcap, chunk=chunk, collision=collision)
+    in_chunks = functools.partial(_in_chunks, _chunk_logps, softcap=softcap, chunk=chunk)
     unembedding_VD = unembedding_VD.astype(hidden_BMD.dtype)
     return placement.over_vocabulary(in_chunks)(hidden_BMD, unembedding_VD, target_BM)
 
 
-def _in_chunks(hidden_BMD, unembedding_VD, target_BM, vocabulary, *, softcap, chunk, collision):
+STATISTICS = ("entropy", "collision")
+"""What `token_statistics` computes of a distribution p over the vocabulary: its entropy in nats,
+-sum_v p_v log p_v, and log sum_v p_v^2."""
+
+
+def token_statistics(
+    names: Sequence[str],
+    hidden_BMD: jax.Array,
+    unembedding_VD: jax.Array,
+    *,
+    softcap: float | None = None,
+    chunk: int = 2048,
+) -> dict[str, jax.Array]:
+    """Statistics of the distributions that hidden states predict: name -> float32 (B, M).
+
+    A pass over the vocabulary of its own, in the chunks of `token_logps`. No gradient flows through
+    it, so none of it is kept for the backward pass.
+
+    Args:
+      names: of `STATISTICS`; without any, nothing is computed.
+      hidden_BMD, unembedding_VD, softcap, chunk: as for `token_logps`.
+    """
+    if not names:
+        return {}
+    hidden_BMD, unembedding_VD = jax.lax.stop_gradient((hidden_BMD, unembedding_VD))
+    in_chunks = functools.partial(_in_chunks, _chunk_statistics, softcap=softcap, chunk=chunk)
+    unembedding_VD = unembedding_VD.astype(hidden_BMD.dtype)
+    no_target_BM = jnp.zeros(hidden_BMD.shape[:2], jnp.int32)
+    found = placement.over_vocabulary(in_chunks)(hidden_BMD, unembedding_VD, no_target_BM)
+    return {name: found[name] for name in names}
+
+
+def _in_chunks(score, hidden_BMD, unembedding_VD, target_BM, vocabulary, *, softcap, chunk):
     B, M = target_BM.shape
     m = max(1, min(M, chunk // B))
     # In float32, so that the gradient is summed up in it over all chunks; tiles are cast down.
     unembedding_VD = unembedding_VD.astype(jnp.float32)
     # A chunk's rows may come from other devices: not to be kept until the backward pass.
     policy = jax.checkpoint_policies.save_only_these_names(_SUMS)
-    scores = functools.partial(_chunk_logps, unembedding_VD, softcap, vocabulary, collision)
+    scores = functools.partial(score, unembedding_VD, softcap, vocabulary)
     scores = jax.checkpoint(scores, policy=policy)
     if m == M:
         return scores((hidden_BMD, target_BM))
@@ -77,20 +105,56 @@ def _in_chunks(hidden_BMD, unembedding_VD, target_BM, vocabulary, *, softcap, ch
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, n * m)[:, :M], scored)
 
 
-def _chunk_logps(unembedding_VD, softcap, vocabulary, collision, chunk):
+def _chunk_logps(unembedding_VD, softcap, vocabulary, chunk):
     hidden_BMD, target_BM = jax.tree.map(vocabulary.rows_of_group, chunk)
     B, M, D = hidden_BMD.shape
     place = vocabulary.place(target_BM).reshape(-1)
     length = vocabulary.length(unembedding_VD)
     inputs = hidden_BMD.reshape(-1, D), unembedding_VD, place, length
-    sums = _log_sum_and_picked(*inputs, softcap, vocabulary.constant, collision)
-    log_sum, picked, *log_squares = (x.reshape(B, M) for x in sums)
-    logps = vocabulary.own_rows(vocabulary.log_probs(picked, log_sum))
-    if not collision:
-        return logps
-    log_sum, log_squares = jax.lax.stop_gradient((log_sum, log_squares[0]))
-    collision_BM = vocabulary.log_sum(log_squares) - 2 * vocabulary.log_sum(log_sum)
-    return logps, vocabulary.own_rows(collision_BM)
+    sums = _log_sum_and_picked(*inputs, softcap, vocabulary.constant)
+    log_sum, picked = (x.reshape(B, M) for x in sums)
+    return vocabulary.own_rows(vocabulary.log_probs(picked, log_sum))
+
+
+def _chunk_statistics(unembedding_VD, softcap, vocabulary, chunk):
+    """All of `STATISTICS` for a chunk of tokens."""
+    hidden_BMD, _ = jax.tree.map(vocabulary.rows_of_group, chunk)
+    B, M, D = hidden_BMD.shape
+    hidden_TD, length = hidden_BMD.reshape(-1, D), vocabulary.length(unembedding_VD)
+
+    def add_words(carry, start):
+        highest, total, below, squares = carry
+        _, logits_TW, _, valid = _tile(hidden_TD, unembedding_VD, start, length, softcap)
+        higher = jnp.maximum(highest, jnp.max(logits_TW, axis=-1))
+        # Of the words so far: p is a word's exp(logit - highest), `below` sums p (logit - highest).
+        shrunk, lower = jnp.exp(highest - higher), highest - higher
+        d_TW = jnp.where(valid, logits_TW - higher[:, None], 0.0)
+        p_TW = jnp.where(valid, jnp.exp(d_TW), 0.0)
+        return (
+            higher,
+            shrunk * total + jnp.sum(p_TW, axis=-1),
+            shrunk * (below + lower * total) + jnp.sum(p_TW * d_TW, axis=-1),
+            jnp.square(shrunk) * squares + jnp.sum(jnp.square(p_TW), axis=-1),
+        ), None
+
+    T = B * M
+    start = tuple(vocabulary.constant(jnp.full(T, x, jnp.float32)) for x in (MASKED, 0, 0, 0))
+    tiles = _tiles(T, unembedding_VD.shape[0])
+    sums, _ = jax.lax.scan(add_words, start, tiles)
+    highest, total, below, squares = (x.reshape(B, M) for x in sums)
+    # A part of the vocabulary may be all padding: then it has no share.
+    some = total > 0
+    log_sum = jnp.where(some, highest + jnp.log(jnp.where(some, total, 1.0)), MASKED)
+    mean = jnp.where(some, highest + below / jnp.where(some, total, 1.0), 0.0)
+    log_squares = jnp.where(some, 2 * highest + jnp.log(jnp.where(some, squares, 1.0)), MASKED)
+    none = 0.0 * log_sum
+    log_z = -vocabulary.log_probs(none, log_sum)
+    found = {
+        # The mean log-prob: each part's mean logit times its share of the probability.
+        "entropy": -vocabulary.log_probs(jnp.exp(log_sum - log_z) * mean, log_sum),
+        "collision": -vocabulary.log_probs(none, log_squares) - 2 * log_z,
+    }
+    return jax.tree.map(vocabulary.own_rows, found)
 
 
 # Below, T tokens of a chunk; W words of a tile.
@@ -100,44 +164,37 @@ _FEWEST_WORDS = 512
 _SUMS = "head_sums"
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _log_sum_and_picked(hidden_TD, unembedding_VD, place_T, length, softcap, constant, squares):
-    """log of the sum of exp(logits) over words below `length`, and the logit at `place_T` or 0;
-    with `squares`, the log of the sum of exp(2 logits) too, through which there is no gradient.
-    """
-    return _forward(hidden_TD, unembedding_VD, place_T, length, softcap, constant, squares)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _log_sum_and_picked(hidden_TD, unembedding_VD, place_T, length, softcap, constant):
+    """log of the sum of exp(logits) over words below `length`, and the logit at `place_T` or 0."""
+    return _forward(hidden_TD, unembedding_VD, place_T, length, softcap, constant)[0]
 
 
-def _forward(hidden_TD, unembedding_VD, place_T, length, softcap, constant, squares):
+def _forward(hidden_TD, unembedding_VD, place_T, length, softcap, constant):
     def add_words(carry, start):
-        highest, total, picked, *squared = carry
+        highest, total, picked = carry
         _, logits_TW, words, valid = _tile(hidden_TD, unembedding_VD, start, length, softcap)
         higher = jnp.maximum(highest, jnp.max(logits_TW, axis=-1))
-        shrink = jnp.exp(highest - higher)
-        exp_TW = jnp.exp(logits_TW - higher[:, None])
+        shrunk = total * jnp.exp(highest - higher)
         hit = (words == place_T[:, None]) & valid
         return (
             higher,
-            total * shrink + jnp.sum(exp_TW, axis=-1),
+            shrunk + jnp.sum(jnp.exp(logits_TW - higher[:, None]), axis=-1),
             picked + jnp.sum(jnp.where(hit, logits_TW, 0.0), axis=-1),
-            *(x * jnp.square(shrink) + jnp.sum(jnp.square(exp_TW), axis=-1) for x in squared),
         ), None
 
     T = place_T.shape[0]
-    values = (MASKED, 0, 0, 0) if squares else (MASKED, 0, 0)
-    start = tuple(constant(jnp.full(T, value, jnp.float32)) for value in values)
+    start = tuple(constant(jnp.full(T, value, jnp.float32)) for value in (MASKED, 0, 0))
     tiles = _tiles(T, unembedding_VD.shape[0])
-    (highest, total, picked, *squared), _ = jax.lax.scan(add_words, start, tiles)
+    (highest, total, picked), _ = jax.lax.scan(add_words, start, tiles)
     log_sum = checkpoint_name(highest + jnp.log(total), _SUMS)
     picked = checkpoint_name(picked, _SUMS)
-    log_squares = tuple(2 * highest + jnp.log(x) for x in squared)
-    return (log_sum, picked, *log_squares), (hidden_TD, unembedding_VD, place_T, length, log_sum)
+    return (log_sum, picked), (hidden_TD, unembedding_VD, place_T, length, log_sum)
 
 
-def _backward(softcap, constant, squares, residuals, cotangents):
-    del squares
+def _backward(softcap, constant, residuals, cotangents):
     hidden_TD, unembedding_VD, place_T, length, log_sum_T = residuals
-    d_log_sum_T, d_picked_T, *_ = cotangents
+    d_log_sum_T, d_picked_T = cotangents
 
     def add_words(carry, start):
         d_hidden_TD, d_unembedding_VD = carry

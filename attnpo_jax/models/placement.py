@@ -136,9 +136,8 @@ def over_vocabulary(function: Callable[..., jax.Array]) -> Callable[..., jax.Arr
     the function takes few at a time; gathering the matrix would take gigabytes. Its gradient is
     summed over `data` once, after the last token.
 
-    The function is `(hidden_BMD, unembedding_VD, target_BM, vocabulary) -> (B, M)`, or a pytree of
-    these, and takes from its last argument, a `Vocabulary`, what depends on all of it; the result
-    takes the other three.
+    The function is `(hidden_BMD, unembedding_VD, target_BM, vocabulary) -> (B, M)`, and takes from
+    its last argument, a `Vocabulary`, what depends on all of it; the result takes the other three.
     """
 
     def call(hidden_BMD, unembedding_VD, target_BM):
@@ -196,10 +195,6 @@ class Vocabulary:
         """Log-probs (B, M) from this part's logit of the target, or 0, and its log-sum-exp."""
         return picked_BM - log_sum_BM
 
-    def log_sum(self, log_sum_BM: jax.Array) -> jax.Array:
-        """log of a sum over all words (B, M), from that over this part's words; no gradient."""
-        return log_sum_BM
-
 
 class _Part(Vocabulary):
     """This device's part of a vocabulary of `size` tokens, from token `first` on."""
@@ -231,9 +226,6 @@ class _Part(Vocabulary):
         highest = jax.lax.pmax(jax.lax.stop_gradient(log_sum_BM), _VOCABULARY)
         total = jax.lax.psum(jnp.exp(log_sum_BM - highest), _VOCABULARY)
         return jax.lax.psum(picked_BM, _VOCABULARY) - highest - jnp.log(total)
-
-    def log_sum(self, log_sum_BM):
-        return -self.log_probs(jnp.zeros_like(log_sum_BM), jax.lax.stop_gradient(log_sum_BM))
 
 
 def split_logits(hidden_BMD: jax.Array, unembedding_VD: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -50,6 +50,9 @@ def plugin(tmp_path):
     return name, str(file)
 
 
+ATTENTION = {"layer": -1, "fix_sink": True, "layers": "mean", "order": "mean"}
+
+
 def with_value(field, value):
     """The default config with one field set, past ConfigDict's own type check."""
     config = default_config().to_dict()
@@ -64,7 +67,7 @@ def with_value(field, value):
 def test_default_config_is_valid_locked_and_the_paper_s():
     config = default_config()
     validate(config)
-    assert config.weighting.to_dict() == {"name": "attention", "layer": -1, "fix_sink": True}
+    assert config.weighting.to_dict() == {"name": "attention"} | ATTENTION
     assert config.objective.to_dict() == {
         "name": "sigmoid",
         "beta": 0.1,
@@ -103,6 +106,11 @@ def test_what_decides_a_run_s_course():
         "lora.rank",
         "lora.alpha",
         "lora.targets",
+        "shaping.top_share",
+        "shaping.smooth",
+        "shaping.normalize",
+        "shaping.floor",
+        "shaping.mix",
         "optim.learning_rate",
         "optim.schedule",
         "optim.warmup_ratio",
@@ -222,7 +230,8 @@ def test_unknown_and_missing_fields_are_named():
     assert set(caught.value.problems) == {
         "config.model.sorce = 'x': unknown field (did you mean config.model.source?)",
         "config.optim.batch_size = 8: unknown field "
-        "(did you mean config.judge.batch_size or config.train.batch_size?)",
+        "(did you mean config.judge.batch_size or config.train.batch_size or "
+        "config.evaluate.harness.batch_size?)",
         "config.train.epochs: missing",
     }
 
@@ -295,7 +304,7 @@ def test_an_objective_that_needs_the_reference_s_distribution_is_refused(name, v
 
 def test_section_for_takes_fields_from_the_signature():
     section = section_for(weighting, "attention", layer=(0, 14))
-    assert section.to_dict() == {"name": "attention", "layer": (0, 14), "fix_sink": True}
+    assert section.to_dict() == {"name": "attention"} | ATTENTION | {"layer": (0, 14)}
     section.layer = 3  # one layer or several: both types are fine
     with pytest.raises(RegistryError, match="no hyperparameter 'tau'; accepted: beta"):
         section_for(losses, "hinge", tau=1.0)
@@ -560,8 +569,7 @@ def test_diff_names_fields_on_either_side():
     assert diff(old, new) == {
         "optim.learning_rate": (1e-6, 5e-7),
         "weighting.name": ("attention", "uniform"),
-        "weighting.layer": (-1, "(absent)"),
-        "weighting.fix_sink": (True, "(absent)"),
+        **{f"weighting.{key}": (value, "(absent)") for key, value in ATTENTION.items()},
     }
 
 

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnpo_jax.models.lm_head import token_logps
+from attnpo_jax.models import lm_head
+from attnpo_jax.models.lm_head import STATISTICS, token_logps, token_statistics
 
 
 def plain(hidden, unembedding, target):
@@ -34,26 +35,36 @@ def test_values_and_gradients_equal_the_plain_computation(chunk):
     chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("chunk", [7, 30])
-def test_the_collision_is_that_of_the_whole_softmax(chunk):
+@pytest.mark.parametrize(("chunk", "softcap"), [(7, None), (1024, 2.0)])
+def test_statistics_equal_the_plain_computation(chunk, softcap, monkeypatch):
+    monkeypatch.setattr(lm_head, "_TILE_LOGITS", 1)  # tiles of 512 words, so three of them
     rng = np.random.default_rng(3)
-    hidden = jnp.asarray(rng.normal(size=(3, 10, 8)), jnp.float32)
-    unembedding = jnp.asarray(4 * rng.normal(size=(1100, 8)), jnp.float32)  # three tiles
-    target = jnp.asarray(rng.integers(0, 1100, (3, 10)))
+    # Some distributions are all but certain, some all but uniform.
+    scale = np.geomspace(1e-3, 30, 10)[:, None]
+    hidden = jnp.asarray(scale * rng.normal(size=(3, 10, 8)), jnp.float32)
+    unembedding = jnp.asarray(rng.normal(size=(1037, 8)), jnp.float32)
+    logits = hidden @ unembedding.T
+    logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+    logp = np.asarray(jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1), np.float64)
+    found = token_statistics(STATISTICS, hidden, unembedding, softcap=softcap, chunk=chunk)
+    np.testing.assert_allclose(found["entropy"], -(np.exp(logp) * logp).sum(-1), atol=1e-4)
+    np.testing.assert_allclose(found["collision"], np.log(np.exp(2 * logp).sum(-1)), atol=1e-4)
+    least, most = found["entropy"].min(), found["entropy"].max()
+    assert (least < 0.1 or softcap) and most > 6.9 and most - least > 0.5
+    assert list(token_statistics(("collision",), hidden, unembedding)) == ["collision"]
 
-    def loss(h, u, collision):
-        found = token_logps(h, u, target, softcap=30.0, chunk=chunk, collision=collision)
-        logps, squares = found if collision else (found, 0.0)
-        return jnp.sum(logps + squares), found
 
-    slope = jax.grad(loss, argnums=(0, 1), has_aux=True)
-    slopes, (logps, squares) = slope(hidden, unembedding, True)
-    plain_slopes, plain_logps = slope(hidden, unembedding, False)
-    logits = 30.0 * jnp.tanh(hidden @ unembedding.T / 30.0)
-    want = jax.nn.logsumexp(2 * jax.nn.log_softmax(logits), axis=-1)
-    np.testing.assert_allclose(squares, want, rtol=1e-5, atol=1e-5)
-    # It has no gradient, and changes nothing else.
-    chex.assert_trees_all_equal((slopes, logps), (plain_slopes, plain_logps))
+def test_statistics_have_no_gradient_and_cost_one_product():
+    hidden, unembedding = jnp.ones((1, 30, 8)), jnp.ones((37, 8))
+
+    def total(h, u):
+        found = token_statistics(STATISTICS, h, u)
+        return jnp.sum(found["entropy"] + found["collision"])
+
+    gradient = jax.grad(total, argnums=(0, 1))
+    assert str(jax.make_jaxpr(gradient)(hidden, unembedding)).count("dot_general[") == 1
+    assert not any(np.any(g) for g in gradient(hidden, unembedding))
+    assert token_statistics((), hidden, unembedding) == {}
 
 
 def test_full_logits_are_never_held():
@@ -97,16 +108,14 @@ def test_gradients_are_summed_in_float32_over_chunks():
         assert error < 0.01, chunk
 
 
-@pytest.mark.parametrize("collision", [False, True])
 @pytest.mark.parametrize("chunk", [30, 7])
-def test_logits_are_computed_twice_and_no_oftener(chunk, collision):
+def test_logits_are_computed_twice_and_no_oftener(chunk):
     """Once forward, once backward; with two products for the gradients."""
     hidden, unembedding = jnp.ones((1, 30, 8)), jnp.ones((37, 8))
     target = jnp.zeros((1, 30), jnp.int32)
 
     def total(h, u):
-        found = token_logps(h, u, target, chunk=chunk, collision=collision)
-        return jnp.sum(found[0] * found[1] if collision else found)
+        return jnp.sum(token_logps(h, u, target, chunk=chunk))
 
     jaxpr = jax.make_jaxpr(jax.grad(total, argnums=(0, 1)))(hidden, unembedding)
     assert str(jaxpr).count("dot_general[") == 4

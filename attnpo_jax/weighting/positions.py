@@ -107,23 +107,22 @@ def in_common(tokens_BT: jax.Array, others_BU: jax.Array) -> jax.Array:
         before_BU = jnp.pad(above_BU, ((0, 0), (1, 0)))[:, :-1]
         found_BU = jnp.maximum(above_BU, jnp.where(same_BU, before_BU + 1, 0).astype(dtype))
         here_BU = jax.lax.cummax(found_BU, axis=1)
-        return here_BU, (above_BU, here_BU)
+        return here_BU, above_BU
 
-    def take_token(last_B, rows):
+    def take_token(carry, above_BU):
         """Whether a token is in the subsequence, and up to which of the others the rest is."""
-        above_BU, here_BU = rows
+        last_B, here_BU = carry
         at_B1 = jnp.maximum(last_B, 0)[:, None]
         length_B1 = jnp.take_along_axis(here_BU, at_B1, axis=1)
         longer_B = (length_B1 > jnp.take_along_axis(above_BU, at_B1, axis=1))[:, 0]
         taken_B = longer_B & (last_B >= 0)
         # Lengths do not fall along a row: its partner is the first with this one.
         partner_B = jnp.argmax(here_BU == length_B1, axis=1).astype(last_B.dtype)
-        return jnp.where(taken_B, partner_B - 1, last_B), taken_B
+        return (jnp.where(taken_B, partner_B - 1, last_B), above_BU), taken_B
 
     # Made from the inputs, so that under shard_map they vary over devices as the loops' results do.
-    none_BU = (others_BU * 0).astype(dtype)
-    last_B = tokens_BT[:, 0] * 0 + others_BU[:, 0] * 0 + (U - 1)
-    none_BU = none_BU + (tokens_BT[:, :1] * 0).astype(dtype)
-    _, lengths = jax.lax.scan(add_token, none_BU, tokens_BT.T)
-    _, taken_TB = jax.lax.scan(take_token, last_B, lengths, reverse=True)
+    none_BU = (0 * (tokens_BT[:, :1] + others_BU)).astype(dtype)
+    last_B = 0 * (tokens_BT[:, 0] + others_BU[:, 0]) + (U - 1)
+    whole_BU, above_TBU = jax.lax.scan(add_token, none_BU, tokens_BT.T)
+    _, taken_TB = jax.lax.scan(take_token, (last_B, whole_BU), above_TBU, reverse=True)
     return taken_TB.T

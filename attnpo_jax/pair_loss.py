@@ -130,6 +130,8 @@ def batch_losses(
         batch.valid_BG.reshape(-1),
         beta=settings.beta,
         resolution=resolution(settings.dtype),
+        weight_P=batch.weight_BG.reshape(-1),
+        margin_P=batch.margin_BG.reshape(-1) if traits(settings.objective).margin else None,
     )
 
 
@@ -154,6 +156,8 @@ def pair_losses(
     *,
     beta: float,
     resolution: float = 0.0,
+    weight_P: jax.Array | float = 1.0,
+    margin_P: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """TwDPO (Huang et al. 2026): an objective of the weighted sums of both responses' log-probs.
 
@@ -166,6 +170,8 @@ def pair_losses(
       valid_P: bool, false for empty slots.
       beta: scale of the reported rewards, where the objective has none of its own.
       resolution: relative error of a log-prob, see the function of this name.
+      weight_P: the pairs' losses are multiplied by it.
+      margin_P: what the pairs' logits are to exceed, for the objective; None for no margins.
 
     Returns:
       loss_P, 0 for empty slots, and a dict of metrics (P,): `unweighted_loss` (what the loss would
@@ -195,6 +201,7 @@ def pair_losses(
             policy_sum_B=jnp.sum(pi, axis=-1, where=m),
             reference_sum_B=jnp.sum(rho, axis=-1, where=m),
             collision_sum_B=collision_B,
+            margin_B=margin_P if side == 0 else None,
         )
 
     def rounding(weights):
@@ -204,7 +211,7 @@ def pair_losses(
         return resolution * jnp.sqrt(jnp.sum(squares_B.reshape(-1, 2), axis=-1))
 
     chosen, rejected = score(weights, 0), score(weights, 1)
-    loss_P = jnp.where(valid_P, objective(chosen, rejected), 0.0)
+    loss_P = jnp.where(valid_P, weight_P * objective(chosen, rejected), 0.0)
     ones = mask.astype(weights.dtype)
     plain = score(ones, 0), score(ones, 1)
     reward = functools.partial(traits(objective).rewards, beta=beta)
@@ -215,7 +222,7 @@ def pair_losses(
         return _reports(reward, *scores, beta * rounding(weights) if rounded else 0.0, prefix)
 
     metrics = {
-        "unweighted_loss": objective(*plain),
+        "unweighted_loss": weight_P * objective(*plain),
         **reports(plain, ones, ""),
         **reports((chosen, rejected), weights, "weighted_"),
     }

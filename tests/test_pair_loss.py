@@ -126,6 +126,50 @@ def test_an_objective_gets_weighted_and_unweighted_sums():
     assert seen[0][0].collision_sum_B is None
 
 
+def test_a_pair_s_weight_multiplies_its_loss_and_its_margin_shifts_its_logits():
+    def found(objective, **options):
+        loss_P, metrics = pair_loss.pair_losses(
+            lambda tokens: tokens.mask_BT * jnp.array([1.0, 3.0, 1.0]),
+            objective,
+            jnp.asarray(POLICY, jnp.float32),
+            responses_of(POLICY, REFERENCE, MASK, None),
+            jnp.array([True, False]),
+            beta=BETA,
+            **options,
+        )
+        return float(loss_P[0]), float(metrics.pop("unweighted_loss")[0]), metrics
+
+    sigmoid = losses.bind("sigmoid", {"beta": BETA})
+    weights = {"weight_P": jnp.array([3.0, 9.0]), "margin_P": jnp.array([0.25, 9.0])}
+    loss, unweighted, metrics = found(sigmoid, **weights)
+    # Weighted log-ratios -2.5 and 2, plain ones -0.5 and 0.
+    assert loss == pytest.approx(3 * math.log1p(math.exp(0.25 + BETA * 4.5)), rel=1e-6)
+    assert unweighted == pytest.approx(3 * math.log1p(math.exp(0.25 + BETA * 0.5)), rel=1e-6)
+    assert jax.tree.map(float, jax.tree.map(jnp.sum, metrics)) == jax.tree.map(
+        float, jax.tree.map(jnp.sum, found(sigmoid)[2])
+    )
+
+
+def test_a_batch_s_weights_and_margins_reach_the_losses():
+    params, batch = tiny.params(), jax.tree.map(lambda x: x[0], tiny.batch(1, 2, 3))
+    settings = dataclasses.replace(tiny.settings(), objective=losses.bind("sigmoid", {"beta": 1.0}))
+    rows = batch.valid_BG.shape
+    moved = dataclasses.replace(
+        batch,
+        weight_BG=np.full(rows, 2, np.float32),
+        margin_BG=np.full(rows, 0.5, np.float32),
+    )
+    plain_P, metrics = jax.jit(pair_loss.batch_losses, static_argnums=0)(settings, params, batch)
+    loss_P, _ = jax.jit(pair_loss.batch_losses, static_argnums=0)(settings, params, moved)
+    # tiny's rewards are at a beta of 0.1.
+    logits_P = 10 * metrics["rewards/weighted_margins"]
+    want = np.where(batch.valid_BG.reshape(-1), 2 * np.logaddexp(0, 0.5 - logits_P), 0)
+    np.testing.assert_allclose(loss_P, want, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        plain_P, np.where(want > 0, np.logaddexp(0, -logits_P), 0), rtol=1e-4, atol=1e-5
+    )
+
+
 def test_rewards_of_a_reference_free_objective_are_its_own():
     loss, found, _ = losses_of(losses.bind("simpo", {"beta": 2.0, "gamma": 1.0}))
     # Weighted means -7.5 / 5 and -7 / 4; plain ones -3.5 / 3 and -5 / 2.

@@ -87,7 +87,7 @@ def problems(config: config_dict.ConfigDict) -> list[str]:
             found.append(f"config.{section}: missing (a section with a name)")
         else:
             found += _section_problems(section, registry, config[section])
-    return found
+    return found or _margin_problems(config)
 
 
 def _entry(section: Any, name: str) -> Any:
@@ -217,6 +217,23 @@ def _binding_problems(
             "be called as a function of scores that have `kl_B`)"
         )
     return found
+
+
+def _margin_problems(config: config_dict.ConfigDict) -> list[str]:
+    """Margins that the data have and the objective would not read."""
+    column = config.data.fields.get("margin", "")
+    bound = losses.bind(config.objective.name, _hyperparameters(config.objective))
+    if not column or losses.traits(bound).margin:
+        return []
+    reads = [name for name in losses.names() if losses.traits(losses.get(name)).margin]
+    return [
+        f"config.data.fields.margin = {column!r}: {config.objective.name!r} reads no margin; "
+        f"accepted: '', or as config.objective.name one of {', '.join(reads)}"
+    ]
+
+
+def _hyperparameters(section: config_dict.ConfigDict) -> dict[str, Any]:
+    return {key: value for key, value in section.items() if key != "name"}
 
 
 def _terms(bound: functools.partial) -> list[tuple[str, Mapping[str, Any]]]:

@@ -20,7 +20,11 @@ _TERMS, _BETA = "sigmoid + nll", 0.1
 def _traits(*, terms: str = _TERMS, beta: float = _BETA) -> Traits:
     of = [traits(objective) for _, objective in parse(terms, beta)]
     needs = dict.fromkeys(need for one in of for need in one.needs)
-    return Traits(tuple(needs), all(one.reference_free for one in of))
+    return Traits(
+        tuple(needs),
+        reference_free=all(one.reference_free for one in of),
+        margin=any(one.margin for one in of),
+    )
 
 
 @register(traits=_traits)

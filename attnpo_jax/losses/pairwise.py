@@ -11,10 +11,15 @@ import jax
 import jax.numpy as jnp
 
 from attnpo_jax.losses.registration import register
-from attnpo_jax.losses.scores import ResponseScores, check
+from attnpo_jax.losses.scores import ResponseScores, beyond_margin, check
 
 # Of an exponent; e to this and the losses made of it are finite in float32, far from overflow.
 _MOST_EXPONENT = 60.0
+
+
+def pair_logits(chosen: ResponseScores, rejected: ResponseScores, beta: float) -> jax.Array:
+    """beta h, less the pair's margin, (B,)."""
+    return beyond_margin(beta * (chosen.log_ratio_B - rejected.log_ratio_B), chosen)
 
 
 def smoothed_sigmoid(logits_B: jax.Array, label_smoothing: float) -> jax.Array:
@@ -24,7 +29,7 @@ def smoothed_sigmoid(logits_B: jax.Array, label_smoothing: float) -> jax.Array:
     ) - label_smoothing * jax.nn.log_sigmoid(-logits_B)
 
 
-@register
+@register(margin=True)
 def sigmoid(
     chosen: ResponseScores,
     rejected: ResponseScores,
@@ -74,7 +79,8 @@ def sigmoid(
     check(chosen, rejected)
     values = (_f_prime(x.log_ratio_B, divergence, alpha) for x in (chosen, rejected))
     chosen_B, rejected_B = values
-    return smoothed_sigmoid(beta * (chosen_B - rejected_B), label_smoothing)
+    logits_B = beyond_margin(beta * (chosen_B - rejected_B), chosen)
+    return smoothed_sigmoid(logits_B, label_smoothing)
 
 
 def _f_prime(log_ratio_B: jax.Array, divergence: str, alpha: float) -> jax.Array:
@@ -91,7 +97,7 @@ def _f_prime(log_ratio_B: jax.Array, divergence: str, alpha: float) -> jax.Array
     raise ValueError(f"divergence is {divergence!r}; accepted: reverse_kl, forward_kl, js, alpha")
 
 
-@register
+@register(margin=True)
 def hinge(chosen: ResponseScores, rejected: ResponseScores, *, beta: float = 0.1) -> jax.Array:
     """Hinge loss on the difference of the log-ratios, as in SLiC.
 
@@ -118,7 +124,7 @@ def hinge(chosen: ResponseScores, rejected: ResponseScores, *, beta: float = 0.1
     [1.0]
     """
     check(chosen, rejected)
-    return jax.nn.relu(1.0 - beta * (chosen.log_ratio_B - rejected.log_ratio_B))
+    return jax.nn.relu(1.0 - pair_logits(chosen, rejected, beta))
 
 
 @register
@@ -162,7 +168,7 @@ def ipo(
     return jnp.square(log_ratios[0] - log_ratios[1] - 1.0 / (2.0 * beta))
 
 
-@register
+@register(margin=True)
 def robust(
     chosen: ResponseScores,
     rejected: ResponseScores,
@@ -195,13 +201,13 @@ def robust(
     0.6931
     """
     check(chosen, rejected)
-    logits_B = beta * (chosen.log_ratio_B - rejected.log_ratio_B)
+    logits_B = pair_logits(chosen, rejected, beta)
     as_labelled_B, flipped_B = jax.nn.log_sigmoid(logits_B), jax.nn.log_sigmoid(-logits_B)
     e = label_smoothing
     return (e * flipped_B - (1.0 - e) * as_labelled_B) / (1.0 - 2.0 * e)
 
 
-@register
+@register(margin=True)
 def exo(
     chosen: ResponseScores,
     rejected: ResponseScores,
@@ -234,13 +240,13 @@ def exo(
     0.2231
     """
     check(chosen, rejected)
-    logits_B = beta * (chosen.log_ratio_B - rejected.log_ratio_B)
+    logits_B = pair_logits(chosen, rejected, beta)
     as_labelled_B = jax.nn.log_sigmoid(logits_B) - jnp.log(1.0 - label_smoothing)
     flipped_B = jax.nn.log_sigmoid(-logits_B) - jnp.log(label_smoothing)
     return jax.nn.sigmoid(logits_B) * as_labelled_B + jax.nn.sigmoid(-logits_B) * flipped_B
 
 
-@register
+@register(margin=True)
 def discopop(
     chosen: ResponseScores,
     rejected: ResponseScores,
@@ -272,13 +278,13 @@ def discopop(
     0.8466
     """
     check(chosen, rejected)
-    logits_B = beta * (chosen.log_ratio_B - rejected.log_ratio_B)
+    logits_B = pair_logits(chosen, rejected, beta)
     logistic_B = -jax.nn.sigmoid(-logits_B / tau) * jax.nn.log_sigmoid(logits_B)
     # As one exponential: far out on the wrong side, the product would be 0 times infinity.
     return logistic_B + jnp.exp(jax.nn.log_sigmoid(logits_B / tau) - logits_B)
 
 
-@register
+@register(margin=True)
 def sigmoid_norm(
     chosen: ResponseScores,
     rejected: ResponseScores,
@@ -313,10 +319,11 @@ def sigmoid_norm(
     """
     check(chosen, rejected)
     chosen_B, rejected_B = (x.per_weight(x.log_ratio_B) for x in (chosen, rejected))
-    return smoothed_sigmoid(beta * (chosen_B - rejected_B), label_smoothing)
+    logits_B = beyond_margin(beta * (chosen_B - rejected_B), chosen)
+    return smoothed_sigmoid(logits_B, label_smoothing)
 
 
-@register
+@register(margin=True)
 def rdpo(
     chosen: ResponseScores,
     rejected: ResponseScores,
@@ -351,13 +358,13 @@ def rdpo(
     1.3133
     """
     check(chosen, rejected)
-    logits_B = beta * (chosen.log_ratio_B - rejected.log_ratio_B)
+    logits_B = pair_logits(chosen, rejected, beta)
     return smoothed_sigmoid(
         logits_B - alpha * (chosen.length_B - rejected.length_B), label_smoothing
     )
 
 
-@register
+@register(margin=True)
 def dpop(
     chosen: ResponseScores,
     rejected: ResponseScores,
@@ -392,5 +399,5 @@ def dpop(
     """
     check(chosen, rejected)
     fall_B = jax.nn.relu(-chosen.log_ratio_B)
-    h_B = chosen.log_ratio_B - rejected.log_ratio_B
-    return smoothed_sigmoid(beta * (h_B - penalty * fall_B), label_smoothing)
+    logits_B = pair_logits(chosen, rejected, beta) - beta * penalty * fall_B
+    return smoothed_sigmoid(logits_B, label_smoothing)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from attnpo_jax.losses.pairwise import smoothed_sigmoid
 from attnpo_jax.losses.registration import register
-from attnpo_jax.losses.scores import ResponseScores, check
+from attnpo_jax.losses.scores import ResponseScores, beyond_margin, check
 
 # A mean log-prob of 0 has infinite odds; responses this close to it count as this likely.
 _MOST_LIKELY = -1e-6
@@ -19,7 +19,7 @@ def _mean_log_prob(scores: ResponseScores, *, beta: float) -> jax.Array:
     return beta * scores.per_weight(scores.policy_B)
 
 
-@register(reference_free=True, reward=_mean_log_prob)
+@register(reference_free=True, reward=_mean_log_prob, margin=True)
 def simpo(
     chosen: ResponseScores,
     rejected: ResponseScores,
@@ -57,10 +57,10 @@ def simpo(
     """
     check(chosen, rejected)
     margin_B = _mean_log_prob(chosen, beta=beta) - _mean_log_prob(rejected, beta=beta)
-    return smoothed_sigmoid(margin_B - gamma, label_smoothing)
+    return smoothed_sigmoid(beyond_margin(margin_B - gamma, chosen), label_smoothing)
 
 
-@register(reference_free=True, reward=_mean_log_prob)
+@register(reference_free=True, reward=_mean_log_prob, margin=True)
 def orpo(chosen: ResponseScores, rejected: ResponseScores, *, beta: float = 0.1) -> jax.Array:
     """Negative log-likelihood of the chosen response and the log odds ratio of both: ORPO.
 
@@ -91,11 +91,11 @@ def orpo(chosen: ResponseScores, rejected: ResponseScores, *, beta: float = 0.1)
     for scores in (chosen, rejected):
         mean_B = jnp.minimum(scores.per_weight(scores.policy_B), _MOST_LIKELY)
         log_odds_B.append(mean_B - jnp.log(-jnp.expm1(mean_B)))
-    ratio_B = jax.nn.log_sigmoid(log_odds_B[0] - log_odds_B[1])
-    return chosen.negative_log_likelihood_B - beta * ratio_B
+    logits_B = beyond_margin(log_odds_B[0] - log_odds_B[1], chosen)
+    return chosen.negative_log_likelihood_B - beta * jax.nn.log_sigmoid(logits_B)
 
 
-@register(reference_free=True)
+@register(reference_free=True, margin=True)
 def cpo(
     chosen: ResponseScores,
     rejected: ResponseScores,
@@ -131,7 +131,8 @@ def cpo(
     1.6931
     """
     check(chosen, rejected)
-    preference_B = smoothed_sigmoid(beta * (chosen.policy_B - rejected.policy_B), label_smoothing)
+    logits_B = beyond_margin(beta * (chosen.policy_B - rejected.policy_B), chosen)
+    preference_B = smoothed_sigmoid(logits_B, label_smoothing)
     return preference_B + nll_weight * chosen.negative_log_likelihood_B
 
 

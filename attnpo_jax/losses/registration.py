@@ -24,12 +24,14 @@ class Traits:
     Attributes:
       needs: what has to be computed for it, of `NEEDS`.
       reference_free: whether it reads nothing of the reference.
+      margin: whether it reads the pairs' margins.
       reward: `(scores) -> reward_B` for the metrics; None for the default, beta times the
         log-ratio (times the policy's log-probs, if it is reference-free).
     """
 
     needs: tuple[str, ...] = ()
     reference_free: bool = False
+    margin: bool = False
     reward: Callable[[ResponseScores], jax.Array] | None = None
 
     @property
@@ -64,6 +66,7 @@ class Objectives(Registry):
         *,
         needs: tuple[str, ...] = (),
         reference_free: bool = False,
+        margin: bool = False,
         reward: Callable[..., jax.Array] | None = None,
         traits: Callable[..., Traits] | None = None,
     ) -> Callable[..., Any]:
@@ -72,10 +75,11 @@ class Objectives(Registry):
         Args:
           needs: what it reads beyond the sums of log-probs, of `NEEDS`.
           reference_free: whether it reads nothing of the reference.
+          margin: whether it reads the pairs' margins, `chosen.margin_B`.
           reward: the reward of a response for the metrics, `(scores, *, ...) -> (B,)`, with
             keyword-only arguments that are hyperparameters of the objective too. The default is
             beta times the log-ratio (times the policy's log-probs, if it is reference-free).
-          traits: instead of these three, a function of the hyperparameters that gives them.
+          traits: instead of these four, a function of the hyperparameters that gives them.
 
         Raises:
           RegistryError: as for `Registry.register`; or a hyperparameter that is named as an option
@@ -86,6 +90,7 @@ class Objectives(Registry):
                 self.register,
                 needs=needs,
                 reference_free=reference_free,
+                margin=margin,
                 reward=reward,
                 traits=traits,
             )
@@ -109,7 +114,7 @@ class Objectives(Registry):
             if reward is not None:
                 values = {**own, **hyperparameters}
                 bound = functools.partial(reward, **{k: values[k] for k in _defaults(reward)})
-            return Traits(tuple(needs), reference_free, bound)
+            return Traits(tuple(needs), reference_free, margin, bound)
 
         super().register(function, needs=needs)
         function.objective_traits = traits or declared

@@ -27,6 +27,8 @@ class ResponseScores:
         over the vocabulary; None unless the objective declares that it needs `policy_collision`.
       kl_B: float, sum over the tokens of KL(reference || policy) of the distributions over the
         vocabulary; None unless given (`reference_kl`).
+      margin_B: float, of the chosen response's scores: what the pair's logits are to exceed, as the
+        data have it; None for no margins.
     """
 
     policy_B: jax.Array
@@ -37,6 +39,7 @@ class ResponseScores:
     reference_sum_B: jax.Array | None = None
     collision_sum_B: jax.Array | None = None
     kl_B: jax.Array | None = None
+    margin_B: jax.Array | None = None
 
     def __post_init__(self):
         for name in ("policy", "reference"):
@@ -59,6 +62,15 @@ class ResponseScores:
     def negative_log_likelihood_B(self) -> jax.Array:
         """Mean over the tokens of -log p under the policy, every token counted once, (B,)."""
         return -self.policy_sum_B / jnp.maximum(self.length_B, 1)
+
+
+def beyond_margin(logits_B: jax.Array, chosen: ResponseScores) -> jax.Array:
+    """A pair's logits (B,) less its margin, where the data have margins.
+
+    "Direct Preference Optimization with an Offset" (https://arxiv.org/abs/2402.10571), whose
+    offsets are the margins.
+    """
+    return logits_B if chosen.margin_B is None else logits_B - chosen.margin_B
 
 
 _FLOATS = ("policy_B", "reference_B", "policy_sum_B", "reference_sum_B")

@@ -7,12 +7,12 @@ from typing import Literal
 
 import jax
 
-from attnpo_jax.losses.pairwise import smoothed_sigmoid
+from attnpo_jax.losses.pairwise import pair_logits, smoothed_sigmoid
 from attnpo_jax.losses.registration import register
 from attnpo_jax.losses.scores import ResponseScores, check
 
 
-@register(needs=("reference_kl",))
+@register(needs=("reference_kl",), margin=True)
 def tdpo(
     chosen: ResponseScores,
     rejected: ResponseScores,
@@ -54,9 +54,9 @@ def tdpo(
     1.3133
     """
     check(chosen, rejected, "kl_B")
-    h_B = chosen.log_ratio_B - rejected.log_ratio_B
     if version == 1:
         divergence_B = rejected.kl_B - chosen.kl_B
     else:
         divergence_B = alpha * (rejected.kl_B - jax.lax.stop_gradient(chosen.kl_B))
-    return smoothed_sigmoid(beta * (h_B - divergence_B), label_smoothing)
+    logits_B = pair_logits(chosen, rejected, beta) - beta * divergence_B
+    return smoothed_sigmoid(logits_B, label_smoothing)

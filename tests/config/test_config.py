@@ -296,6 +296,18 @@ def test_an_objective_s_hyperparameters_are_checked_together_and_term_by_term():
     validate(config)
 
 
+def test_margins_need_an_objective_that_reads_them():
+    config = default_config()
+    config.data.fields.margin = "gap"
+    validate(config)
+    config.objective = section_for(losses, "nca")
+    with pytest.raises(ConfigError) as caught:
+        validate(config)
+    (problem,) = caught.value.problems
+    assert problem.startswith("config.data.fields.margin = 'gap': 'nca' reads no margin; accepted:")
+    assert "one of cpo, discopop, dpop, exo, hinge, mixture, orpo, " in problem
+
+
 @pytest.mark.parametrize(("name", "values"), [("tdpo", {}), ("mixture", {"terms": "tdpo + nll"})])
 def test_an_objective_that_needs_the_reference_s_distribution_is_refused(name, values):
     (problem,) = objective_problems(name, **values)

@@ -325,6 +325,36 @@ def test_weights_count_in_means_and_lengths_do_not():
     )
 
 
+@pytest.mark.parametrize("name", [n for n in losses.names() if n != "mixture"])
+def test_a_margin_is_taken_off_the_logits_of_those_that_read_it(name):
+    """Its slope is that of the logits, with the other sign; so is the log-probs' but for a scale."""
+    chosen, rejected = random_pair()
+    objective = partial(losses.get(name), **({"penalty": 0.0} if name == "dpop" else {}))
+    plain = objective(chosen, rejected)
+    with_margin = dataclasses.replace(chosen, margin_B=jnp.zeros(8))
+    np.testing.assert_array_equal(objective(with_margin, rejected), plain)
+    slope = jax.grad(lambda c: objective(c, rejected).sum())(with_margin)
+    if not losses.traits(objective).margin:
+        assert not slope.margin_B.any()
+        return
+    assert (slope.margin_B > -1e-9).all() and slope.margin_B.any()
+    # By how much a nat more of the chosen response raises the logits.
+    beta = losses.hyperparameters(name)["beta"]
+    per_nat = {"sigmoid_norm": beta / chosen.weight_B, "simpo": beta / chosen.weight_B}
+    if name != "orpo":
+        np.testing.assert_allclose(
+            slope.policy_B, -per_nat.get(name, beta) * slope.margin_B, rtol=1e-4, atol=1e-9
+        )
+
+
+def test_offsets_by_hand():
+    """ODPO: logits 0.5 (3 + 1) = 2 and 0.5 (0.5 - 2) = -0.75, margins 1.5 and -0.25."""
+    chosen, rejected = two()
+    chosen = dataclasses.replace(chosen, margin_B=jnp.array([1.5, -0.25]))
+    found = losses.sigmoid(chosen, rejected, beta=0.5)
+    np.testing.assert_allclose(found, [-ls(0.5), -ls(-0.5)], rtol=1e-6)
+
+
 def test_wpo_counts_every_token_once_and_has_no_gradient():
     """Means of log p minus the collision: (-10 + 18) / 8 = 1 and (-9 + 3) / 3 = -2."""
     chosen = scores([-2.0], [-6.0], [4.0], [8.0], policy_sum_B=[-10.0], collision_sum_B=[-18.0])

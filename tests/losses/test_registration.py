@@ -59,13 +59,14 @@ def test_a_mixture_of_another_form_is_refused(terms, message):
 
 
 def test_what_objectives_declare():
-    assert losses.traits(losses.sigmoid) == losses.traits(lambda c, r: 0) == losses.Traits()
+    assert losses.traits(losses.ipo) == losses.traits(lambda c, r: 0) == losses.Traits()
     assert losses.traits(partial(losses.tdpo, beta=1.0)).needs == ("reference_kl",)
     assert losses.traits(losses.bind("cpo", {"wpo": True})) == losses.Traits(
-        ("policy_collision",), reference_free=True
+        ("policy_collision",), reference_free=True, margin=True
     )
     mixed = losses.traits(losses.bind("mixture", {"terms": MIXED}))
-    assert mixed == losses.Traits(("policy_collision",))
+    assert mixed == losses.Traits(("policy_collision",), margin=True)
+    assert not losses.traits(losses.bind("mixture", {"terms": "nca + nll"})).margin
     assert losses.traits(losses.bind("mixture", {"terms": "nll + cpo"})).reference_free
     # A mean log-prob of -0.5, at the objective's own beta.
     of = scores([-2.0], [5.0], weight=[4.0])

@@ -42,7 +42,7 @@ class PairBatch:
       verdict_BG2: float32 log-odds, by order, that the judge prefers the chosen response; NaN
         where that was not asked for.
       ready_BG2KT: float32 precomputed weights by response, column, token; None without any.
-      weight_BG: float32 weight of the pair's loss; 1 where the data have none.
+      weight_BG: float32 weight of the pair's loss, 1 where the data have none; 0 for empty slots.
       margin_BG: float32 margin of the pair's logits; 0 where the data have none.
       valid_BG: bool, slots that hold a pair.
       pair_BG: int32 row of the prepared dataset, -1 for empty slots.
@@ -131,7 +131,7 @@ def fill_rows(
         reference_logps_BG2T=np.zeros((B, G, 2, T), np.float32),
         judge_BG22ST=np.zeros((B, G, 2, 2, S, T), np.float32),
         verdict_BG2=np.zeros((B, G, 2), np.float32),
-        weight_BG=np.ones((B, G), np.float32),
+        weight_BG=np.zeros((B, G), np.float32),
         margin_BG=np.zeros((B, G), np.float32),
         valid_BG=np.zeros((B, G), bool),
         pair_BG=np.full((B, G), -1, np.int32),

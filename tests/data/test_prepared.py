@@ -107,7 +107,7 @@ def test_weights_and_margins_of_pairs_come_back(tmp_path):
     example = Example.from_prepared(dataset, 0)
     assert (example.weight, example.margin) == (0.5, -2.0)
     batch = fill_rows([[example], []], RowShape(64, 64, 64), 3)
-    assert batch.weight_BG.tolist() == [[0.5], [1.0]]
+    assert batch.weight_BG.tolist() == [[0.5], [0.0]]
     assert batch.margin_BG.tolist() == [[-2.0], [0.0]]
 
 

@@ -327,7 +327,7 @@ def test_weights_count_in_means_and_lengths_do_not():
 
 @pytest.mark.parametrize("name", [n for n in losses.names() if n != "mixture"])
 def test_a_margin_is_taken_off_the_logits_of_those_that_read_it(name):
-    """Its slope is that of the logits, with the other sign; so is the log-probs' but for a scale."""
+    """Its slope is that of the logits, with the other sign; the log-probs' is so to scale."""
     chosen, rejected = random_pair()
     objective = partial(losses.get(name), **({"penalty": 0.0} if name == "dpop" else {}))
     plain = objective(chosen, rejected)

@@ -5,17 +5,18 @@ chosen one, then the rejected one), T response tokens.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from attnpo_jax.data.batching import PairBatch
-from attnpo_jax.losses import ResponseScores
+from attnpo_jax.losses import ResponseScores, traits
 from attnpo_jax.models.decoder import ModelConfig, Params
-from attnpo_jax.models.scoring import response_logps
+from attnpo_jax.models.scoring import response_scores
 from attnpo_jax.weighting import ResponseTokens
 
 Metrics = dict[str, jax.Array]
@@ -42,9 +43,11 @@ class StepSettings:
       model: the model's shape.
       weighting: `(ResponseTokens) -> weights_BT`, hyperparameters bound.
       objective: `(chosen, rejected: ResponseScores) -> loss_B`, hyperparameters bound.
-      beta: scale of the reported rewards.
+      beta: scale of the reported rewards, where the objective has none of its own.
       source_layers: the layers on the judge arrays' source axis.
       weight_columns: the names on the axis of the precomputed weights.
+      needs: what the weighting declared that it reads, of `weighting.NEEDS`; what neither it nor
+        the objective declared is not computed.
       dtype: what activations are computed in.
       remat: a key of `models.decoder.REMAT_POLICIES`.
       attention: one of `models.attention.implementations.IMPLEMENTATIONS`.
@@ -57,6 +60,7 @@ class StepSettings:
     beta: float
     source_layers: tuple[int, ...]
     weight_columns: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
     dtype: Any = jnp.float32
     remat: str = "dots"
     attention: str = "xla"
@@ -76,15 +80,27 @@ def batch_losses(
     Returns:
       loss_P and metrics (P,), as `pair_losses` gives them.
     """
-    return losses_of_logps(settings, policy_logps(settings, params, batch), batch)
+    return losses_of_logps(settings, *policy_logps(settings, params, batch), batch)
 
 
-def policy_logps(settings: StepSettings, params: Params, batch: PairBatch) -> jax.Array:
-    """The policy's log-prob of each response token: float32 (B, G, 2, T)."""
-    return response_logps(
+def policy_logps(
+    settings: StepSettings, params: Params, batch: PairBatch
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The policy's log-prob of each response token, float32 (B, G, 2, T), and by name the
+    statistics of its distribution there that weighting and objective need, of the same shape.
+    """
+    of_objective = traits(settings.objective).needs
+    if "reference_kl" in of_objective:
+        raise ValueError(
+            "the objective needs reference_kl, the reference's distribution over the vocabulary, "
+            "which a step does not have; call it with scores that have kl_B"
+        )
+    needs = dict.fromkeys((*settings.needs, *of_objective))
+    return response_scores(
         settings.model,
         params,
         batch,
+        statistics=tuple(need.removeprefix("policy_") for need in needs),
         dtype=settings.dtype,
         remat=settings.remat,
         attention=settings.attention,
@@ -93,15 +109,20 @@ def policy_logps(settings: StepSettings, params: Params, batch: PairBatch) -> ja
 
 
 def losses_of_logps(
-    settings: StepSettings, policy_BG2T: jax.Array, batch: PairBatch
+    settings: StepSettings,
+    policy_BG2T: jax.Array,
+    statistics: Mapping[str, jax.Array],
+    batch: PairBatch,
 ) -> tuple[jax.Array, Metrics]:
-    """As `batch_losses`, of log-probs that are there already."""
+    """As `batch_losses`, of what `policy_logps` gives."""
 
     def by_response(x):
         """(B, G, 2, ...) -> (2P, ...): the responses of a pair in turn."""
         return x.reshape(math.prod(x.shape[:3]), *x.shape[3:])
 
     mask, policy = by_response(batch.mask_BG2T), by_response(policy_BG2T)
+    tokens = by_response(_tokens(batch))
+    lengths = jnp.sum(mask, axis=-1)
     responses = ResponseTokens(
         mask_BT=mask,
         text_mask_BT=by_response(batch.text_mask_BG2T),
@@ -114,6 +135,10 @@ def losses_of_logps(
         num_layers=settings.model.num_layers,
         ready_BKT=None if batch.ready_BG2KT is None else by_response(batch.ready_BG2KT),
         weight_columns=settings.weight_columns,
+        tokens_BT=tokens,
+        partner_tokens_BT=_partners(tokens),
+        partner_length_B=_partners(lengths),
+        **{f"policy_{name}_BT": by_response(x) for name, x in statistics.items()},
     )
     return pair_losses(
         settings.weighting,
@@ -123,7 +148,21 @@ def losses_of_logps(
         batch.valid_BG.reshape(-1),
         beta=settings.beta,
         resolution=resolution(settings.dtype),
+        weight_P=batch.weight_BG.reshape(-1),
+        margin_P=batch.margin_BG.reshape(-1) if traits(settings.objective).margin else None,
     )
+
+
+def _tokens(batch: PairBatch) -> jax.Array:
+    """The ids of the responses' tokens, int32 (B, G, 2, T); -1 where there is none."""
+    B = batch.index_BG2T.shape[0]
+    flat = jnp.take_along_axis(batch.target_BM, batch.index_BG2T.reshape(B, -1), axis=1)
+    return jnp.where(batch.mask_BG2T, flat.reshape(batch.index_BG2T.shape), -1)
+
+
+def _partners(x: jax.Array) -> jax.Array:
+    """Of (2P, ...), responses of a pair in turn: for each, what the other one of its pair has."""
+    return jnp.flip(x.reshape(-1, 2, *x.shape[1:]), axis=1).reshape(x.shape)
 
 
 def pair_losses(
@@ -135,6 +174,8 @@ def pair_losses(
     *,
     beta: float,
     resolution: float = 0.0,
+    weight_P: jax.Array | float = 1.0,
+    margin_P: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """TwDPO (Huang et al. 2026): an objective of the weighted sums of both responses' log-probs.
 
@@ -142,16 +183,20 @@ def pair_losses(
       weigh: gives weights (B, T); no gradient goes through them.
       objective: gives losses (P,).
       policy_BT: the policy's log-probs; the loss is differentiable in them.
-      responses: the same tokens, with the reference's log-probs, as `weigh` sees them.
+      responses: the same tokens, with the reference's log-probs, as `weigh` sees them; with
+        `policy_collision_BT`, 0 where there is no token, for objectives that declare it.
       valid_P: bool, false for empty slots.
-      beta: scale of the reported rewards.
+      beta: scale of the reported rewards, where the objective has none of its own.
       resolution: relative error of a log-prob, see the function of this name.
+      weight_P: the pairs' losses are multiplied by it.
+      margin_P: what the pairs' logits are to exceed, for the objective; None for no margins.
 
     Returns:
       loss_P, 0 for empty slots, and a dict of metrics (P,): `unweighted_loss` (what the loss would
       be with uniform weights), and `rewards/*` and `logps/*`, plain and weighted, under the names
       that TRL gives them. A margin no larger than what rounding makes of it, with the tokens'
-      errors independent, is a tie (`rewards/ties`), and no win (`rewards/accuracies`).
+      errors independent, is a tie (`rewards/ties`), and no win (`rewards/accuracies`). With the
+      rewards of a reference-free objective, or of one that has its own, ties are equal rewards.
     """
     # The reference is frozen, and a weighting that reads the policy is not differentiated through.
     weights, reference = jax.lax.stop_gradient((weigh(responses), responses.reference_logps_BT))
@@ -161,6 +206,9 @@ def pair_losses(
         w, pi, rho, m = (
             x.reshape(-1, 2, T)[:, side] for x in (weights, policy_BT, reference, mask)
         )
+        collision_BT, collision_B = responses.policy_collision_BT, None
+        if collision_BT is not None:
+            collision_B = jnp.sum(collision_BT.reshape(-1, 2, T)[:, side], axis=-1)
         return ResponseScores(
             policy_B=jnp.sum(w * pi, axis=-1),
             reference_B=jnp.sum(w * rho, axis=-1),
@@ -168,6 +216,10 @@ def pair_losses(
             # into the gradient, although the slot's loss is left out.
             weight_B=jnp.where(valid_P, jnp.sum(w, axis=-1), 1),
             length_B=jnp.where(valid_P, jnp.sum(m, axis=-1), 1),
+            policy_sum_B=jnp.sum(pi, axis=-1, where=m),
+            reference_sum_B=jnp.sum(rho, axis=-1, where=m),
+            collision_sum_B=collision_B,
+            margin_B=margin_P if side == 0 else None,
         )
 
     def rounding(weights):
@@ -177,13 +229,20 @@ def pair_losses(
         return resolution * jnp.sqrt(jnp.sum(squares_B.reshape(-1, 2), axis=-1))
 
     chosen, rejected = score(weights, 0), score(weights, 1)
-    loss_P = jnp.where(valid_P, objective(chosen, rejected), 0.0)
+    loss_P = jnp.where(valid_P, weight_P * objective(chosen, rejected), 0.0)
     ones = mask.astype(weights.dtype)
     plain = score(ones, 0), score(ones, 1)
+    reward = functools.partial(traits(objective).rewards, beta=beta)
+
+    def reports(scores, weights, prefix):
+        # Of rewards against the reference, from which rounding alone may set the policy apart.
+        rounded = traits(objective).of_log_ratios
+        return _reports(reward, *scores, beta * rounding(weights) if rounded else 0.0, prefix)
+
     metrics = {
-        "unweighted_loss": objective(*plain),
-        **_reports(beta, *plain, rounding(ones), ""),
-        **_reports(beta, chosen, rejected, rounding(weights), "weighted_"),
+        "unweighted_loss": weight_P * objective(*plain),
+        **reports(plain, ones, ""),
+        **reports((chosen, rejected), weights, "weighted_"),
     }
     return loss_P, jax.tree.map(
         lambda x: jnp.where(valid_P, x, 0.0), jax.lax.stop_gradient(metrics)
@@ -191,15 +250,15 @@ def pair_losses(
 
 
 def _reports(
-    beta: float,
+    reward: Callable[[ResponseScores], jax.Array],
     chosen: ResponseScores,
     rejected: ResponseScores,
-    rounding_P: jax.Array,
+    least: jax.Array | float,
     prefix: str,
 ) -> Metrics:
-    reward_c = beta * (chosen.policy_B - chosen.reference_B)
-    reward_r = beta * (rejected.policy_B - rejected.reference_B)
-    margin, least = reward_c - reward_r, beta * rounding_P
+    """Metrics (P,) of scores; margins of rewards that are no larger than `least` are ties."""
+    reward_c, reward_r = reward(chosen), reward(rejected)
+    margin = reward_c - reward_r
     return {
         f"rewards/{prefix}chosen": reward_c,
         f"rewards/{prefix}rejected": reward_r,

@@ -36,23 +36,44 @@ class Registry:
     Args:
       kind: what the functions are, for error messages ("weighting", "objective").
       inputs: names of the positional arguments every function of this kind takes.
+      accepted_needs: what a function may declare that it needs beyond what its inputs always have.
     """
 
-    def __init__(self, kind: str, inputs: tuple[str, ...]):
+    options: Mapping[str, str] = types.MappingProxyType({})
+    """Hyperparameters that all functions have beside their own, and what they mean."""
+
+    def __init__(self, kind: str, inputs: tuple[str, ...], accepted_needs: tuple[str, ...] = ()):
         self.kind = kind
         self.inputs = inputs
+        self.accepted_needs = accepted_needs
         self._functions: dict[str, Callable[..., Any]] = {}
+        self._needs: dict[str, tuple[str, ...]] = {}
 
-    def register(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def register(
+        self, function: Callable[..., Any] | None = None, *, needs: Iterable[str] = ()
+    ) -> Callable[..., Any]:
         """Adds a function under its own name; for use as a decorator.
 
         Running the same definition again (a notebook cell, a reloaded module) replaces it.
 
+        Args:
+          function: what to add; None gives the decorator, as in `@register(needs=("...",))`.
+          needs: which of `accepted_needs` it reads; what nobody needs is not computed.
+
         Raises:
-          RegistryError: the name belongs to a function of another module, or the arguments are
-            not the positional inputs of this kind followed by keyword-only hyperparameters.
+          RegistryError: the name belongs to a function of another module, the arguments are
+            not the positional inputs of this kind followed by keyword-only hyperparameters, or a
+            need is not among those accepted.
         """
+        if function is None:
+            return functools.partial(self.register, needs=needs)
         name = function.__name__
+        needs = (needs,) if isinstance(needs, str) else tuple(needs)
+        if unknown := [need for need in needs if need not in self.accepted_needs]:
+            raise RegistryError(
+                f"{self.kind} {name!r} needs {', '.join(map(repr, unknown))}; accepted: "
+                f"{', '.join(self.accepted_needs) or 'none'}"
+            )
         parameters = list(inspect.signature(function).parameters.values())
         positional = [
             p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
@@ -71,6 +92,7 @@ class Registry:
                 f"{known.__module__}; give it another name"
             )
         self._functions[name] = function
+        self._needs[name] = needs
         return function
 
     def names(self) -> tuple[str, ...]:
@@ -89,6 +111,15 @@ class Registry:
                 "(your own: name its file in config.plugins)"
             )
         return self._functions[name]
+
+    def needs(self, name: str) -> tuple[str, ...]:
+        """What a function declared that it needs.
+
+        Raises:
+          RegistryError: no such name.
+        """
+        self.get(name)
+        return self._needs.get(name, ())
 
     def hyperparameters(self, name: str) -> dict[str, Any]:
         """Hyperparameters of a function and their defaults (`REQUIRED` where there is none).

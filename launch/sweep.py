@@ -35,7 +35,7 @@ from attnpo_jax.runtime.printable import plain, say
 from attnpo_jax.train.hooks import NonFiniteError
 
 # What a prepared dataset does not depend on.
-SWEPT = ("seed", "weighting", "objective", "optim", "train")
+SWEPT = ("seed", "weighting", "shaping", "objective", "optim", "train")
 RESULT = "result.json"
 
 # Columns of the closing table, the first one ranks.

@@ -132,7 +132,12 @@ def test_a_name_switches_the_section_to_that_function_s_hyperparameters(calls, f
     assert cli.main(arguments) == 0
     config = calls[0][1]
     # The file's beta was meant for the objective that the file names.
-    assert config.objective.to_dict() == {"name": "ipo", "beta": 0.1, "length_normalize": True}
+    assert config.objective.to_dict() == {
+        "name": "ipo",
+        "beta": 0.1,
+        "length_normalize": True,
+        "wpo": False,
+    }
     assert config.weighting.to_dict() == {"name": "uniform"}
 
 
@@ -162,7 +167,7 @@ def test_a_plugin_s_required_hyperparameter_is_asked_for(calls, file, plugin, ca
         ("--config.batch_size=4", "did you mean config.judge.batch_size or config.train.batch"),
         (
             "--config.objective.length_normalize=1",
-            "unknown field; fields of config.objective: beta, l",
+            "unknown field; fields of config.objective: alpha, beta, ",
         ),
         ("--config.optim=3", "is a section; set its fields: --config.optim.b1, "),
         ("--config.seed.x=3", "--config.seed.x: unknown field"),
@@ -357,6 +362,8 @@ def test_config_prints_what_differs_from_the_defaults(file, capsys):
     base = ["config", f"--config={file}:64", "--config.objective.name=ipo"]
     assert cli.main([*base, "--diff"]) == 0
     assert sorted(capsys.readouterr().out.splitlines()) == [
+        "# no objective.alpha",
+        "# no objective.divergence",
         "# no objective.label_smoothing",
         "objective.length_normalize = False  # not in the default config",
         "objective.name = 'ipo'  # default: 'sigmoid'",
@@ -387,7 +394,7 @@ def test_options_can_come_from_a_flagfile(calls, file, tmp_path):
     flagfile = tmp_path / "flags"
     flagfile.write_text(f"--config={file}\n--config.objective.name=hinge\n# a comment\n")
     assert cli.main(["run", f"--flagfile={flagfile}", "--workdir=w"]) == 0
-    assert calls[0][1].objective.to_dict() == {"name": "hinge", "beta": 0.1}
+    assert calls[0][1].objective.to_dict() == {"name": "hinge", "beta": 0.1, "wpo": False}
 
 
 def test_compiled_programs_are_kept_in_the_cache_unless_told_otherwise(calls, file, tmp_path):

@@ -15,6 +15,7 @@ from attnpo_jax import losses, registry, weighting
 from attnpo_jax.config import docs as config_docs
 from attnpo_jax.config.fields import FIELDS
 from attnpo_jax.data import shards, sources
+from attnpo_jax.data.pair import NUMBERS
 from attnpo_jax.data.prepared import PreparedWriter
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -69,14 +70,18 @@ def test_config_page_lists_every_weighting_and_objective_with_its_hyperparameter
             if not functions.get(name).__module__.startswith(functions.__name__):
                 continue  # another test's
             hyper = functions.hyperparameters(name)
-            listed = ", ".join(f"`{key}={default!r}`" for key, default in hyper.items())
+            listed = ", ".join(
+                f"`{key}`" if default is registry.REQUIRED else f"`{key}={default!r}`"
+                for key, default in hyper.items()
+                if key not in functions.registry.options
+            )
             expected[f"{section}.{name}"] = listed or "none"
     assert found == expected
 
 
 def test_data_page_lists_the_prepared_columns():
     listed = [name for row in rows("data.md", 3) for name in re.findall(r"`(\w+)`", row[0])]
-    assert sorted(listed) == sorted(shards.features(1, 1))
+    assert sorted(listed) == sorted(shards.features(1, 1, numbers=NUMBERS))
 
 
 def test_data_page_s_rows_are_all_the_same_pair(tmp_path):
@@ -126,7 +131,7 @@ def test_data_page_reads_a_prepared_dataset(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def plugins(tmp_path_factory):
-    """The research page's two functions as plugin files, by name."""
+    """The research page's functions as plugin files, by name."""
     folder = tmp_path_factory.mktemp("plugins")
     for code in blocks("research.md", "python"):
         (function,) = (n for n in ast.parse(code).body if isinstance(n, ast.FunctionDef))
@@ -160,6 +165,31 @@ def test_research_page_s_command_resolves(plugins, monkeypatch):
     # Scores 2 and 4, scaled to a sum of 2 tokens; a padding row has none.
     weights = weigh(response).tolist()
     assert weights[0] == pytest.approx([2 / 3, 4 / 3, 0.0]) and weights[1] == [0.0, 0.0, 0.0]
+
+
+def test_research_page_s_weightings_of_entropy_and_of_the_other_response(plugins):
+    config = config_lib.default_config()
+    config.plugins = (str(plugins / "undecided.py"), str(plugins / "own_words.py"))
+    mask = [[True, True, True], [False] * 3]
+    response = weighting.ResponseTokens.of(
+        mask,
+        policy_entropy_BT=[[2.0, 0.5, 1.5], [0.0] * 3],
+        tokens_BT=[[7, 8, 9], [-1] * 3],
+        partner_tokens_BT=[[9, 5, -1], [-1] * 3],
+    )
+    for name, needs, expected in (
+        ("undecided", ("policy_entropy",), [1.0, 0.0, 1.0]),
+        ("own_words", (), [1.0, 1.0, 0.2]),
+    ):
+        config = config_lib.complete_sections(config, weighting=name)
+        config_lib.validate(config)
+        settings = config_lib.step_settings(config, None, (), "xla")
+        assert settings.needs == needs
+        weights = settings.weighting(response).tolist()
+        assert weights[0] == pytest.approx(expected) and weights[1] == [0.0] * 3
+        # Ten lines, without those that are empty or that import.
+        (code,) = (b for b in blocks("research.md", "python") if f"def {name}" in b)
+        assert sum(bool(line) and "import" not in line for line in code.splitlines()) <= 10
 
 
 def test_research_page_s_objective(plugins):

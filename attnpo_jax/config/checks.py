@@ -8,16 +8,32 @@ from typing import Any
 
 from ml_collections import config_dict
 
+from attnpo_jax import losses
 from attnpo_jax.config import rules
 from attnpo_jax.config.errors import ConfigError
 from attnpo_jax.config.fields import FIELDS, flatten
 from attnpo_jax.config.sections import SECTIONS
+from attnpo_jax.losses.mixture import parse as parse_terms
 from attnpo_jax.registry import REQUIRED, PluginError, RegistryError, load_plugins
 
 _BUILTIN_HYPERPARAMETERS: dict[str, rules.Rule] = {
     "objective.beta": rules.positive(),
     "objective.label_smoothing": rules.share(0.5, inclusive=False),
+    "objective.exo.label_smoothing": rules.between(0, 0.5),
+    "objective.sigmoid.alpha": rules.positive(),
+    "objective.rdpo.alpha": rules.not_negative(),
+    "objective.tdpo.alpha": rules.not_negative(),
+    "objective.penalty": rules.not_negative(),
+    "objective.nll_weight": rules.not_negative(),
+    "objective.gamma": rules.not_negative(),
+    "objective.tau": rules.between(0, 1, inclusive=True),
+    "weighting.alpha": rules.not_negative(),
+    "weighting.gamma": rules.share(1, inclusive=True),
+    "weighting.limit": rules.positive(),
+    "weighting.beta": rules.positive(),
+    "weighting.share": rules.positive_share(),
 }
+"""By section and hyperparameter, or those of one function."""
 
 _WRITERS = {"log.tensorboard": "tensorboardX", "log.wandb": "wandb"}
 
@@ -71,7 +87,7 @@ def problems(config: config_dict.ConfigDict) -> list[str]:
             found.append(f"config.{section}: missing (a section with a name)")
         else:
             found += _section_problems(section, registry, config[section])
-    return found
+    return found or _margin_problems(config)
 
 
 def _entry(section: Any, name: str) -> Any:
@@ -184,7 +200,64 @@ def _section_problems(section: str, registry: Any, values: config_dict.ConfigDic
         for key, default in defaults.items()
         if default is REQUIRED and key not in hyperparameters
     ]
+    return found or _binding_problems(section, registry, name, hyperparameters)
+
+
+def _binding_problems(
+    section: str, registry: Any, name: str, hyperparameters: Mapping[str, Any]
+) -> list[str]:
+    """What can be told of a section's function with its hyperparameters together."""
+    try:
+        bound = registry.bind(name, hyperparameters)
+    except RegistryError as error:
+        return [f"config.{section}: {error}"]
+    if section != "objective":
+        return []
+    found = []
+    for term, values in _terms(bound):
+        for key, value in values.items():
+            wrong = [r for r in _hyperparameter_rules(section, term, key) if not r.accepts(value)]
+            if wrong:
+                found.append(
+                    f"config.{section}.terms: {term}({key}={value!r}): accepted: "
+                    f"{wrong[0].accepted}"
+                )
+    if "reference_kl" in registry.traits(bound).needs:
+        found.append(
+            f"config.objective: {name!r} needs reference_kl, the KL divergence of the reference's "
+            "distribution over the vocabulary from the policy's, and training has the reference's "
+            f"log-probs of the responses' tokens alone; accepted: another objective ({name!r} can "
+            "be called as a function of scores that have `kl_B`)"
+        )
     return found
+
+
+def _margin_problems(config: config_dict.ConfigDict) -> list[str]:
+    """Margins that the data have and the objective would not read."""
+    column = config.data.fields.get("margin", "")
+    bound = losses.bind(config.objective.name, _hyperparameters(config.objective))
+    if not column or losses.traits(bound).margin:
+        return []
+    reads = [name for name in losses.names() if losses.traits(losses.get(name)).margin]
+    return [
+        f"config.data.fields.margin = {column!r}: {config.objective.name!r} reads no margin; "
+        f"accepted: '', or as config.objective.name one of {', '.join(reads)}"
+    ]
+
+
+def _hyperparameters(section: config_dict.ConfigDict) -> dict[str, Any]:
+    return {key: value for key, value in section.items() if key != "name"}
+
+
+def _terms(bound: functools.partial) -> list[tuple[str, Mapping[str, Any]]]:
+    """The objectives that an objective is made of, with their hyperparameters."""
+    if bound.func is losses.policy_weighted:
+        bound = bound.keywords["objective"]
+    if bound.func is not losses.mixture:
+        return []
+    inner = [term for _, term in parse_terms(**bound.keywords)]
+    inner = [term.keywords.get("objective", term) for term in inner]
+    return [(term.func.__name__, term.keywords) for term in inner]
 
 
 def _hyperparameter_rules(section: str, name: str, key: str) -> list[rules.Rule]:
@@ -195,8 +268,9 @@ def _hyperparameter_rules(section: str, name: str, key: str) -> list[rules.Rule]
         registry.hyperparameters(name)[key], *([hints[key]] if key in hints else [])
     )
     builtin = registry.get(name).__module__.startswith("attnpo_jax.")
-    own = _BUILTIN_HYPERPARAMETERS.get(f"{section}.{key}") if builtin else None
-    return [by_signature] if own is None else [own, by_signature]
+    fields = (f"{section}.{name}.{key}", f"{section}.{key}") if builtin else ()
+    own = [_BUILTIN_HYPERPARAMETERS[f] for f in fields if f in _BUILTIN_HYPERPARAMETERS]
+    return [*own, by_signature]
 
 
 def accepted_words(config: config_dict.ConfigDict, field: str) -> str:

@@ -12,6 +12,7 @@ import textwrap
 from attnpo_jax.config.fields import DECISIVE, FIELDS
 from attnpo_jax.config.sections import SECTIONS
 from attnpo_jax.config.show import meanings_of
+from attnpo_jax.registry import REQUIRED
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "config.md"
 _HEAD = "| field | default | accepted | meaning |\n|---|---|---|---|\n"
@@ -36,18 +37,29 @@ def rewritten(page: str) -> str:
 
 
 def functions() -> str:
-    """The table of the package's own weightings and objectives, in the docstrings' words."""
+    """The table of the package's own weightings and objectives, in the docstrings' words.
+
+    Options that all functions of a section have are not listed.
+    """
     table = _FUNCTIONS_HEAD
     for section, registry in SECTIONS.items():
         for name in registry.names():
             if registry.get(name).__module__.startswith(f"{registry.__name__}."):
-                defaults = registry.hyperparameters(name).items()
-                listed = ", ".join(f"`{key}={default!r}`" for key, default in defaults) or "none"
-                summary, *others = meanings_of(section, name).items()
-                told = [f"`{field.partition('.')[2]}`: {text}" for field, text in others]
-                told = " ".join([summary[1], *told])
-                table += f"| `{section}.{name}` | {listed} | {told} |\n"
+                meanings = meanings_of(section, name)
+                listed, told = [], [meanings[f"{section}.name"]]
+                for key, default in registry.hyperparameters(name).items():
+                    if key not in registry.registry.options:
+                        listed.append(f"`{_signed(key, default)}`")
+                        if f"{section}.{key}" in meanings:
+                            told.append(f"`{key}`: {meanings[f'{section}.{key}']}")
+                table += (
+                    f"| `{section}.{name}` | {', '.join(listed) or 'none'} | {' '.join(told)} |\n"
+                )
     return table
+
+
+def _signed(key: str, default: object) -> str:
+    return key if default is REQUIRED else f"{key}={default!r}"
 
 
 def section_of(name: str) -> str:

@@ -8,7 +8,7 @@ function's hyperparameters, see `attnpo_jax.config.sections`.
 from collections.abc import Mapping
 from typing import Any
 
-from attnpo_jax.config import evaluate_fields, generate_fields, rules, serve_fields
+from attnpo_jax.config import evaluate_fields, generate_fields, rules, serve_fields, shaping_fields
 from attnpo_jax.config.field import Field
 from attnpo_jax.runtime import nested
 
@@ -99,8 +99,13 @@ FIELDS: dict[str, Field] = {
         f"data.fields.{field}": Field(
             "",
             rules.text_or_none(),
-            f"column of the examples that holds `{field}`{meaning}; `''`: the column of that name, "
-            "or as the forms have it ([data.md](data.md#examples))",
+            f"column of the examples that holds `{field}`{meaning}; `''`: "
+            + (
+                "none ([data.md](data.md#weights-and-margins-of-pairs))"
+                if field in ("weight", "margin")
+                else "the column of that name, or as the forms have it "
+                "([data.md](data.md#examples))"
+            ),
         )
         for field, meaning in (
             ("id", ""),
@@ -111,6 +116,8 @@ FIELDS: dict[str, Field] = {
             ("tools", ", what the chat template gets as `tools`"),
             ("input", ", which the prompt is continued with on a new line"),
             ("answers", ", ranked answers in place of `chosen` and `rejected`"),
+            ("weight", ", a number, 0 or more, that the pair's loss is multiplied with"),
+            ("margin", ", a number that the pair's logits are to exceed"),
         )
     },
     "data.ignored_columns": Field(
@@ -238,6 +245,7 @@ FIELDS: dict[str, Field] = {
         "devices' memory (as GPUs and TPUs tell it) and all devices together would share "
         "them further",
     ),
+    **shaping_fields.FIELDS,
     "optim.learning_rate": Field(
         1e-06,
         rules.positive(),

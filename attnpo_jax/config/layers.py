@@ -185,13 +185,15 @@ def weight_columns(config: config_dict.ConfigDict) -> str | tuple[str, ...]:
 
 
 def check_columns(config: config_dict.ConfigDict, available: Sequence[str]) -> None:
-    """Checks `weighting.column` against the ready-made weights that there are.
+    """Checks `weighting.column` and `weighting.against` against the columns that there are.
 
     Raises:
       ConfigError: a column that the data lack.
     """
-    if "column" in config.weighting:
+    for field in ("column", "against"):
+        if config.weighting.get(field) is None:
+            continue
         try:
-            weighting.select_columns(config.weighting.column, available)
+            weighting.select_columns(config.weighting[field], available)
         except ValueError as error:
-            raise ConfigError([f"config.weighting.column: {error}"]) from error
+            raise ConfigError([f"config.weighting.{field}: {error}"]) from error

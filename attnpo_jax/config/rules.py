@@ -81,10 +81,27 @@ def not_negative() -> Rule:
     return Rule(lambda v: _is_number(v) and v >= 0, "a number, 0 or more")
 
 
+def number() -> Rule:
+    return Rule(_is_number, "a number")
+
+
+def positive_share() -> Rule:
+    return Rule(lambda v: _is_number(v) and 0 < v <= 1, "a number above 0 and up to 1")
+
+
 def share(below: float, *, inclusive: bool) -> Rule:
     words = f"a number from 0 to {below:g}" + ("" if inclusive else f", {below:g} excluded")
     return Rule(
         lambda v: _is_number(v) and 0 <= v and (v < below or (inclusive and v == below)), words
+    )
+
+
+def between(above: float, most: float, *, inclusive: bool = False) -> Rule:
+    words = f"a number above {above:g}, " + (
+        f"{most:g} at most" if inclusive else f"below {most:g}"
+    )
+    return Rule(
+        lambda v: _is_number(v) and above < v and (v < most or (inclusive and v == most)), words
     )
 
 
@@ -255,4 +272,6 @@ def _fits_default(value: Any, default: Any) -> bool:
 
 def _words(hint: Any) -> str:
     simple = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+    if typing.get_origin(hint) is typing.Literal:
+        return ", ".join(map(repr, typing.get_args(hint)))
     return simple.get(hint) or str(hint)

@@ -58,12 +58,15 @@ def meanings_of(section: str, function: str) -> dict[str, str]:
     """
     registry = SECTIONS[section]
     documented = inspect.getdoc(registry.get(function)) or ""
+    options = registry.registry.options
     meanings = {f"{section}.name": documented.partition("\n\n")[0]}
     for key in registry.hyperparameters(function):
         # An entry of Google style: two spaces, its name; its further lines have more of them.
         found = re.search(rf"^  {key}: (.*(?:\n {{4,}}.*)*)", documented, re.M)
         if found:
             meanings[f"{section}.{key}"] = found[1]
+        elif key in options:
+            meanings[f"{section}.{key}"] = options[key]
     return {name: " ".join(text.split()) for name, text in meanings.items()}
 
 

@@ -35,7 +35,10 @@ def step_settings(
 
     return StepSettings(
         model=model,
-        weighting=bind_section(weighting, config.weighting),
+        weighting=weighting.shaped(
+            bind_section(weighting, config.weighting), **dict(config.shaping.items())
+        ),
+        needs=weighting.needs(config.weighting.name),
         objective=bind_section(losses, config.objective),
         # An objective of one's own need not have a beta; its rewards are plain log-ratios.
         beta=config.objective.get("beta", 1.0),

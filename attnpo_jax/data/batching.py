@@ -42,6 +42,8 @@ class PairBatch:
       verdict_BG2: float32 log-odds, by order, that the judge prefers the chosen response; NaN
         where that was not asked for.
       ready_BG2KT: float32 precomputed weights by response, column, token; None without any.
+      weight_BG: float32 weight of the pair's loss, 1 where the data have none; 0 for empty slots.
+      margin_BG: float32 margin of the pair's logits; 0 where the data have none.
       valid_BG: bool, slots that hold a pair.
       pair_BG: int32 row of the prepared dataset, -1 for empty slots.
     """
@@ -58,6 +60,8 @@ class PairBatch:
     reference_logps_BG2T: jax.Array
     judge_BG22ST: jax.Array
     verdict_BG2: jax.Array
+    weight_BG: jax.Array
+    margin_BG: jax.Array
     valid_BG: jax.Array
     pair_BG: jax.Array
     ready_BG2KT: jax.Array | None = None
@@ -75,6 +79,8 @@ class Example:
     verdict: np.ndarray | None = None  # float32 (2,)
     reference_logps: tuple[np.ndarray, np.ndarray] | None = None  # per response float32 (length,)
     ready: tuple[np.ndarray, np.ndarray] | None = None  # per response float32 (K, text length)
+    weight: float = 1.0
+    margin: float = 0.0
 
     @classmethod
     def from_prepared(cls, dataset: Prepared, index: int) -> "Example":
@@ -89,6 +95,8 @@ class Example:
             verdict=row.get("judge_verdict") if judged else None,
             reference_logps=(row["ref_chosen_logps"], row["ref_rejected_logps"]),
             ready=(row["ready_chosen"], row["ready_rejected"]) if ready else None,
+            weight=row.get("weight", 1.0),
+            margin=row.get("margin", 0.0),
         )
 
     @property
@@ -123,6 +131,8 @@ def fill_rows(
         reference_logps_BG2T=np.zeros((B, G, 2, T), np.float32),
         judge_BG22ST=np.zeros((B, G, 2, 2, S, T), np.float32),
         verdict_BG2=np.zeros((B, G, 2), np.float32),
+        weight_BG=np.zeros((B, G), np.float32),
+        margin_BG=np.zeros((B, G), np.float32),
         valid_BG=np.zeros((B, G), bool),
         pair_BG=np.full((B, G), -1, np.int32),
         ready_BG2KT=np.zeros((B, G, 2, K, T), np.float32) if K else None,
@@ -153,6 +163,7 @@ def _fill_pair(batch: PairBatch, b: int, g: int, start: int, read_start: int, e:
     batch.branch_BL[b, start : start + prompt] = 1
     batch.valid_BG[b, g] = True
     batch.pair_BG[b, g] = e.index
+    batch.weight_BG[b, g], batch.margin_BG[b, g] = e.weight, e.margin
     if e.judge is not None:
         batch.verdict_BG2[b, g] = np.nan if e.verdict is None else e.verdict
     place, read = start + prompt, read_start

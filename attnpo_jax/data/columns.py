@@ -11,11 +11,12 @@ from typing import Any
 
 from attnpo_jax.data import precomputed_weights, ranking
 from attnpo_jax.data.harmless import is_harmless, is_harmless_name
-from attnpo_jax.data.pair import BadExample, Pair
+from attnpo_jax.data.pair import NUMBERS, BadExample, Pair
 from attnpo_jax.runtime.errors import UserError
 
-FIELDS = ("id", "prompt", "chosen", "rejected", "system", "tools", "input", "answers")
-"""What a column may be; `data.fields` names the column of each."""
+FIELDS = ("id", "prompt", "chosen", "rejected", "system", "tools", "input", "answers", *NUMBERS)
+"""What a column may be; `data.fields` names the column of each. Those of `NUMBERS` are read where
+it names them, and not otherwise: a column of such a name may mean something else."""
 
 # Other names of a field, in the order in which they are looked for.
 _ALIASES = {"prompt": ("instruction", "question", "conversations"), "system": ("system_prompt",)}
@@ -155,6 +156,8 @@ class Columns:
         }
         used: dict[str, Any] = {}
         for field in (*FIELDS, "prompt_id"):
+            if field in NUMBERS and field not in self.names:
+                continue
             column = self.names.get(field, field)
             if column in rest:
                 used[field] = rest.pop(column)
@@ -163,6 +166,8 @@ class Columns:
                     f"no `{column}`, which data.fields.{field} names; fields found: "
                     f"{', '.join(map(str, example)) or 'none'}"
                 )
+            elif field in NUMBERS:
+                raise BadExample(f"`{column}`, which data.fields.{field} names, is null")
         taken = None
         for field, aliases in _ALIASES.items():
             for alias in aliases:

@@ -1,11 +1,12 @@
 """From an example of a preference file to a validated pair; `sources` lists the forms."""
 
+import numbers
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from attnpo_jax.data.limits import parse_json
-from attnpo_jax.data.pair import BadExample, Message, Pair, extra_fields
+from attnpo_jax.data.pair import NUMBERS, BadExample, Message, Pair, extra_fields
 
 _TRANSCRIPT_START = "\n\nHuman:"
 _TRANSCRIPT_TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -74,6 +75,7 @@ def pair_of_example(example: Any, fallback_id: str, origin: tuple[str, int]) -> 
         tools=_tools(example.get("tools")),
         chosen_fields=extra_fields(chosen),
         rejected_fields=extra_fields(rejected),
+        numbers={name: _number(example[name], name) for name in NUMBERS if name in example},
     )
     try:
         for text in texts_in([pair.id, prompt, chosen, rejected, pair.tools]):
@@ -81,6 +83,16 @@ def pair_of_example(example: Any, fallback_id: str, origin: tuple[str, int]) -> 
     except UnicodeEncodeError as error:
         raise BadExample(f"text that is not Unicode ({error.reason})") from None
     return pair
+
+
+def _number(value: Any, field: str) -> float:
+    """A pair's weight or margin."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    # Of a size that float32 has.
+    if not is_number or not abs(value) < 3e38 or (field == "weight" and value < 0):
+        least = ", 0 or more" if field == "weight" else ""
+        raise BadExample(f"`{field}` is {value!r}; accepted: a finite number{least}")
+    return float(value)
 
 
 def texts_in(value: Any) -> Iterator[str]:

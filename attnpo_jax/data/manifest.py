@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 
 from attnpo_jax.data import shards
+from attnpo_jax.data.pair import NUMBERS
 from attnpo_jax.runtime import json_files, nested, schema
 from attnpo_jax.runtime.errors import UserError
 from attnpo_jax.runtime.schema import Flag, Listed, Mapped, Maybe, Table, Text, Whole
@@ -62,6 +63,9 @@ def features(components: Mapping[str, Any]) -> datasets.Features:
         len(components["source_layers"]),
         len(components.get("weight_columns", ())),
         verdict=(components.get("judge") or {}).get("verdict", True),
+        numbers=[
+            name for name in NUMBERS if name in (components.get("data") or {}).get("fields", {})
+        ],
     )
 
 
@@ -106,7 +110,7 @@ _COMPONENTS = Table(
     {
         "weight_columns": Listed(Text()),
         "judge": Maybe(Table({}, {"verdict": Flag()}, open=True)),
-        "data": Table({}, {"digest": Text()}, open=True),
+        "data": Table({}, {"digest": Text(), "fields": Table({}, {}, open=True)}, open=True),
     },
     open=True,
 )

@@ -15,6 +15,8 @@ from attnpo_jax.runtime.errors import UserError
 from attnpo_jax.runtime.schema import Maybe, Table, Text, Whole
 
 SIDES = ("chosen", "rejected")
+NUMBERS = ("weight", "margin")
+"""What of a pair is a number, where the data have it."""
 
 # `role`, `content` (a text), and what else a chat template may read of a turn: `tool_calls`,
 # `reasoning_content`, ... Of these none is null or empty.
@@ -54,6 +56,8 @@ class Pair:
         precomputed: token weights that came with the pair, where they were asked for.
         tools: the JSON schemas of the tools that the model may call.
         chosen_fields, rejected_fields: what the responses' messages hold beside role and content.
+        numbers: of `NUMBERS`, those that came with the pair: the weight of its loss, and the margin
+            that its logits are to have.
     """
 
     id: str
@@ -65,6 +69,7 @@ class Pair:
     tools: tuple[dict[str, Any], ...] = ()
     chosen_fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     rejected_fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    numbers: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def response(self, side: str) -> Message:
         """A response, `chosen` or `rejected`, as the assistant's message."""

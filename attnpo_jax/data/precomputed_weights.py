@@ -3,8 +3,9 @@
 The form in which the method's authors publish their datasets: beside a pair's texts an example
 holds `chosen_tokens` and `rejected_tokens` (the response's tokens as the judge saw them: ids,
 texts, or the vocabulary's entries, as `Ġworld`, `▁world` and `<0x0A>`) and, for each source of
-weights, `chosen_weights_<name>` and `rejected_weights_<name>`, one number a token. A name is mostly
-a layer's number, counted from 0; `attention_rollout` is one too.
+weights, `chosen_weights_<name>` and `rejected_weights_<name>`, one number a token, of any sign. A
+name is mostly a layer's number, counted from 0; `attention_rollout` is one too. Numbers that are no
+weights, such as log-probs under another model, come the same way.
 
 These tokens need not be those that are trained on: another tokenizer may have made them, and the
 judge may have seen only the beginning of a response, or the template's text behind it. So they are
@@ -102,8 +103,8 @@ def _numbers(value: Any, field: str, length: int) -> np.ndarray:
         raise BadExample(f"`{field}` is {_found(value)}; accepted: a list of numbers, one a token")
     if len(value) != length:
         raise BadExample(f"`{field}` has {len(value)} numbers for {length} tokens")
-    if not all(_is_number(x, (int, float)) and math.isfinite(x) and x >= 0 for x in value):
-        raise BadExample(f"`{field}` holds something else than numbers of 0 or more")
+    if not all(_is_number(x, (int, float)) and math.isfinite(x) for x in value):
+        raise BadExample(f"`{field}` holds something else than finite numbers")
     return np.array(value, np.float32)
 
 

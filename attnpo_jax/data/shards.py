@@ -17,6 +17,10 @@ are
 
 - `ready_chosen`, `ready_rejected`: float32 (K, T), these weights by column and text token.
 
+Where `data.fields` names them, there are
+
+- `weight`, `margin`: float32, the pair's.
+
 A shard is read without a Python object per element: columns are kept as flat values and offsets.
 """
 
@@ -29,6 +33,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
+from attnpo_jax.data.pair import NUMBERS
 from attnpo_jax.runtime.errors import UserError
 
 _RESPONSES = ("chosen", "rejected")
@@ -39,9 +44,11 @@ _READY = ("ready_chosen", "ready_rejected")
 _TEXT_LENGTHS = ("chosen_text_length", "rejected_text_length")
 
 
-def features(num_sources: int, num_columns: int = 0, verdict: bool = True) -> datasets.Features:
+def features(
+    num_sources: int, num_columns: int = 0, verdict: bool = True, numbers: Sequence[str] = ()
+) -> datasets.Features:
     """The columns of a prepared dataset with `num_sources` (S) judged layers and `num_columns` (K)
-    columns of precomputed weights; of the judge's, `verdict` or none.
+    columns of precomputed weights; of the judge's, `verdict` or none; of `pair.NUMBERS`, `numbers`.
     """
     int_list = datasets.List(datasets.Value("int32"))
     float_list = datasets.List(datasets.Value("float32"))
@@ -56,6 +63,7 @@ def features(num_sources: int, num_columns: int = 0, verdict: bool = True) -> da
     columns |= dict.fromkeys(_FLOAT_LISTS, float_list)
     if num_columns:
         columns |= dict.fromkeys(_READY, datasets.List(float_list, length=num_columns))
+    columns |= dict.fromkeys(numbers, datasets.Value("float32"))
     return datasets.Features(columns)
 
 
@@ -122,6 +130,9 @@ def _checked_row(
     if "judge_verdict" in columns:
         verdict = _checked_array(row, "judge_verdict", "f", (2,))
         checked["judge_verdict"] = verdict.astype(np.float32)
+    for name in NUMBERS:
+        if name in columns:
+            checked[name] = float(_checked_array(row, name, "f", ()))
     return checked
 
 
@@ -181,6 +192,7 @@ class Shard:
         self._verdicts = None
         if "judge_verdict" in columns:
             self._verdicts = columns["judge_verdict"].values.to_numpy().reshape(-1, 2)
+        self._numbers = {name: columns[name].to_numpy() for name in NUMBERS if name in columns}
         self._matrices = {}
         for name in (*_JUDGE, *_READY):
             if name in columns:
@@ -204,6 +216,8 @@ class Shard:
             content[name] = block.reshape(*shape, -1)
         if self._verdicts is not None:
             content["judge_verdict"] = self._verdicts[row]
+        for name, values in self._numbers.items():
+            content[name] = float(values[row])
         return content
 
     def lengths(self, name: str) -> np.ndarray:

@@ -339,6 +339,8 @@ def _pair_digest(pair: Pair) -> str:
     fields = [extra_fields(message) for message in (*pair.prompt, *map(pair.response, SIDES))]
     if pair.tools or any(fields):
         held += [pair.tools, fields]
+    if pair.numbers:
+        held.append(dict(pair.numbers))
     digest = hashlib.sha256(json.dumps(held).encode())
     if pair.precomputed is not None:
         digest.update(pair.precomputed.digest())

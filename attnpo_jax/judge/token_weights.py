@@ -29,19 +29,20 @@ def token_weights(
 
     Returns:
       For the chosen and for the rejected response: (text, weight) by token, closing template
-      tokens left out. Log-probs are not known here: the weights of a weighting that reads them are
-      NaN.
+      tokens left out. Log-probs and entropies are not known here: the weights of a weighting that
+      reads them are NaN.
 
     Raises:
       RegistryError: no such weighting or hyperparameter, or a layer that the judge did not keep;
         the message lists those that it kept.
     """
     weigh = weighting.bind(name, hyperparameters)
+    ids = {side: getattr(tokenized, f"{side}_ids") for side in ("chosen", "rejected")}
     sides = []
-    for side in ("chosen", "rejected"):
+    for side, other in (("chosen", "rejected"), ("rejected", "chosen")):
         attention = getattr(judgement, side)
         text_length = getattr(tokenized, f"{side}_text_length")
-        T = len(getattr(tokenized, f"{side}_ids"))
+        T = len(ids[side])
         judge_2ST = np.zeros((*attention.shape[:2], T), np.float32)
         judge_2ST[..., :text_length] = attention
         unknown_BT = jnp.full((1, T), jnp.nan)
@@ -56,6 +57,10 @@ def token_weights(
                 is_chosen=jnp.array([side == "chosen"]),
                 source_layers=judgement.source_layers,
                 num_layers=judgement.num_layers,
+                tokens_BT=jnp.asarray(ids[side])[None],
+                partner_tokens_BT=jnp.asarray(ids[other])[None],
+                partner_length_B=jnp.array([len(ids[other])]),
+                **{f"{need}_BT": unknown_BT for need in weighting.needs(name)},
             )
         )
         text, spans = tokenized.text(pair, side), getattr(tokenized, f"{side}_spans")

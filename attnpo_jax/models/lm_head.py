@@ -1,9 +1,11 @@
-"""Log-probabilities of given tokens, without ever holding (B, L, V) logits.
+"""Log-probabilities of given tokens, and statistics of their distributions, without ever holding
+(B, L, V) logits.
 
 Shapes: B rows, M scored tokens a row, D width, V vocabulary.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -46,19 +48,51 @@ def token_logps(
       target_BM: int32 token ids (B, M), each in [0, V).
       chunk: tokens projected at a time, over all of a device's own rows together.
     """
-    in_chunks = functools.partial(_in_chunks, softcap=softcap, chunk=chunk)
+    in_chunks = functools.partial(_in_chunks, _chunk_logps, softcap=softcap, chunk=chunk)
     unembedding_VD = unembedding_VD.astype(hidden_BMD.dtype)
     return placement.over_vocabulary(in_chunks)(hidden_BMD, unembedding_VD, target_BM)
 
 
-def _in_chunks(hidden_BMD, unembedding_VD, target_BM, vocabulary, *, softcap, chunk):
+STATISTICS = ("entropy", "collision")
+"""What `token_statistics` computes of a distribution p over the vocabulary: its entropy in nats,
+-sum_v p_v log p_v, and log sum_v p_v^2."""
+
+
+def token_statistics(
+    names: Sequence[str],
+    hidden_BMD: jax.Array,
+    unembedding_VD: jax.Array,
+    *,
+    softcap: float | None = None,
+    chunk: int = 2048,
+) -> dict[str, jax.Array]:
+    """Statistics of the distributions that hidden states predict: name -> float32 (B, M).
+
+    A pass over the vocabulary of its own, in the chunks of `token_logps`. No gradient flows through
+    it, so none of it is kept for the backward pass.
+
+    Args:
+      names: of `STATISTICS`; without any, nothing is computed.
+      hidden_BMD, unembedding_VD, softcap, chunk: as for `token_logps`.
+    """
+    if not names:
+        return {}
+    hidden_BMD, unembedding_VD = jax.lax.stop_gradient((hidden_BMD, unembedding_VD))
+    in_chunks = functools.partial(_in_chunks, _chunk_statistics, softcap=softcap, chunk=chunk)
+    unembedding_VD = unembedding_VD.astype(hidden_BMD.dtype)
+    no_target_BM = jnp.zeros(hidden_BMD.shape[:2], jnp.int32)
+    found = placement.over_vocabulary(in_chunks)(hidden_BMD, unembedding_VD, no_target_BM)
+    return {name: found[name] for name in names}
+
+
+def _in_chunks(score, hidden_BMD, unembedding_VD, target_BM, vocabulary, *, softcap, chunk):
     B, M = target_BM.shape
     m = max(1, min(M, chunk // B))
     # In float32, so that the gradient is summed up in it over all chunks; tiles are cast down.
     unembedding_VD = unembedding_VD.astype(jnp.float32)
     # A chunk's rows may come from other devices: not to be kept until the backward pass.
     policy = jax.checkpoint_policies.save_only_these_names(_SUMS)
-    scores = functools.partial(_chunk_logps, unembedding_VD, softcap, vocabulary)
+    scores = functools.partial(score, unembedding_VD, softcap, vocabulary)
     scores = jax.checkpoint(scores, policy=policy)
     if m == M:
         return scores((hidden_BMD, target_BM))
@@ -67,8 +101,8 @@ def _in_chunks(hidden_BMD, unembedding_VD, target_BM, vocabulary, *, softcap, ch
     hidden = jnp.pad(hidden_BMD, ((0, 0), (0, pad), (0, 0))).reshape(B, n, m, -1)
     target = jnp.pad(target_BM, ((0, 0), (0, pad))).reshape(B, n, m)
     chunks = (hidden.swapaxes(0, 1), target.swapaxes(0, 1))
-    _, logps = jax.lax.scan(lambda carry, c: (carry, scores(c)), None, chunks)
-    return logps.swapaxes(0, 1).reshape(B, n * m)[:, :M]
+    _, scored = jax.lax.scan(lambda carry, c: (carry, scores(c)), None, chunks)
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, n * m)[:, :M], scored)
 
 
 def _chunk_logps(unembedding_VD, softcap, vocabulary, chunk):
@@ -80,6 +114,47 @@ def _chunk_logps(unembedding_VD, softcap, vocabulary, chunk):
     sums = _log_sum_and_picked(*inputs, softcap, vocabulary.constant)
     log_sum, picked = (x.reshape(B, M) for x in sums)
     return vocabulary.own_rows(vocabulary.log_probs(picked, log_sum))
+
+
+def _chunk_statistics(unembedding_VD, softcap, vocabulary, chunk):
+    """All of `STATISTICS` for a chunk of tokens."""
+    hidden_BMD, _ = jax.tree.map(vocabulary.rows_of_group, chunk)
+    B, M, D = hidden_BMD.shape
+    hidden_TD, length = hidden_BMD.reshape(-1, D), vocabulary.length(unembedding_VD)
+
+    def add_words(carry, start):
+        highest, total, below, squares = carry
+        _, logits_TW, _, valid = _tile(hidden_TD, unembedding_VD, start, length, softcap)
+        higher = jnp.maximum(highest, jnp.max(logits_TW, axis=-1))
+        # Of the words so far: p is a word's exp(logit - highest), `below` sums p (logit - highest).
+        shrunk, lower = jnp.exp(highest - higher), highest - higher
+        d_TW = jnp.where(valid, logits_TW - higher[:, None], 0.0)
+        p_TW = jnp.where(valid, jnp.exp(d_TW), 0.0)
+        return (
+            higher,
+            shrunk * total + jnp.sum(p_TW, axis=-1),
+            shrunk * (below + lower * total) + jnp.sum(p_TW * d_TW, axis=-1),
+            jnp.square(shrunk) * squares + jnp.sum(jnp.square(p_TW), axis=-1),
+        ), None
+
+    T = B * M
+    start = tuple(vocabulary.constant(jnp.full(T, x, jnp.float32)) for x in (MASKED, 0, 0, 0))
+    tiles = _tiles(T, unembedding_VD.shape[0])
+    sums, _ = jax.lax.scan(add_words, start, tiles)
+    highest, total, below, squares = (x.reshape(B, M) for x in sums)
+    # A part of the vocabulary may be all padding: then it has no share.
+    some = total > 0
+    log_sum = jnp.where(some, highest + jnp.log(jnp.where(some, total, 1.0)), MASKED)
+    mean = jnp.where(some, highest + below / jnp.where(some, total, 1.0), 0.0)
+    log_squares = jnp.where(some, 2 * highest + jnp.log(jnp.where(some, squares, 1.0)), MASKED)
+    none = 0.0 * log_sum
+    log_z = -vocabulary.log_probs(none, log_sum)
+    found = {
+        # The mean log-prob: each part's mean logit times its share of the probability.
+        "entropy": -vocabulary.log_probs(jnp.exp(log_sum - log_z) * mean, log_sum),
+        "collision": -vocabulary.log_probs(none, log_squares) - 2 * log_z,
+    }
+    return jax.tree.map(vocabulary.own_rows, found)
 
 
 # Below, T tokens of a chunk; W words of a tile.

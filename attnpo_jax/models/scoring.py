@@ -1,17 +1,20 @@
 """Log-probs of every response token of a batch of rows: the policy's and the reference's pass.
 
+Statistics of the tokens' distributions come with them where they are asked for.
+
 Shapes: as in `data.batching`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
 from attnpo_jax.models import decoder
-from attnpo_jax.models.lm_head import token_logps
+from attnpo_jax.models.lm_head import token_logps, token_statistics
 
 if TYPE_CHECKING:
     from attnpo_jax.data.batching import PairBatch
@@ -36,6 +39,32 @@ def response_logps(
       batch: rows without a microbatch axis.
       chunk: tokens whose logits exist at a time.
     """
+    logps_BG2T, _ = response_scores(
+        config, params, batch, dtype=dtype, remat=remat, attention=attention, chunk=chunk
+    )
+    return logps_BG2T
+
+
+def response_scores(
+    config: decoder.ModelConfig,
+    params: decoder.Params,
+    batch: PairBatch,
+    *,
+    statistics: Sequence[str] = (),
+    dtype=jnp.float32,
+    remat: str = "none",
+    attention: str = "xla",
+    chunk: int = 2048,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Log-prob of each response token, and statistics of the distribution that it is from.
+
+    Args:
+      statistics: of `lm_head.STATISTICS`. No gradient flows through them.
+      config, params, batch, dtype, remat, attention, chunk: as for `response_logps`.
+
+    Returns:
+      The log-probs and the statistics by name, all float32 (B, G, 2, T), 0 where there is no token.
+    """
     hidden_BLD = decoder.forward(
         config,
         params,
@@ -48,13 +77,16 @@ def response_logps(
         attention=attention,
     )
     hidden_BMD = jnp.take_along_axis(hidden_BLD, batch.read_BM[..., None], axis=1)
+    unembedding_VD, softcap = decoder.unembedding(params), config.final_logit_softcapping
     logps_BM = token_logps(
-        hidden_BMD,
-        decoder.unembedding(params),
-        batch.target_BM,
-        softcap=config.final_logit_softcapping,
-        chunk=chunk,
+        hidden_BMD, unembedding_VD, batch.target_BM, softcap=softcap, chunk=chunk
     )
-    B = logps_BM.shape[0]
-    flat = jnp.take_along_axis(logps_BM, batch.index_BG2T.reshape(B, -1), axis=1)
-    return jnp.where(batch.mask_BG2T, flat.reshape(batch.mask_BG2T.shape), 0.0)
+    statistics_BM = token_statistics(
+        statistics, hidden_BMD, unembedding_VD, softcap=softcap, chunk=chunk
+    )
+
+    def by_response(values_BM):
+        flat = jnp.take_along_axis(values_BM, batch.index_BG2T.reshape(len(values_BM), -1), axis=1)
+        return jnp.where(batch.mask_BG2T, flat.reshape(batch.mask_BG2T.shape), 0.0)
+
+    return by_response(logps_BM), jax.tree.map(by_response, statistics_BM)

@@ -1,7 +1,7 @@
 """The forms that a pair is computed on: as it is trained on, and as the judge reads it."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from ml_collections import config_dict
@@ -26,11 +26,13 @@ class PairForms:
       prompt: as the judge reads it; None without a judge.
       precomputed: by response, float32 (K, text length): the weights that came with the pair, on
         the text tokens that are trained on; None where none were read.
+      numbers: see `Pair`.
     """
 
     tokenized: TokenizedPair
     prompt: JudgePrompt | None
     precomputed: tuple[np.ndarray, np.ndarray] | None = None
+    numbers: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def positions(self) -> dict[str, int]:
         """The positions that it takes, both as `row` trained on and, if it is, as `judge`d."""
@@ -168,7 +170,7 @@ class PairTokenizer:
                 pair.precomputed, *(tokenized.text(pair, side) for side in SIDES), tokenized
             )
         prompt = None if self._prompter is None else self._prompter.build(pair)
-        forms = PairForms(tokenized, prompt, precomputed)
+        forms = PairForms(tokenized, prompt, precomputed, pair.numbers)
         if self._vocab_size is not None:
             self._check_ids(pair, forms)
         return forms

@@ -388,6 +388,7 @@ def _shard_rows(
             "rejected_text_length": pair.rejected_text_length,
             "ref_chosen_logps": logps[i][0],
             "ref_rejected_logps": logps[i][1],
+            **forms[i].numbers,
         }
         if judge is not None:
             row["judge_chosen"] = judgements[i].chosen

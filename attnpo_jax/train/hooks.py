@@ -70,10 +70,10 @@ class Report:
     Args:
       data: the prepared pairs, to name those whose loss is not finite.
       every: steps between two lines of metrics.
-      beta: scale of the rewards.
+      beta: scale of the rewards; None where they are not of policy against reference.
     """
 
-    def __init__(self, data: Prepared, *, every: int, beta: float):
+    def __init__(self, data: Prepared, *, every: int, beta: float | None):
         self._data, self._every, self._beta = data, every, beta
 
     def __call__(self, loop: TrainLoop, step: int, of_step: Mapping[str, jax.Array]) -> None:
@@ -82,7 +82,7 @@ class Report:
         values = {k: v.item() for k, v in _fetch(of_step, counted).items()}
         finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
         loop.speed.add(values["pairs"], values["tokens"])
-        if step == 1 and finite and processes.is_first():
+        if step == 1 and finite and self._beta is not None and processes.is_first():
             _tell_spread(of_step, self._beta)
         if step % self._every == 0 or step == loop.total_steps or not finite:
             scalars = [name for name, value in of_step.items() if value.ndim == 0]

@@ -15,6 +15,7 @@ from attnpo_jax import config as config_lib
 from attnpo_jax.config.fields import DECISIVE
 from attnpo_jax.data.batching import EvalBatches, PairBatch, TrainBatches
 from attnpo_jax.data.prepared import Prepared
+from attnpo_jax.losses import traits
 from attnpo_jax.models import lora
 from attnpo_jax.models.attention import implementations
 from attnpo_jax.models.decoder import ModelConfig, Params, abstract_params
@@ -157,7 +158,11 @@ def _train(run: "Run") -> None:
                 compiled.run,
                 backend.put_batch,
                 notice.after_step,
-                hooks.Report(data["train"], every=config.train.log_every, beta=settings.beta),
+                hooks.Report(
+                    data["train"],
+                    every=config.train.log_every,
+                    beta=settings.beta if traits(settings.objective).of_log_ratios else None,
+                ),
                 # In this order.
                 [evaluates, *samples, *evaluations, saves, hooks.Stop(checkpoints)],
                 checkpoints,

@@ -1,20 +1,24 @@
-"""Token weightings: how much each response token counts in the objective.
+"""What all token weightings stand on: the registry, what they may read, and how weights are scaled.
 
 A weighting is a pure function `(response: ResponseTokens, **hyperparameters) -> weights_BT`. It
 sees one response a row and works under jit, grad, vmap, pmap and shard_map. Add one with a
-decorator, here or in a file named in `config.plugins`; its keyword-only arguments are its fields
-in `config.weighting`:
+decorator, in a file beside this one or in one that is named in `config.plugins`; its keyword-only
+arguments are its fields in `config.weighting`:
 
     @weighting.register
     def first_tokens(response, *, count: int = 8):
         place_BT = jnp.cumsum(response.mask_BT, axis=-1)
         return (response.mask_BT & (place_BT <= count)).astype(jnp.float32)
 
-Shape suffixes: B responses, T response tokens, S judged layers, 2 judge orders.
+What costs a pass of its own is computed where the weighting declares that it reads it, as
+`@weighting.register(needs=("policy_entropy",))`.
+
+Shape suffixes: B responses, T response tokens, S judged layers, 2 judge orders, K columns.
 """
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import chex
 import jax
@@ -22,8 +26,12 @@ import jax.numpy as jnp
 
 from attnpo_jax.registry import Registry, RegistryError
 
-registry = Registry("weighting", inputs=("response",))
+NEEDS = ("policy_entropy", "policy_collision")
+"""What a weighting may declare: `<name>_BT` of `ResponseTokens` is there for those that do."""
+
+registry = Registry("weighting", inputs=("response",), accepted_needs=NEEDS)
 register = registry.register
+needs = registry.needs
 get = registry.get
 names = registry.names
 hyperparameters = registry.hyperparameters
@@ -53,9 +61,18 @@ class ResponseTokens:
       source_layers: which layers the S axis holds, counted from 0; None: layers are then named by
         their place on the S axis.
       num_layers: how many layers the model has; negative layers count from it.
-      ready_BKT: float32, weights that came with the data, by column; 0 off `text_mask_BT`. None
-        where none did.
+      ready_BKT: float32, numbers that came with the data, of any sign, by column; 0 off
+        `text_mask_BT`. None where none did.
       weight_columns: the names of the columns on the K axis.
+      tokens_BT: int32, the tokens' ids; -1 off `mask_BT`. None where they are not known.
+      partner_tokens_BT: int32, the ids of the other response of the row's pair, -1 behind its end.
+        None where they are not known.
+      partner_length_B: int32, how many tokens the other response has, closing template tokens
+        included. None where that is not known.
+      policy_entropy_BT: float32, entropy in nats of the policy's distribution of each token. None
+        unless the weighting declared that it needs it.
+      policy_collision_BT: float32, log of the sum of that distribution's squared probabilities.
+        None unless the weighting declared that it needs it.
     """
 
     mask_BT: jax.Array
@@ -71,6 +88,58 @@ class ResponseTokens:
     num_layers: int | None = dataclasses.field(default=None, metadata={"static": True})
     ready_BKT: jax.Array | None = None
     weight_columns: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
+    tokens_BT: jax.Array | None = None
+    partner_tokens_BT: jax.Array | None = None
+    partner_length_B: jax.Array | None = None
+    policy_entropy_BT: jax.Array | None = None
+    policy_collision_BT: jax.Array | None = None
+
+    @classmethod
+    def of(cls, mask_BT: Any, **fields: Any) -> "ResponseTokens":
+        """Responses of which little is known, to look at a weighting or to test it.
+
+        Args:
+          mask_BT: as the field, also as nested lists of True and False.
+          **fields: other fields, also as nested lists. Those left out: all tokens are text and all
+            responses chosen, numbers are 0, and there is neither a judged layer nor what is None
+            by default.
+        """
+        mask_BT = jnp.asarray(mask_BT, bool)
+        B, T = mask_BT.shape
+        static = {f.name for f in dataclasses.fields(cls) if f.metadata.get("static")}
+        known = {name: x if name in static else jnp.asarray(x) for name, x in fields.items()}
+        zeros_BT = jnp.zeros((B, T))
+        return cls(
+            **{
+                "mask_BT": mask_BT,
+                "text_mask_BT": mask_BT,
+                "judge_B2ST": jnp.zeros((B, 2, 0, T)),
+                "verdict_B2": jnp.zeros((B, 2)),
+                "reference_logps_BT": zeros_BT,
+                "policy_logps_BT": zeros_BT,
+                "is_chosen": jnp.ones(B, bool),
+                **known,
+            }
+        )
+
+    def known(self, field: str) -> jax.Array:
+        """A field that may be None; no gradient flows through it.
+
+        Raises:
+          RegistryError: it is None: whoever made the responses does not know it.
+        """
+        value = getattr(self, field)
+        if value is None:
+            raise RegistryError(
+                f"{field} is not known here; a training step knows the tokens of both responses, "
+                f"and what the weighting declares when it registers ({', '.join(NEEDS)})"
+            )
+        return jax.lax.stop_gradient(value)
+
+    @property
+    def columns(self) -> dict[str, jax.Array]:
+        """The data's columns by name, (B, T) each; 0 off `text_mask_BT`."""
+        return {name: self.ready_BKT[:, k] for k, name in enumerate(self.weight_columns)}
 
 
 def select_sources(
@@ -154,158 +223,77 @@ def uniform(response: ResponseTokens) -> jax.Array:
     Returns:
       Weights (B, T), float32: 1 on `mask_BT`, 0 elsewhere.
 
-    >>> import jax.numpy as jnp
-    >>> mask = jnp.array([[True, True, False]])
-    >>> zeros = jnp.zeros((1, 3))
-    >>> response = ResponseTokens(
-    ...     mask_BT=mask, text_mask_BT=mask, judge_B2ST=jnp.zeros((1, 2, 1, 3)),
-    ...     verdict_B2=jnp.zeros((1, 2)), reference_logps_BT=zeros, policy_logps_BT=zeros,
-    ...     is_chosen=jnp.array([True]))
-    >>> uniform(response).tolist()
+    >>> uniform(ResponseTokens.of([[True, True, False]])).tolist()
     [[1.0, 1.0, 0.0]]
     """
-    chex.assert_rank(response.mask_BT, 2, custom_message="mask_BT")
-    chex.assert_type(response.mask_BT, bool, custom_message="mask_BT")
+    check_mask(response.mask_BT, "mask_BT")
     return response.mask_BT.astype(jnp.float32)
 
 
-@register
-def attention(
-    response: ResponseTokens, *, layer: int | tuple[int, ...] = -1, fix_sink: bool = True
-) -> jax.Array:
-    """Weight in proportion to the attention of the model as it judges the pair.
-
-    AttentionPO (Huang et al. 2026), https://arxiv.org/abs/2605.21883. Per response and layer:
-    each order's attention to the text tokens is divided by its sum (uniform where the sum is 0),
-    the two orders are averaged, the first token's share is replaced by the mean share (`fix_sink`),
-    and the shares are multiplied by the number n of text tokens. So the weights sum to n, as they
-    do in DPO without closing tokens.
-
-    Args:
-      response: masks (B, T) and attention (B, 2, S, T).
-      layer: of the model, -1 for the last; a tuple means the mean of these layers' weights.
-      fix_sink: in texts of 5 tokens or more, give the first token the mean weight, whatever its
-        attention, and scale the others so that the sum stays the number of text tokens. The first
-        token soaks up attention for its place, not for what it says.
-
-    Returns:
-      Weights (B, T), float32, no gradient flows through them; 0 off `text_mask_BT`, and for a
-      response without text.
+def read_column(response: ResponseTokens, column: int | str) -> jax.Array:
+    """One of the data's columns, float32 (B, T); no gradient flows through it.
 
     Raises:
-      RegistryError: a layer that the judge's sources lack.
-
-    >>> import jax.numpy as jnp
-    >>> mask = jnp.array([[True, True, True, False]])
-    >>> zeros = jnp.zeros((1, 4))
-    >>> orders = jnp.array([[0.1, 0.1, 0.2, 0.0], [0.3, 0.1, 0.0, 0.0]])
-    >>> response = ResponseTokens(
-    ...     mask_BT=mask, text_mask_BT=mask, judge_B2ST=orders.reshape(1, 2, 1, 4),
-    ...     verdict_B2=jnp.zeros((1, 2)), reference_logps_BT=zeros, policy_logps_BT=zeros,
-    ...     is_chosen=jnp.array([True]), num_layers=1)
-    >>> attention(response).round(4).tolist()  # shares (.25, .25, .5) and (.75, .25, 0), times 3
-    [[1.5, 0.75, 0.75, 0.0]]
+      RegistryError: the data lack it; the message lists those there are.
     """
-    text_BT = response.text_mask_BT
-    chex.assert_rank(text_BT, 2, custom_message="text_mask_BT")
-    chex.assert_type(text_BT, bool, custom_message="text_mask_BT")
-    B, T = text_BT.shape
-    chex.assert_shape(response.judge_B2ST, (B, 2, None, T), custom_message="judge_B2ST")
-
-    num_sources = response.judge_B2ST.shape[2]
-    if response.source_layers is None:
-        places = select_sources(layer, range(num_sources), num_sources)
-    else:
-        chex.assert_equal(len(response.source_layers), num_sources)
-        places = select_sources(layer, response.source_layers, response.num_layers)
-
-    # The judge's attention is data: where the model looked, never something to train.
-    judge_B2ST = jax.lax.stop_gradient(response.judge_B2ST)[:, :, list(places)]
-    judge_B2ST = jnp.where(text_BT[:, None, None], judge_B2ST.astype(jnp.float32), 0.0)
-
-    share_B2ST = _normalize(judge_B2ST, _uniform(text_BT)[:, None, None])
-    share_BST = jnp.mean(share_B2ST, axis=1)
-    if fix_sink:
-        share_BST = _fix_sink(share_BST, text_BT)
-    return jnp.mean(share_BST, axis=1) * jnp.sum(text_BT, axis=-1, keepdims=True)
-
-
-@register
-def column(
-    response: ResponseTokens,
-    *,
-    column: int | str | tuple[int | str, ...] = -1,
-    fix_sink: bool = True,
-    normalize: bool = True,
-) -> jax.Array:
-    """Precomputed weights, from the data's columns `chosen_weights_<name>` and `rejected_...`.
-
-    With the columns that the authors of AttentionPO publish (each response's weights sum to 1, the
-    first token's as it was found) the defaults give the weights that `attention` gives for the
-    layer of that number.
-
-    Args:
-      response: masks (B, T) and precomputed weights (B, K, T).
-      column: the column's name, as 31 or "attention_rollout"; -1 for the last one, which is the
-        highest number; a tuple means the mean of these columns' weights.
-      fix_sink: as for `attention`.
-      normalize: scale each response's weights so that they sum to the number of its text tokens
-        (uniform weights where the sum is 0). Otherwise they are taken as they are.
-
-    Returns:
-      Weights (B, T), float32, no gradient flows through them; 0 off `text_mask_BT`.
-
-    Raises:
-      RegistryError: a column that the data lack.
-
-    >>> import jax.numpy as jnp
-    >>> mask = jnp.array([[True, True, True, False]])
-    >>> zeros = jnp.zeros((1, 4))
-    >>> response = ResponseTokens(
-    ...     mask_BT=mask, text_mask_BT=mask, judge_B2ST=jnp.zeros((1, 2, 0, 4)),
-    ...     verdict_B2=jnp.zeros((1, 2)), reference_logps_BT=zeros, policy_logps_BT=zeros,
-    ...     is_chosen=jnp.array([True]), ready_BKT=jnp.array([[[0.5, 0.25, 0.25, 0.0]]]),
-    ...     weight_columns=("31",))
-    >>> column(response).tolist()
-    [[1.5, 0.75, 0.75, 0.0]]
-    """
-    text_BT = response.text_mask_BT
-    chex.assert_rank(text_BT, 2, custom_message="text_mask_BT")
-    chex.assert_type(text_BT, bool, custom_message="text_mask_BT")
-    places = select_columns(column, response.weight_columns)
-    B, T = text_BT.shape
+    (place,) = select_columns(column, response.weight_columns)
+    B, T = response.mask_BT.shape
     chex.assert_shape(response.ready_BKT, (B, None, T), custom_message="ready_BKT")
-    ready_BKT = jax.lax.stop_gradient(response.ready_BKT)[:, list(places)].astype(jnp.float32)
-    ready_BKT = jnp.where(text_BT[:, None], ready_BKT, 0.0)
-    total_BK1 = jnp.sum(text_BT if normalize else ready_BKT, axis=-1, keepdims=True)
-    total_BK1 = total_BK1[:, None] if normalize else total_BK1
-    share_BKT = _normalize(ready_BKT, _uniform(text_BT)[:, None])
-    if fix_sink:
-        share_BKT = _fix_sink(share_BKT, text_BT)
-    return jnp.mean(share_BKT * total_BK1, axis=1)
+    return jax.lax.stop_gradient(response.ready_BKT)[:, place].astype(jnp.float32)
 
 
-def _uniform(text_BT):
-    """Equal shares (B, T) of the text tokens, which sum to 1 (to 0 without any)."""
+def check_mask(mask_BT: jax.Array, name: str) -> None:
+    """Raises an AssertionError with the field's name unless it is a mask (B, T)."""
+    chex.assert_rank(mask_BT, 2, custom_message=name)
+    chex.assert_type(mask_BT, bool, custom_message=name)
+
+
+def to_length(scores_BT: jax.Array, counted_BT: jax.Array) -> jax.Array:
+    """Scores as weights (B, T) whose magnitudes sum to the number of the counted tokens.
+
+    Scores off `counted_BT` are left out; where the others are all 0, the weights are 1.
+    """
+    scores_BT = jnp.where(counted_BT, scores_BT.astype(jnp.float32), 0.0)
+    count_B1 = jnp.sum(counted_BT, axis=-1, keepdims=True)
+    return normalized(scores_BT, uniform_shares(counted_BT)) * count_B1
+
+
+def top_tokens(scores_BT: jax.Array, counted_BT: jax.Array, share: float) -> jax.Array:
+    """The counted tokens with the highest scores: bool (B, T).
+
+    Of n counted tokens there are ceil(share n), so at least one where n > 0; of equal scores,
+    the earlier token goes first.
+    """
+    scores_BT = jnp.where(counted_BT, scores_BT, -jnp.inf)
+    # A stable sort, twice: the place of each token among all, the highest score at 0.
+    place_BT = jnp.argsort(jnp.argsort(-scores_BT, axis=-1, stable=True), axis=-1)
+    count_B1 = jnp.sum(counted_BT, axis=-1, keepdims=True)
+    # Less a little, since in float32 a share of 0.3 of 10 tokens is more than 3.
+    kept_B1 = jnp.ceil(share * (1 - 1e-6) * count_B1)
+    return counted_BT & (place_BT < kept_B1)
+
+
+def uniform_shares(text_BT: jax.Array) -> jax.Array:
+    """Equal shares (B, T) of the masked tokens, which sum to 1 (to 0 without any)."""
     return text_BT / jnp.maximum(jnp.sum(text_BT, axis=-1, keepdims=True).astype(jnp.float32), 1.0)
 
 
-def _fix_sink(share_BST, text_BT):
+def fix_sink_shares(share_BST: jax.Array, text_BT: jax.Array) -> jax.Array:
     """The shares with the first text token's set to the mean, where there are tokens enough."""
     n_B1 = jnp.sum(text_BT, axis=-1, keepdims=True).astype(jnp.float32)
-    uniform_BT = _uniform(text_BT)
+    uniform_BT = uniform_shares(text_BT)
     first_BT = text_BT & (jnp.cumsum(text_BT, axis=-1) == 1)
     rest_BT = jnp.where(first_BT, 0.0, uniform_BT)
     rest_total_B1 = jnp.sum(rest_BT, axis=-1, keepdims=True)
     rest_uniform_BT = rest_BT / jnp.where(rest_total_B1 > 0, rest_total_B1, 1.0)
-    rest_BST = _normalize(jnp.where(first_BT[:, None], 0.0, share_BST), rest_uniform_BT[:, None])
+    rest_BST = normalized(jnp.where(first_BT[:, None], 0.0, share_BST), rest_uniform_BT[:, None])
     fixed_BST = jnp.where(first_BT[:, None], uniform_BT[:, None], rest_BST * rest_total_B1[:, None])
     return jnp.where(n_B1[:, None] >= MIN_TOKENS_FOR_SINK_FIX, fixed_BST, share_BST)
 
 
-def _normalize(values, fallback):
-    """Divides by the sum over the last axis; `fallback` where that sum is 0."""
-    total = jnp.sum(values, axis=-1, keepdims=True)
+def normalized(values: jax.Array, fallback: jax.Array) -> jax.Array:
+    """Divides by the sum of magnitudes over the last axis; `fallback` where that sum is 0."""
+    total = jnp.sum(jnp.abs(values), axis=-1, keepdims=True)
     # Sums below the smallest normal float would overflow as reciprocals. The comparison is the way
     # round that lets a NaN through, so that damaged rows show instead of turning uniform.
     empty = total < jnp.finfo(values.dtype).tiny

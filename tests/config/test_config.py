@@ -50,6 +50,9 @@ def plugin(tmp_path):
     return name, str(file)
 
 
+ATTENTION = {"layer": -1, "fix_sink": True, "layers": "mean", "order": "mean"}
+
+
 def with_value(field, value):
     """The default config with one field set, past ConfigDict's own type check."""
     config = default_config().to_dict()
@@ -64,8 +67,15 @@ def with_value(field, value):
 def test_default_config_is_valid_locked_and_the_paper_s():
     config = default_config()
     validate(config)
-    assert config.weighting.to_dict() == {"name": "attention", "layer": -1, "fix_sink": True}
-    assert config.objective.to_dict() == {"name": "sigmoid", "beta": 0.1, "label_smoothing": 0.0}
+    assert config.weighting.to_dict() == {"name": "attention"} | ATTENTION
+    assert config.objective.to_dict() == {
+        "name": "sigmoid",
+        "beta": 0.1,
+        "label_smoothing": 0.0,
+        "divergence": "reverse_kl",
+        "alpha": 0.5,
+        "wpo": False,
+    }
     assert (config.data.max_length, config.data.max_prompt_length) == (2048, 1800)
     assert (config.optim.learning_rate, config.optim.warmup_ratio) == (1e-6, 0.1)
     with pytest.raises(AttributeError, match="lerning_rate"):
@@ -96,6 +106,11 @@ def test_what_decides_a_run_s_course():
         "lora.rank",
         "lora.alpha",
         "lora.targets",
+        "shaping.top_share",
+        "shaping.smooth",
+        "shaping.normalize",
+        "shaping.floor",
+        "shaping.mix",
         "optim.learning_rate",
         "optim.schedule",
         "optim.warmup_ratio",
@@ -170,6 +185,9 @@ def test_remat_choices_are_the_decoder_s():
         ("objective.name", ["a"], "accepted: "),
         ("objective.beta", 0, "a number above 0"),
         ("objective.label_smoothing", 0.5, "a number from 0 to 0.5, 0.5 excluded"),
+        ("objective.divergence", "kl", "'reverse_kl', 'forward_kl', 'js', 'alpha'"),
+        ("objective.alpha", 0, "a number above 0"),
+        ("objective.wpo", "clamp", "False, True, 'clamped'"),
     ],
 )
 def test_a_bad_value_is_named_with_what_is_accepted(field, value, accepted):
@@ -191,6 +209,7 @@ def test_a_bad_value_is_named_with_what_is_accepted(field, value, accepted):
         ("judge.layers", "all"),
         ("weighting.layer", (0, -1)),
         ("objective.beta", 1),
+        ("objective.wpo", "clamped"),
         ("optim.warmup_ratio", 0),
         ("optim.max_grad_norm", 0.0),
         ("parallel.mesh.data", 8),
@@ -211,7 +230,8 @@ def test_unknown_and_missing_fields_are_named():
     assert set(caught.value.problems) == {
         "config.model.sorce = 'x': unknown field (did you mean config.model.source?)",
         "config.optim.batch_size = 8: unknown field "
-        "(did you mean config.judge.batch_size or config.train.batch_size?)",
+        "(did you mean config.judge.batch_size or config.train.batch_size or "
+        "config.evaluate.harness.batch_size?)",
         "config.train.epochs: missing",
     }
 
@@ -251,9 +271,52 @@ def test_a_bucket_needs_its_package(monkeypatch):
         validate(config)
 
 
+def objective_problems(name, **values):
+    config = default_config()
+    config.objective = section_for(losses, name, **values)
+    with pytest.raises(ConfigError) as caught:
+        validate(config)
+    return list(caught.value.problems)
+
+
+def test_an_objective_s_hyperparameters_are_checked_together_and_term_by_term():
+    (problem,) = objective_problems("exo", label_smoothing=0.0)
+    assert problem == (
+        "config.objective.label_smoothing = 0.0: accepted: a number above 0, below 0.5"
+    )
+    (problem,) = objective_problems("mixture", terms="sigmoid + dpo")
+    assert problem.startswith("config.objective: unknown objective 'dpo'; accepted: apo_down, ")
+    terms = "2 * sigmoid(beta=-1.0, wpo=True) + exo(label_smoothing='a')"
+    assert objective_problems("mixture", terms=terms) == [
+        "config.objective.terms: sigmoid(beta=-1.0): accepted: a number above 0",
+        "config.objective.terms: exo(label_smoothing='a'): accepted: a number above 0, below 0.5",
+    ]
+    config = default_config()
+    config.objective = section_for(losses, "mixture", terms="sigmoid(beta=0.05) + nll", wpo=True)
+    validate(config)
+
+
+def test_margins_need_an_objective_that_reads_them():
+    config = default_config()
+    config.data.fields.margin = "gap"
+    validate(config)
+    config.objective = section_for(losses, "nca")
+    with pytest.raises(ConfigError) as caught:
+        validate(config)
+    (problem,) = caught.value.problems
+    assert problem.startswith("config.data.fields.margin = 'gap': 'nca' reads no margin; accepted:")
+    assert "one of cpo, discopop, dpop, exo, hinge, mixture, orpo, " in problem
+
+
+@pytest.mark.parametrize(("name", "values"), [("tdpo", {}), ("mixture", {"terms": "tdpo + nll"})])
+def test_an_objective_that_needs_the_reference_s_distribution_is_refused(name, values):
+    (problem,) = objective_problems(name, **values)
+    assert f"config.objective: {name!r} needs reference_kl" in problem
+
+
 def test_section_for_takes_fields_from_the_signature():
     section = section_for(weighting, "attention", layer=(0, 14))
-    assert section.to_dict() == {"name": "attention", "layer": (0, 14), "fix_sink": True}
+    assert section.to_dict() == {"name": "attention"} | ATTENTION | {"layer": (0, 14)}
     section.layer = 3  # one layer or several: both types are fine
     with pytest.raises(RegistryError, match="no hyperparameter 'tau'; accepted: beta"):
         section_for(losses, "hinge", tau=1.0)
@@ -267,7 +330,12 @@ def test_switching_a_section_resets_it_to_the_new_function_s_defaults():
     config = default_config()
     config.objective.beta = 0.005
     complete_sections(config, objective="ipo", weighting="uniform")
-    assert config.objective.to_dict() == {"name": "ipo", "beta": 0.1, "length_normalize": False}
+    assert config.objective.to_dict() == {
+        "name": "ipo",
+        "beta": 0.1,
+        "length_normalize": False,
+        "wpo": False,
+    }
     assert config.weighting.to_dict() == {"name": "uniform"}
     validate(config)
     with pytest.raises(ConfigError, match="config.objective.name: unknown objective 'dpo'"):
@@ -278,7 +346,12 @@ def test_a_name_that_a_config_file_sets_resets_the_section():
     config = default_config()
     config.objective.label_smoothing = 0.2
     config.objective.name = "ipo"
-    assert config.objective.to_dict() == {"name": "ipo", "beta": 0.1, "length_normalize": False}
+    assert config.objective.to_dict() == {
+        "name": "ipo",
+        "beta": 0.1,
+        "length_normalize": False,
+        "wpo": False,
+    }
     config.objective.length_normalize = True
     config.objective.name = "ipo"  # no other name, no reset
     assert config.objective.length_normalize is True
@@ -329,14 +402,18 @@ def test_a_plugin_s_objective_starts_from_its_own_beta(simpo, caplog):
     file = write()
     arguments = [f"--config.plugins={plugin}", f"--config.objective.name={name}"]
     config = load_config(file, arguments)
-    assert config.objective.to_dict() == {"name": name, "beta": 2.0, "gamma": 0.5}
+    assert config.objective.to_dict() == {"name": name, "beta": 2.0, "gamma": 0.5, "wpo": False}
     said = f"config.objective: {name!r} in place of 'sigmoid', whose values are dropped: "
-    assert caplog.messages == [said + "beta = 2.0 (default), gamma = 0.5 (default)"]
+    assert caplog.messages == [
+        said + "beta = 2.0 (default), gamma = 0.5 (default), wpo = False (default)"
+    ]
     caplog.clear()
     # What the command line sets is kept, whatever its place.
     config = load_config(file, ["--config.objective.gamma=0.3", *arguments])
-    assert config.objective.to_dict() == {"name": name, "beta": 2.0, "gamma": 0.3}
-    assert caplog.messages == [said + "beta = 2.0 (default), gamma = 0.3 (set)"]
+    assert config.objective.to_dict() == {"name": name, "beta": 2.0, "gamma": 0.3, "wpo": False}
+    assert caplog.messages == [
+        said + "beta = 2.0 (default), gamma = 0.3 (set), wpo = False (default)"
+    ]
 
 
 def test_a_config_file_names_a_plugin_s_objective_before_it_is_loaded(simpo, caplog):
@@ -345,9 +422,9 @@ def test_a_config_file_names_a_plugin_s_objective_before_it_is_loaded(simpo, cap
     begins = f"config.plugins = ({plugin!r},); config.objective.name = {name!r}; "
     file = write(begins + "config.objective.gamma = 0.25")
     config = load_config(file)
-    assert config.objective.to_dict() == {"name": name, "beta": 2.0, "gamma": 0.25}
+    assert config.objective.to_dict() == {"name": name, "beta": 2.0, "gamma": 0.25, "wpo": False}
     assert config.objective.is_locked
-    assert caplog.messages[0].endswith("beta = 2.0 (default), gamma = 0.25 (set)")
+    assert caplog.messages[0].endswith("gamma = 0.25 (set), wpo = False (default)")
     # The same name on the command line is no switch: the file's values stay.
     config = load_config(file, [f"--config.objective.name={name}"])
     assert config.objective.gamma == 0.25
@@ -487,7 +564,7 @@ def test_json_round_trip_keeps_tuples_sections_and_types():
     restored = from_json(to_json(config))
     assert diff(config, restored) == {}
     assert restored.weighting.layer == (0, 29) and isinstance(restored.weighting.layer, tuple)
-    assert restored.objective.to_dict() == {"name": "hinge", "beta": 0.1}
+    assert restored.objective.to_dict() == {"name": "hinge", "beta": 0.1, "wpo": False}
     validate(restored)
     with pytest.raises(ConfigError, match="not a config in JSON"):
         from_json("{")
@@ -504,8 +581,7 @@ def test_diff_names_fields_on_either_side():
     assert diff(old, new) == {
         "optim.learning_rate": (1e-6, 5e-7),
         "weighting.name": ("attention", "uniform"),
-        "weighting.layer": (-1, "(absent)"),
-        "weighting.fix_sink": (True, "(absent)"),
+        **{f"weighting.{key}": (value, "(absent)") for key, value in ATTENTION.items()},
     }
 
 

@@ -13,7 +13,7 @@ import pytest
 from attnpo_jax import config as config_lib
 from attnpo_jax.data.columns import Columns
 from attnpo_jax.data.pair import BadExample
-from attnpo_jax.data.sources import load_pairs
+from attnpo_jax.data.sources import load_pairs, pairs_digest
 
 
 def user(text):
@@ -418,6 +418,31 @@ def test_columns_of_other_names(tmp_path):
         load_pairs(str(tmp_path / "rows.parquet"), columns=Columns({"chosen": "good"}))
     # The column whose place another one has is not forgotten.
     assert told(tmp_path, PAIR | {"q": "Name a sea."}, names={"prompt": "q"}).startswith("`prompt`")
+
+
+def test_weights_and_margins_of_pairs_are_read_where_they_are_named(tmp_path):
+    row = PAIR | {"margin": 0.5, "score_weight": 2}
+    (plain,) = load(tmp_path, row, ignored=("score_weight",))
+    assert plain.numbers == {}
+    (pair,) = load(tmp_path, row, names={"weight": "score_weight", "margin": "margin"})
+    assert pair.numbers == {"weight": 2.0, "margin": 0.5}
+    assert pairs_digest([pair]) != pairs_digest([plain])
+    (negative,) = load(tmp_path, PAIR | {"margin": -3}, names={"margin": "margin"})
+    assert negative.numbers == {"margin": -3.0}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"weight": "2"}, "`weight` is '2'; accepted: a finite number, 0 or more"),
+        ({"weight": -0.5}, "`weight` is -0.5; accepted: a finite number, 0 or more"),
+        ({"weight": True}, "`weight` is True; accepted: a finite number, 0 or more"),
+        ({"weight": 1e39}, "`weight` is 1e+39; accepted: a finite number, 0 or more"),
+        ({"weight": None}, "`weight`, which data.fields.weight names, is null"),
+    ],
+)
+def test_a_weight_that_is_none_is_told(tmp_path, row, reason):
+    assert told(tmp_path, PAIR | row, names={"weight": "weight"}) == reason
 
 
 def test_fields_in_a_config(tmp_path):

@@ -58,6 +58,16 @@ def test_columns_are_read_by_name_or_all(tmp_path):
     assert load_pairs(file).pairs[0].precomputed is None
 
 
+def test_numbers_of_any_sign_are_read_and_carried_over(tmp_path):
+    file = write(tmp_path / "a.jsonl", [{**ROW, "chosen_weights_7": [-3.5, 0, -0.25]}])
+    (pair,) = load_pairs(file, weight_columns=("7",)).pairs
+    assert pair.precomputed.weights["chosen"].tolist() == [[-3.5, 0, -0.25]]
+    # "naïve" as na|ïve: a token's number is shared by its characters, whatever its sign.
+    trained = trained_on([500, 501], [(0, 2), (2, 5)])
+    found = carried(byte_level("naïve"), [256], [-1.0], "naïve", trained)
+    np.testing.assert_allclose(found, [-0.4, -0.6], rtol=1e-6)
+
+
 def test_columns_of_a_table_are_read(tmp_path):
     import datasets
 
@@ -82,9 +92,9 @@ def test_the_digest_covers_the_weights(tmp_path):
     [
         ({"chosen_weights_7": None}, "`chosen_weights_7` is missing; accepted: a list of numbers"),
         ({"rejected_weights_7": [0.5, 0.5]}, "`rejected_weights_7` has 2 numbers for 1 tokens"),
-        ({"chosen_weights_7": [0.5, -0.1, 0.6]}, "numbers of 0 or more"),
-        ({"chosen_weights_7": [0.5, "a", 0.6]}, "numbers of 0 or more"),
-        ({"chosen_weights_7": [True, 0.5, 0.6]}, "numbers of 0 or more"),
+        ({"chosen_weights_7": [0.5, "a", 0.6]}, "something else than finite numbers"),
+        ({"chosen_weights_7": [0.5, float("inf"), 0.6]}, "something else than finite numbers"),
+        ({"chosen_weights_7": [True, 0.5, 0.6]}, "something else than finite numbers"),
         ({"chosen_tokens": [True, 4, 5]}, "`chosen_tokens` holds something else than token ids"),
         ({"chosen_tokens": None}, "`chosen_tokens` is missing"),
         ({"chosen_tokens": []}, "`chosen_tokens` is empty"),

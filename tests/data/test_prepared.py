@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 
 from attnpo_jax.data import shards
+from attnpo_jax.data.batching import Example, RowShape, fill_rows
 from attnpo_jax.data.manifest import PreparedMismatch, fingerprint
 from attnpo_jax.data.prepared import DamagedShard, Prepared, PreparedWriter, status
 from attnpo_jax.runtime import atomic
@@ -91,6 +92,23 @@ def test_rows_come_back_exactly(tmp_path):
     for index in (NUM_ROWS, -NUM_ROWS - 1):
         with pytest.raises(IndexError, match=f"row {index} of 7"):
             dataset[index]
+
+
+def test_weights_and_margins_of_pairs_come_back(tmp_path):
+    components = COMPONENTS | {"data": {"fields": {"weight": "w", "margin": "m", "prompt": "q"}}}
+    writer = make_writer(tmp_path, components, num_rows=1)
+    row = ROWS[0] | {"weight": 0.5, "margin": -2.0}
+    with pytest.raises(ValueError, match="lacks .'margin', 'weight'."):
+        writer.write(0, [ROWS[0]])
+    writer.write(0, [row])
+    writer.finish({})
+    dataset = Prepared.open(tmp_path)
+    assert_rows_equal(dataset[0], row)
+    example = Example.from_prepared(dataset, 0)
+    assert (example.weight, example.margin) == (0.5, -2.0)
+    batch = fill_rows([[example], []], RowShape(64, 64, 64), 3)
+    assert batch.weight_BG.tolist() == [[0.5], [0.0]]
+    assert batch.margin_BG.tolist() == [[-2.0], [0.0]]
 
 
 def test_datasets_reads_the_folder(tmp_path):

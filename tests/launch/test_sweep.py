@@ -72,6 +72,10 @@ def test_grid_has_every_combination_and_keeps_what_is_not_swept(sweep, config_fi
         ("attention", 0.1), ("attention", 0.5), ("uniform", 0.1), ("uniform", 0.5),
     ]  # fmt: skip
     assert runs[0].name == "weighting.name=attention,objective.beta=0.1"
+    shaped = sweep.grid(config_file, ["shaping.mix=0.0,0.5", "shaping.floor=None,0.1"])
+    assert [(r.config.shaping.mix, r.config.shaping.floor) for r in shaped] == [
+        (0.0, None), (0.0, 0.1), (0.5, None), (0.5, 0.1),
+    ]  # fmt: skip
     assert {(r.config.train.epochs, r.config.optim.learning_rate) for r in runs} == {(3, 1e-2)}
 
 

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnpo_jax.models.lm_head import token_logps
+from attnpo_jax.models import lm_head
+from attnpo_jax.models.lm_head import STATISTICS, token_logps, token_statistics
 
 
 def plain(hidden, unembedding, target):
@@ -32,6 +33,38 @@ def test_values_and_gradients_equal_the_plain_computation(chunk):
         hidden, unembedding
     )
     chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("chunk", "softcap"), [(7, None), (1024, 2.0)])
+def test_statistics_equal_the_plain_computation(chunk, softcap, monkeypatch):
+    monkeypatch.setattr(lm_head, "_TILE_LOGITS", 1)  # tiles of 512 words, so three of them
+    rng = np.random.default_rng(3)
+    # Some distributions are all but certain, some all but uniform.
+    scale = np.geomspace(1e-3, 30, 10)[:, None]
+    hidden = jnp.asarray(scale * rng.normal(size=(3, 10, 8)), jnp.float32)
+    unembedding = jnp.asarray(rng.normal(size=(1037, 8)), jnp.float32)
+    logits = hidden @ unembedding.T
+    logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+    logp = np.asarray(jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1), np.float64)
+    found = token_statistics(STATISTICS, hidden, unembedding, softcap=softcap, chunk=chunk)
+    np.testing.assert_allclose(found["entropy"], -(np.exp(logp) * logp).sum(-1), atol=1e-4)
+    np.testing.assert_allclose(found["collision"], np.log(np.exp(2 * logp).sum(-1)), atol=1e-4)
+    least, most = found["entropy"].min(), found["entropy"].max()
+    assert (least < 0.1 or softcap) and most > 6.9 and most - least > 0.5
+    assert list(token_statistics(("collision",), hidden, unembedding)) == ["collision"]
+
+
+def test_statistics_have_no_gradient_and_cost_one_product():
+    hidden, unembedding = jnp.ones((1, 30, 8)), jnp.ones((37, 8))
+
+    def total(h, u):
+        found = token_statistics(STATISTICS, h, u)
+        return jnp.sum(found["entropy"] + found["collision"])
+
+    gradient = jax.grad(total, argnums=(0, 1))
+    assert str(jax.make_jaxpr(gradient)(hidden, unembedding)).count("dot_general[") == 1
+    assert not any(np.any(g) for g in gradient(hidden, unembedding))
+    assert token_statistics((), hidden, unembedding) == {}
 
 
 def test_full_logits_are_never_held():

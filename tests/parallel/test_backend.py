@@ -15,7 +15,7 @@ from attnpo_jax.data.sources import load_pairs
 from attnpo_jax.judge.judge import judge_pairs
 from attnpo_jax.judge.language_model import load_model
 from attnpo_jax.models.io import hf_config
-from attnpo_jax.models.lm_head import token_logps
+from attnpo_jax.models.lm_head import STATISTICS, token_logps, token_statistics
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.run import Run, run
 from tests import tiny
@@ -113,7 +113,8 @@ def test_an_odd_vocabulary_gives_the_same():
     def loss_and_slopes(hidden, unembedding, target):
         def loss(hidden, unembedding):
             logps = token_logps(hidden, unembedding, target, chunk=12)
-            return jax.numpy.sum(logps * jax.numpy.arange(10)), logps
+            statistics = token_statistics(STATISTICS, hidden, unembedding, chunk=12)
+            return jax.numpy.sum(logps * jax.numpy.arange(10)), (logps, statistics)
 
         return jax.grad(loss, (0, 1), has_aux=True)(hidden, unembedding)
 

@@ -367,6 +367,32 @@ def test_without_the_verdict_the_rest_is_the_same(inputs, undisturbed, tmp_path)
         run(tiny.small_config(inputs), tmp_path)
 
 
+def test_weights_and_margins_of_pairs_go_from_the_data_to_the_batches(
+    inputs, undisturbed, tmp_path
+):
+    rows = [row | {"w": i / 2, "gap": 1 - i} for i, row in enumerate(tiny.ROWS)]
+    tiny.write_lines(tmp_path / "rows.jsonl", rows)
+    config = tiny.small_config(
+        inputs,
+        data__train=str(tmp_path / "rows.jsonl"),
+        data__eval="",
+        data__fields__weight="w",
+        data__fields__margin="gap",
+        judge__layers="none",
+        weighting__name="uniform",
+    )
+    run(config, tmp_path / "work")
+    got = Run.resolve(config, tmp_path / "work").open_prepared("train")
+    assert [(row["weight"], row["margin"]) for row in got] == [(i / 2, 1 - i) for i in range(6)]
+    batch = EvalBatches(got, batch_size=6)[0]
+    for weights, wanted in ((batch.weight_BG, lambda i: i / 2), (batch.margin_BG, lambda i: 1 - i)):
+        found = dict(zip(batch.pair_BG.ravel(), weights.ravel(), strict=True))
+        assert {i: found[i] for i in range(6)} == {i: wanted(i) for i in range(6)}
+    config.data.fields.margin = ""
+    with pytest.raises(PreparedMismatch, match="data.fields.margin: on disk"):
+        run(config, tmp_path / "work")
+
+
 def test_a_full_disk_leaves_what_was_finished(inputs, undisturbed, tmp_path, monkeypatch, judged):
     original = os.write
     limit = 2 * len(contents(undisturbed[0])[SHARDS[0]])

@@ -244,7 +244,7 @@ def test_metrics_by_hand(monkeypatch):
 
     rows = [[pair(5, [-2, -1], [-1, -3])], [pair(6, [-1, -1], [-4, -4])]]
     policy = jnp.array([[[[-1.0, -1], [-3, -2]]], [[[-2, -4], [-1, -4]]]])
-    monkeypatch.setattr(pair_loss, "response_logps", lambda *_, **__: policy)
+    monkeypatch.setattr(pair_loss, "response_scores", lambda *_, **__: (policy, {}))
     step = make_train_step(SETTINGS, KEEP_GRADIENT, lambda step: 0.5 + step)
     state = create({"layer": jnp.zeros(2)}, KEEP_GRADIENT)
     batch = batch_of(rows, RowShape(6, 4, 2))

@@ -56,8 +56,8 @@ def pair_scores(params: Params, batch: PairBatch, *, settings: StepSettings) -> 
       and is never negative (Schulman 2020, http://joschu.net/blog/kl-approx.html, "k3"); of the
       tokens at hand, which neither model has drawn, it says how far apart the two are on them.
     """
-    policy_BG2T = pair_loss.policy_logps(settings, params, batch)
-    _, metrics = pair_loss.losses_of_logps(settings, policy_BG2T, batch)
+    policy_BG2T, statistics = pair_loss.policy_logps(settings, params, batch)
+    _, metrics = pair_loss.losses_of_logps(settings, policy_BG2T, statistics, batch)
     shape = batch.valid_BG.shape
     of_pairs = [metrics[name].reshape(shape) for name in _METRICS.values()]
     r_BG2T = policy_BG2T - batch.reference_logps_BG2T  # 0 where there is no token

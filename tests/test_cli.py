@@ -167,7 +167,7 @@ def test_a_plugin_s_required_hyperparameter_is_asked_for(calls, file, plugin, ca
         ("--config.batch_size=4", "did you mean config.judge.batch_size or config.train.batch"),
         (
             "--config.objective.length_normalize=1",
-            "unknown field; fields of config.objective: alpha, beta, ",
+            "; fields of config.objective: alpha, beta, ",
         ),
         ("--config.optim=3", "is a section; set its fields: --config.optim.b1, "),
         ("--config.seed.x=3", "--config.seed.x: unknown field"),

@@ -208,6 +208,21 @@ def test_research_page_s_objective(plugins):
     assert loss(scores(5.0), scores(-5.0)).tolist() == pytest.approx([0.36788], abs=1e-5)  # 1/e
 
 
+def test_research_page_s_objective_with_a_margin(plugins):
+    config = config_lib.default_config()
+    config.plugins = (str(plugins / "offset_hinge.py"),)
+    config.data.fields.margin = "gap"
+    config = config_lib.complete_sections(config, objective="offset_hinge")
+    config_lib.validate(config)
+    one = jnp.ones(1)
+    of = {"policy_B": 5 * one, "reference_B": 0 * one, "weight_B": one, "length_B": one}
+    loss = config_lib.bind_section(losses, config.objective)
+    zero = losses.ResponseScores(**of | {"policy_B": 0 * one})
+    for margin, found in ((None, 0.5), (3 * one, 2.5), (0.25 * one, 0.0)):
+        chosen = losses.ResponseScores(**of, margin_B=margin)
+        assert loss(chosen, zero).tolist() == pytest.approx([found])
+
+
 def test_research_page_lists_what_a_weighting_may_use():
     listed = [name for row in rows("research.md", 3) for name in re.findall(r"`(\w+)`", row[0])]
     assert listed == [field.name for field in dataclasses.fields(weighting.ResponseTokens)]

@@ -34,4 +34,5 @@ def get_config():
     config.optim.learning_rate = 5e-6
     config.train.batch_size = 8
     config.train.microbatch_size = 8
+    config.evaluate.checks.max_new_tokens = 192
     return config

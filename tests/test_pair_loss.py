@@ -287,7 +287,8 @@ def test_before_the_first_update_every_pair_is_a_tie(dtype):
     logps = np.asarray(scoring.response_logps(tiny.MODEL, params, alone, dtype=dtype))
     packed = rows([example(i, tuple(logps[i, 0])) for i in range(24)], 3)
     _, found = pair_loss.batch_losses(tiny.settings(dtype=dtype), params, packed)
-    assert np.any(found["rewards/margins"]), "nothing was rounded"
+    # In bfloat16 it depends on the code generator whether roundings are left out anywhere.
+    assert dtype == jnp.bfloat16 or np.any(found["rewards/margins"]), "nothing was rounded"
     for prefix in ("", "weighted_"):
         assert found[f"rewards/{prefix}ties"].tolist() == [1] * 24
         assert found[f"rewards/{prefix}accuracies"].tolist() == [0] * 24

@@ -57,9 +57,13 @@ class Figure:
 
     def cells(self) -> tuple[str, str]:
         """The value and the interval as tables show them."""
-        value = "none" if math.isnan(self.value) else f"{self.value:.4g}"
+        value = "none" if math.isnan(self.value) else _short(self.value)
         there = math.isfinite(self.low) and math.isfinite(self.high)
-        return value, f"{self.low:.4g} to {self.high:.4g}" if there else ""
+        return value, f"{_short(self.low)} to {_short(self.high)}" if there else ""
+
+
+def _short(x: float) -> str:
+    return f"{x:.3g}" if x == 0 or 1e-4 <= abs(x) < 1e6 else f"{x:.1e}"
 
 
 def figure(rows: Sequence[Row], column: str, *, detail: bool = False) -> Figure:

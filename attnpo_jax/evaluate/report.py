@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -145,27 +146,29 @@ def _by_id(evaluation: Evaluation, column: str) -> Mapping[str, float]:
 
 
 def show(console: Console, lines: Sequence[Line]) -> None:
-    """Prints lines as one table for each evaluation."""
+    """Prints lines as one table for each evaluation: under each figure, the models."""
     differs = False
     for evaluation in dict.fromkeys(line.evaluation for line in lines):
         own = [one for one in lines if one.evaluation == evaluation and not one.figure.detail]
-        table = Table(title=plain(evaluation))
-        table.add_column("")
-        table.add_column("model")
         compared = any(line.difference is not None for line in own)
-        heads = ["value", "95% interval", "rows"]
+        differs |= compared
+        counts = {line.figure.count for line in own}
+        alike = f", {counts.pop()} rows" if len(counts) == 1 else ""
+        table = Table(title=plain(evaluation + alike), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.add_column("", max_width=27)
+        heads = ["value", "95% interval", *([] if alike else ["rows"])]
         heads += ["difference", "95% interval"] if compared else []
         for head in heads:
             table.add_column(head, justify="right")
         last = None
         for line in own:
-            name = plain(line.name) if line.name != last else ""
+            if line.name != last:
+                table.add_row(plain(line.name), style="bold")
             last = line.name
-            cells = [*line.figure.cells(), str(line.figure.count)]
+            cells = [*line.figure.cells(), *([] if alike else [str(line.figure.count)])]
             if compared:
                 cells += _marked(line.difference)
-            table.add_row(name, plain(line.model), *cells)
-        differs |= compared
+            table.add_row(plain(f"  {line.model}"), *cells)
         console.print(table)
     if differs:
         say(console, "differences are paired, row by row; = where their interval holds 0")

@@ -7,7 +7,9 @@ from attnpo_jax.runtime.errors import UserError
 
 # Not for a user to mend: work that is saved, errors that others tell of in their own words, and
 # what a server's caller is told.
-OTHERS = {"Preempted", "NotPythonError", "SchemaError", "ApiError"}
+# Those that others catch, and turn into what is told.
+OTHERS = {"Preempted", "NotPythonError", "SchemaError", "ApiError", "DryRun"}
+OTHERS |= {"Failure", "Unreadable", "_End"}  # of endpoints
 
 
 def test_the_package_s_errors_are_told_without_a_traceback():

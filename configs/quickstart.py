@@ -5,7 +5,8 @@
 The model (93 MB) is fetched once. 112 pairs are judged and trained on, 40 held-out ones evaluated
 before and after.
 
-Expect, on two CPU cores, less than 5 minutes and at the end
+Expect, on two CPU cores, less than 5 minutes for training, as many for the evaluations of both
+models that follow, and at the end of training
 
                       before   after   weighted, before   weighted, after
     loss              0.6931  0.5493             0.6931            0.4560

@@ -230,8 +230,7 @@ def test_unknown_and_missing_fields_are_named():
     assert set(caught.value.problems) == {
         "config.model.sorce = 'x': unknown field (did you mean config.model.source?)",
         "config.optim.batch_size = 8: unknown field "
-        "(did you mean config.judge.batch_size or config.train.batch_size or "
-        "config.evaluate.harness.batch_size?)",
+        "(did you mean config.judge.batch_size or config.train.batch_size?)",
         "config.train.epochs: missing",
     }
 

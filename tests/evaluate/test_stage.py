@@ -224,7 +224,7 @@ def test_a_report_has_paired_differences_of_several_workdirs(folder, tmp_path, c
     assert (found["value"], found["count"]) == (pytest.approx(1 / 3), 3)
     assert (found["low"], found["high"]) == pytest.approx((0.2 - half, 0.2 + half), abs=1e-6)
     assert cli.main(["evaluate", "report", workdirs]) == 0
-    assert "= +0.3333" in capsys.readouterr().out
+    assert "= +0.333" in capsys.readouterr().out
     assert cli.main(["evaluate", "report", workdirs, "--baseline=step-9"]) == 2
     assert "accepted: of-base/base, of-step-9/step-9" in capsys.readouterr().err
     assert cli.main(["evaluate", "report", f"--workdirs={folder}"]) == 2

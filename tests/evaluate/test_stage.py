@@ -99,8 +99,10 @@ def test_figures_of_training_are_metrics(folder):
 def test_the_policy_in_training_answers_as_its_checkpoint_does(folder, tmp_path):
     run = Run.resolve(config_of(folder, generate__max_new_tokens=6), folder / "work")
     path = generate.generate(run, out=tmp_path / "s.jsonl", console=QUIET)
-    of_step = folder / "work/evaluations/letters/step-3.samples.jsonl"
-    assert path.read_text() == of_step.read_text()
+    of_step = lines_of(folder / "work/evaluations/letters/step-3.samples.jsonl")
+    assert [line | {"model": "work/step-3"} for line in of_step] == lines_of(path)
+    (model,) = {line["model"] for line in of_step}
+    assert model.startswith("work/step-3 (")
 
 
 def test_what_is_finished_is_not_done_again_and_says_when_settings_differ(folder):

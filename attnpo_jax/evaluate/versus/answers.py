@@ -144,6 +144,8 @@ def _prompts(task: Task, of_files: Mapping[str, Answers]) -> list[Prompt]:
             return run.held_out_prompts(section.count)
     most = run.config.data.max_example_bytes
     good, bad = load_prompts(section.prompts or _BUILTIN, run.columns, most)
+    if not good:
+        raise UserError(f"config.evaluate.versus.prompts: none of {len(bad)} is one: {bad[0]}")
     if bad:
         _LOG.warning("%d rows are no prompts, the first one: %s", len(bad), bad[0])
     return good[: section.count]

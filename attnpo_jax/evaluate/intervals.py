@@ -51,10 +51,9 @@ def mean(values: Sequence[float]) -> Interval:
 def paired_difference(first: Sequence[float], second: Sequence[float]) -> Interval:
     """The interval of the mean of `second - first`, rows of the same prompts.
 
-    Of passes and wins (0, 1, and a half for a tie), one difference of 1 and one of -1 are added, as
-    Bonett and Price (2012) do for paired proportions: without them, models that agree on all rows
-    of a small set would be equal for certain. Any others get Student's t interval: two differences
-    of 1 would drown those of scores that differ by little.
+    Of passes and losses, and ties at a half, one difference of 1 and one of -1 are added, as Bonett
+    and Price (2012) do for paired proportions: without them, models that agree on all rows of a
+    small set would be equal for certain. Any other values get Student's t interval.
 
     Args:
       first, second: (n,) the two models' values, row by row.
@@ -64,10 +63,10 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> Interv
     """
     a, b = np.asarray(first, np.float64), np.asarray(second, np.float64)
     difference = b - a
-    if len(a) and np.isin([a, b], (0.0, 0.5, 1.0)).all():
+    if len(a) and np.isin([a, b], [0.0, 0.5, 1.0]).all():
         added = np.concatenate([difference, [1.0, -1.0]])
-        half = _Z * float(added.std()) / math.sqrt(len(added))
-        return float(added.mean()) - half, float(added.mean()) + half
+        center, half = float(added.mean()), _Z * float(added.std()) / math.sqrt(len(added))
+        return max(-1.0, center - half), min(1.0, center + half)
     return mean(difference)
 
 

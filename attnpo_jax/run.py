@@ -91,9 +91,9 @@ class Run:
           LockedError: another run, which lives, has it.
         """
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self._alone_in(self.workdir))
+            stack.enter_context(self.alone_in(self.workdir))
             if "://" not in (self.config.train.checkpoint_dir or "://"):
-                stack.enter_context(self._alone_in(self.checkpoint_folder))
+                stack.enter_context(self.alone_in(self.checkpoint_folder))
             yield
 
     def preparing(self) -> contextlib.AbstractContextManager[None]:
@@ -102,10 +102,10 @@ class Run:
         Several processes enter together. Raises as `writing` does.
         """
         folder = self.workdir / "prepared"
-        return self._alone_in(folder) if folder.is_symlink() else contextlib.nullcontext()
+        return self.alone_in(folder) if folder.is_symlink() else contextlib.nullcontext()
 
     @contextlib.contextmanager
-    def _alone_in(self, folder: os.PathLike) -> Iterator[None]:
+    def alone_in(self, folder: os.PathLike) -> Iterator[None]:
         """Holds a folder's lock, unless an outer block of this run does."""
         folder = pathlib.Path(os.path.realpath(folder))
         if folder in self._held:

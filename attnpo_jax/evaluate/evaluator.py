@@ -103,6 +103,11 @@ class Evaluator:
       of_files: of its config section, whether that names files which it looks at in the model's
         place.
       compares: whether it holds the model against another one by itself.
+      reads: beside its section, the fields of the config that decide its figures, or what they
+        begin with. Where one has changed, a finished evaluation is not taken for the one wanted.
+      others: of a config, the models beside the one at hand that decide its figures; see
+        `generate.model.load`.
+      version: raised where the same settings come to give other figures.
     """
 
     name: str
@@ -111,6 +116,9 @@ class Evaluator:
     of_files: Callable[[Any], bool] = lambda section: False
     needs_pairs: bool = False
     compares: bool = False
+    reads: tuple[str, ...] = ("data.", "generate.", "judge.", "model.", "evaluate.judge.model")
+    others: Callable[[Any], Sequence[str]] = lambda config: ()
+    version: int = 1
 
     @property
     def section(self) -> str:

@@ -130,4 +130,4 @@ def _name(task: str, metric: str, of_filter: str) -> str:
     return f"{task} {metric}" + ("" if of_filter == "none" else f" ({of_filter})")
 
 
-EVALUATOR = Evaluator("harness", run)
+EVALUATOR = Evaluator("harness", run, reads=("generate.cache", "generate.weights", "model."))

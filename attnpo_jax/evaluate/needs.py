@@ -4,7 +4,7 @@ import pathlib
 from typing import TYPE_CHECKING
 
 from attnpo_jax.evaluate import others_files
-from attnpo_jax.runtime.errors import UsageError
+from attnpo_jax.runtime.errors import UsageError, UserError
 
 if TYPE_CHECKING:
     from attnpo_jax.evaluate.endpoint import Endpoint
@@ -15,7 +15,8 @@ def path(task: "Task", field: str, what: str) -> pathlib.Path:
     """The path in a field of the evaluation's section.
 
     Raises:
-      UsageError: there is none.
+      UsageError: the field is empty.
+      UserError: there is nothing at it.
     """
     found = optional_path(task, field)
     if found is None:
@@ -25,8 +26,20 @@ def path(task: "Task", field: str, what: str) -> pathlib.Path:
 
 
 def optional_path(task: "Task", field: str) -> pathlib.Path | None:
-    """The path in a field, or None where it is empty."""
-    return others_files.path_of(task.section[field]) if task.section[field] else None
+    """The path in a field, or None where it is empty.
+
+    Raises:
+      UserError: there is nothing at it.
+    """
+    if not task.section[field]:
+        return None
+    found = others_files.path_of(task.section[field])
+    if not found.exists():
+        raise UserError(
+            f"config.evaluate.{task.evaluator.section}.{field} = {str(found)!r}: nothing there; "
+            "accepted: the path of a file or folder"
+        )
+    return found
 
 
 def folder(task: "Task") -> pathlib.Path:

@@ -1,11 +1,11 @@
 """`attnpo evaluate`: figures with intervals on what a model does, kept beside the run."""
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -16,19 +16,18 @@ from attnpo_jax.evaluate.endpoint import DryRun
 from attnpo_jax.evaluate.evaluator import Evaluator, find
 from attnpo_jax.evaluate.files import FOLDER, Evaluation, EvaluationMismatch
 from attnpo_jax.evaluate.report import compare, show
+from attnpo_jax.evaluate.settings import settings_of
 from attnpo_jax.evaluate.task import Subject, Task
 from attnpo_jax.generate import model as models
 from attnpo_jax.parallel import preemption, processes
-from attnpo_jax.runtime.errors import UsageError
+from attnpo_jax.runtime import nested
+from attnpo_jax.runtime.errors import Preempted, UsageError, UserError
 from attnpo_jax.runtime.printable import say
 
 if TYPE_CHECKING:
     from attnpo_jax.run import Run
 
 _LOG = logging.getLogger(__name__)
-
-# Fields that say which pairs there are, and how they are judged, weighed and rewarded.
-_OF_PAIRS = ("data.", "judge.", "weighting.", "objective.")
 
 
 def evaluate(
@@ -73,7 +72,11 @@ def evaluate(
     looks_at_model = evaluator.needs_model and not evaluator.of_files(section)
     if folder is None and looks_at_model:
         raise UsageError(f"evaluate {name} needs --workdir=DIR or --out=DIR, for its files")
-    with run.writing() if run.workdir is not None else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if run.workdir is not None:
+            stack.enter_context(run.writing())
+        if folder is not None:
+            stack.enter_context(run.alone_in(folder))
         subject = Subject(run, model, label) if looks_at_model else None
         found = evaluate_one(run, evaluator, subject, folder, console, label)
     if found is None:
@@ -91,7 +94,7 @@ def _all(run: "Run", as_json: bool, console: Console) -> list[Evaluation]:
     """The evaluations of the config, of both models; each model is loaded once."""
     if run.workdir is None:
         raise UsageError("evaluate needs --workdir=DIR, or the name of an evaluation and --out=DIR")
-    evaluators = [one for one in map(find, wanted(run)) if not _lacks_pairs(run, one)]
+    evaluators = [one for one in map(find, wanted(run)) if not lacks_pairs(run, one)]
     found: dict[str, list[Evaluation]] = {one.name: [] for one in evaluators}
     with run.writing():
         for which in (models.BASE, models.TRAINED):
@@ -118,7 +121,8 @@ def wanted(run: "Run") -> tuple[str, ...]:
     return config_lib.as_tuple(run.config.evaluate.names)
 
 
-def _lacks_pairs(run: "Run", evaluator: Evaluator) -> bool:
+def lacks_pairs(run: "Run", evaluator: Evaluator) -> bool:
+    """Whether an evaluation is about held-out pairs, of which the config names none."""
     own = run.config.evaluate.get(evaluator.section) or {}
     others = any(own.get(field) for field in ("source", "prompts"))
     lacks = evaluator.needs_pairs and not others and "eval" not in run.splits
@@ -138,7 +142,7 @@ def evaluate_one(
     """One evaluation of one model, from its files if it is finished.
 
     Args:
-      label: what the files are called where there is no model; None for the evaluation's name.
+      label: what the files are called in place of the model's name; None for that.
 
     Returns:
       It; None in all processes but the first, and where the judge is to be asked nothing.
@@ -146,25 +150,37 @@ def evaluate_one(
     Raises:
       EvaluationMismatch: it was done with other settings.
     """
-    settings = _settings(run, evaluator, subject)
-    task = Task(run, evaluator, subject, folder, console, settings, label or evaluator.name)
+    settings = settings_of(run, evaluator, subject)
+    task = Task(run, evaluator, subject, folder, console, settings, label)
     file = None if folder is None else folder / f"{task.model}.json"
     if file is not None:
-        there = processes.is_first() and file.exists()
-        if there:
-            kept = files.read(file)
-            _check(file, kept, settings)
-        if preemption.agreed(there):
-            return kept if there else None
+        kept, failure = _kept(file, settings) if processes.is_first() else (None, None)
+        is_done, failed = preemption.agreed_each([kept is not None, failure is not None])
+        if failed:
+            raise failure or UserError(f"{file}: the first process can't go on, and says why")
+        if is_done:
+            return kept
         folder.mkdir(parents=True, exist_ok=True)
     if subject is not None:
         _LOG.info("evaluating %s: %s", subject.name, evaluator.name)
+    result = ended = None
     try:
         result = evaluator.run(task)
-    except DryRun as counted:
-        say(console, counted)
-        return None
-    if not processes.is_first():
+    except (DryRun, Preempted) as error:
+        ended = error
+    # Of several processes, the first one may have asked a judge for long, and alone been told to
+    # stop.
+    processes.barrier("evaluated")
+    is_told = isinstance(ended, Preempted)
+    if preemption.agreed(is_told):
+        raise (
+            ended
+            if is_told
+            else Preempted("told to stop while evaluating; the same command goes on")
+        )
+    if ended is not None:
+        say(console, ended)
+    if result is None or not processes.is_first():
         return None
     evaluation = Evaluation(evaluator.name, task.model, settings, result)
     if folder is not None:
@@ -172,46 +188,23 @@ def evaluate_one(
     return evaluation
 
 
-def _settings(run: "Run", evaluator: Evaluator, subject: Subject | None) -> dict[str, Any]:
-    """What decides the figures: fields of the config, and digests of the files that they name."""
-    own = f"evaluate.{evaluator.section}."
-    settings: dict[str, Any] = {}
-    for field, value in config_lib.flatten(run.config).items():
-        of_model = subject is not None and field.startswith(("generate.", "model."))
-        of_pairs = evaluator.needs_pairs and field.startswith(_OF_PAIRS)
-        if field.startswith(own) or field == "evaluate.judge.model" or of_model or of_pairs:
-            settings[field] = value
-        if field.startswith(own) and isinstance(value, str) and value:
-            settings |= _digest(field, pathlib.Path(value).expanduser())
-    if subject is not None:
-        settings["model"] = subject.digest or subject.which
-    return json.loads(json.dumps(settings))
+def _kept(
+    file: pathlib.Path, settings: Mapping[str, Any]
+) -> tuple[Evaluation | None, UserError | None]:
+    """The finished evaluation of a file, if there is one; or why it is not the one wanted."""
+    try:
+        kept = files.read(file) if file.exists() else None
+        if kept is not None:
+            _check(file, kept, settings)
+        return kept, None
+    except UserError as error:
+        return None, error
 
 
-def _digest(field: str, path: pathlib.Path) -> dict[str, str]:
-    """sha256 of a file that a field names, or of a folder's tables together; nothing if there is
-    none.
-    """
-
-    def of_file(path: pathlib.Path) -> str:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    if path.is_file():
-        return {f"sha256 of {field}": of_file(path)}
-    if not path.is_dir():
-        return {}
-    # Not of all files: it may be a model's folder.
-    tables = [one for ending in ("*.jsonl", "*.csv") for one in sorted(path.glob(ending))]
-    digests = "".join(map(of_file, tables))
-    return {f"sha256 of {field}": hashlib.sha256(digests.encode()).hexdigest()} if tables else {}
-
-
-def _check(file: pathlib.Path, kept: Evaluation, settings: dict[str, Any]) -> None:
-    for field in dict.fromkeys([*kept.settings, *settings]):
-        before, now = kept.settings.get(field), settings.get(field)
-        if before != now:
-            raise EvaluationMismatch(
-                f"{file}: evaluated with {field} = {before!r}, now {now!r}; accepted: the same, "
-                "another --name, or remove the file"
-            )
+def _check(file: pathlib.Path, kept: Evaluation, settings: Mapping[str, Any]) -> None:
+    if found := nested.differences(kept.settings, settings):
+        field, (before, now) = next(iter(found.items()))
+        raise EvaluationMismatch(
+            f"{file}: evaluated with {field} = {before!r}, now {now!r}; accepted: the same, "
+            f"another --name, or remove {file.stem}.* there"
+        )

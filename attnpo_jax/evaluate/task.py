@@ -1,6 +1,7 @@
 """What an evaluation is given: the model at hand, the config, a place for its files, a judge."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -13,14 +14,17 @@ from ml_collections import config_dict
 from rich.console import Console
 
 from attnpo_jax.data.prompts import Prompt
+from attnpo_jax.data.tokenize import ChatTokenizer
 from attnpo_jax.evaluate.endpoint import Endpoint
 from attnpo_jax.evaluate.evaluator import Evaluator
 from attnpo_jax.evaluate.files import FOLDER
 from attnpo_jax.generate import model as models
 from attnpo_jax.generate.respond import respond
-from attnpo_jax.parallel import checkpoint
+from attnpo_jax.models.io import hf_folder
+from attnpo_jax.parallel import checkpoint as checkpoints
 from attnpo_jax.runtime.errors import UsageError, UserError
 from attnpo_jax.sampling.model import SampledModel
+from attnpo_jax.sampling.settings import defaults_of
 
 if TYPE_CHECKING:
     from attnpo_jax.run import Run
@@ -38,7 +42,8 @@ class Subject:
       which: see `generate.model.load`.
       name: what its files are called; None for the checkpoint's step, `base`, or its folder's name.
       sampled: the model, where it is loaded already.
-      identity: what a trained model's checkpoint says that it is of; None to look it up.
+      checkpoint: a trained model's step, and what its checkpoint says that it is of; None to look
+        them up.
     """
 
     def __init__(
@@ -47,15 +52,14 @@ class Subject:
         which: str | None = None,
         name: str | None = None,
         sampled: SampledModel | None = None,
-        identity: Mapping[str, Any] | None = None,
+        checkpoint: tuple[int, Mapping[str, Any]] | None = None,
     ):
         self._run, self._sampled, self._given = run, sampled, sampled is not None
         self.which = which or (models.BASE if run.workdir is None else models.TRAINED)
-        step = None
-        if self.which == models.TRAINED and sampled is None:
-            step, identity = _newest(run)
-        self.name = name or _name_of(self.which, step)
-        self._identity = identity
+        if self.which == models.TRAINED:
+            checkpoint = checkpoint or _newest(run)
+        self._checkpoint = checkpoint
+        self.name = name or _name_of(self.which, checkpoint and checkpoint[0])
 
     def sampled(self) -> SampledModel:
         """The model; raises as `generate.model.load` does."""
@@ -63,13 +67,10 @@ class Subject:
             self._sampled = models.load(self._run, self.which)
         return self._sampled
 
-    @property
-    def digest(self) -> str | None:
-        """sha256 of what a trained model's checkpoint says that it is of; None for others."""
-        if self._identity is None:
-            return None
-        text = json.dumps(self._identity, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+    @functools.cached_property
+    def digest(self) -> str:
+        """See `digest_of`."""
+        return digest_of(self._run, self.which, self._checkpoint)
 
     def release(self) -> None:
         """Forgets the parameters, so that there is room for another model's; not those given."""
@@ -78,9 +79,46 @@ class Subject:
         self._run.drop_params()
 
 
+def digest_of(
+    run: "Run", which: str, checkpoint: tuple[int, Mapping[str, Any]] | None = None
+) -> str:
+    """A sha256 (hex) that tells a model from others of its name, without loading it.
+
+    It covers the step and identity of a checkpoint, or a folder's weights (see
+    `hf_folder.weights_digest`), shape, tokenizer and chat template; and what the folder says of
+    sampling. Of a samples file, the file.
+
+    Args:
+      which: see `generate.model.load`; or a samples file.
+      checkpoint: see `Subject`.
+    """
+    path = pathlib.Path(which).expanduser()
+    if which not in (models.BASE, models.TRAINED) and path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    of_config = which in (models.BASE, models.TRAINED)
+    folder = hf_folder.resolve(run.config.model.source if of_config else which)
+    facts: dict[str, Any] = {"sampling": defaults_of(folder)}
+    if which == models.TRAINED:
+        facts["step"], facts["identity"] = checkpoint or _newest(run)
+    else:
+        variables = run.config.model.chat_template_kwargs
+        tokenizer = ChatTokenizer.load(folder, run.chat_template, variables)
+        facts["weights"] = hf_folder.weights_digest(folder)
+        facts["shape"] = hf_folder.load_config(folder).facts()
+        facts["tokenizer"] = tokenizer.digest()
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def marked(sampled: SampledModel, digest: str) -> SampledModel:
+    """The model under a name that tells it from others that were called the same, so that its
+    samples are taken for no other's.
+    """
+    return dataclasses.replace(sampled, name=f"{sampled.name} ({digest[:12]})")
+
+
 def _newest(run: "Run") -> tuple[int, dict[str, Any]]:
     """The newest checkpoint's step, and what it is of."""
-    found = run.workdir and checkpoint.newest_identity(run.checkpoint_folder)
+    found = run.workdir and checkpoints.newest_identity(run.checkpoint_folder)
     if not found:
         where = "no workdir" if run.workdir is None else f"no checkpoint in {run.workdir}"
         raise UserError(f"--model=trained: {where}; accepted: base, or an HF folder or hub id")
@@ -104,7 +142,8 @@ class Task:
       folder: where its files go, which is there; None where nothing is to be written.
       console: where more than figures may be shown.
       settings: what decides the figures, by field.
-      label: what files are called that are of no model.
+      label: what files are called in place of the model's name; None for that, and for the
+        evaluation's where it looks at no model.
     """
 
     run: "Run"
@@ -113,7 +152,7 @@ class Task:
     folder: pathlib.Path | None
     console: Console
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    label: str = ""
+    label: str | None = None
 
     @property
     def section(self) -> config_dict.ConfigDict:
@@ -123,7 +162,9 @@ class Task:
     @property
     def model(self) -> str:
         """What the model's files are called, or those of no model."""
-        return self.label if self.subject is None else self.subject.name
+        if self.subject is not None:
+            return self.subject.name
+        return self.label or self.evaluator.name
 
     def sampled(self) -> SampledModel:
         """The model with its parameters."""
@@ -170,9 +211,8 @@ class Task:
           answer has none; it is told of in the log.
         """
         path = self.folder / f"{self.model}.{tag}.jsonl"
-        records, refused = respond(
-            self.run, self.sampled(), prompts, path, samples=samples, **settings
-        )
+        sampled = marked(self.sampled(), self.subject.digest)
+        records, refused = respond(self.run, sampled, prompts, path, samples=samples, **settings)
         if refused:
             _LOG.warning(
                 "%s: %d prompts are not answered, the first one %s: %s",

@@ -12,10 +12,10 @@ from rich.console import Console
 from attnpo_jax import config as config_lib
 from attnpo_jax.evaluate import Evaluator, Subject, find
 from attnpo_jax.evaluate.files import FOLDER
-from attnpo_jax.evaluate.stage import evaluate_one
+from attnpo_jax.evaluate.stage import evaluate_one, lacks_pairs
 from attnpo_jax.judge.language_model import LanguageModel
 from attnpo_jax.parallel import backend as backends
-from attnpo_jax.runtime.errors import Preempted
+from attnpo_jax.runtime.errors import Preempted, UsageError
 from attnpo_jax.runtime.metrics import read as read_metrics
 from attnpo_jax.sampling.model import SampledModel
 from attnpo_jax.train.hooks import is_due
@@ -37,12 +37,18 @@ def evaluation_hooks(
       identity: what the run's checkpoints say that they are of.
 
     Raises:
-      UsageError: there is no such evaluation.
+      UsageError: there is no such evaluation, or there are no pairs for it.
     """
     wanted = run.config.train.evaluations
     evaluators = [find(name) for name in config_lib.as_tuple(wanted.names)]
     if not evaluators:
         return []
+    for evaluator in evaluators:
+        if lacks_pairs(run, evaluator):
+            raise UsageError(
+                f"config.train.evaluations.names: {evaluator.name!r}, but config.data.eval names "
+                "no held-out pairs; accepted: evaluations that need none, or pairs there"
+            )
     mesh = backend if isinstance(backend, backends.Sharded) else backends.all_by_rows(run.policy)
     model = LanguageModel(pathlib.Path(run.model_folder), run.policy, {}, run.tokenizer)
     sampled = SampledModel.of("", model, mesh)
@@ -87,9 +93,8 @@ class Evaluations:
         name = f"{self._run.workdir.resolve().name}/step-{loop.step}"
         model = dataclasses.replace(self._sampled.model, params=loop.state.policy)
         sampled = dataclasses.replace(self._sampled, name=name, model=model)
-        subject = Subject(
-            self._run, name=f"step-{loop.step}", sampled=sampled, identity=self._identity
-        )
+        checkpoint = loop.step, self._identity
+        subject = Subject(self._run, sampled=sampled, checkpoint=checkpoint)
         loop.progress.evaluating()
         figures = {}
         try:

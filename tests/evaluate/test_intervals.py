@@ -50,6 +50,17 @@ def test_paired_differences_hold_the_true_one(p_both, p_first, p_second):
     assert 0.93 <= holds / 2000 <= 0.97
 
 
+def test_paired_differences_of_scores_are_students():
+    """Of many that differ by a hundredth, it is no wider than their spread says."""
+    rng = np.random.default_rng(5)
+    first = rng.uniform(0.2, 0.8, 100)
+    second = first + 0.01 + rng.normal(0, 0.01, 100)
+    low, high = intervals.paired_difference(first, second)
+    expected = stats.ttest_rel(second, first).confidence_interval(0.95)
+    np.testing.assert_allclose((low, high), expected)
+    assert 0 < low < 0.01 < high < 0.02
+
+
 def test_bootstrap_of_a_mean_holds_it():
     rng = np.random.default_rng(3)
     holds = 0

@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
@@ -9,13 +11,22 @@ from rich.console import Console
 from attnpo_jax import cli, evaluate, train
 from attnpo_jax import run as run_lib
 from attnpo_jax.evaluate import Evaluator, Result, figure, register
+from attnpo_jax.evaluate.stage import evaluate_one
 from attnpo_jax.generate import stage as generate
+from attnpo_jax.parallel import preemption
 from attnpo_jax.run import Run
 from attnpo_jax.runtime.errors import Preempted, UsageError, UserError
+from attnpo_jax.runtime.lock import LockedError
 from attnpo_jax.runtime.metrics import read as read_metrics
 from tests import tiny
 
 QUIET = Console(quiet=True)
+HOLDS = """
+import sys
+with lock.held(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
 PLUGIN = """
 from attnpo_jax.data.prompts import load_prompts
 from attnpo_jax.evaluate import Evaluator, Figure, Result, figure, register
@@ -99,8 +110,10 @@ def test_figures_of_training_are_metrics(folder):
 def test_the_policy_in_training_answers_as_its_checkpoint_does(folder, tmp_path):
     run = Run.resolve(config_of(folder, generate__max_new_tokens=6), folder / "work")
     path = generate.generate(run, out=tmp_path / "s.jsonl", console=QUIET)
-    of_step = folder / "work/evaluations/letters/step-3.samples.jsonl"
-    assert path.read_text() == of_step.read_text()
+    of_step = lines_of(folder / "work/evaluations/letters/step-3.samples.jsonl")
+    assert [line | {"model": "work/step-3"} for line in of_step] == lines_of(path)
+    (model,) = {line["model"] for line in of_step}
+    assert model.startswith("work/step-3 (")
 
 
 def test_what_is_finished_is_not_done_again_and_says_when_settings_differ(folder):
@@ -145,6 +158,30 @@ def test_told_to_stop_while_evaluating_it_goes_on(folder, tmp_path, monkeypatch)
     assert [line["step"] for line in lines] == [3]
     rows = "evaluations/letters/step-3.rows.jsonl"
     assert (workdir / rows).read_text() == (folder / "work" / rows).read_text()
+
+
+def test_all_processes_stop_when_one_is_told_to(folder, tmp_path, monkeypatch):
+    """As where the first one alone asks a judge."""
+    monkeypatch.setattr(preemption, "agreed", lambda stops: True)
+    run = Run.resolve(config_of(folder, generate__max_new_tokens=6), folder / "work")
+    mine = Evaluator("mine", lambda task: Result([{"id": "a"}], {}))
+    subject = evaluate.Subject(run, "base")
+    with pytest.raises(Preempted, match="told to stop while evaluating; the same command goes on"):
+        evaluate_one(run, mine, subject, tmp_path, QUIET)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_written_by_one_run_at_a_time(folder, tmp_path):
+    """Without a workdir, too."""
+    run = Run.resolve(config_of(folder))
+    script = f"import pathlib, time; from attnpo_jax.runtime import lock\n{HOLDS}"
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(LockedError, match="is being written by"):
+            evaluate.evaluate(run, name="letters", model="base", out=tmp_path, console=QUIET)
+        other.terminate()
 
 
 def test_the_command_line(folder, tmp_path, capsys):

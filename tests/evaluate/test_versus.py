@@ -16,6 +16,7 @@ from attnpo_jax.evaluate.versus import outcomes
 from attnpo_jax.evaluate.versus.judges import Verdicts
 from attnpo_jax.judge.judge import judge_pairs
 from attnpo_jax.judge.language_model import load_model
+from attnpo_jax.models.io import hf_folder
 from attnpo_jax.run import Run
 from attnpo_jax.runtime.errors import UserError
 from tests import tiny
@@ -190,6 +191,28 @@ def test_samples_of_other_prompts(folder, tmp_path):
     file.write_text('{"id": "row-0", "sample": 0, "response": "a"}\n')
     with pytest.raises(UserError, match="c.jsonl, line 1: .*accepted: a samples file of attnpo"):
         compare(folder, tmp_path, baseline=str(file))
+
+
+def test_prompts_that_are_none_are_told_of_before_a_model_is_loaded(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(hf_folder, "load_params", None)
+    file = tiny.write_lines(tmp_path / "p.jsonl", [{"prompt": ""}])
+    with pytest.raises(UserError, match="versus.prompts: none of 1 is one: .*p.jsonl, .* is empty"):
+        compare(folder, tmp_path, "other/model", prompts=str(file), baseline="base")
+
+
+def test_other_settings_under_another_name_have_their_own_baseline(folder, tmp_path):
+    """And samples of a file that has changed meanwhile are no longer those that were judged."""
+    settings = {"baseline": "base", "max_new_tokens": 4}
+    compare(folder, tmp_path, count=1, **settings)
+    [row, other] = compare(folder, tmp_path, count=2, label="two", **settings).rows
+    assert (row["id"], other["id"]) == ("row-0", "row-1")
+    changed = tmp_path / "a.jsonl"
+    changed.write_text((folder / "a.jsonl").read_text())
+    options = {"baseline": str(folder / "b.jsonl")}
+    compare(tmp_path, tmp_path / "out", "a.jsonl", config=tiny.small_config(folder), **options)
+    changed.write_text(changed.read_text().replace("Because", "As"))
+    with pytest.raises(evaluate.EvaluationMismatch, match="a.jsonl.json: .*sha256 of models"):
+        compare(tmp_path, tmp_path / "out", "a.jsonl", config=tiny.small_config(folder), **options)
 
 
 # --- What comes of it -----------------------------------------------------------------------------

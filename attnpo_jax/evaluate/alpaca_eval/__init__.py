@@ -86,4 +86,5 @@ EVALUATOR = Evaluator(
     "alpaca-eval",
     run,
     of_files=lambda section: bool(section.annotations or section.outputs),
+    reads=("generate.", "model.", "evaluate.judge.model"),
 )

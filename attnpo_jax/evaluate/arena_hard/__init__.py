@@ -96,4 +96,5 @@ EVALUATOR = Evaluator(
     "arena-hard",
     run,
     of_files=lambda section: bool(section.judgments or section.judged),
+    reads=("generate.", "model.", "evaluate.judge.model"),
 )

@@ -87,4 +87,4 @@ def _of_checks(rows: Sequence[Row], way: str) -> Figure:
     return Figure(value, low, high, int(total.sum()))
 
 
-EVALUATOR = Evaluator("checks", run)
+EVALUATOR = Evaluator("checks", run, reads=("generate.", "model."))

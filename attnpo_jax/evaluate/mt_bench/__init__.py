@@ -79,4 +79,5 @@ EVALUATOR = Evaluator(
     "mt-bench",
     run,
     of_files=lambda section: bool(section.judgments or section.answers),
+    reads=("generate.", "model.", "evaluate.judge.model"),
 )

@@ -150,4 +150,9 @@ def _column(source: str, column: str, limit: int) -> dict[int, Any]:
     }
 
 
-EVALUATOR = Evaluator("pairs", run, needs_pairs=True)
+EVALUATOR = Evaluator(
+    "pairs",
+    run,
+    needs_pairs=True,
+    reads=("data.", "judge.", "model.", "objective.", "weighting."),
+)

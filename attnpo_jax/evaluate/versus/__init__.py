@@ -40,19 +40,27 @@ def run(task: Task) -> Result:
 
 def _judge(task: Task, load: answers.Models, pairs: Sequence[Pair]) -> tuple[str, list[Verdicts]]:
     """The judge's name, and what it says of the pairs."""
-    judge = task.section.judge
-    endpoint = task.judge() if judge in ("", _ENDPOINT) else None
-    if judge == _ENDPOINT and endpoint is None:
+    judge = _model_that_judges(task.run.config)
+    if judge is not None:
+        sampled = load(judge)
+        return sampled.name, judges.ask_model(task.run, sampled, pairs) if pairs else []
+    endpoint = task.judge()
+    if endpoint is None:
         raise UserError(
             "config.evaluate.versus.judge = 'endpoint', but config.evaluate.judge.base_url = ''; "
             "accepted: an address there"
         )
-    if endpoint is None:
-        sampled = load(judge or models.BASE)
-        return sampled.name, judges.ask_model(task.run, sampled, pairs) if pairs else []
     if not processes.is_first():
         return endpoint.model, [Verdicts((math.nan, math.nan))] * len(pairs)
     return endpoint.model, judges.ask_endpoint(endpoint, task.run.template, pairs)
+
+
+def _model_that_judges(config: Any) -> str | None:
+    """Which model on this machine judges; None where an endpoint does."""
+    judge = config.evaluate.versus.judge
+    if judge == _ENDPOINT or (not judge and config.evaluate.judge.base_url):
+        return None
+    return judge or models.BASE
 
 
 def row_of(pair: Pair, said: Verdicts | None) -> dict[str, Any]:
@@ -128,4 +136,18 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return told
 
 
-EVALUATOR = Evaluator("versus", run, compares=True)
+def _others(config: Any) -> list[str]:
+    judge = _model_that_judges(config)
+    return [config.evaluate.versus.baseline, *([] if judge is None else [judge])]
+
+
+EVALUATOR = Evaluator(
+    "versus",
+    run,
+    compares=True,
+    reads=(
+        *("data.eval", "data.fields.", "generate.", "judge.max_", "judge.template", "model."),
+        "evaluate.judge.model",
+    ),
+    others=_others,
+)

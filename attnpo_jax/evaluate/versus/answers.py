@@ -9,7 +9,7 @@ from typing import Any
 
 from attnpo_jax.data.pair import BadExample
 from attnpo_jax.data.prompts import Prompt, load_prompts, prompt_of
-from attnpo_jax.evaluate.task import Task
+from attnpo_jax.evaluate.task import Task, digest_of, marked
 from attnpo_jax.generate import model as models
 from attnpo_jax.generate.respond import respond
 from attnpo_jax.runtime.errors import UserError
@@ -76,9 +76,11 @@ def both(task: Task, load: Models) -> tuple[Answers, Answers]:
     if ours is None:
         ours = _answers(task.model, prompts, task.responses(prompts, **settings))
     if theirs is None:
-        name = re.sub(r"[^\w.+-]", "-", pathlib.PurePath(baseline).name)
+        # Of one name for the models that meet it, so that it answers once.
+        name = task.label or re.sub(r"[^\w.+-]", "-", pathlib.PurePath(baseline).name)
         path = task.folder / f"{name}.baseline.jsonl"
-        records, refused = respond(task.run, load(baseline), prompts, path, **settings)
+        sampled = marked(load(baseline), digest_of(task.run, baseline))
+        records, refused = respond(task.run, sampled, prompts, path, **settings)
         if refused:
             _LOG.warning("%s: %d prompts are not answered", path, len(refused))
         theirs = _answers(baseline, prompts, records)
@@ -142,6 +144,8 @@ def _prompts(task: Task, of_files: Mapping[str, Answers]) -> list[Prompt]:
             return run.held_out_prompts(section.count)
     most = run.config.data.max_example_bytes
     good, bad = load_prompts(section.prompts or _BUILTIN, run.columns, most)
+    if not good:
+        raise UserError(f"config.evaluate.versus.prompts: none of {len(bad)} is one: {bad[0]}")
     if bad:
         _LOG.warning("%d rows are no prompts, the first one: %s", len(bad), bad[0])
     return good[: section.count]

@@ -1,6 +1,8 @@
 """Prompts with checks: what is read, and how bad rows are named."""
 
+import hashlib
 import json
+import pathlib
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,6 +11,7 @@ import pytest
 from attnpo_jax.data.prompts import load_prompts
 from attnpo_jax.data.sources import load_pairs
 from attnpo_jax.evaluate.checks import builtin, own_tasks, tasks
+from attnpo_jax.evaluate.checks.evaluation import EVALUATOR
 from attnpo_jax.evaluate.checks.registry import registry
 from attnpo_jax.evaluate.checks.rows import Check, load
 from attnpo_jax.evaluate.checks.wordings import WORDINGS
@@ -186,3 +189,12 @@ def test_of_many_bad_rows_the_first_are_named(tmp_path):
     with pytest.raises(UserError, match=r"(?s)8 of 8 .*example 5: .*and 3 more") as caught:
         load(path)
     assert "example 6" not in str(caught.value)
+
+
+def test_other_prompts_are_another_version():
+    """Whoever changes them raises `EVALUATOR.version`: no finished evaluation is of both."""
+    folder = pathlib.Path(builtin.__file__).parents[2] / "data" / "builtin"
+    digest = hashlib.sha256()
+    for split in builtin.SPLITS:
+        digest.update((folder / f"checks-{split}.jsonl").read_bytes())
+    assert (EVALUATOR.version, digest.hexdigest()[:16]) == (1, "66c757e5cf70cde4")

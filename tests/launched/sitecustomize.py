@@ -4,6 +4,8 @@ The package never needs it, and transformers imports it wherever it is, for long
 takes that such a process imports.
 """
 
+import os
 import sys
 
 sys.modules["torch"] = None
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # as `attnpo` has it

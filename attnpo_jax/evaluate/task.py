@@ -52,8 +52,8 @@ class Subject:
         self._run, self._sampled, self._given = run, sampled, sampled is not None
         self.which = which or (models.BASE if run.workdir is None else models.TRAINED)
         step = None
-        if self.which == models.TRAINED and sampled is None:
-            step, identity = _newest(run)
+        if models.is_trained(self.which) and sampled is None:
+            step, identity = _checkpoint(run, self.which)
         self.name = name or _name_of(self.which, step)
         self._identity = identity
 
@@ -78,12 +78,14 @@ class Subject:
         self._run.drop_params()
 
 
-def _newest(run: "Run") -> tuple[int, dict[str, Any]]:
-    """The newest checkpoint's step, and what it is of."""
-    found = run.workdir and checkpoint.newest_identity(run.checkpoint_folder)
+def _checkpoint(run: "Run", which: str) -> tuple[int, dict[str, Any]]:
+    """The step of the checkpoint that `which` names, and what it is of."""
+    found = run.workdir and checkpoint.newest_identity(
+        run.checkpoint_folder, models.step_of(run, which)
+    )
     if not found:
         where = "no workdir" if run.workdir is None else f"no checkpoint in {run.workdir}"
-        raise UserError(f"--model=trained: {where}; accepted: base, or an HF folder or hub id")
+        raise UserError(f"--model={which}: {where}; accepted: base, or an HF folder or hub id")
     return found
 
 

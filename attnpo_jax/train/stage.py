@@ -27,7 +27,7 @@ from attnpo_jax.parallel.state import TrainState, create, create_adapted
 from attnpo_jax.runtime import atomic, nested
 from attnpo_jax.runtime.metrics import MetricsWriter
 from attnpo_jax.runtime.metrics import read as read_metrics
-from attnpo_jax.train import hooks, optim
+from attnpo_jax.train import choosing, hooks, optim
 from attnpo_jax.train.evaluations import evaluation_hooks
 from attnpo_jax.train.loop import TrainLoop
 from attnpo_jax.train.progress import TrainProgress
@@ -151,6 +151,7 @@ def _train(run: "Run") -> None:
                 notice.between,
                 every=config.train.eval_every,
             )
+            before = [evaluates, *samples, *evaluations]
             saves = hooks.Save(checkpoints, every=config.train.save_every)
             loop.run(
                 batches,
@@ -159,7 +160,12 @@ def _train(run: "Run") -> None:
                 notice.after_step,
                 hooks.Report(data["train"], every=config.train.log_every, beta=settings.beta),
                 # In this order.
-                [evaluates, *samples, *evaluations, saves, hooks.Stop(checkpoints)],
+                [
+                    *before,
+                    *choosing.hooks_of(config.train, before, checkpoints),
+                    saves,
+                    hooks.Stop(checkpoints),
+                ],
                 checkpoints,
             )
 
@@ -213,6 +219,7 @@ def _batches(
         seed=config.seed,
         epochs=config.train.epochs,
         steps=config.train.steps,
+        pairs=config.train.pairs,
         **rows,
     )
     _LOG.info(

@@ -138,6 +138,7 @@ def _prepare_or_wait(run: Run, console: Console) -> None:
     while not _is_prepared(run):
         try:
             prepare.prepare(run, console=console)
+            return
         except LockedError as error:
             if not told:
                 _LOG.info("waits for another task to prepare: %s", error)

@@ -1,5 +1,6 @@
 """Sweeps over a tiny random model, judged, prepared, trained and evaluated for real."""
 
+import csv
 import io
 import json
 import os
@@ -151,7 +152,6 @@ def test_other_evaluations_are_columns_and_the_best_checkpoint_is_what_counts(
     best = {"train__keep_best": "max:eval_loss", "train__eval_every": 1, "train__steps": 3}
     run = run_of(inputs, tmp_path, evaluate__names=("layers",), **best)
     (outcome,) = sweep(run, axes=["seed=1"], checkpoints="best", console=quiet())
-    # The loss falls, so that the worst is the first.
     folder = tmp_path / "runs" / "seed=1"
     losses = {
         line["step"]: line["eval_loss"] for line in metrics.read(folder) if "eval_loss" in line
@@ -159,8 +159,9 @@ def test_other_evaluations_are_columns_and_the_best_checkpoint_is_what_counts(
     assert outcome.step == max((1, 2, 3), key=losses.get) and outcome.loss == losses[outcome.step]
     assert [one.name for one in (folder / "checkpoints").glob("[0-9]*")] == [str(outcome.step)]
     assert outcome.evaluations["layers"].result.figures["layers"].value == 3
-    header, row = (tmp_path / "results.csv").read_text().splitlines()
-    assert dict(zip(header.split(","), row.split(","), strict=True))["layers/layers"] == "3.0"
+    with (tmp_path / "results.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["layers/layers"], row["step"]) == ("3.0", str(outcome.step))
 
 
 def test_an_array_s_task_does_its_run_alone(inputs, tmp_path, monkeypatch):

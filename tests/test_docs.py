@@ -16,6 +16,7 @@ from attnpo_jax.config import docs as config_docs
 from attnpo_jax.config.fields import FIELDS
 from attnpo_jax.data import shards, sources
 from attnpo_jax.data.prepared import PreparedWriter
+from attnpo_jax.sweep.grid import grid
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"

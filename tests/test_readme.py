@@ -61,7 +61,7 @@ def test_every_block_is_covered_here():
     assert set(languages) == {"bash", "python", "text"}
     assert len(PYTHON) == 1 + len(FILES)
     assert set(FILES) == {"my_config.py", "decay.py"}
-    assert [command.split()[0] for command in COMMANDS] == ["attnpo", "attnpo", "python"]
+    assert [command.split()[1] for command in COMMANDS] == ["generate", "run", "sweep"]
 
 
 def test_two_commands_set_up_a_fresh_machine(checkout):

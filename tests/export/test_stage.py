@@ -75,7 +75,7 @@ def test_exports_the_newest_checkpoint_with_the_companions_of_the_source(tmp_pat
 
 def test_exports_the_checkpoint_that_is_asked_for(tmp_path, capsys):
     config = make_config(write_model(tmp_path))
-    config.train.keep_best = "min:eval_loss"
+    config.train.keep_best, config.train.eval_every = "min:eval_loss", 1
     first, _ = (save_checkpoint(tmp_path, config, step) for step in (3, 12))
     with MetricsWriter(tmp_path, 0) as metrics:
         for step, loss in ((0, 0.1), (3, 0.5), (12, 0.6)):

@@ -29,7 +29,8 @@ from attnpo_jax.models import int8, lora
 from attnpo_jax.models.config import ModelConfig
 from attnpo_jax.models.io import hf_folder
 from attnpo_jax.parallel import processes
-from attnpo_jax.runtime import lock, paths
+from attnpo_jax.runtime import best, lock, metrics, paths, schema
+from attnpo_jax.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -162,6 +163,53 @@ class Run:
         if named and "://" not in named:
             processes.check_shared(epath.Path(named), "config.train.checkpoint_dir")
         return epath.Path(named) if named else epath.Path(self.workdir) / "checkpoints"
+
+    def checkpoint_step(self, asked: str | int | None) -> int | None:
+        """The step of the checkpoint that is asked for. All processes must ask together.
+
+        Args:
+          asked: a step, as a number or a text; `best` for the best evaluation by
+            `config.train.keep_best`; None for the newest.
+
+        Returns:
+          A step that has a checkpoint; None for the newest.
+
+        Raises:
+          UserError: there is no such checkpoint, or no way to tell the best.
+        """
+        if asked is None:
+            return None
+        folder = self.checkpoint_folder  # all processes look whether it is theirs
+        step = self._saved_step(folder, str(asked)) if processes.is_first() else None
+        return processes.exchange(step, schema.Maybe(schema.Whole()))[0]
+
+    def _saved_step(self, folder: Any, asked: str) -> int:
+        from attnpo_jax.parallel import checkpoint
+
+        steps = checkpoint.saved_steps(folder)
+        listed = f"{folder} has those of {', '.join(map(str, steps)) or 'no step'}"
+        if asked != "best":
+            if not asked.isdecimal() or int(asked) not in steps:
+                raise UserError(f"no checkpoint {asked!r}: {listed}; accepted: a step, or best")
+            return int(asked)
+        if not self.config.train.keep_best:
+            raise UserError(
+                "the best checkpoint is asked for, but config.train.keep_best names no metric; "
+                "accepted: one there, or a step"
+            )
+        choice = best.Choice.parse(self.config.train.keep_best)
+        step = best.best(choice.scores(metrics.read(self.workdir)))
+        if step is None:
+            raise UserError(
+                f"{self.workdir / metrics.FILE} has no `{choice.metric}` after a training step, "
+                "which config.train.keep_best names; accepted: a metric that it has, or a step"
+            )
+        if step not in steps:
+            raise UserError(
+                f"the best evaluation is that of step {step}, which has no checkpoint: {listed}; "
+                "accepted: one of these steps"
+            )
+        return step
 
     # --- The model --------------------------------------------------------------------------------
 
@@ -332,7 +380,6 @@ def run(run: Run, *, console: "Console | None" = None) -> None:
     from attnpo_jax.evaluate.files import FOLDER
     from attnpo_jax.evaluate.stage import wanted
     from attnpo_jax.export.stage import export_folders
-    from attnpo_jax.runtime import metrics
     from attnpo_jax.runtime.printable import say
     from attnpo_jax.train.stage import refuse_changed
 

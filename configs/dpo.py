@@ -4,7 +4,7 @@
 
 Same model, pairs, beta and optimizer as `quickstart.py`. To reuse its judge and reference passes,
 link its dataset: `mkdir -p runs/dpo && ln -s ../quickstart/prepared runs/dpo/prepared`; or run both
-with `launch/sweep.py --config=configs/quickstart.py --set weighting.name=attention,uniform`.
+with `attnpo sweep --config=configs/quickstart.py --set=weighting.name=attention,uniform`.
 """
 
 import pathlib

@@ -300,6 +300,10 @@ def test_parse_takes_values_after_an_equals_sign_or_as_the_next_argument():
     assert options == {"config": "x.py", "workdir": "w", "process-id": "0", "num-processes": "2"}
     assert overrides == ["--config.optim.b1=-.5", "--noconfig.data.shuffle", "--config.seed=3"]
     assert cli.parse("plan", ["--pairs=7", "--search"])[0] == {"pairs": 7, "search": True}
+    options, _ = cli.parse("sweep", ["--set=seed=1,2", "--set", "lora.rank=4,8", "--index=0"])
+    assert options == {"set": ["seed=1,2", "lora.rank=4,8"], "index": 0}
+    with pytest.raises(UsageError, match="--at-once=0; accepted: a number from 1 up"):
+        cli.parse("sweep", ["--at-once=0"])
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
@@ -308,8 +312,8 @@ def test_help_of_a_command_lists_what_it_accepts_and_nothing_else(command, capsy
     out = capsys.readouterr().out
     listed = re.findall(r"^  (?:-h, )?--([\w-]+)(?=[ =\[\n])", out, re.MULTILINE)
     assert len(listed) == len(set(listed)) and set(cli.COMMANDS[command].options) <= set(listed)
-    writes = cli.COMMANDS[command].workdir != "none"
-    assert ("workdir" in listed, "process-id" in listed) == (writes, writes)
+    writes, alone = cli.COMMANDS[command].workdir != "none", cli.COMMANDS[command].alone
+    assert ("workdir" in listed, "process-id" in listed) == (writes, writes and not alone)
     for option in {*listed, "workdir", "json", "topology", "diff"} - {"flagfile"}:
         try:
             cli.parse(command, [f"--{option}"])

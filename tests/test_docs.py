@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attnpo_jax import cli, losses, registry, weighting
 from attnpo_jax import config as config_lib
-from attnpo_jax import losses, registry, weighting
 from attnpo_jax.config import docs as config_docs
 from attnpo_jax.config.fields import FIELDS
 from attnpo_jax.data import shards, sources
 from attnpo_jax.data.pair import NUMBERS
 from attnpo_jax.data.prepared import PreparedWriter
+from attnpo_jax.sweep.grid import grid
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -141,15 +142,15 @@ def plugins(tmp_path_factory):
 
 def test_research_page_s_command_resolves(plugins, monkeypatch):
     (command,) = blocks("research.md", "bash")
-    _, script, *arguments = shlex.split(command)
-    assert (ROOT / script).is_file()
+    options, overrides = cli.parse("sweep", shlex.split(command)[2:])
     monkeypatch.chdir(plugins)
     (plugins / "configs").symlink_to(ROOT / "configs")
-    overrides = [a for a in arguments if a.startswith("--config.")]
+    base = config_lib.load_config(options["config"], overrides)
+    points = {point.name: point for point in grid(base, options["set"], options["variant"])}
+    assert len(points) == 9 and points["hot,seed=1"].config.weighting.temperature == 2.0
     config = config_lib.load_config(
         "configs/quickstart.py", [*overrides, "--config.weighting.name=surprise"]
     )
-    config_lib.validate(config)
     weigh = config_lib.bind_section(weighting, config.weighting)
     mask = jnp.array([[True, True, False], [False, False, False]])
     logps = jnp.log(jnp.array([[0.5, 0.25, 1.0], [1.0, 1.0, 1.0]]))

@@ -1,11 +1,9 @@
 """Every code block of README.md is run or, where it would train, resolved to a valid config."""
 
-import importlib.util
 import io
 import pathlib
 import re
 import shlex
-import sys
 from contextlib import redirect_stdout
 
 import jax.numpy as jnp
@@ -14,6 +12,7 @@ from ml_collections import config_dict
 
 from attnpo_jax import cli, losses, registry, weighting
 from attnpo_jax import config as config_lib
+from attnpo_jax.sweep.grid import grid
 
 ROOT = pathlib.Path(__file__).parents[1]
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
@@ -62,7 +61,8 @@ def test_every_block_is_covered_here():
     assert set(languages) == {"bash", "python", "text"}
     assert len(PYTHON) == 1 + len(FILES)
     assert set(FILES) == {"my_config.py", "decay.py"}
-    assert [command.split()[0] for command in COMMANDS] == ["attnpo"] * 3 + ["python"]
+    names = ["generate", "evaluate", "run", "sweep"]
+    assert [command.split()[1] for command in COMMANDS] == names
 
 
 def test_two_commands_set_up_a_fresh_machine(checkout):
@@ -144,17 +144,11 @@ def test_variant_block_and_its_command(checkout):
     assert weigh(response)[0].tolist() == pytest.approx([1.0, 0.95, 0.9025, 0.0])
 
 
-def test_sweep_command(checkout, monkeypatch):
-    spec = importlib.util.spec_from_file_location("readme_sweep", ROOT / "launch" / "sweep.py")
-    sweep = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "readme_sweep", sweep)
-    spec.loader.exec_module(sweep)
-    seen = {}
-    monkeypatch.setattr(sweep, "sweep", lambda runs, workdir, _: seen.update(runs=runs) or [])
-    monkeypatch.setattr(sweep, "ranking", lambda outcomes: "")
-    _, script, *arguments = shlex.split(next(c for c in COMMANDS if c.startswith("python")))
-    assert (ROOT / script).is_file() and sweep.main(arguments) == 0
-    assert len(seen["runs"]) == 4
+def test_sweep_command(checkout):
+    command = next(c for c in COMMANDS if c.startswith("attnpo sweep"))
+    options, overrides = cli.parse("sweep", shlex.split(command)[2:])
+    points = grid(config_lib.load_config(options["config"], overrides), options["set"])
+    assert [point.group for point in points] == ["uniform", "attention"] * 3
 
 
 def test_links_lead_somewhere():

@@ -72,7 +72,15 @@ def _main(argv: list[str]) -> int:
             raise UsageError(f"{name} needs --{required}={example}")
     workdir = workdir_path(options["workdir"]) if options.get("workdir") else None
     program.start_logging(options.get("verbosity") or "info")
-    if command.workdir != "none":
+    if command.alone:
+        from attnpo_jax.parallel import processes
+
+        if processes.find(os.environ) is not None:
+            raise UsageError(
+                f"the environment announces several processes, but a {name} runs in one, which "
+                "ATTNPO_DISTRIBUTED=0 makes it"
+            )
+    elif command.workdir != "none":
         # Before config files and plugins, which may ask for devices.
         from attnpo_jax.parallel import failures
 

@@ -14,12 +14,16 @@ class Option:
       kind: `str` or `int`, which a value is read as; `bool` for an option without a value.
       summary: what it says of itself.
       example: a value, for an option that must be given.
+      repeated: whether it may be given several times; the argument is then a list of the values.
+      least: the smallest number of an `int`.
     """
 
     keyword: str
     kind: type
     summary: str
     example: str | None = None
+    repeated: bool = False
+    least: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Command:
          begin with there.
       example: what its help shows as an example.
       given: further arguments of the function.
+      alone: whether it has a workdir, but runs in a single process all the same.
     """
 
     module: str
@@ -48,6 +53,7 @@ class Command:
     sections: Mapping[str, str] = dataclasses.field(default_factory=dict)
     example: str | None = None
     given: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    alone: bool = False
 
 
 def _evaluation(
@@ -87,8 +93,9 @@ _OF_A_MODEL = {
     "model": Option(
         "model",
         str,
-        "trained (the newest checkpoint), base (what training starts from), or any HF folder or "
-        "hub id [trained where there is a workdir].",
+        "trained (the newest checkpoint), trained@STEP, trained@best (by config.train.keep_best), "
+        "base (what training starts from), or any HF folder or hub id [trained where there is a "
+        "workdir].",
     ),
     **_OF_FILES,
 }
@@ -247,7 +254,55 @@ COMMANDS = {
     "export": Command(
         "attnpo_jax.export.stage",
         "export",
-        "Write the newest checkpoint as a Hugging Face folder, workdir/export.",
+        "Write a checkpoint as a Hugging Face folder, workdir/export.",
+        {
+            "step": Option(
+                "step",
+                str,
+                "Which checkpoint: its step, or best (by config.train.keep_best) [the newest].",
+            )
+        },
+    ),
+    "sweep": Command(
+        "attnpo_jax.sweep.stage",
+        "sweep",
+        "Train a grid of configs on one prepared dataset, and compare what comes of them; resumes.",
+        {
+            "set": Option(
+                "axes",
+                str,
+                "FIELD=VALUE,VALUE,... is an axis of the grid; any number of these.",
+                repeated=True,
+            ),
+            "variant": Option(
+                "variants",
+                str,
+                'NAME="FIELD=VALUE FIELD=VALUE ..." is one of the variants, which are an axis '
+                "together; any number of these.",
+                repeated=True,
+            ),
+            "index": Option(
+                "index",
+                int,
+                "Only the run of this number, from 0, for one task of an array of jobs.",
+                least=0,
+            ),
+            "at-once": Option("at_once", int, "Runs at a time, each in a process of its own [1]."),
+            "checkpoints": Option(
+                "checkpoints",
+                str,
+                "What finished runs keep: keep (what training keeps), drop (none), or best (the "
+                "best alone, by config.train.keep_best) [keep].",
+            ),
+            "baseline": Option(
+                "baseline", str, "What others are held against, as the table calls it [the first]."
+            ),
+            "show": Option("only_show", bool, "Run nothing: show what is finished."),
+            "json": _JSON,
+        },
+        alone=True,
+        example="attnpo sweep --config=configs/quickstart.py --workdir=DIR --set=seed=0,1,2 \\\n"
+        '      --variant=dpo="weighting.name=uniform" --variant=mid="weighting.layer=14"',
     ),
     "plan": Command(
         "attnpo_jax.plan.stage",

@@ -1,6 +1,7 @@
 """The parser of each command's options."""
 
 import argparse
+import functools
 import re
 from typing import NoReturn
 
@@ -99,9 +100,10 @@ def add_options(parser: argparse.ArgumentParser, command: Command) -> None:
         if option.kind is bool:
             add(f"--{key}", action="store_true", help=option.summary)
         else:
-            kind = _count if option.kind is int else _given
+            kind = functools.partial(_count, least=option.least) if option.kind is int else _given
             metavar = key.upper().rpartition("-")[2]
-            add(f"--{key}", metavar=metavar, type=kind, help=option.summary)
+            action = "append" if option.repeated else "store"
+            add(f"--{key}", metavar=metavar, type=kind, action=action, help=option.summary)
     _add_fields(parser, command)
     if command.workdir != "none":
         add(
@@ -111,6 +113,7 @@ def add_options(parser: argparse.ArgumentParser, command: Command) -> None:
             help="Folder of everything that is written: config.json, prepared/, checkpoints/, "
             "metrics.jsonl, export/.",
         )
+    if command.workdir != "none" and not command.alone:
         for key, (metavar, summary) in PROCESS_OPTIONS.items():
             add(f"--{key}", metavar=metavar, type=_given, help=summary)
     add("--verbosity", metavar="LEVEL", type=_level, help=f"{', '.join(LEVELS)} [info].")
@@ -158,9 +161,9 @@ def _given(text: str) -> str:
     return text
 
 
-def _count(text: str) -> int:
-    if not re.fullmatch(r"[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"={text}; accepted: a number from 1 up")
+def _count(text: str, least: int) -> int:
+    if not re.fullmatch(r"0|[1-9]\d*", text) or int(text) < least:
+        raise argparse.ArgumentTypeError(f"={text}; accepted: a number from {least} up")
     return int(text)
 
 

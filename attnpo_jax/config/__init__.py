@@ -14,7 +14,7 @@ from attnpo_jax.config.layers import (
     source_layers,
     weight_columns,
 )
-from attnpo_jax.config.overrides import load_config
+from attnpo_jax.config.overrides import load_config, override
 from attnpo_jax.config.rules import as_tuple
 from attnpo_jax.config.sections import SECTIONS, bind_section, complete_sections, section_for
 from attnpo_jax.config.step import step_settings
@@ -35,6 +35,7 @@ __all__ = [
     "judge_layers",
     "load_config",
     "load_file",
+    "override",
     "sampling",
     "section_for",
     "source_layers",

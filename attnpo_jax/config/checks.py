@@ -15,6 +15,7 @@ from attnpo_jax.config.fields import FIELDS, flatten
 from attnpo_jax.config.sections import SECTIONS
 from attnpo_jax.losses.mixture import parse as parse_terms
 from attnpo_jax.registry import REQUIRED, PluginError, RegistryError, load_plugins
+from attnpo_jax.runtime.best import Choice
 
 _BUILTIN_HYPERPARAMETERS: dict[str, rules.Rule] = {
     "objective.beta": rules.positive(),
@@ -141,6 +142,7 @@ def _between_fields(values: Mapping[str, Any]) -> list[str]:
             f"{named('train.samples.every')}: there are no prompts; accepted: a source in "
             "config.train.samples.prompts, or held-out pairs in config.data.eval"
         )
+    found += _of_choosing(values)
     axes = {f: v for f, v in values.items() if f.startswith("parallel.mesh.")}
     if list(axes.values()).count(-1) > 1:
         listed = ", ".join(named(f) for f in axes)
@@ -171,6 +173,31 @@ def _between_fields(values: Mapping[str, Any]) -> list[str]:
             extra = field.split(".")[1]
             found.append(
                 f"{named(field)}: needs the package {package}: pip install '.[{extra}]' in a clone"
+            )
+    return found
+
+
+def _of_choosing(values: Mapping[str, Any]) -> list[str]:
+    """What is wrong with metrics that choose between checkpoints: nothing gives them in time."""
+    found = []
+    for field in ("train.keep_best", "train.early_stopping.metric"):
+        if not values[field]:
+            continue
+        metric = Choice.parse(values[field]).metric
+        named = f"config.{field} = {values[field]!r}"
+        evaluations = rules.as_tuple(values["train.evaluations.names"])
+        if any(metric.startswith(f"eval_{name}/") for name in evaluations):
+            if not values["train.evaluations.every"]:
+                found.append(f"{named}: accepted: with config.train.evaluations.every above 0")
+        elif not rules.as_tuple(values["data.eval"]):
+            found.append(
+                f"{named}: there are no held-out pairs; accepted: some in config.data.eval, or a "
+                "metric of config.train.evaluations.names"
+            )
+        elif not values["train.eval_every"]:
+            found.append(
+                f"{named}: accepted: with config.train.eval_every above 0, or a metric of "
+                "config.train.evaluations.names"
             )
     return found
 

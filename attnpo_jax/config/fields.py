@@ -8,7 +8,14 @@ function's hyperparameters, see `attnpo_jax.config.sections`.
 from collections.abc import Mapping
 from typing import Any
 
-from attnpo_jax.config import evaluate_fields, generate_fields, rules, serve_fields, shaping_fields
+from attnpo_jax.config import (
+    choosing_fields,
+    evaluate_fields,
+    generate_fields,
+    rules,
+    serve_fields,
+    shaping_fields,
+)
 from attnpo_jax.config.field import Field
 from attnpo_jax.runtime import nested
 
@@ -367,6 +374,7 @@ FIELDS: dict[str, Field] = {
         rules.integer(1, 1_000_000),
         "how many of the newest checkpoints are kept",
     ),
+    **choosing_fields.IN_TRAINING,
     **generate_fields.IN_TRAINING,
     **evaluate_fields.IN_TRAINING,
     "train.checkpoint_dir": Field(

@@ -35,7 +35,16 @@ def load_config(spec: str | None, overrides: Sequence[str] = ()) -> config_dict.
       UsageError: a field that does not exist, or a value that is not of its type.
       ConfigError, FileNotFoundError: see `load_file` and `complete_sections`.
     """
-    config = default_config() if spec is None else load_file(spec)
+    return override(default_config() if spec is None else load_file(spec), overrides)
+
+
+def override(config: config_dict.ConfigDict, overrides: Sequence[str]) -> config_dict.ConfigDict:
+    """A config, changed as a command line says; see `load_config`.
+
+    Args:
+      config: is changed itself.
+      overrides: `--config.section.field=value`.
+    """
     by_field: dict[str, list[str]] = {}
     for override in overrides:
         by_field.setdefault(_field(override), []).append(override)

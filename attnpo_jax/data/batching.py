@@ -210,7 +210,7 @@ class _Batches:
         self._dataset = dataset
         self._order = order
         # A batch has no more microbatches than it can have pairs.
-        self._parts = min(-(-batch_size // microbatch_size), len(dataset))
+        self._parts = min(-(-batch_size // microbatch_size), order.batch_size)
         self._part_size = microbatch_size
         self._local_rows = local_rows
         lengths = dataset.lengths()
@@ -280,10 +280,15 @@ class TrainBatches(_Batches):
       microbatch_size: pairs that are in memory at once; divides `batch_size`.
       epochs: passes over the data.
       steps: if positive, how many steps instead, for as many epochs as that takes.
+      pairs: if positive, how many of the pairs there are epochs of, drawn by the seed; those of a
+        smaller number are among those of a larger one.
       num_buckets: how many shapes may be compiled.
       row_multiple: microbatches have a multiple of this many rows.
       local_rows: from the number of rows of a microbatch, which of them this process needs: bool
         (B,); the others are left empty. None for all.
+
+    Raises:
+      UserError: there is no pair, or fewer than `pairs`; or there are too many steps.
     """
 
     def __init__(
@@ -296,26 +301,33 @@ class TrainBatches(_Batches):
         seed: int,
         epochs: float = 1,
         steps: int = 0,
+        pairs: int = 0,
         num_buckets: int = 4,
         row_multiple: int = 1,
         local_rows: Callable[[int], np.ndarray] | None = None,
     ):
         if not len(dataset):
             raise UserError("the prepared dataset holds no pair to train on")
-        self.steps_per_epoch = -(-len(dataset) // batch_size)
+        if pairs > len(dataset):
+            raise UserError(
+                f"config.train.pairs = {pairs}: {len(dataset)} pairs are prepared; accepted: at "
+                "most as many, or 0 for all"
+            )
+        number = pairs or len(dataset)
+        self.steps_per_epoch = -(-number // batch_size)
         total = steps or max(1, round(epochs * self.steps_per_epoch))
-        visits = total * min(batch_size, len(dataset))
+        visits = total * min(batch_size, number)
         if visits > MOST_VISITS or total > MOST_EPOCHS * self.steps_per_epoch:
             raise UserError(
-                f"{total:,} steps over {len(dataset):,} pairs are {visits:,} visits of a pair in "
+                f"{total:,} steps over {number:,} pairs are {visits:,} visits of a pair in "
                 f"{-(-total // self.steps_per_epoch):,} epochs; accepted: {MOST_VISITS:,} visits "
                 f"and {MOST_EPOCHS:,} epochs (train.epochs, or train.steps times train.batch_size)"
             )
+        members = _drawn(len(dataset), pairs, seed) if pairs else np.arange(number)
+        in_epochs = _epochs(number, seed if shuffle else None)
         super().__init__(
             dataset,
-            Order(
-                len(dataset), batch_size, total, _epochs(len(dataset), seed if shuffle else None)
-            ),
+            Order(number, batch_size, total, lambda epochs: members[in_epochs(epochs)]),
             batch_size=batch_size,
             microbatch_size=microbatch_size,
             num_buckets=num_buckets,
@@ -352,6 +364,12 @@ class EvalBatches(_Batches):
             row_multiple=row_multiple,
             local_rows=local_rows,
         )
+
+
+def _drawn(num_pairs: int, wanted: int, seed: int) -> np.ndarray:
+    """The first `wanted` of an order that no epoch has, ascending."""
+    (order,) = _epochs(num_pairs, seed)(np.array([-1]))
+    return np.sort(order[:wanted])
 
 
 def _epochs(num_pairs: int, seed: int | None) -> Callable[[np.ndarray], np.ndarray]:

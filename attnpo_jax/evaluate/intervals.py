@@ -42,6 +42,22 @@ def mean(values: Sequence[float]) -> Interval:
         half *= _Z / (1 + _Z**2 / effective)
         # At the ends without what rounding leaves.
         return max(0.0, center - half) if p > 0 else 0.0, min(1.0, center + half) if p < 1 else 1.0
+    return student(x)
+
+
+def student(values: Sequence[float]) -> Interval:
+    """Student's t interval of a mean, as for values that are themselves means of many.
+
+    Args:
+      values: (n,).
+
+    Returns:
+      Low and high end; NaN for fewer than two values.
+
+    >>> "%.4f %.4f" % student([0.7, 0.8, 0.9])
+    '0.5516 1.0484'
+    """
+    x, n = np.asarray(values, np.float64), len(values)
     if n < 2:
         return math.nan, math.nan
     half = float(special.stdtrit(n - 1, (1 + LEVEL) / 2)) * float(x.std(ddof=1)) / math.sqrt(n)
@@ -91,6 +107,46 @@ def bootstrap(
     found = found[np.isfinite(found)]
     if 2 * len(found) < draws:
         return math.nan, math.nan
+    low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def crossed_difference(
+    first: np.ndarray, second: np.ndarray, *, draws: int = 2000, seed: int = 0
+) -> Interval:
+    """The interval of the mean of `second - first` over seeds and rows, all rows at each seed.
+
+    Seeds and rows are resampled independently of each other (the pigeonhole bootstrap, Owen 2007).
+    Of n seeds, n - 1 are drawn, which makes the variance that comes of them unbiased (Rao and Wu
+    1988); with one seed, rows alone are resampled. Of values from 0 to 1, a row that differs by 1
+    and one that differs by -1 are added, see `paired_difference`.
+
+    Args:
+      first, second: (seeds, rows), the two sides' values at the same seeds, of the same rows.
+      draws: how many times.
+      seed: of the draws.
+
+    Returns:
+      Low and high end; NaN where there are no rows or seeds.
+
+    >>> same = np.ones((3, 8))
+    >>> low, high = crossed_difference(same, same)
+    >>> low < 0 < high
+    True
+    """
+    difference = np.asarray(second, np.float64) - np.asarray(first, np.float64)
+    if not difference.size:
+        return math.nan, math.nan
+    if min(np.min(first), np.min(second)) >= 0 and max(np.max(first), np.max(second)) <= 1:
+        added = np.broadcast_to([1.0, -1.0], (len(difference), 2))
+        difference = np.concatenate([difference, added], axis=1)
+    seeds, rows = difference.shape
+    rng = np.random.default_rng(seed)
+    drawn = max(1, seeds - 1)
+    found = np.empty(draws)
+    for k in range(draws):
+        of_seeds = difference[rng.integers(0, seeds, drawn)].mean(axis=0)
+        found[k] = of_seeds[rng.integers(0, rows, rows)].mean()
     low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 

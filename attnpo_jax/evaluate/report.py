@@ -127,7 +127,7 @@ def compare(
 def _difference(base: Evaluation | None, other: Evaluation, figure: Figure) -> Figure | None:
     if base is None or base is other or figure.column is None:
         return None
-    first, second = (_by_id(one, figure.column) for one in (base, other))
+    first, second = (by_id(one, figure.column) for one in (base, other))
     shared = [id for id in first if id in second]
     if not shared:
         return None
@@ -136,7 +136,7 @@ def _difference(base: Evaluation | None, other: Evaluation, figure: Figure) -> F
     return Figure(value, *intervals.paired_difference(a, b), len(shared))
 
 
-def _by_id(evaluation: Evaluation, column: str) -> Mapping[str, float]:
+def by_id(evaluation: Evaluation, column: str) -> Mapping[str, float]:
     """A column's values by id; where several rows have one, their mean."""
     found: dict[str, list[float]] = collections.defaultdict(list)
     for row in evaluation.result.rows:

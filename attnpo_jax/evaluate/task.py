@@ -56,8 +56,8 @@ class Subject:
     ):
         self._run, self._sampled, self._given = run, sampled, sampled is not None
         self.which = which or (models.BASE if run.workdir is None else models.TRAINED)
-        if self.which == models.TRAINED:
-            checkpoint = checkpoint or _newest(run)
+        if models.is_trained(self.which):
+            checkpoint = checkpoint or _checkpoint(run, self.which)
         self._checkpoint = checkpoint
         self.name = name or _name_of(self.which, checkpoint and checkpoint[0])
 
@@ -93,13 +93,13 @@ def digest_of(
       checkpoint: see `Subject`.
     """
     path = pathlib.Path(which).expanduser()
-    if which not in (models.BASE, models.TRAINED) and path.is_file():
+    of_config = which == models.BASE or models.is_trained(which)
+    if not of_config and path.is_file():
         return hashlib.sha256(path.read_bytes()).hexdigest()
-    of_config = which in (models.BASE, models.TRAINED)
     folder = hf_folder.resolve(run.config.model.source if of_config else which)
     facts: dict[str, Any] = {"sampling": defaults_of(folder)}
-    if which == models.TRAINED:
-        facts["step"], facts["identity"] = checkpoint or _newest(run)
+    if models.is_trained(which):
+        facts["step"], facts["identity"] = checkpoint or _checkpoint(run, which)
     else:
         variables = run.config.model.chat_template_kwargs
         tokenizer = ChatTokenizer.load(folder, run.chat_template, variables)
@@ -116,12 +116,14 @@ def marked(sampled: SampledModel, digest: str) -> SampledModel:
     return dataclasses.replace(sampled, name=f"{sampled.name} ({digest[:12]})")
 
 
-def _newest(run: "Run") -> tuple[int, dict[str, Any]]:
-    """The newest checkpoint's step, and what it is of."""
-    found = run.workdir and checkpoints.newest_identity(run.checkpoint_folder)
+def _checkpoint(run: "Run", which: str) -> tuple[int, dict[str, Any]]:
+    """The step of the checkpoint that `which` names, and what it is of."""
+    found = run.workdir and checkpoints.newest_identity(
+        run.checkpoint_folder, models.step_of(run, which)
+    )
     if not found:
         where = "no workdir" if run.workdir is None else f"no checkpoint in {run.workdir}"
-        raise UserError(f"--model=trained: {where}; accepted: base, or an HF folder or hub id")
+        raise UserError(f"--model={which}: {where}; accepted: base, or an HF folder or hub id")
     return found
 
 

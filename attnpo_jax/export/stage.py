@@ -1,4 +1,4 @@
-"""`attnpo export`: the newest checkpoint as a Hugging Face folder, or as an adapter for PEFT."""
+"""`attnpo export`: a checkpoint as a Hugging Face folder, or as an adapter for PEFT."""
 
 import contextlib
 import os
@@ -29,9 +29,13 @@ _KINDS = {
 
 
 def export(
-    run: "Run", out: str | os.PathLike | None = None, *, console: Console | None = None
+    run: "Run",
+    out: str | os.PathLike | None = None,
+    *,
+    step: str | int | None = None,
+    console: Console | None = None,
 ) -> pathlib.Path:
-    """Writes the parameters of the newest whole checkpoint as a folder that transformers loads.
+    """Writes the parameters of a checkpoint as a folder that transformers loads.
 
     Tokenizer and generation config come from the model that training started with, and the chat
     template too, unless the config names another. Where adapters were trained, `lora.export` says
@@ -45,6 +49,7 @@ def export(
       run: the run.
       out: where to; None for `workdir/export`. An earlier export there is replaced, or left as it
         is if it holds these very parameters, with the same files beside them.
+      step: the checkpoint's, or `best`, see `Run.checkpoint_step`; None for the newest whole one.
       console: where the folders' names go, and what they hold; None for standard output.
 
     Returns:
@@ -52,6 +57,7 @@ def export(
 
     Raises:
       FileNotFoundError: there is no checkpoint.
+      UserError: there is none of that step, or no way to tell the best.
       CheckpointMismatch: the checkpoint is of another model than the config's, or its adapters are.
       MeshError: the devices or the model do not fit `parallel.mesh`.
       OSError: the folder can't be written; an earlier export stays. The other processes get
@@ -59,26 +65,32 @@ def export(
       LockedError: another run writes to the workdir, and `out` is None.
     """
     with run.writing() if out is None else contextlib.nullcontext():
-        return _export_all(run, out, console)
+        return _export_all(run, out, step, console)
 
 
-def _export_all(run: "Run", out: str | os.PathLike | None, console: Console | None) -> pathlib.Path:
+def _export_all(
+    run: "Run",
+    out: str | os.PathLike | None,
+    asked: str | int | None,
+    console: Console | None,
+) -> pathlib.Path:
     run.checkpoint_folder  # noqa: B018  all processes look whether it is theirs
+    wanted = run.checkpoint_step(asked)
     folders, first = export_folders(run, out), processes.is_first()
-    newest = None
+    origin = None
     if first:
         for folder in folders.values():
             hf_save.clear_up(folder)
-        newest = _origin(run)
-    there = newest is not None and all(
-        hf_save.read_origin(folder) == newest | {"holds": kind} for kind, folder in folders.items()
+        origin = _origin(run, wanted)
+    there = origin is not None and all(
+        hf_save.read_origin(folder) == origin | {"holds": kind} for kind, folder in folders.items()
     )
     if preemption.agreed(there):
-        step = newest["step"] if first else None
+        step = origin["step"] if first else None
     elif run.config.lora.rank:
-        step = _export_adapted(run, folders)
+        step = _export_adapted(run, folders, wanted)
     else:
-        step = _export(run, folders["model"])
+        step = _export(run, folders["model"], wanted)
     processes.barrier("export: written")
     if first:
         console = console or Console()
@@ -126,11 +138,11 @@ def _taken(run: "Run") -> dict[str, Any]:
     }
 
 
-def _export(run: "Run", out: pathlib.Path) -> int:
+def _export(run: "Run", out: pathlib.Path, wanted: int | None) -> int:
     backend = backends.for_training(run.model, run.config.parallel)
     abstract = abstract_params(run.model, jnp.dtype(run.config.model.param_dtype))
     params, step = checkpoint.restore_params(
-        run.checkpoint_folder, backend.abstract_state(abstract)
+        run.checkpoint_folder, backend.abstract_state(abstract), step=wanted
     )
     with gathering.for_first(params) as readable:
         if readable is not None:
@@ -149,12 +161,12 @@ def _save_model(run: "Run", out: pathlib.Path, params: Any, step: int) -> None:
     )
 
 
-def _export_adapted(run: "Run", folders: Mapping[str, pathlib.Path]) -> int:
+def _export_adapted(run: "Run", folders: Mapping[str, pathlib.Path], wanted: int | None) -> int:
     config, policy, source = run.config, run.policy, run.model_folder
     backend = backends.for_training(policy, config.parallel)
     abstract = backend.abstract_state(lora.abstract_adapters(policy))
     adapters, step = checkpoint.restore_params(
-        run.checkpoint_folder, abstract, run.adapters_identity
+        run.checkpoint_folder, abstract, run.adapters_identity, step=wanted
     )
     if "model" in folders:
         params = hf_folder.load_params(

@@ -25,12 +25,28 @@ _LOG = logging.getLogger(__name__)
 TRAINED, BASE = "trained", "base"
 
 
+def is_trained(which: str | None) -> bool:
+    """Whether a checkpoint is meant: `trained`, `trained@40` or `trained@best`."""
+    return which is not None and which.partition("@")[0] == TRAINED
+
+
+def step_of(run: "Run", which: str) -> int | None:
+    """The step of a trained model that is named so; None for the newest.
+
+    Raises:
+      UserError: see `Run.checkpoint_step`.
+    """
+    _, named, asked = which.partition("@")
+    return run.checkpoint_step(asked) if named else None
+
+
 def load(run: "Run", which: str | None = None) -> SampledModel:
     """Loads a model for sampling.
 
     Args:
       run: whose config says how; its workdir has the trained model.
-      which: `trained` for the newest checkpoint, `base` for the config's `model.source`, or another
+      which: `trained` for the newest checkpoint, `trained@STEP` or `trained@best` for another (see
+        `Run.checkpoint_step`), `base` for the config's `model.source`, or another
         HF folder, hub id, or `smollm2-135m-instruct`. None: `trained` where the run has a workdir,
         else `base`.
 
@@ -41,9 +57,9 @@ def load(run: "Run", which: str | None = None) -> SampledModel:
     """
     if which is None:
         which = BASE if run.workdir is None else TRAINED
-    if which == TRAINED and run.workdir is None:
+    if is_trained(which) and run.workdir is None:
         raise UserError("the trained model is asked for, but no workdir is named")
-    if which in (TRAINED, BASE):
+    if which == BASE or is_trained(which):
         source = run.config.model.source
         folder = run.model_folder if run.workdir is not None else hf_folder.resolve(source)
         tokenizer = run.tokenizer
@@ -57,8 +73,8 @@ def load(run: "Run", which: str | None = None) -> SampledModel:
     passes = int8.shape_of_passes(shape, config.generate.weights)
     dtype = jnp.dtype(config.model.param_dtype)
     backend = backends.for_sampling(passes, config.parallel, config.prepare.devices, dtype)
-    if which == TRAINED:
-        params, step = _trained(run, backend, passes)
+    if is_trained(which):
+        params, step = _trained(run, backend, passes, step_of(run, which))
         name = f"{run.workdir.resolve().name}/step-{step}"
     elif which == BASE and run.workdir is not None:
         params = run.load_params(passes, backend.parameter_shardings())
@@ -72,8 +88,10 @@ def load(run: "Run", which: str | None = None) -> SampledModel:
     return SampledModel.of(name, model, backend)
 
 
-def _trained(run: "Run", backend: backends.Sharded, passes: Any) -> tuple[Any, int]:
-    """The newest checkpoint's parameters, adapters merged in, and its step."""
+def _trained(
+    run: "Run", backend: backends.Sharded, passes: Any, wanted: int | None
+) -> tuple[Any, int]:
+    """A checkpoint's parameters, adapters merged in, and its step."""
     dtype = jnp.dtype(run.config.model.param_dtype)
     full = dataclasses.replace(passes, int8=False)
     at = backend.of(full)
@@ -81,7 +99,7 @@ def _trained(run: "Run", backend: backends.Sharded, passes: Any) -> tuple[Any, i
         policy = lora.adapted(full, run.config.lora)
         abstract = backend.of(policy).abstract_state(lora.abstract_adapters(policy))
         adapters, step = checkpoint.restore_params(
-            run.checkpoint_folder, abstract, run.adapters_identity
+            run.checkpoint_folder, abstract, run.adapters_identity, step=wanted
         )
         params = hf_folder.load_params(
             run.model_folder, full, param_dtype=dtype, shardings=at.parameter_shardings()
@@ -89,7 +107,7 @@ def _trained(run: "Run", backend: backends.Sharded, passes: Any) -> tuple[Any, i
         params = lora.merge(policy, params, adapters)
     else:
         abstract = at.abstract_state(abstract_params(full, dtype))
-        params, step = checkpoint.restore_params(run.checkpoint_folder, abstract)
+        params, step = checkpoint.restore_params(run.checkpoint_folder, abstract, step=wanted)
     if passes.int8:
         params = int8.quantize_params(params, backend.parameter_shardings())
     return params, step

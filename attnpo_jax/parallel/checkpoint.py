@@ -52,6 +52,18 @@ _METADATA = schema.Table(
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+    """Which checkpoints Orbax leaves: the newest, and the best one."""
+
+    of: Checkpoints
+    newest: int
+
+    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+        first = len(checkpoints) - self.newest
+        return [k >= first or info.step == self.of.best for k, info in enumerate(checkpoints)]
+
+
 class Checkpoints:
     """The checkpoints of one workdir; a context manager that ends when all is written.
 
@@ -59,7 +71,13 @@ class Checkpoints:
       folder: where they are; made if need be. A path of this machine or what else Orbax can write.
       identity: nested JSON values that a run must share with the checkpoint that it continues.
       keep: how many of the newest to keep; an old one goes after the new one is whole.
+
+    Attributes:
+      best: a step whose checkpoint stays beside the newest, if it has one; the same on all
+        processes.
     """
+
+    best: int | None = None
 
     def __init__(self, folder: str | os.PathLike, identity: Mapping[str, Any], *, keep: int):
         self.folder = _absolute(folder)
@@ -69,7 +87,7 @@ class Checkpoints:
             _warn_of_unfinished(self.folder)
         orbax_noise.silence()
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
+            preservation_policy=_Kept(self, keep),
             enable_async_checkpointing=_in_background(),
             async_options=ocp.AsyncOptions(barrier_sync_fn=self._meet),
             # By process 0, with a barrier: nobody lists what is being removed.
@@ -230,12 +248,25 @@ def origin(folder: str | os.PathLike, step: int | None = None) -> dict[str, Any]
     return {"step": steps[-1], "params": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def newest_identity(folder: str | os.PathLike) -> tuple[int, Mapping[str, Any]] | None:
-    """The newest checkpoint's step and identity; None if there is none or it can't be read."""
+def saved_steps(folder: str | os.PathLike) -> list[int]:
+    """Steps that have a checkpoint, in order."""
+    if not _absolute(folder).exists():
+        return []
+    with _reader(folder) as manager:
+        return sorted(manager.all_steps())
+
+
+def newest_identity(
+    folder: str | os.PathLike, step: int | None = None
+) -> tuple[int, Mapping[str, Any]] | None:
+    """The step and identity of a checkpoint, the newest by default.
+
+    None if there is none or it can't be read.
+    """
     if not _absolute(folder).exists():
         return None
     with _reader(folder) as manager:
-        steps = sorted(manager.all_steps())
+        steps = sorted(manager.all_steps()) if step is None else [step]
         try:
             return (steps[-1], _read_metadata(manager, steps[-1])["identity"]) if steps else None
         except (ValueError, KeyError, OSError):
@@ -243,14 +274,19 @@ def newest_identity(folder: str | os.PathLike) -> tuple[int, Mapping[str, Any]] 
 
 
 def restore_params(
-    folder: str | os.PathLike, abstract_params: Any, identity: Mapping[str, Any] | None = None
+    folder: str | os.PathLike,
+    abstract_params: Any,
+    identity: Mapping[str, Any] | None = None,
+    *,
+    step: int | None = None,
 ) -> tuple[Any, int]:
-    """The parameters of the newest whole checkpoint in `folder`, and its step; nothing is changed.
+    """The parameters of a checkpoint in `folder`, and its step; nothing is changed.
 
     Args:
       abstract_params: the parameters as `jax.ShapeDtypeStruct`s; see `Checkpoints.restore`. Where
         they go to devices of several processes, all of these must call together.
       identity: the part of the checkpoint's identity that matters to the caller.
+      step: the checkpoint's; None for the newest whole one.
 
     Raises:
       FileNotFoundError: there is no checkpoint.
@@ -266,7 +302,8 @@ def restore_params(
             for x in jax.tree.leaves(abstract_params)
         )
         outcomes = outcomes_of_all if together else lambda own: [own]
-        found = newest_whole(folder, sorted(manager.all_steps()), load, _verify, outcomes)
+        steps = sorted(manager.all_steps()) if step is None else [step]
+        found = newest_whole(folder, steps, load, _verify, outcomes)
     if found is None:
         raise FileNotFoundError(f"{folder} holds no checkpoint: train first")
     step, items, _ = found

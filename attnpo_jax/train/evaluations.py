@@ -109,6 +109,8 @@ class Evaluations:
         if figures and not self._written(loop, figures):
             _LOG.info("step %d: %s", loop.step, figures)
             loop.metrics.write(loop.step, figures | {"epoch": loop.step / loop.steps_per_epoch})
+        if not loop.stops:
+            loop.evaluated = loop.step
         loop.speed.restart()
 
     def _written(self, loop: TrainLoop, figures: Mapping[str, float]) -> bool:

@@ -153,11 +153,12 @@ class Evaluate:
             loop.stops = True
             return
         loop.metrics.write(loop.step, values | {"epoch": loop.step / loop.steps_per_epoch})
+        loop.evaluated = loop.step
         loop.speed.restart()
 
 
 class Save:
-    """Writes a checkpoint every so many steps, after the last, and when told to stop.
+    """Writes a checkpoint every so many steps, after the last and the best, and when told to stop.
 
     All metrics up to its step are on the disk before.
     """
@@ -169,7 +170,7 @@ class Save:
         pass
 
     def is_due(self, loop: TrainLoop) -> bool:
-        return loop.stops or is_due(loop, self._every)
+        return loop.stops or loop.step == loop.best or is_due(loop, self._every)
 
     def __call__(self, loop: TrainLoop) -> None:
         loop.metrics.flush()

@@ -33,12 +33,14 @@ class TrainLoop:
     Attributes:
       state: after the last step.
       step: optimizer steps done.
-      total_steps: of the whole run.
+      total_steps: of the whole run; a hook that has it end early sets it to the step done.
       steps_per_epoch: for the report; a whole number or not.
       last_saved: the step of the newest checkpoint; None if there is none.
       metrics, progress: where numbers go.
       speed: counts pairs and tokens.
       stops: whether the run was told to stop; a hook may set it.
+      evaluated: the step of the newest evaluation that this process made; None before the first.
+      best: the step of the best one, see `choosing.KeepBest`; None where none is looked for.
     """
 
     state: TrainState
@@ -50,6 +52,8 @@ class TrainLoop:
     progress: TrainProgress
     speed: Throughput = dataclasses.field(default_factory=Throughput)
     stops: bool = False
+    evaluated: int | None = None
+    best: int | None = None
 
     def run(
         self,
@@ -78,7 +82,9 @@ class TrainLoop:
         self.speed.restart()
         first = self.step
         with contextlib.ExitStack() as lasting:
-            for host_batch in read_ahead(batches, self.step):
+            # Of a run that has ended early, nothing is left to do.
+            ahead = read_ahead(batches, self.step) if self.step < self.total_steps else ()
+            for host_batch in ahead:
                 batch = put_batch(host_batch)
                 with jax.transfer_guard("disallow"):
                     self.state, of_step = train_step(self.state, batch)
@@ -96,6 +102,8 @@ class TrainLoop:
                             report(self, *unreported)
                             unreported = None
                         hook(self)
+                if self.step == self.total_steps:
+                    break
             checkpoints.wait()
 
 

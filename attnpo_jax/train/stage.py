@@ -28,7 +28,7 @@ from attnpo_jax.parallel.state import TrainState, create, create_adapted
 from attnpo_jax.runtime import atomic, nested
 from attnpo_jax.runtime.metrics import MetricsWriter
 from attnpo_jax.runtime.metrics import read as read_metrics
-from attnpo_jax.train import hooks, optim
+from attnpo_jax.train import choosing, hooks, optim
 from attnpo_jax.train.evaluations import evaluation_hooks
 from attnpo_jax.train.loop import TrainLoop
 from attnpo_jax.train.progress import TrainProgress
@@ -152,6 +152,7 @@ def _train(run: "Run") -> None:
                 notice.between,
                 every=config.train.eval_every,
             )
+            before = [evaluates, *samples, *evaluations]
             saves = hooks.Save(checkpoints, every=config.train.save_every)
             loop.run(
                 batches,
@@ -164,7 +165,12 @@ def _train(run: "Run") -> None:
                     beta=settings.beta if traits(settings.objective).of_log_ratios else None,
                 ),
                 # In this order.
-                [evaluates, *samples, *evaluations, saves, hooks.Stop(checkpoints)],
+                [
+                    *before,
+                    *choosing.hooks_of(config.train, before, checkpoints),
+                    saves,
+                    hooks.Stop(checkpoints),
+                ],
                 checkpoints,
             )
 
@@ -218,6 +224,7 @@ def _batches(
         seed=config.seed,
         epochs=config.train.epochs,
         steps=config.train.steps,
+        pairs=config.train.pairs,
         **rows,
     )
     _LOG.info(

@@ -264,6 +264,22 @@ def test_the_order_is_a_function_of_the_seed(dataset):
     assert first[0] == [2, 3, 5, 9]
 
 
+def test_a_subset_is_drawn_by_the_seed_and_holds_smaller_ones(dataset):
+    def members(pairs, **changes):
+        batches = batches_of(dataset, pairs=pairs, **changes)
+        assert batches.steps_per_epoch == -(-pairs // 4)
+        epochs = [batches[i] for i in range(len(batches))]
+        half = len(epochs) // 2
+        first, second = (sum(map(pairs_of, part), []) for part in (epochs[:half], epochs[half:]))
+        assert sorted(first) == sorted(second) and len(set(first)) == len(first) == pairs
+        return set(first)
+
+    assert members(3) < members(5) < members(9)
+    assert members(5) == members(5, shuffle=False) != members(5, seed=4)
+    with pytest.raises(UserError, match=r"train.pairs = 12: 11 pairs are prepared"):
+        batches_of(dataset, pairs=12)
+
+
 def test_without_shuffling_pairs_come_in_order(dataset):
     batches = batches_of(dataset, shuffle=False)
     assert [pairs_of(batches[i]) for i in range(4)] == [

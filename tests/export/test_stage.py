@@ -7,11 +7,14 @@ import pytest
 
 from attnpo_jax import config as config_lib
 from attnpo_jax.export.stage import export
+from attnpo_jax.generate import model as models_to_sample
 from attnpo_jax.models import decoder
 from attnpo_jax.models.io import hf_folder as models
 from attnpo_jax.parallel.checkpoint import CheckpointMismatch, Checkpoints
 from attnpo_jax.parallel.state import TrainState, create
 from attnpo_jax.run import Run
+from attnpo_jax.runtime.errors import UserError
+from attnpo_jax.runtime.metrics import MetricsWriter
 from attnpo_jax.train import optim
 from tests import tiny
 
@@ -68,6 +71,32 @@ def test_exports_the_newest_checkpoint_with_the_companions_of_the_source(tmp_pat
     assert f"{folder}: the model of step 12" in capsys.readouterr().out
     assert_same(exported_params(folder), newest)
     assert json.loads((folder / "tokenizer_config.json").read_text()) == {"chat_template": "hello"}
+
+
+def test_exports_the_checkpoint_that_is_asked_for(tmp_path, capsys):
+    config = make_config(write_model(tmp_path))
+    config.train.keep_best, config.train.eval_every = "min:eval_loss", 1
+    first, _ = (save_checkpoint(tmp_path, config, step) for step in (3, 12))
+    with MetricsWriter(tmp_path, 0) as metrics:
+        for step, loss in ((0, 0.1), (3, 0.5), (12, 0.6)):
+            metrics.write(step, {"eval_loss": loss})
+    run = Run.resolve(config, tmp_path)
+    folder = export(run, step="best")
+    assert_same(exported_params(folder), first)
+    export(run, step=3)
+    export(run, step="12")
+    out = capsys.readouterr().out
+    assert ["step 3 for transformers (" in out, "step 3 for transformers, as it was" in out] == [
+        True, True,
+    ]  # fmt: skip
+    assert "the model of step 12" in out
+    with pytest.raises(UserError, match="no checkpoint '4'.* has those of 3, 12"):
+        export(run, step="4")
+    # The same of a model that is sampled from.
+    assert models_to_sample.step_of(run, "trained@best") == 3
+    assert [models_to_sample.is_trained(text) for text in ("trained", "trained@12", "base")] == [
+        True, True, False,
+    ]  # fmt: skip
 
 
 def test_transformers_gives_the_logits_of_the_checkpoint(tmp_path):

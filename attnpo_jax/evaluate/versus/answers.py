@@ -119,7 +119,7 @@ def read(file: pathlib.Path) -> Answers:
 
 
 def _file_of(which: str) -> pathlib.Path | None:
-    if which in (models.BASE, models.TRAINED):
+    if which == models.BASE or models.is_trained(which):
         return None
     path = pathlib.Path(which).expanduser()
     return path if path.is_file() else None

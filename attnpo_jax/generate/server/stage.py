@@ -84,7 +84,7 @@ def _bind(host: str, port: int) -> socket.socket:
 
 def _name_of(run: "Run", which: str | None, sampled: SampledModel) -> str:
     """What clients call a model where the config does not say."""
-    if which == models.TRAINED or (which is None and run.workdir is not None):
+    if models.is_trained(which) or (which is None and run.workdir is not None):
         return pathlib.PurePath(sampled.name).name  # as step-10
     folder = pathlib.Path(sampled.name).expanduser()
     return folder.resolve().name if folder.is_dir() else sampled.name

@@ -88,7 +88,8 @@ def next_tokens(
 def _highest(logits_BV: jax.Array) -> jax.Array:
     """`argmax` of each row, int32 (B,): first of groups of words, then of the words of one.
 
-    CPUs look for places one by one, on one core: 13 ms for 64 rows of 49,152 words, against 2.
+    Any word of a row that holds NaN. CPUs look for places one by one, on one core: 13 ms for 64
+    rows of 49,152 words, against 2.
     """
     B, V = logits_BV.shape
     padding = (0, 0), (0, -V % _GROUP)

@@ -129,7 +129,6 @@ def test_temperature_0_takes_the_likeliest():
 def test_the_first_of_the_highest_is_taken(size):
     logits = np.random.default_rng(size).integers(-9, 3, (40, size)).astype(np.float32)
     logits[0] = -np.inf
-    logits[1, size // 2 :] = np.nan
     tokens = sample._highest(jnp.asarray(logits))
     np.testing.assert_array_equal(tokens, logits.argmax(-1))
 

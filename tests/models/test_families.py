@@ -383,7 +383,7 @@ def test_greedy_decoding_equals_transformers(models, name):
 
     @jax.jit
     def decoded(params, token_B):
-        cache, slot_BS = kv_cache.empty(shape), np.arange(3)[:, None]
+        cache, slot_BS = kv_cache.empty(shape), jnp.arange(3)[:, None]
         cache = decode.prefill(model.config, params, cache, shape, tokens_BL, length_B, slot_BS)
 
         def one(carry, _):

@@ -27,6 +27,7 @@ from benchmarks import protocol
 FEWEST, MOST = 16, 128  # tokens of a response
 LONGEST_PROMPT = 256
 BYTES_READ = 1 << 30
+_TIMES = 8  # so that it takes long enough to be measured
 
 
 class Sample:
@@ -118,6 +119,38 @@ def _work(
     }
 
 
+class ProductOfRows:
+    """How fast rows of tokens, one for each slot, are multiplied with weights of a layer each.
+
+    The rate that decoding can reach, where `matmul` is that of large square matrices.
+    """
+
+    def __init__(self, spec: dict[str, Any]):
+        model = json.loads((pathlib.Path(spec["scratch"]) / "config.json").read_text())["model"]
+        config = load_model(model["source"]).config
+        layers, rows = config.num_layers, spec["slots"]
+        width, between = config.hidden_size, config.intermediate_size
+        dtype = jnp.dtype(model["dtype"])
+        weights_LDF = jnp.full((layers, width, between), 1 / width, dtype)
+        weights_LFD = jnp.full((layers, between, width), 1 / between, dtype)
+
+        def products(x_BD, weights):
+            return jax.lax.scan(
+                lambda x_BD, of_layer: (x_BD @ of_layer[0] @ of_layer[1], None), x_BD, weights
+            )[0]
+
+        self._arguments = jnp.ones((rows, width), dtype), (weights_LDF, weights_LFD)
+        self._products = jax.jit(products)
+        jax.block_until_ready(self._products(*self._arguments))
+        self.info = {"flops": _TIMES * layers * 2 * 2 * rows * width * between}
+
+    def repeat(self) -> dict[str, Any]:
+        start = time.perf_counter()
+        for _ in range(_TIMES):
+            jax.block_until_ready(self._products(*self._arguments))
+        return {"seconds": time.perf_counter() - start}
+
+
 class Bandwidth:
     """How fast memory is read, by all cores."""
 
@@ -134,7 +167,7 @@ class Bandwidth:
         return {"seconds": time.perf_counter() - start}
 
 
-WORKLOADS = {"generate": Sample, "bandwidth": Bandwidth}
+WORKLOADS = {"generate": Sample, "bandwidth": Bandwidth, "product_of_rows": ProductOfRows}
 
 if __name__ == "__main__":
     protocol.serve(WORKLOADS)

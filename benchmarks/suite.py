@@ -19,12 +19,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks import generating
 from benchmarks.protocol import ROOT, Worker, environment
 
 Measurement = dict[str, Any]
 
 OURS = "benchmarks.workloads"
-GENERATION = "benchmarks.generation"
 PEERS = {
     "trl": ("benchmarks.peers.trl_dpo", "train"),
     "torch-judge": ("benchmarks.peers.torch_judge", "judge"),
@@ -35,7 +35,6 @@ PEERS = {
 CURVE_LENGTHS = (128, 256, 512, 1024, 2048)
 LOGPS_CHUNKS = (1, 2, 4, 8, 16)
 COMPILED_LAYERS = (2, 30)
-STREAMS = ((64, 128), (1, 4))  # slots, and responses
 POLICIES = tuple(
     (remat, dtype) for dtype in ("float32", "bfloat16") for remat in ("none", "dots", "layer")
 )
@@ -184,60 +183,6 @@ def train(suite: Suite) -> Measurement:
 
 def tokenize(suite: Suite) -> Measurement:
     return _pass_over_pairs(suite, "tokenize")
-
-
-def generate(suite: Suite) -> Measurement:
-    """Greedy responses, many at a time and one at a time, against the peer and against the limit.
-
-    The limit is the larger of two times: bytes of weights and cache over the measured bandwidth of
-    memory, and FLOPs over the measured rate of a matrix product.
-    """
-    points, repeats = [], {}
-    for slots, requests in STREAMS:
-        point, repeats[f"{slots}_slots"] = _generate(suite, slots, requests)
-        points.append({"slots": slots, "responses": requests} | point)
-    figures = {
-        f"{name}_{point['slots']}_slots": value
-        for point in points
-        for name, value in point.items()
-        if name in ("tokens_per_second", "tokens_per_second_to_peer", "share_of_limit")
-    }
-    return {"figures": figures, "points": points, "repeats": repeats}
-
-
-def _generate(suite: Suite, slots: int, requests: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    with contextlib.ExitStack() as stack:
-        spec = {"module": GENERATION, "slots": slots, "requests": requests}
-        sides = {
-            "matmul": stack.enter_context(suite.worker("matmul")),
-            "bandwidth": stack.enter_context(suite.worker("bandwidth", module=GENERATION)),
-            "ours": stack.enter_context(suite.worker("generate", **spec)),
-        }
-        peer = suite.peer_of("generate")  # reads what ours has written
-        if peer is not None:
-            sides["peer"] = stack.enter_context(peer)
-        seconds: dict[str, list[float]] = {side: [] for side in sides}
-        for repeat in range(suite.repeats):
-            for side, worker in sides.items():
-                seconds[side].append(worker.repeat()["seconds"])
-            took = ", ".join(f"{side} {times[-1]:.2f} s" for side, times in seconds.items())
-            suite.say(f"  generate, {slots} slots {repeat + 1}/{suite.repeats}: {took}")
-        ours, matmul, bandwidth = (sides[k].info for k in ("ours", "matmul", "bandwidth"))
-        peaks = {side: worker.finish()["peak_resident_bytes"] for side, worker in sides.items()}
-    median = {side: statistics.median(times) for side, times in seconds.items()}
-    by_compute = ours["flops"] * median["matmul"] / matmul["flops"]
-    by_memory = ours["read_bytes"] * median["bandwidth"] / bandwidth["bytes"]
-    point = {
-        "tokens_per_second": ours["tokens"] / median["ours"],
-        "share_of_limit": max(by_compute, by_memory) / median["ours"],
-        "limit_by_compute_seconds": by_compute,
-        "limit_by_memory_seconds": by_memory,
-        "cache_bytes": ours["cache_bytes"],
-        "peak_resident_bytes": peaks["ours"],
-    }
-    if "peer" in sides:
-        point["tokens_per_second_to_peer"] = median["peer"] / median["ours"]
-    return point, seconds
 
 
 def policies(suite: Suite) -> Measurement:
@@ -412,7 +357,8 @@ MEASUREMENTS: dict[str, Callable[[Suite], Measurement]] = {
     "judge": judge,
     "reference": reference,
     "train": train,
-    "generate": generate,
+    "generate": generating.generate,
+    "generate_many": generating.generate_many,
     "first_step": first_step,
     "compile": compile_time,
     "curve": curve,
@@ -420,9 +366,9 @@ MEASUREMENTS: dict[str, Callable[[Suite], Measurement]] = {
     "policies": policies,
     "int8": int8,
 }
-DEFAULT = tuple(name for name in MEASUREMENTS if name not in ("policies", "int8"))
-"""What runs when nothing is asked for; `policies` takes as long as all of it, and what int8 changes
-is no matter of the machine."""
+DEFAULT = tuple(name for name in MEASUREMENTS if name not in ("policies", "int8", "generate_many"))
+"""What runs when nothing is asked for; `policies` and `generate_many` each take as long as all of
+it, and what int8 changes is no matter of the machine."""
 
 
 def machine(selected: dict[str, Any]) -> dict[str, Any]:

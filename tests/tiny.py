@@ -76,13 +76,13 @@ def write_model(folder, shape=HF_CONFIG, tokenizer=None, change=lambda params: p
     return folder / "model"
 
 
-def write_folder(folder):
-    """A Hugging Face folder of a model of `HF_CONFIG` with a byte-level tokenizer."""
+def write_folder(folder, **changes):
+    """A Hugging Face folder of a model of `HF_CONFIG`, changed, with a byte-level tokenizer."""
     marks = {"eos_token": "<|im_end|>", "bos_token": "<|im_start|>"}
     tokenizer = byte_tokenizer(marks.values(), **marks)
     return write_model(
         folder,
-        HF_CONFIG | {"vocab_size": len(tokenizer)},
+        HF_CONFIG | {"vocab_size": len(tokenizer)} | changes,
         tokenizer,
         lambda weights: jax.tree.map(lambda x: x if x.ndim < 3 else 6 * x, weights),
     )

@@ -25,7 +25,7 @@ def prefill(
     shape: CacheShape,
     tokens_BL: jax.Array,
     length_B: jax.Array,
-    slot_B: jax.Array,
+    slot_BS: jax.Array,
     *,
     past: Past | None = None,
     dtype=jnp.float32,
@@ -36,7 +36,8 @@ def prefill(
     Args:
       tokens_BL: int32 rows of tokens, without those of the past; what follows them is padding.
       length_B: int32, tokens of each row that are real.
-      slot_B: int32, each row's slot; any number from `shape.slots` on for a row that goes nowhere.
+      slot_BS: int32, the slots that each row goes to, the first ones of S; any number from
+        `shape.slots` on for none.
       past: keys and values of tokens that every row begins with (see `decoder.make_past`), or None.
       dtype: what activations are computed in.
       attention: one of `models.attention.implementations.IMPLEMENTATIONS`.
@@ -55,7 +56,7 @@ def prefill(
         dtype=dtype,
         attention=attention,
     )
-    return kv_cache.insert(cache, shape, kept, past, start + length_B, slot_B)
+    return kv_cache.insert(cache, shape, kept, past, start + length_B, slot_BS)
 
 
 def step(

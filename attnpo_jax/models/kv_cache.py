@@ -10,6 +10,8 @@ query heads of a key-value head, H head dim, L row length, P length of a shared 
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -255,7 +257,7 @@ def insert(
     kept: Past,
     past: Past | None,
     length_B: jax.Array,
-    slot_B: jax.Array,
+    slot_BS: jax.Array,
 ) -> Cache:
     """The cache with some slots filled anew.
 
@@ -263,18 +265,29 @@ def insert(
       kept: keys and values (layers, B, L, K, H) of rows that were read.
       past: those (layers, P, K, H) of what all rows begin with, or None.
       length_B: int32, tokens that a slot is to hold, P of them those of the past.
-      slot_B: int32, each row's slot; any number from `slots` on for a row that goes nowhere.
+      slot_BS: int32, the slots that each row goes to, the first ones of S; any number from `slots`
+        on for none.
     """
     whole = PartitionSpec(None, None, None, "tensor")
     of_past = PartitionSpec(None, None, "tensor")
     write = functools.partial(_insert, shape=shape)
     split = (SPLIT, whole, None if past is None else of_past, placement.WHOLE, placement.WHOLE)
     return placement.per_device(write, split, SPLIT, rows=shape.slots)(
-        cache, kept, past, length_B, slot_B
+        cache, kept, past, length_B, slot_BS
     )
 
 
-def _insert(cache: Cache, kept: Past, past: Past | None, length_B, slot_B, *, shape: CacheShape):
+def for_each_slot(write: Callable[..., Any], held: Any, slot_BS: jax.Array, slots: int) -> Any:
+    """`held = write(held, slot_B)`, once for each of the slots that rows go to, see `insert`.
+
+    One after the other, so that there is no copy of the rows for each of them, and one program
+    whatever the number.
+    """
+    most = jnp.max(jnp.sum(slot_BS < slots, axis=1))
+    return jax.lax.fori_loop(0, most, lambda s, held: write(held, slot_BS[:, s]), held)
+
+
+def _insert(cache: Cache, kept: Past, past: Past | None, length_B, slot_BS, *, shape: CacheShape):
     if past is not None:
         kept = jax.tree.map(
             lambda p, x: jnp.concatenate(
@@ -295,19 +308,23 @@ def _insert(cache: Cache, kept: Past, past: Past | None, length_B, slot_B, *, sh
     position = jnp.clip(position, 0, kept.keys.shape[2] - 1)
     rows = jnp.arange(length_B.shape[0])[None, :, None]
     k_nBbKH, v_nBbKH = (x[layer_n[:, None, None], rows, position] for x in (kept.keys, kept.values))
-    # Slots of other devices, and rows that go nowhere, are outside: their writes are dropped.
     local = cache.keys_CBKHb.shape[1]
-    slot_B = slot_B - placement.first_row(local)
-    slot_B = jnp.where(slot_B < 0, local, slot_B)
-    at = block_n[:, None], slot_B[None]
 
-    def by_position(x, new):  # (n, B, b, K, ...) to (n, B, K, b, ...)
-        return x.at[at].set(jnp.moveaxis(new, 2, 3).astype(x.dtype), mode="drop")
+    def write(cache, slot_B):
+        # Slots of other devices, and rows that go nowhere, are outside: their writes are dropped.
+        slot_B = slot_B - placement.first_row(local)
+        slot_B = jnp.where(slot_B < 0, local, slot_B)
+        at = block_n[:, None], slot_B[None]
 
-    def by_head(x, new):  # (n, B, b, K, H) to (n, B, K, H, b)
-        return x.at[at].set(jnp.moveaxis(new, 2, 4).astype(x.dtype), mode="drop")
+        def by_position(x, new):  # (n, B, b, K, ...) to (n, B, K, b, ...)
+            return x.at[at].set(jnp.moveaxis(new, 2, 3).astype(x.dtype), mode="drop")
 
-    return _map(shape, (k_nBbKH, v_nBbKH), cache, by_position, by_head)
+        def by_head(x, new):  # (n, B, b, K, H) to (n, B, K, H, b)
+            return x.at[at].set(jnp.moveaxis(new, 2, 4).astype(x.dtype), mode="drop")
+
+        return _map(shape, (k_nBbKH, v_nBbKH), cache, by_position, by_head)
+
+    return for_each_slot(write, cache, slot_BS, shape.slots)
 
 
 def _map(shape: CacheShape, new, cache: Cache, by_position, by_head) -> Cache:

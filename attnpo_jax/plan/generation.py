@@ -132,13 +132,14 @@ def plan(setting: Setting) -> Generation:
         programs.prefill, state, attention=setting.attention_of(backend), **static
     )
     length = min(_PREFILL, section.max_length)
+    prompts = whole(rows, length), whole(rows), whole(rows, slots)
     prefilling = setting.compile(
         "prefill",
         where,
         backend,
         Batching(1, rows, rows),
         rows * flops.keys_and_values(model, length),
-        lambda: read.lower((params, None), state, (whole(rows, length), whole(rows), whole(rows))),
+        lambda: read.lower((params, None), state, prompts),
     )
     of_chip = where.size
     weights = sum(_bytes_on_chip(x) for x in jax.tree.leaves(params))

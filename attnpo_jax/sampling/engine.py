@@ -4,7 +4,8 @@ The host decides which request goes to which slot; the device reads prompts into
 then takes a few steps a call in all slots at once. What a response is depends on its seed, its id
 and its number alone, whatever else is under way.
 
-Shapes: B slots, R rows of prompts, L row length, n steps a call.
+Shapes: B slots, R rows of prompts, S slots that a row goes to, L row length, n steps a
+call.
 """
 
 import collections
@@ -62,6 +63,14 @@ class _Slot:
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
     top: list[Top] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(eq=False)
+class _Row:
+    """A prompt that is read once, for all of its samples that get a slot at the same time."""
+
+    tokens: np.ndarray
+    slots: list[int] = dataclasses.field(default_factory=list)
 
 
 class Engine:
@@ -334,19 +343,23 @@ class Engine:
         if not taken:
             return
         self._make_state(any(request.settings.features.penalties for request in taken))
-        groups: dict[tuple[int, bool], list[tuple[int, Request]]] = {}
+        same: dict[bytes, _Row] = {}
         for b, request in zip(free, taken, strict=False):
             text = ResponseText(self._tokenizer.tokenizer.backend_tokenizer, request.settings.stop)
             self._slots[b] = _Slot(request, text)
-            shares = self._begins_shared(request)
+            tokens = np.asarray(request.tokens, np.int32)
+            same.setdefault(tokens.tobytes(), _Row(tokens)).slots.append(b)
+        groups: dict[tuple[int, bool], list[_Row]] = {}
+        for row in same.values():
+            shares = self._begins_shared(row.tokens)
             # All but the last token, which the first step reads.
-            rest = len(request.tokens) - 1 - (len(self._shared) if shares else 0)
-            groups.setdefault((row_length(rest), shares), []).append((b, request))
-        for (length, shares), members in sorted(groups.items(), reverse=True):
-            while members:
-                size = self._rows_at_once(length, len(members))
-                self._prefill(length, size, shares, members[:size])
-                members = members[size:]
+            rest = len(row.tokens) - 1 - (len(self._shared) if shares else 0)
+            groups.setdefault((row_length(rest), shares), []).append(row)
+        for (length, shares), rows in sorted(groups.items(), key=lambda g: g[0], reverse=True):
+            while rows:
+                size = self._rows_at_once(length, len(rows))
+                self._prefill(length, size, shares, rows[:size])
+                rows = rows[size:]
 
     def _rows_at_once(self, length: int, wanted: int) -> int:
         shards = self._backend.row_shards
@@ -356,40 +369,38 @@ class Engine:
                 return rows * shards
         raise AssertionError("one row always fits")
 
-    def _prefill(
-        self, length: int, size: int, shares: bool, members: Sequence[tuple[int, Request]]
-    ) -> None:
+    def _prefill(self, length: int, size: int, shares: bool, rows: Sequence[_Row]) -> None:
         start = len(self._shared) if shares else 0
         if shares and self._past is None:
             make_past = self._backend.whole_pass(
                 programs.shared_past, attention=self._attention, **self._static
             )
             self._past = make_past(self._params, self._shared)
-        tokens_RL, length_R = np.zeros((size, length), np.int32), np.zeros(size, np.int32)
-        slot_R = np.full(size, len(self._slots), np.int32)
-        for r, (b, request) in enumerate(members):
-            own = request.tokens[start:-1]
-            tokens_RL[r, : len(own)], length_R[r], slot_R[r] = own, len(own), b
-        arrays = tokens_RL, length_R, slot_R
+        own = [row.tokens[start:-1] for row in rows]
+        length_R = np.zeros(size, np.int32)
+        length_R[: len(own)] = [len(tokens) for tokens in own]
+        slot_RS = self._slots_of(rows, size)
+        arrays = _rows_of(own, size, length, 0), length_R, slot_RS
         program = self._program(programs.prefill, attention=self._attention)
         shared = self._params, self._past if shares else None
         self._state, _ = program(shared, self._state, self._backend.replicate(arrays))
         if self._state.seen_BV is not None:
-            self._mark_seen(members, size)
+            longest = row_length(max(len(row.tokens) for row in rows))
+            whole_RL = _rows_of([row.tokens for row in rows], size, longest, -1)
+            program = self._program(programs.mark_prompts)
+            arrays = self._backend.replicate((whole_RL, slot_RS))
+            self._state, _ = program(None, self._state, arrays)
 
-    def _mark_seen(self, members: Sequence[tuple[int, Request]], size: int) -> None:
-        longest = max(len(request.tokens) for _, request in members)
-        tokens_RL = np.full((size, row_length(longest)), -1, np.int32)
-        slot_R = np.full(size, len(self._slots), np.int32)
-        for r, (b, request) in enumerate(members):
-            tokens_RL[r, : len(request.tokens)], slot_R[r] = request.tokens, b
-        program = self._program(programs.mark_prompts)
-        arrays = self._backend.replicate((tokens_RL, slot_R))
-        self._state, _ = program(None, self._state, arrays)
+    def _slots_of(self, rows: Sequence[_Row], size: int) -> np.ndarray:
+        """Where rows go, int32 (R, S), see `kv_cache.insert`."""
+        slot_RS = np.full((size, len(self._slots)), len(self._slots), np.int32)
+        for slot_S, row in zip(slot_RS, rows, strict=False):
+            slot_S[: len(row.slots)] = row.slots
+        return slot_RS
 
-    def _begins_shared(self, request: Request) -> bool:
+    def _begins_shared(self, tokens: np.ndarray) -> bool:
         n = len(self._shared)
-        return 0 < n < len(request.tokens) and np.array_equal(request.tokens[:n], self._shared)
+        return 0 < n < len(tokens) and np.array_equal(tokens[:n], self._shared)
 
     # --- On the devices ---------------------------------------------------------------------------
 
@@ -414,6 +425,14 @@ class Engine:
             fixed = dict(static, shape=self._shape, **self._static)
             self._programs[key] = self._backend.state_pass(function, self._state, **fixed)
         return self._programs[key]
+
+
+def _rows_of(lists: Sequence[np.ndarray], size: int, length: int, fill: int) -> np.ndarray:
+    """Lists of tokens as int32 (R, L), filled up."""
+    tokens_RL = np.full((size, length), fill, np.int32)
+    for row, tokens in zip(tokens_RL, lists, strict=False):
+        row[: len(tokens)] = tokens
+    return tokens_RL
 
 
 def row_length(tokens: int) -> int:

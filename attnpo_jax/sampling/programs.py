@@ -1,6 +1,7 @@
 """What the engine has compiled: prompts into slots, and a few steps in all slots at once.
 
-Shapes: B slots, R rows of prompts, L row length, n steps a call.
+Shapes: B slots, R rows of prompts, S slots that a row goes to, L row length, n steps a
+call.
 """
 
 import dataclasses
@@ -38,11 +39,15 @@ def prefill(shared, state: State, arrays, *, config, shape, dtype, attention):
 
 def mark_prompts(_, state: State, arrays, *, config, shape, dtype):
     """Notes which tokens the prompts of some slots hold."""
-    del config, shape, dtype
-    tokens_RL, slot_R = arrays
-    seen_BV = state.seen_BV.at[slot_R].set(0, mode="drop")
-    tokens_RL = jnp.where(tokens_RL < 0, seen_BV.shape[1], tokens_RL)
-    seen_BV = seen_BV.at[slot_R[:, None], tokens_RL].set(sample.PROMPT, mode="drop")
+    del config, dtype
+    tokens_RL, slot_RS = arrays
+    tokens_RL = jnp.where(tokens_RL < 0, state.seen_BV.shape[1], tokens_RL)
+
+    def mark(seen_BV, slot_R):
+        seen_BV = seen_BV.at[slot_R].set(0, mode="drop")
+        return seen_BV.at[slot_R[:, None], tokens_RL].set(sample.PROMPT, mode="drop")
+
+    seen_BV = kv_cache.for_each_slot(mark, state.seen_BV, slot_RS, shape.slots)
     return dataclasses.replace(state, seen_BV=seen_BV), ()
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from attnpo_jax.models.attention.core import MASKED
 
-# Words that a draw looks at together: first the sums of all such groups, then the words of one.
+# Words that are looked at together: first what all such groups come to, then the words of one.
 _GROUP = 256
 
 PROMPT, SAMPLED = 1, 2
@@ -77,12 +77,26 @@ def next_tokens(
       seen_BV: uint8, where tokens have stood (see `PROMPT`); only with `penalties`.
     """
     changed_BV = changed_logits(logits_BV, settings, count_B, seen_BV, features)
-    token_B = jnp.argmax(changed_BV, axis=-1).astype(jnp.int32)
+    token_B = _highest(changed_BV)
     if features.draws:
         drawn_B = draw(kept_logits(changed_BV, settings, features), settings.key_B2, count_B)
         token_B = jnp.where(settings.temperature_B > 0, drawn_B, token_B)
     picked_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
     return token_B, picked_B - jax.nn.logsumexp(logits_BV, axis=-1)
+
+
+def _highest(logits_BV: jax.Array) -> jax.Array:
+    """`argmax` of each row, int32 (B,): first of groups of words, then of the words of one.
+
+    Any word of a row that holds NaN. CPUs look for places one by one, on one core: 13 ms for 64
+    rows of 49,152 words, against 2.
+    """
+    B, V = logits_BV.shape
+    padding = (0, 0), (0, -V % _GROUP)
+    logits_BGg = jnp.pad(logits_BV, padding, constant_values=-jnp.inf).reshape(B, -1, _GROUP)
+    group_B = jnp.argmax(jnp.max(logits_BGg, axis=-1), axis=-1)
+    logits_Bg = jnp.take_along_axis(logits_BGg, group_B[:, None, None], axis=1)[:, 0]
+    return (group_B * _GROUP + jnp.argmax(logits_Bg, axis=-1)).astype(jnp.int32)
 
 
 def likeliest(logits_BV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:

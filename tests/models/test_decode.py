@@ -65,11 +65,14 @@ def whole_pass(config, params, tokens):
 
 
 @functools.partial(jax.jit, static_argnames=("config", "shape", "fresh"))
-def _decode(config, params, cache, shape, tokens_BL, length_B, slot_B, past, next_BT, fresh=True):
+def _decode(config, params, cache, shape, tokens_BL, length_B, slot_BS, past, next_BT, fresh=True):
     if tokens_BL.shape[1]:
-        cache = decode.prefill(config, params, cache, shape, tokens_BL, length_B, slot_B, past=past)
+        cache = decode.prefill(
+            config, params, cache, shape, tokens_BL, length_B, slot_BS, past=past
+        )
     start = 0 if past is None else past.keys.shape[1]
-    by_slot = jnp.zeros(shape.slots, jnp.int32).at[slot_B].set(start + length_B, mode="drop")
+    by_slot = jnp.zeros(shape.slots, jnp.int32)
+    by_slot = by_slot.at[slot_BS].set(start + length_B[:, None], mode="drop")
 
     def one(carry, token_B):
         cache, length_B = carry
@@ -98,8 +101,10 @@ def decoded(config, params, sequences, lengths, shape, past_tokens=(), cache=Non
     past = decoder.make_past(config, params, jnp.asarray(past_tokens)) if P else None
     cache = kv_cache.empty(shape) if cache is None else cache
     length_B = np.array([*lengths, 3], np.int32)
-    slot_B = np.array([*slots, shape.slots], np.int32)
-    logits, cache = _decode(config, params, cache, shape, tokens, length_B, slot_B, past, following)
+    slot_B1 = np.array([*slots, shape.slots], np.int32)[:, None]
+    logits, cache = _decode(
+        config, params, cache, shape, tokens, length_B, slot_B1, past, following
+    )
     return np.asarray(logits)[:, slots], cache
 
 
@@ -134,6 +139,23 @@ def test_steps_give_the_forward_passes_logits(name, past):
         logits, cache = decoded(config, params, sequences, LENGTHS, shape, common, cache)
         wanted = expected(config, params, sequences, LENGTHS, past)
         np.testing.assert_allclose(logits, wanted, atol=2e-5)
+
+
+def test_a_row_goes_to_all_of_its_slots():
+    params, (sequence,) = random_params(GEMMA), sequences_of(GEMMA, LENGTHS[-1:])
+    n = LENGTHS[-1]
+    shape = CacheShape.of(GEMMA, 5, 64, jnp.float32, block=BLOCK)
+    tokens = np.stack([sequence[:n], np.full(n, 7)])
+    slot_BS = np.array([[3, 0, 4], [2, 5, 5]], np.int32)
+    following = np.tile(sequence[n:], (5, 1))
+    both = np.full(2, n, np.int32)
+    logits, _ = _decode(
+        GEMMA, params, kv_cache.empty(shape), shape, tokens, both, slot_BS, None, following
+    )
+    wanted = expected(GEMMA, params, [sequence], [n])
+    np.testing.assert_allclose(logits[:, [0, 3, 4]], wanted.repeat(3, 1), atol=2e-5)
+    # Of the other row.
+    assert abs(logits[0, 2] - wanted[0, 0]).max() > 0.1
 
 
 @pytest.mark.parametrize("quantized", [False, True])

@@ -383,9 +383,8 @@ def test_greedy_decoding_equals_transformers(models, name):
 
     @jax.jit
     def decoded(params, token_B):
-        cache = decode.prefill(
-            model.config, params, kv_cache.empty(shape), shape, tokens_BL, length_B, np.arange(3)
-        )
+        cache, slot_BS = kv_cache.empty(shape), jnp.arange(3)[:, None]
+        cache = decode.prefill(model.config, params, cache, shape, tokens_BL, length_B, slot_BS)
 
         def one(carry, _):
             token_B, length_B, cache = carry

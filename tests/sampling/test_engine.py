@@ -134,6 +134,36 @@ def test_devices_change_nothing(model, expected, axis, count):
     same(responses(engine, requests_of(model, samples=2, **SAMPLED)), expected)
 
 
+def test_eight_devices_of_heads_change_nothing(tmp_path):
+    folder = tiny.write_folder(tmp_path, num_attention_heads=8, num_key_value_heads=8)
+    model = load_model(str(folder))
+    requests = requests_of(model, 4, samples=2, max_new_tokens=8, **SAMPLED)
+    wanted = responses(engine_of(model, slots=4), requests)
+    sizes = {"data": 1, "fsdp": 1, "tensor": 8}
+    backend = backends.Sharded(model.config, sizes, jax.devices())
+    placed = jax.device_put(model.params, backend.parameter_shardings())
+    on_mesh = dataclasses.replace(model, params=placed)
+    same(responses(engine_of(on_mesh, slots=4, backend=backend), requests), wanted)
+
+
+@pytest.mark.parametrize("steady", [False, True])
+def test_a_prompt_is_read_once_for_all_of_its_samples(model, monkeypatch, steady):
+    requests = requests_of(model, number=2, samples=3, repetition_penalty=1.2, **SAMPLED)
+    rows = []
+    prefill = Engine._prefill
+    monkeypatch.setattr(Engine, "_prefill", lambda *args: rows.extend(args[-1]) or prefill(*args))
+    together = responses(engine_of(model, slots=6, steady=steady), requests)
+    assert [len(row.slots) for row in rows] == [3, 3]
+    rows.clear()
+    # In steady mode log-probs are the same to the last bit, whoever is read with whom.
+    alone = responses(engine_of(model, slots=6, steady=steady), requests[::3])
+    assert [len(row.slots) for row in rows] == [1, 1]
+    same(alone, {key: together[key] for key in alone})
+    if steady:
+        assert {r.logprobs for r in alone.values()} <= {r.logprobs for r in together.values()}
+    same(together, responses(engine_of(model, slots=1), requests))
+
+
 def test_some_alone_are_the_same_as_among_others(model, expected):
     # As after an interruption: fewer requests, which share another beginning.
     requests = requests_of(model, samples=2, **SAMPLED)[5:7]

@@ -125,6 +125,14 @@ def test_temperature_0_takes_the_likeliest():
     assert tokens.tolist() == [logits.argmax()] * 3
 
 
+@pytest.mark.parametrize("size", [5, 256, 700])
+def test_the_first_of_the_highest_is_taken(size):
+    logits = np.random.default_rng(size).integers(-9, 3, (40, size)).astype(np.float32)
+    logits[0] = -np.inf
+    tokens = sample._highest(jnp.asarray(logits))
+    np.testing.assert_array_equal(tokens, logits.argmax(-1))
+
+
 def test_a_draw_depends_on_seed_prompt_sample_and_place_alone():
     logits = logits_of(V)
     first, _ = drawn(logits, SamplingSettings(seed=1), draws=40)

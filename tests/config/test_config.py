@@ -121,6 +121,7 @@ def test_what_decides_a_run_s_course():
         "optim.max_grad_norm",
         "train.batch_size",
         "train.epochs",
+        "train.pairs",
         "train.steps",
     }
 

@@ -14,8 +14,9 @@ import jax
 import pytest
 
 import attnpo_jax
-from attnpo_jax import cli, evaluate
+from attnpo_jax import cli
 from attnpo_jax.config import ConfigError, flatten, load_config
+from attnpo_jax.evaluate import evaluator
 from attnpo_jax.run import Run
 from attnpo_jax.runtime.errors import UsageError
 
@@ -434,7 +435,7 @@ def test_help_lists_commands_and_options(arguments, capsys):
 def test_the_help_of_evaluate_lists_evaluations(capsys):
     assert cli.main(["evaluate", "--help"]) == 0
     listed = capsys.readouterr().out.partition("Evaluate NAME")[2]
-    for name in evaluate.names():
+    for name in evaluator._BUILTIN:
         assert f"\n  {name} " in listed and f"evaluate {name}" in cli.COMMANDS
 
 

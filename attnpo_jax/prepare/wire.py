@@ -12,7 +12,18 @@ from attnpo_jax.data.tokenize import TokenizedPair
 from attnpo_jax.judge.prompt import JudgePrompt
 from attnpo_jax.prepare.pair_forms import PairForms
 from attnpo_jax.runtime import schema
-from attnpo_jax.runtime.schema import Choice, Flag, Listed, Mapped, Maybe, Row, Table, Text, Whole
+from attnpo_jax.runtime.schema import (
+    Choice,
+    Flag,
+    Listed,
+    Mapped,
+    Maybe,
+    Number,
+    Row,
+    Table,
+    Text,
+    Whole,
+)
 
 _DTYPES = ("int32", "float32")  # 4 bytes each
 
@@ -68,6 +79,7 @@ FORMS = Listed(
             "tokenized": Table(_TOKENIZED),
             "prompt": Maybe(Table(_PROMPT)),
             "precomputed": Maybe(Row((_WEIGHTS, _WEIGHTS))),
+            "numbers": Mapped(Number()),
         }
     )
 )
@@ -85,6 +97,7 @@ def from_json(value: dict[str, Any]) -> PairForms:
         TokenizedPair(**_unpacked(value["tokenized"])),
         None if prompt is None else JudgePrompt(**_unpacked(prompt)),
         None if precomputed is None else _unpacked(precomputed),
+        value["numbers"],
     )
 
 

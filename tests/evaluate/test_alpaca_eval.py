@@ -306,7 +306,8 @@ def test_the_package_and_we_read_each_others_annotations_and_agree(tmp_path, add
     ours = annotate.annotate(pairs, prompt, judge, annotator="weighted", seed=0)
     (tmp_path / "annotations.json").write_text(json.dumps(ours))
     environment = os.environ | {"OPENAI_API_BASE": address, "HF_HUB_OFFLINE": "1"}
-    command = [os.environ["ATTNPO_ALPACA_EVAL"], str(PACKAGE), str(tmp_path)]
+    # Without what other launched processes are given by PYTHONPATH.
+    command = [os.environ["ATTNPO_ALPACA_EVAL"], "-E", str(PACKAGE), str(tmp_path)]
     said = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=300, check=False
     )

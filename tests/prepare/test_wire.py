@@ -25,7 +25,8 @@ def forms(tmp_path_factory):
     prompter = JudgePrompter(tokenizer, JudgeTemplate.load(str(template)), 200, 60)
     tokenize = PairTokenizer(tokenizer, prompter, max_length=200, max_prompt_length=100)
     weights = tuple(np.array([[0.1, -2.5e-30]], np.float32) for _ in range(2))
-    return dataclasses.replace(tokenize.forms(PAIR), precomputed=weights)
+    numbers = {"weight": 2.0, "margin": -0.5}
+    return dataclasses.replace(tokenize.forms(PAIR), precomputed=weights, numbers=numbers)
 
 
 def sent(forms):

@@ -31,8 +31,8 @@ set -f
 
 # `exec`: attnpo itself is then what Kubernetes tells to stop.
 # shellcheck disable=SC2086  # OPTIONS holds several words
-command="pip install -q --require-hashes -r requirements.lock && \
-pip install -q '.[tpu,tokamax]' && \
+command="pip install -q --require-hashes -r requirements-tpu.lock && \
+pip install -q --no-deps . && \
 export $(words HF_HOME="$MOUNT/huggingface" ATTNPO_CACHE="$MOUNT/cache") && \
 exec attnpo $(words run --config="$CONFIG" --workdir="$MOUNT/runs/$RUN" $OPTIONS)"
 

@@ -82,8 +82,8 @@ install)
     python3 -m pip install --user --quiet --require-hashes -r attnpo_jax/launch/uv.txt
     ~/.local/bin/uv venv --clear --python 3.11 ~/attnpo_venv
     ~/.local/bin/uv pip install --python ~/attnpo_venv/bin/python --require-hashes \
-      -r attnpo_jax/requirements.lock
-    ~/.local/bin/uv pip install --python ~/attnpo_venv/bin/python './attnpo_jax[tpu,tokamax]'"
+      -r attnpo_jax/requirements-tpu.lock
+    ~/.local/bin/uv pip install --python ~/attnpo_venv/bin/python --no-deps ./attnpo_jax"
   ;;
 run)
   # shellcheck disable=SC2086  # OPTIONS holds several words

@@ -99,7 +99,7 @@ def test_tpu_pod():
     assert options(copy)["worker"] == options(install)["worker"] == "all"
     remote = options(install)["command"]
     shell("-n", "-c", remote)
-    assert "mount -t nfs 1.2.3.4:/vol /mnt/attnpo" in remote and "[tpu,tokamax]" in remote
+    assert "mount -t nfs 1.2.3.4:/vol /mnt/attnpo" in remote and "requirements-tpu.lock" in remote
 
     (run,) = dry_run("tpu_pod.sh", "run", **where)
     assert run[:6] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "n"]

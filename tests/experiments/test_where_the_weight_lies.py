@@ -48,15 +48,15 @@ def test_violations_are_whole_words_with_the_space_before_them(text, spans):
 
 
 def test_unfinished_and_short_answers_fail():
-    long = "One two three four five six seven eight nine ten eleven twelve"
+    long = "One two three four five six seven eight nine ten"
     assert NO_THE.passes(long, finished=True)
     assert not NO_THE.passes(long, finished=False)
-    assert not NO_THE.passes(long.removesuffix(" twelve"), finished=True)
+    assert not NO_THE.passes(long.removesuffix(" ten"), finished=True)
     assert not NO_THE.passes(f"{long} the", finished=True)
 
 
 def answer(sample, text, tokens, finish="stop"):
-    long = text + " one two three four five six seven eight nine ten eleven"
+    long = text + " one two three four five six seven eight nine"
     return {
         "id": "sea/0",
         "prompt": [{"role": "user", "content": "?"}],

@@ -155,9 +155,10 @@ def show(found: Mapping[str, Any]) -> None:
 
 
 def same(mine: Results, theirs: Results) -> bool:
-    """Prints which runs both have, and whether their figures are the same."""
-    equal = True
-    for key in sorted(set(mine.rows) & set(theirs.rows), key=str):
+    """Prints which runs both have; whether there are any, and all their figures are the same."""
+    both = sorted(set(mine.rows) & set(theirs.rows), key=str)
+    equal = bool(both)
+    for key in both:
         one, other = mine.rows[key], theirs.rows[key]
         agree = one["passes"] == other["passes"] and all(one[n] == other[n] for n in _SHOWN)
         equal &= agree

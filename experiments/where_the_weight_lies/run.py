@@ -75,6 +75,21 @@ class Lab:
         path = generate(run, model=model, prompts=source, name=split, console=self.quiet)
         return [json.loads(line) for line in path.read_text().splitlines()]
 
+    def pairs_digest(self) -> str:
+        """Tells the file of pairs from others."""
+        return hashlib.sha256(self.pairs.read_bytes()).hexdigest()[:16]
+
+    def refuse_other_pairs(self) -> None:
+        """Ends where results are there that were trained on other pairs than the workdir's."""
+        for row in self.results.rows.values():
+            of = row.get("pairs_sha256", self.pairs_digest())
+            if row["task"] == self.task and of != self.pairs_digest():
+                raise SystemExit(
+                    f"{self.results.folder} has runs on pairs {of}, {self.pairs} is "
+                    f"{self.pairs_digest()}: the base model's answers were others; accepted: the "
+                    "workdir of those runs, or another folder of --results"
+                )
+
     def row(self, arm: str, beta: float, rate: float, seed: int, split: str) -> dict:
         """What tells a run and split from the others."""
         return {
@@ -98,7 +113,10 @@ def make_pool(lab: Lab) -> None:
         _LOG.info("%d pairs of %d answers", len(made), len(records))
         write(lab.pairs, "".join(json.dumps(row) + "\n" for row in made))
         base = scores(records, TASKS[lab.task])
-        lab.results.add(lab.row("base", 0.0, 0.0, 0, "train") | base | {"pairs": len(made)})
+        lab.refuse_other_pairs()
+        row = lab.row("base", 0.0, 0.0, 0, "train") | base
+        lab.results.add(row | {"pairs": len(made), "pairs_sha256": lab.pairs_digest()})
+    lab.refuse_other_pairs()
     prepare.prepare(Run.resolve(config, lab.pool), console=lab.quiet)
 
 
@@ -151,7 +169,7 @@ def _about(lab: Lab, training: float, sampling: float) -> dict:
         "",
     )
     return {
-        "pairs_sha256": hashlib.sha256(lab.pairs.read_bytes()).hexdigest()[:16],
+        "pairs_sha256": lab.pairs_digest(),
         "training_seconds": round(training, 1),
         "sampling_seconds": round(sampling, 1),
         "device": f"{os.cpu_count()} x {cpu}, {jax.devices()[0].platform}, jax {jax.__version__}",
@@ -207,6 +225,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--skip-gate", action="store_true", help="for a rerun of a few seeds")
     parser.add_argument("--most", type=int, help=f"prompts a split, for a trial; {MOST}")
     options = parser.parse_args(arguments)
+    if options.most is not None and options.results == here / "results":
+        parser.error("--most is for trials: name another folder with --results")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", force=True)
     cache = options.workdir / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(cache.absolute()))

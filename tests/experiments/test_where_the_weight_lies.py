@@ -146,3 +146,4 @@ def test_a_rerun_is_held_to_the_committed_figures(tmp_path, capsys):
     assert analyse.same(results.Results(tmp_path / "a"), other)
     other.add(row | {"passes": [0]})
     assert not analyse.same(one, other)
+    assert not analyse.same(one, results.Results(tmp_path / "none"))

@@ -143,7 +143,7 @@ def do_run(
         (folder / "prepared").symlink_to(os.path.relpath(lab.pool / "prepared", folder))
     config = arms_lib.arm_config(lab.pairs, arm, beta, rate, seed)
     if lab.most is not None:
-        config.train.pairs = 0  # a trial has fewer pairs than a run draws
+        config.train.pairs, config.train.steps = 0, 3  # of the few pairs that it has
     run = Run.resolve(config, folder)
     start = time.monotonic()
     train.train(run, console=lab.quiet)
@@ -231,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cache = options.workdir / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(cache.absolute()))
 
-    lab = Lab(options.workdir, Results(options.results), options.task, options.most)
+    lab = Lab(options.workdir.absolute(), Results(options.results), options.task, options.most)
     until = STAGES.index(options.until)
     make_pool(lab)
     if until >= STAGES.index("gate") and not options.skip_gate and not gate(lab):

@@ -15,8 +15,10 @@ import jax.numpy as jnp
 
 from attnpo_jax.data.batching import PairBatch
 from attnpo_jax.losses import ResponseScores, traits
+from attnpo_jax.models import lora
 from attnpo_jax.models.decoder import ModelConfig, Params
 from attnpo_jax.models.scoring import response_scores
+from attnpo_jax.registry import NotComputed
 from attnpo_jax.weighting import ResponseTokens
 
 Metrics = dict[str, jax.Array]
@@ -48,6 +50,8 @@ class StepSettings:
       weight_columns: the names on the axis of the precomputed weights.
       needs: what the weighting declared that it reads, of `weighting.NEEDS`; what neither it nor
         the objective declared is not computed.
+      reference: the shape of the reference, of which a step gets a copy where the objective needs
+        its distribution; None where it needs none, or the reference is the model without adapters.
       dtype: what activations are computed in.
       remat: a key of `models.decoder.REMAT_POLICIES`.
       attention: one of `models.attention.implementations.IMPLEMENTATIONS`.
@@ -61,6 +65,7 @@ class StepSettings:
     source_layers: tuple[int, ...]
     weight_columns: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
+    reference: ModelConfig | None = None
     dtype: Any = jnp.float32
     remat: str = "dots"
     attention: str = "xla"
@@ -68,7 +73,7 @@ class StepSettings:
 
 
 def batch_losses(
-    settings: StepSettings, params: Params, batch: PairBatch
+    settings: StepSettings, params: Params, batch: PairBatch, reference: Params | None = None
 ) -> tuple[jax.Array, Metrics]:
     """Each pair's loss and what is reported of it.
 
@@ -76,36 +81,74 @@ def batch_losses(
       settings: the step's settings.
       params: the policy's parameters; the loss is differentiable in them.
       batch: rows without a microbatch axis.
+      reference: see `policy_logps`.
 
     Returns:
       loss_P and metrics (P,), as `pair_losses` gives them.
     """
-    return losses_of_logps(settings, *policy_logps(settings, params, batch), batch)
+    return losses_of_logps(settings, *policy_logps(settings, params, batch, reference), batch)
 
 
 def policy_logps(
-    settings: StepSettings, params: Params, batch: PairBatch
+    settings: StepSettings, params: Params, batch: PairBatch, reference: Params | None = None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The policy's log-prob of each response token, float32 (B, G, 2, T), and by name the
-    statistics of its distribution there that weighting and objective need, of the same shape.
+    """The policy's log-prob of each response token, and statistics of its distribution there.
+
+    Args:
+      settings: the step's settings.
+      params: the policy's parameters.
+      batch: rows without a microbatch axis.
+      reference: the reference's parameters, of the shape `settings.reference`; None where that is
+        None. Read where the objective needs the reference's distribution.
+
+    Returns:
+      float32 (B, G, 2, T), and by name what weighting and objective need of such statistics, of the
+      same shape: of `lm_head.STATISTICS`, and `reference_kl`, KL(reference || policy).
+
+    Raises:
+      ValueError: the objective needs the reference's distribution, and there is no reference.
     """
     of_objective = traits(settings.objective).needs
-    if "reference_kl" in of_objective:
-        raise ValueError(
-            "the objective needs reference_kl, the reference's distribution over the vocabulary, "
-            "which a step does not have; call it with scores that have kl_B"
-        )
     needs = dict.fromkeys((*settings.needs, *of_objective))
+    against = None
+    if "reference_kl" in of_objective:
+        if settings.reference is None and settings.model.lora is None:
+            raise ValueError(
+                "the objective needs reference_kl, the reference's distribution over the "
+                "vocabulary, and the settings have no reference; accepted: a `reference`, adapters "
+                "on a model, or a call of the objective with scores that have kl_B"
+            )
+        if settings.reference is None:
+            against = lora.without(settings.model), lora.base(params)
+        else:
+            against = settings.reference, reference
     return response_scores(
         settings.model,
         params,
         batch,
-        statistics=tuple(need.removeprefix("policy_") for need in needs),
+        statistics=tuple(
+            need.removeprefix("policy_") for need in needs if need.startswith("policy_")
+        ),
+        reference=against,
         dtype=settings.dtype,
         remat=settings.remat,
         attention=settings.attention,
         chunk=settings.logps_chunk,
     )
+
+
+def without_losses(settings: StepSettings) -> StepSettings:
+    """The settings with all losses 0 and all else as it was, the rewards among it.
+
+    For those who ask for no loss: what only losses are made of is not computed.
+    """
+
+    def no_loss(chosen: ResponseScores, rejected: ResponseScores) -> jax.Array:
+        return jnp.zeros_like(chosen.policy_B)
+
+    of = dataclasses.replace(traits(settings.objective), needs=())
+    no_loss.objective_traits = lambda: of
+    return dataclasses.replace(settings, objective=no_loss, reference=None)
 
 
 def losses_of_logps(
@@ -120,15 +163,32 @@ def losses_of_logps(
         """(B, G, 2, ...) -> (2P, ...): the responses of a pair in turn."""
         return x.reshape(math.prod(x.shape[:3]), *x.shape[3:])
 
+    def declared(x, field, need):
+        if x is not None:
+            return by_response(x)
+        declares = f'@weighting.register(needs=("{need}",))'
+        return NotComputed(
+            field, f"nothing declares that it reads it; a weighting does so by {declares}"
+        )
+
+    judged = bool(settings.source_layers)
+    verdict = jnp.repeat(batch.verdict_BG2[..., None, :], 2, axis=2) if judged else None
+    statistics = {name: by_response(x) for name, x in statistics.items()}
+    kl_BT = statistics.pop("reference_kl", None)
     mask, policy = by_response(batch.mask_BG2T), by_response(policy_BG2T)
     tokens = by_response(_tokens(batch))
     lengths = jnp.sum(mask, axis=-1)
     responses = ResponseTokens(
         mask_BT=mask,
         text_mask_BT=by_response(batch.text_mask_BG2T),
-        judge_B2ST=by_response(batch.judge_BG22ST),
-        verdict_B2=jnp.repeat(batch.verdict_BG2.reshape(-1, 2), 2, axis=0),
-        reference_logps_BT=by_response(batch.reference_logps_BG2T),
+        judge_B2ST=declared(batch.judge_BG22ST if judged else None, "judge_B2ST", "judge"),
+        verdict_B2=declared(verdict, "verdict_B2", "judge"),
+        reference_logps_BT=declared(
+            batch.reference_logps_BG2T, "reference_logps_BT", "reference_logps"
+        ),
+        reference_entropy_BT=declared(
+            batch.reference_entropy_BG2T, "reference_entropy_BT", "reference_entropy"
+        ),
         policy_logps_BT=jax.lax.stop_gradient(policy),
         is_chosen=jnp.tile(jnp.array([True, False]), mask.shape[0] // 2),
         source_layers=settings.source_layers,
@@ -138,7 +198,7 @@ def losses_of_logps(
         tokens_BT=tokens,
         partner_tokens_BT=_partners(tokens),
         partner_length_B=_partners(lengths),
-        **{f"policy_{name}_BT": by_response(x) for name, x in statistics.items()},
+        **{f"policy_{name}_BT": x for name, x in statistics.items()},
     )
     return pair_losses(
         settings.weighting,
@@ -150,6 +210,7 @@ def losses_of_logps(
         resolution=resolution(settings.dtype),
         weight_P=batch.weight_BG.reshape(-1),
         margin_P=batch.margin_BG.reshape(-1) if traits(settings.objective).margin else None,
+        kl_BT=kl_BT,
     )
 
 
@@ -176,6 +237,7 @@ def pair_losses(
     resolution: float = 0.0,
     weight_P: jax.Array | float = 1.0,
     margin_P: jax.Array | None = None,
+    kl_BT: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """TwDPO (Huang et al. 2026): an objective of the weighted sums of both responses' log-probs.
 
@@ -183,13 +245,16 @@ def pair_losses(
       weigh: gives weights (B, T); no gradient goes through them.
       objective: gives losses (P,).
       policy_BT: the policy's log-probs; the loss is differentiable in them.
-      responses: the same tokens, with the reference's log-probs, as `weigh` sees them; with
-        `policy_collision_BT`, 0 where there is no token, for objectives that declare it.
+      responses: the same tokens, with the reference's log-probs (but for a reference-free
+        objective), as `weigh` sees them; with `policy_collision_BT`, 0 where there is no token, for
+        objectives that declare it.
       valid_P: bool, false for empty slots.
       beta: scale of the reported rewards, where the objective has none of its own.
       resolution: relative error of a log-prob, see the function of this name.
       weight_P: the pairs' losses are multiplied by it.
       margin_P: what the pairs' logits are to exceed, for the objective; None for no margins.
+      kl_BT: KL(reference || policy) of each token's distributions, 0 where there is no token, for
+        objectives that declare it; the loss is differentiable in it.
 
     Returns:
       loss_P, 0 for empty slots, and a dict of metrics (P,): `unweighted_loss` (what the loss would
@@ -201,24 +266,35 @@ def pair_losses(
     # The reference is frozen, and a weighting that reads the policy is not differentiated through.
     weights, reference = jax.lax.stop_gradient((weigh(responses), responses.reference_logps_BT))
     mask, T = responses.mask_BT, policy_BT.shape[-1]
+    free = traits(objective).reference_free
 
     def score(weights, side):
-        w, pi, rho, m = (
-            x.reshape(-1, 2, T)[:, side] for x in (weights, policy_BT, reference, mask)
-        )
-        collision_BT, collision_B = responses.policy_collision_BT, None
-        if collision_BT is not None:
-            collision_B = jnp.sum(collision_BT.reshape(-1, 2, T)[:, side], axis=-1)
+        def of_side(x_BT):
+            return x_BT.reshape(-1, 2, T)[:, side]
+
+        def total(x_BT, where=None):
+            return None if x_BT is None else jnp.sum(of_side(x_BT), axis=-1, where=where)
+
+        w, pi, m = of_side(weights), of_side(policy_BT), of_side(mask)
+        if free:
+            remedy = "the objective declares reference_free=True, so it is to read none"
+            reference_B, reference_sum_B = (
+                NotComputed(name, remedy) for name in ("reference_B", "reference_sum_B")
+            )
+        else:
+            reference_B = jnp.sum(w * of_side(reference), axis=-1)
+            reference_sum_B = total(reference, m)
         return ResponseScores(
             policy_B=jnp.sum(w * pi, axis=-1),
-            reference_B=jnp.sum(w * rho, axis=-1),
+            reference_B=reference_B,
             # An objective may divide by these. For empty slots they are 1: a NaN there would get
             # into the gradient, although the slot's loss is left out.
             weight_B=jnp.where(valid_P, jnp.sum(w, axis=-1), 1),
             length_B=jnp.where(valid_P, jnp.sum(m, axis=-1), 1),
-            policy_sum_B=jnp.sum(pi, axis=-1, where=m),
-            reference_sum_B=jnp.sum(rho, axis=-1, where=m),
-            collision_sum_B=collision_B,
+            policy_sum_B=total(policy_BT, m),
+            reference_sum_B=reference_sum_B,
+            collision_sum_B=total(responses.policy_collision_BT),
+            kl_B=total(kl_BT),
             margin_B=margin_P if side == 0 else None,
         )
 

@@ -6,6 +6,7 @@ signatures, and checks names and values before anything runs. `load_plugins` imp
 files, so that decorators in them can register more functions.
 """
 
+import dataclasses
 import functools
 import inspect
 import os
@@ -14,6 +15,8 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+import jax
 
 from attnpo_jax.runtime import python_file
 from attnpo_jax.runtime.errors import UserError
@@ -28,6 +31,34 @@ class RegistryError(UserError):
 
 class PluginError(UserError):
     """A plugin file that is missing or fails while it is imported."""
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class NotComputed:
+    """Stands where an array would be that nobody has computed: whoever reads it is told so.
+
+    Attributes:
+      field: the array's name.
+      remedy: what to do about it.
+    """
+
+    field: str
+    remedy: str
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise RegistryError(f"{self.field} is not computed here: {self.remedy}")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._refuse()
+
+    # What arrays are asked for: JAX's own conversion, items, operators.
+    __jax_array__ = __array__ = __getitem__ = __iter__ = __len__ = __bool__ = _refuse
+    __neg__ = __pos__ = __abs__ = __invert__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __matmul__ = _refuse
+    __truediv__ = __rtruediv__ = __pow__ = __rpow__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
 
 
 class Registry:
@@ -47,10 +78,13 @@ class Registry:
         self.inputs = inputs
         self.accepted_needs = accepted_needs
         self._functions: dict[str, Callable[..., Any]] = {}
-        self._needs: dict[str, tuple[str, ...]] = {}
+        self._needs: dict[str, tuple[str, ...] | Callable[..., Iterable[str]]] = {}
 
     def register(
-        self, function: Callable[..., Any] | None = None, *, needs: Iterable[str] = ()
+        self,
+        function: Callable[..., Any] | None = None,
+        *,
+        needs: Iterable[str] | Callable[..., Iterable[str]] = (),
     ) -> Callable[..., Any]:
         """Adds a function under its own name; for use as a decorator.
 
@@ -58,7 +92,8 @@ class Registry:
 
         Args:
           function: what to add; None gives the decorator, as in `@register(needs=("...",))`.
-          needs: which of `accepted_needs` it reads; what nobody needs is not computed.
+          needs: which of `accepted_needs` it reads; what nobody needs is not computed. Or a
+            function that takes all hyperparameters by name, and says so.
 
         Raises:
           RegistryError: the name belongs to a function of another module, the arguments are
@@ -68,12 +103,8 @@ class Registry:
         if function is None:
             return functools.partial(self.register, needs=needs)
         name = function.__name__
-        needs = (needs,) if isinstance(needs, str) else tuple(needs)
-        if unknown := [need for need in needs if need not in self.accepted_needs]:
-            raise RegistryError(
-                f"{self.kind} {name!r} needs {', '.join(map(repr, unknown))}; accepted: "
-                f"{', '.join(self.accepted_needs) or 'none'}"
-            )
+        if not callable(needs):
+            needs = self._accepted(name, needs)
         parameters = list(inspect.signature(function).parameters.values())
         positional = [
             p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
@@ -112,14 +143,24 @@ class Registry:
             )
         return self._functions[name]
 
-    def needs(self, name: str) -> tuple[str, ...]:
-        """What a function declared that it needs.
+    def _accepted(self, name: str, needs: Iterable[str]) -> tuple[str, ...]:
+        needs = (needs,) if isinstance(needs, str) else tuple(needs)
+        if unknown := [need for need in needs if need not in self.accepted_needs]:
+            raise RegistryError(
+                f"{self.kind} {name!r} needs {', '.join(map(repr, unknown))}; accepted: "
+                f"{', '.join(self.accepted_needs) or 'none'}"
+            )
+        return needs
+
+    def needs(self, name: str, hyperparameters: Mapping[str, Any] | None = None) -> tuple[str, ...]:
+        """What a function declared that it needs, with some hyperparameters or the defaults.
 
         Raises:
           RegistryError: no such name.
         """
-        self.get(name)
-        return self._needs.get(name, ())
+        values = {**self.hyperparameters(name), **(hyperparameters or {})}
+        declared = self._needs.get(name, ())
+        return self._accepted(name, declared(**values)) if callable(declared) else declared
 
     def hyperparameters(self, name: str) -> dict[str, Any]:
         """Hyperparameters of a function and their defaults (`REQUIRED` where there is none).

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ml_collections import config_dict
 
 from attnpo_jax import config as config_lib
-from attnpo_jax.data import mixture, vocabulary
+from attnpo_jax.data import column_sets, mixture, vocabulary
 from attnpo_jax.data.cache_key import cache_key, naming_fields
 from attnpo_jax.data.columns import Columns
 from attnpo_jax.data.manifest import PreparedMismatch, differences
@@ -28,6 +28,7 @@ from attnpo_jax.judge.prompt import JudgeTemplate
 from attnpo_jax.models import int8, lora
 from attnpo_jax.models.config import ModelConfig
 from attnpo_jax.models.io import hf_folder
+from attnpo_jax.models.io.model_source import ModelSource
 from attnpo_jax.parallel import processes
 from attnpo_jax.runtime import best, lock, metrics, paths, schema
 from attnpo_jax.runtime.errors import UserError
@@ -139,6 +140,11 @@ class Run:
         """The precomputed weights to read: "all", or their names."""
         return config_lib.weight_columns(self.config)
 
+    @functools.cached_property
+    def reads(self) -> tuple[str, ...]:
+        """The columns of judge and reference that training reads, by `data.shards.GROUPS`."""
+        return config_lib.reads(self.config)
+
     def held_out_prompts(self, most: int | None = None) -> list[Prompt]:
         """The prompts of the held-out pairs, the first of them where there are to be no more."""
         data = self.config.data
@@ -234,6 +240,14 @@ class Run:
         return int8.shape_of_passes(self.model, self.config.model.prepare_weights)
 
     @functools.cached_property
+    def reference(self) -> ModelSource | None:
+        """The reference; None for the model that training starts from."""
+        source = self.config.reference.source
+        if source in ("", self.config.model.source):
+            return None
+        return ModelSource(source, "reference.source", self.workdir is not None)
+
+    @functools.cached_property
     def source_layers(self) -> tuple[int, ...]:
         """The layers whose attention is kept, checked against the model."""
         return config_lib.check_layers(self.config, self.model.num_layers, self.model.layer_windows)
@@ -270,24 +284,33 @@ class Run:
         fields = {f"lora.{name}": self.config.lora[name] for name in ("rank", "alpha", "targets")}
         return {"config": fields, "prepared": {"model": {"weights": self.weights_digest}}}
 
-    def load_params(self, shape: ModelConfig, shardings: Any, *, keep: bool = False) -> Any:
-        """The model's parameters, in `model.param_dtype`; read once for stages in one process.
+    def load_params(
+        self,
+        shape: ModelConfig,
+        shardings: Any,
+        *,
+        keep: bool = False,
+        of: ModelSource | None = None,
+    ) -> Any:
+        """A model's parameters, in `model.param_dtype`; read once for stages in one process.
 
         Args:
-          shape: `model` or `passes`.
+          shape: `model` or `passes`, or those of another model.
           shardings: where they lie, as `Backend.parameter_shardings` says.
           keep: whether the next stage may have these very arrays. Who leaves it False may donate
             them.
+          of: the model; None for the one that training starts from.
         """
         import jax
         import jax.numpy as jnp
 
-        key = shape, tuple(jax.tree.leaves(shardings))
+        folder = self.model_folder if of is None else of.folder
+        key = folder, shape, tuple(jax.tree.leaves(shardings))
         params = self._loaded.get(key)
         self._loaded.clear()  # never two sets of parameters at a time
         if params is None:
             params = hf_folder.load_params(
-                self.model_folder,
+                folder,
                 shape,
                 param_dtype=jnp.dtype(self.config.model.param_dtype),
                 shardings=shardings,
@@ -305,7 +328,10 @@ class Run:
     def cache_key(
         self, split: str, pairs_digest: str | None, weight_columns: Sequence[str] = ()
     ) -> dict[str, Any]:
-        """Everything that a split's prepared dataset depends on; see `data.cache_key`."""
+        """Everything that a split's prepared dataset depends on; see `data.cache_key`.
+
+        But for which columns it has, and what another reference is: see `data.column_sets`.
+        """
         config = self.config
         return cache_key(
             model={
@@ -335,13 +361,17 @@ class Run:
             weights_tokenizer=config.data.weights_tokenizer,
         )
 
-    def open_prepared(self, split: str) -> Prepared:
+    def open_prepared(self, split: str, reads: Sequence[str] | None = None) -> Prepared:
         """A split's prepared dataset, if it is what this run would prepare.
 
         The pairs are not read again: of the data, only the names of the sources are compared.
 
+        Args:
+          split: `train` or `eval`.
+          reads: of `data.shards.GROUPS`, what rows are to have; None for what training reads.
+
         Raises:
-          FileNotFoundError: there is none, or it is not finished.
+          FileNotFoundError: there is none, or it is not finished, or lacks what is read.
           PreparedMismatch: it was prepared with other settings.
           ConfigError: it lacks the precomputed weights that `weighting.column` names.
           UserError: a token is beyond the model's vocabulary.
@@ -356,11 +386,13 @@ class Run:
         dataset = Prepared.open(path)
         columns = dataset.weight_columns if self.weight_columns == "all" else self.weight_columns
         wanted = self.cache_key(split, None, columns)
-        on_disk = dict(dataset.meta["components"])
+        on_disk = dataset.identity
         on_disk["data"] = {k: v for k, v in on_disk.get("data", {}).items() if k != "digest"}
         if found := differences(on_disk, wanted):
             with naming_fields(split):
                 raise PreparedMismatch(path, found)
+        other = None if self.reference is None else self.reference.identity
+        dataset = column_sets.joined(dataset, self.reads if reads is None else reads, other)
         config_lib.check_columns(self.config, dataset.weight_columns)
         vocabulary.check_rows(self.tokenizer, self.model.vocab_size, dataset, str(path))
         return dataset

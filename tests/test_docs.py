@@ -56,7 +56,7 @@ def test_config_page_says_what_a_field_accepts_and_what_a_resumed_run_must_share
     stale = text.replace("a whole number from 2 to", "any").replace("`lora.alpha`, ", "")
     assert "`train.epochs` | `1` | a whole number from 1 to 100,000 | passes over the" in text
     assert stale != text == config_docs.rewritten(stale)
-    sentence = re.search(r"A run resumes only with the same (.*?), and the same", text, re.S)[1]
+    sentence = re.search(r"A run resumes only with the same (.*?), and\sthe\ssame", text, re.S)[1]
     named = re.findall(r"`([\w.]+)`", sentence)
     assert {"seed", "weighting", "objective", "lora.rank", "optim", "train.steps"} <= set(named)
     for field in FIELDS:
@@ -82,7 +82,8 @@ def test_config_page_lists_every_weighting_and_objective_with_its_hyperparameter
 
 def test_data_page_lists_the_prepared_columns():
     listed = [name for row in rows("data.md", 3) for name in re.findall(r"`(\w+)`", row[0])]
-    assert sorted(listed) == sorted(shards.features(1, 1, numbers=NUMBERS))
+    every = shards.features(1, 1, numbers=NUMBERS, groups=shards.GROUPS)
+    assert sorted(listed) == sorted(every)
 
 
 def test_data_page_s_rows_are_all_the_same_pair(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 from attnpo_jax import losses, pair_loss
 from attnpo_jax.data.batching import Example, RowShape, fill_rows
 from attnpo_jax.models import decoder, scoring
+from attnpo_jax.registry import RegistryError
 from attnpo_jax.weighting import ResponseTokens
 from tests import tiny
 
@@ -64,7 +65,7 @@ def test_margins_below_the_resolution_are_ties(weight):
     )
 
 
-def responses_of(policy, reference, mask, collision):
+def responses_of(policy, reference, mask, collision=None):
     return ResponseTokens(
         mask_BT=jnp.asarray(mask),
         text_mask_BT=jnp.asarray(mask),
@@ -84,7 +85,7 @@ COLLISION = np.array([[-0.5, -1.0, -0.25], [-2.0, -0.5, 0.0], [0.0] * 3, [0.0] *
 MASK = np.array([[1, 1, 1], [1, 1, 0], [0, 0, 0], [0, 0, 0]], bool)
 
 
-def with_weights(weights, objective, policy=POLICY, collision=None):
+def with_weights(weights, objective, policy=POLICY, collision=None, kl=None):
     return pair_loss.pair_losses(
         lambda tokens: tokens.mask_BT * jnp.array(weights),
         objective,
@@ -93,6 +94,7 @@ def with_weights(weights, objective, policy=POLICY, collision=None):
         jnp.array([True, False]),
         beta=BETA,
         resolution=0.1,
+        kl_BT=kl,
     )
 
 
@@ -200,17 +202,15 @@ def test_wpo_weighs_a_pair_by_its_collisions():
 
 @pytest.mark.parametrize("name", losses.names())
 def test_zero_weights_and_empty_slots_are_finite_through_the_sums(name):
-    if name == "tdpo":
-        pytest.skip("a step refuses it, for want of the reference's distribution")
     objective = losses.bind(name, {"wpo": True})
 
-    def total(policy_BT):
+    def total(policy_BT, kl_BT):
         collision = jnp.asarray(COLLISION, jnp.float32)
-        loss_P, found = with_weights([0.0] * 3, objective, policy_BT, collision)
+        loss_P, found = with_weights([0.0] * 3, objective, policy_BT, collision, kl_BT)
         return jnp.sum(loss_P), found
 
-    policy = jnp.asarray(POLICY, jnp.float32)
-    (loss, found), slopes = jax.value_and_grad(total, has_aux=True)(policy)
+    of_tokens = jnp.asarray(POLICY, jnp.float32), jnp.asarray(MASK, jnp.float32)
+    (loss, found), slopes = jax.value_and_grad(total, (0, 1), has_aux=True)(*of_tokens)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((loss, found, slopes)))
 
 
@@ -240,10 +240,83 @@ def test_a_step_computes_collisions_where_the_objective_declares_them():
     np.testing.assert_allclose(loss_P, np.array(want) * plain_P, rtol=1e-4, atol=1e-6)
 
 
-def test_a_step_refuses_an_objective_that_needs_the_reference_s_distribution():
+@pytest.mark.parametrize("version", [1, 2])
+def test_divergences_count_every_token_once(version):
+    kl = jnp.array([[1.0, 2.0, 4.0], [3.0, 0.5, 0.0], [0.0] * 3, [0.0] * 3])
+    objective = losses.bind("tdpo", {"beta": BETA, "version": version, "alpha": 0.5})
+    loss, slopes = jax.value_and_grad(
+        lambda kl_BT: jnp.sum(with_weights([1.0, 3.0, 1.0], objective, kl=kl_BT)[0])
+    )(kl)
+    # Weighted log-ratios -2.5 and 2, divergences 7 and 3.5.
+    logits = BETA * (-4.5 - (3.5 - 7) * (1 if version == 1 else 0.5))
+    assert loss == pytest.approx(math.log1p(math.exp(-logits)), rel=1e-6)
+    slope = BETA / (1 + math.exp(logits))
+    wanted = {1: [-slope, slope], 2: [0.0, slope / 2]}[version]
+    np.testing.assert_allclose(slopes, [[wanted[0]] * 3, [wanted[1]] * 3, [0] * 3, [0] * 3])
+
+
+def test_a_step_without_the_reference_s_distribution_is_refused():
     settings = dataclasses.replace(tiny.settings(), objective=losses.bind("tdpo", {}))
     with pytest.raises(ValueError, match="needs reference_kl, the reference's distribution"):
         pair_loss.batch_losses(settings, {}, None)
+
+
+def without_reference(batch):
+    return dataclasses.replace(batch, reference_logps_BG2T=None)
+
+
+@pytest.mark.parametrize("name", ["simpo", "orpo", "cpo", "nll"])
+def test_without_a_reference_a_free_objective_is_what_it_is_with_one(name):
+    params, batch = tiny.params(), jax.tree.map(lambda x: x[0], tiny.batch(1, 2, 3))
+    settings = dataclasses.replace(tiny.settings(), objective=losses.bind(name, {}))
+    run = jax.jit(pair_loss.batch_losses, static_argnums=0)
+    loss_P, found = run(settings, params, without_reference(batch))
+    wanted_P, wanted = run(settings, params, batch)
+    np.testing.assert_array_equal(loss_P, wanted_P)
+    assert found.keys() == wanted.keys()
+    for metric, values in found.items():
+        np.testing.assert_array_equal(values, wanted[metric], err_msg=metric)
+
+
+@pytest.mark.parametrize(
+    ("field", "need"),
+    [
+        ("reference_logps_BT", "reference_logps"),
+        ("reference_entropy_BT", "reference_entropy"),
+        ("judge_B2ST", "judge"),
+        ("verdict_B2", "judge"),
+    ],
+)
+@pytest.mark.parametrize("read", [lambda x: -x, lambda x: jnp.exp(x), lambda x: x.sum(axis=-1)])
+def test_who_reads_what_nobody_declared_is_told(field, need, read):
+    batch = without_reference(jax.tree.map(lambda x: x[0], tiny.batch(1, 2, 3)))
+    settings = dataclasses.replace(
+        tiny.settings(),
+        weighting=lambda response: read(getattr(response, field)),
+        objective=losses.bind("simpo", {}),
+        source_layers=(),
+    )
+    message = (
+        f'{field} is not computed here: nothing .* by @weighting.register\\(needs=\\("{need}",'
+    )
+    with pytest.raises(RegistryError, match=message):
+        jax.eval_shape(lambda p: pair_loss.batch_losses(settings, p, batch), tiny.params())
+    settings = dataclasses.replace(
+        settings,
+        weighting=lambda response: response.mask_BT.astype(jnp.float32),
+        objective=losses.bind("sigmoid", {}),
+    )
+    with pytest.raises(RegistryError, match="reference_logps_BT is not computed here"):
+        jax.eval_shape(lambda p: pair_loss.batch_losses(settings, p, batch), tiny.params())
+
+
+def test_an_objective_that_calls_itself_free_of_the_reference_gets_none():
+    def greedy(chosen, rejected):
+        return chosen.log_ratio_B - rejected.log_ratio_B
+
+    greedy.objective_traits = lambda: losses.Traits(reference_free=True)
+    with pytest.raises(RegistryError, match="reference_B is not computed here: .*reference_free"):
+        with_weights([1.0] * 3, greedy)
 
 
 def test_without_a_resolution_only_equal_rewards_are_ties():

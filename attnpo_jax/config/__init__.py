@@ -15,6 +15,7 @@ from attnpo_jax.config.layers import (
     weight_columns,
 )
 from attnpo_jax.config.overrides import load_config, override
+from attnpo_jax.config.reading import reads, reads_distribution
 from attnpo_jax.config.rules import as_tuple
 from attnpo_jax.config.sections import SECTIONS, bind_section, complete_sections, section_for
 from attnpo_jax.config.step import step_settings
@@ -36,6 +37,8 @@ __all__ = [
     "load_config",
     "load_file",
     "override",
+    "reads",
+    "reads_distribution",
     "sampling",
     "section_for",
     "source_layers",

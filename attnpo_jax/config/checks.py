@@ -12,6 +12,7 @@ from attnpo_jax import losses
 from attnpo_jax.config import rules
 from attnpo_jax.config.errors import ConfigError
 from attnpo_jax.config.fields import FIELDS, flatten
+from attnpo_jax.config.reading import reads_distribution
 from attnpo_jax.config.sections import SECTIONS
 from attnpo_jax.losses.mixture import parse as parse_terms
 from attnpo_jax.registry import REQUIRED, PluginError, RegistryError, load_plugins
@@ -88,7 +89,7 @@ def problems(config: config_dict.ConfigDict) -> list[str]:
             found.append(f"config.{section}: missing (a section with a name)")
         else:
             found += _section_problems(section, registry, config[section])
-    return found or _margin_problems(config)
+    return found or [*_margin_problems(config), *_distribution_problems(config)]
 
 
 def _entry(section: Any, name: str) -> Any:
@@ -249,13 +250,6 @@ def _binding_problems(
                     f"config.{section}.terms: {term}({key}={value!r}): accepted: "
                     f"{wrong[0].accepted}"
                 )
-    if "reference_kl" in registry.traits(bound).needs:
-        found.append(
-            f"config.objective: {name!r} needs reference_kl, the KL divergence of the reference's "
-            "distribution over the vocabulary from the policy's, and training has the reference's "
-            f"log-probs of the responses' tokens alone; accepted: another objective ({name!r} can "
-            "be called as a function of scores that have `kl_B`)"
-        )
     return found
 
 
@@ -269,6 +263,20 @@ def _margin_problems(config: config_dict.ConfigDict) -> list[str]:
     return [
         f"config.data.fields.margin = {column!r}: {config.objective.name!r} reads no margin; "
         f"accepted: '', or as config.objective.name one of {', '.join(reads)}"
+    ]
+
+
+def _distribution_problems(config: config_dict.ConfigDict) -> list[str]:
+    """An objective that reads the reference's distribution, which training would not have."""
+    from_base = config.lora.rank > 0 and not config.reference.source
+    if from_base or config.reference.in_memory or not reads_distribution(config):
+        return []
+    return [
+        f"config.objective.name = {config.objective.name!r} reads the reference's distribution "
+        "over the vocabulary, and config.reference.in_memory = False: accepted: True, which holds "
+        "a second set of parameters beside the policy's (as many bytes, split over the same "
+        "devices; `attnpo plan` counts them), or adapters (config.lora.rank) on a reference that "
+        "is model.source, whose parameters are there anyway, or another objective"
     ]
 
 

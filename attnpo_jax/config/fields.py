@@ -12,6 +12,7 @@ from attnpo_jax.config import (
     choosing_fields,
     evaluate_fields,
     generate_fields,
+    reference_fields,
     rules,
     serve_fields,
     shaping_fields,
@@ -252,6 +253,7 @@ FIELDS: dict[str, Field] = {
         "devices' memory (as GPUs and TPUs tell it) and all devices together would share "
         "them further",
     ),
+    **reference_fields.FIELDS,
     **shaping_fields.FIELDS,
     "optim.learning_rate": Field(
         1e-06,

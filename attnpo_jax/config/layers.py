@@ -8,6 +8,7 @@ from ml_collections import config_dict
 
 from attnpo_jax import weighting
 from attnpo_jax.config.errors import ConfigError
+from attnpo_jax.config.reading import reads_judge
 from attnpo_jax.config.rules import as_sampling, as_tuple
 from attnpo_jax.sampling.rules import SETTINGS
 
@@ -124,7 +125,7 @@ def check_layers(
       ConfigError: a layer the model does not have, or a weighting's layer the judge does not keep.
     """
     sources = judge_layers(config, num_layers, layer_windows)
-    if "layer" in config.weighting and not sources:
+    if reads_judge(config) and not sources:
         raise ConfigError(
             [
                 "config.judge.layers = 'none': the weighting "

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from ml_collections import config_dict
 
 from attnpo_jax import losses, weighting
+from attnpo_jax.config.reading import weighting_needs
 from attnpo_jax.config.sections import bind_section
 from attnpo_jax.models.config import ModelConfig
 
@@ -18,6 +19,7 @@ def step_settings(
     source_layers: tuple[int, ...],
     attention: str,
     weight_columns: tuple[str, ...] = (),
+    reference: ModelConfig | None = None,
 ) -> "StepSettings":
     """What the config says about a step.
 
@@ -27,6 +29,7 @@ def step_settings(
       source_layers: the layers on the prepared dataset's source axis.
       attention: the implementation that was chosen.
       weight_columns: the precomputed weights that the prepared dataset has.
+      reference: the shape of the reference that training holds in memory; None where it holds none.
     """
     # Here, since a config is checked without the libraries that compute.
     import jax.numpy as jnp
@@ -38,7 +41,8 @@ def step_settings(
         weighting=weighting.shaped(
             bind_section(weighting, config.weighting), **dict(config.shaping.items())
         ),
-        needs=weighting.needs(config.weighting.name),
+        needs=weighting_needs(config),
+        reference=reference,
         objective=bind_section(losses, config.objective),
         # An objective of one's own need not have a beta; its rewards are plain log-ratios.
         beta=config.objective.get("beta", 1.0),

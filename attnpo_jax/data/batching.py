@@ -10,7 +10,7 @@ the judge's two orders.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import jax
 import numpy as np
@@ -37,11 +37,12 @@ class PairBatch:
       index_BG2T: int32 place on the M axis of each response token.
       mask_BG2T: bool, real response tokens, closing template tokens included.
       text_mask_BG2T: bool, those that carry the response's text.
-      reference_logps_BG2T: float32 reference log-probs.
+      reference_logps_BG2T: float32 reference log-probs; None where nothing reads them.
       judge_BG22ST: float32 raw judge attention by response, order, layer, token.
       verdict_BG2: float32 log-odds, by order, that the judge prefers the chosen response; NaN
         where that was not asked for.
       ready_BG2KT: float32 precomputed weights by response, column, token; None without any.
+      reference_entropy_BG2T: float32 entropy of the reference's distributions; None as above.
       weight_BG: float32 weight of the pair's loss, 1 where the data have none; 0 for empty slots.
       margin_BG: float32 margin of the pair's logits; 0 where the data have none.
       valid_BG: bool, slots that hold a pair.
@@ -57,7 +58,7 @@ class PairBatch:
     index_BG2T: jax.Array
     mask_BG2T: jax.Array
     text_mask_BG2T: jax.Array
-    reference_logps_BG2T: jax.Array
+    reference_logps_BG2T: jax.Array | None
     judge_BG22ST: jax.Array
     verdict_BG2: jax.Array
     weight_BG: jax.Array
@@ -65,6 +66,7 @@ class PairBatch:
     valid_BG: jax.Array
     pair_BG: jax.Array
     ready_BG2KT: jax.Array | None = None
+    reference_entropy_BG2T: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Example:
     judge: tuple[np.ndarray, np.ndarray] | None = None  # per response float32 (2, S, text length)
     verdict: np.ndarray | None = None  # float32 (2,)
     reference_logps: tuple[np.ndarray, np.ndarray] | None = None  # per response float32 (length,)
+    reference_entropy: tuple[np.ndarray, np.ndarray] | None = None  # likewise
     ready: tuple[np.ndarray, np.ndarray] | None = None  # per response float32 (K, text length)
     weight: float = 1.0
     margin: float = 0.0
@@ -86,6 +89,11 @@ class Example:
     def from_prepared(cls, dataset: Prepared, index: int) -> "Example":
         row = dataset[index]
         judged, ready = bool(dataset.source_layers), bool(dataset.weight_columns)
+
+        def of_reference(column: str) -> tuple[np.ndarray, np.ndarray] | None:
+            names = [f"ref_{side}_{column}" for side in ("chosen", "rejected")]
+            return tuple(row[name] for name in names) if names[0] in row else None
+
         return cls(
             index=index,
             prompt_ids=row["prompt_ids"],
@@ -93,7 +101,8 @@ class Example:
             text_lengths=(row["chosen_text_length"], row["rejected_text_length"]),
             judge=(row["judge_chosen"], row["judge_rejected"]) if judged else None,
             verdict=row.get("judge_verdict") if judged else None,
-            reference_logps=(row["ref_chosen_logps"], row["ref_rejected_logps"]),
+            reference_logps=of_reference("logps"),
+            reference_entropy=of_reference("entropy"),
             ready=(row["ready_chosen"], row["ready_rejected"]) if ready else None,
             weight=row.get("weight", 1.0),
             margin=row.get("margin", 0.0),
@@ -109,15 +118,24 @@ class Example:
 
 
 def fill_rows(
-    rows: Sequence[Sequence[Example]], shape: RowShape, num_sources: int, num_columns: int = 0
+    rows: Sequence[Sequence[Example]],
+    shape: RowShape,
+    num_sources: int,
+    num_columns: int = 0,
+    groups: Collection[str] = ("reference_logps",),
 ) -> PairBatch:
     """Lays examples out in rows: `rows[b]` are the pairs of row b, one after another.
 
     The judge's attention has `num_sources` (S) layers; `num_columns` (K) is how many columns of
-    precomputed weights the pairs have.
+    precomputed weights the pairs have; `groups`, of `shards.GROUPS`, is what they have of the
+    reference.
     """
     B, L, M, T, G = len(rows), shape.length, shape.scored, shape.response, shape.pairs
     S, K = num_sources, num_columns
+
+    def of_reference(group: str) -> np.ndarray | None:
+        return np.zeros((B, G, 2, T), np.float32) if group in groups else None
+
     batch = PairBatch(
         tokens_BL=np.zeros((B, L), np.int32),
         positions_BL=np.zeros((B, L), np.int32),
@@ -128,7 +146,8 @@ def fill_rows(
         index_BG2T=np.zeros((B, G, 2, T), np.int32),
         mask_BG2T=np.zeros((B, G, 2, T), bool),
         text_mask_BG2T=np.zeros((B, G, 2, T), bool),
-        reference_logps_BG2T=np.zeros((B, G, 2, T), np.float32),
+        reference_logps_BG2T=of_reference("reference_logps"),
+        reference_entropy_BG2T=of_reference("reference_entropy"),
         judge_BG22ST=np.zeros((B, G, 2, 2, S, T), np.float32),
         verdict_BG2=np.zeros((B, G, 2), np.float32),
         weight_BG=np.zeros((B, G), np.float32),
@@ -183,8 +202,10 @@ def _fill_pair(batch: PairBatch, b: int, g: int, start: int, read_start: int, e:
             batch.judge_BG22ST[b, g, r, :, :, :text] = e.judge[r]
         if e.ready is not None:
             batch.ready_BG2KT[b, g, r, :, :text] = e.ready[r]
-        if e.reference_logps is not None:
+        if e.reference_logps is not None and batch.reference_logps_BG2T is not None:
             batch.reference_logps_BG2T[b, g, r, :n] = e.reference_logps[r]
+        if e.reference_entropy is not None and batch.reference_entropy_BG2T is not None:
+            batch.reference_entropy_BG2T[b, g, r, :n] = e.reference_entropy[r]
         place += n
         read += n
 
@@ -254,7 +275,11 @@ class _Batches:
                 for row, own in zip(packed, mine, strict=True)
             ]
         batch = fill_rows(
-            rows, shape, len(self._dataset.source_layers), len(self._dataset.weight_columns)
+            rows,
+            shape,
+            len(self._dataset.source_layers),
+            len(self._dataset.weight_columns),
+            self._dataset.groups,
         )
         # The first axis is spelled out, since a -1 has no meaning for arrays of size 0.
         return jax.tree.map(

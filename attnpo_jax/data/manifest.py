@@ -5,7 +5,7 @@ import hashlib
 import importlib.metadata
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -14,7 +14,7 @@ from attnpo_jax.data import shards
 from attnpo_jax.data.pair import NUMBERS
 from attnpo_jax.runtime import json_files, nested, schema
 from attnpo_jax.runtime.errors import UserError
-from attnpo_jax.runtime.schema import Flag, Listed, Mapped, Maybe, Table, Text, Whole
+from attnpo_jax.runtime.schema import Choice, Flag, Listed, Mapped, Maybe, Table, Text, Whole
 
 FORMAT = 1
 PLAN, METADATA = "plan.json", "prepared.json"
@@ -58,6 +58,24 @@ def fingerprint(components: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def groups(components: Mapping[str, Any]) -> tuple[str, ...]:
+    """The columns, by `shards.GROUPS`, that a dataset of these components has."""
+    judged = ("judge",) if components["source_layers"] else ()
+    return tuple(components.get("columns", (*judged, "reference_logps")))
+
+
+def identity(components: Mapping[str, Any]) -> dict[str, Any]:
+    """The components, but for which columns there are."""
+    return {name: value for name, value in components.items() if name != "columns"}
+
+
+def with_groups(components: Mapping[str, Any], there: Sequence[str]) -> dict[str, Any]:
+    """The components of a dataset with these columns; the usual ones are not spelled out."""
+    plain = identity(components)
+    usual = groups(plain) == tuple(there)
+    return plain if usual else {**plain, "columns": list(there)}
+
+
 def features(components: Mapping[str, Any]) -> datasets.Features:
     return shards.features(
         len(components["source_layers"]),
@@ -66,6 +84,8 @@ def features(components: Mapping[str, Any]) -> datasets.Features:
         numbers=[
             name for name in NUMBERS if name in (components.get("data") or {}).get("fields", {})
         ],
+        groups=groups(components),
+        alone="of" in components,
     )
 
 
@@ -109,6 +129,8 @@ _COMPONENTS = Table(
     {"source_layers": Listed(Whole()), "num_layers": Whole(1)},
     {
         "weight_columns": Listed(Text()),
+        "columns": Listed(Choice(tuple(shards.GROUPS))),
+        "of": _DIGEST,
         "judge": Maybe(Table({}, {"verdict": Flag()}, open=True)),
         "data": Table({}, {"digest": Text(), "fields": Table({}, {}, open=True)}, open=True),
     },

@@ -16,8 +16,10 @@ A folder that `datasets.load_from_disk` reads:
   sha256), `counts`, `versions` and `check`, a digest of all of that; `plan.json` has one too.
 
 `components` is a JSON object. Some of its entries have a meaning here: `source_layers`, a list of
-layer indices (S of them, none without a judge), `num_layers`, the model's number of layers, and
-`weight_columns`, if there are any: the names of the precomputed weights (K of them).
+layer indices (S of them, none without a judge), `num_layers`, the model's number of layers,
+`weight_columns`, if there are any: the names of the precomputed weights (K of them), and, if they
+are not those of the judge and of the reference's log-probs, `columns`, of `shards.GROUPS`. What the
+latter leave out may be there in sets of columns, see `column_sets`.
 """
 
 import dataclasses
@@ -43,6 +45,8 @@ from attnpo_jax.data.manifest import (
     features,
     file_digest,
     fingerprint,
+    groups,
+    identity,
     read,
     sealed,
     versions,
@@ -343,6 +347,7 @@ class Prepared:
 
     def __init__(self, path: pathlib.Path, meta: dict[str, Any], tables: Sequence[pa.Table]):
         self.path = path
+        self.groups = groups(meta["components"])  # of `shards.GROUPS`
         self._meta = meta
         self._shards = [shards.Shard(table) for table in tables]
         self._starts = np.cumsum([0, *(table.num_rows for table in tables)])
@@ -388,9 +393,14 @@ class Prepared:
         return self._meta
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """What rows depend on, as JSON: the components, but for which columns there are."""
+        return identity(self._meta["components"])
+
+    @property
     def source_layers(self) -> tuple[int, ...]:
         """The layers (S of them) whose attention the judge columns hold, in that order."""
-        return tuple(self._meta["components"]["source_layers"])
+        return tuple(self._meta["components"]["source_layers"]) if "judge" in self.groups else ()
 
     @property
     def weight_columns(self) -> tuple[str, ...]:
@@ -406,8 +416,8 @@ class Prepared:
         return self._meta["num_rows"]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Row `index`: id (str), text lengths (int), int32 ids, float32 log-probs, and, where the
-        dataset has them, judge (2, S, T) and precomputed weights (K, T).
+        """Row `index`: id (str), text lengths (int), int32 ids, and, where the dataset has them,
+        float32 log-probs, judge (2, S, T) and precomputed weights (K, T).
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of {len(self)} in {self.path}")
@@ -420,7 +430,12 @@ class Prepared:
 
     def lengths(self) -> dict[str, np.ndarray]:
         """Tokens by row: `prompt`, `chosen`, `rejected` -> int32 (rows,); reads offsets alone."""
-        return {
-            name: np.concatenate([shard.lengths(f"{name}_ids") for shard in self._shards])
-            for name in ("prompt", "chosen", "rejected")
-        }
+        return {name: self.length(f"{name}_ids") for name in ("prompt", "chosen", "rejected")}
+
+    def length(self, column: str) -> np.ndarray:
+        """Length of each row's last axis in a column, int32 (rows,)."""
+        return np.concatenate([shard.lengths(column) for shard in self._shards])
+
+    def ids(self) -> list[str]:
+        """The rows' ids."""
+        return [id for shard in self._shards for id in shard.ids()]

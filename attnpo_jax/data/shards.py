@@ -10,10 +10,12 @@ One row a pair:
   token;
 - `judge_verdict`, where it was asked for: float32 (2,), by order, log p(letter of the chosen
   response) minus log p(the other letter);
-- `ref_chosen_logps`, `ref_rejected_logps`: float32, reference log-probs of every response token.
+- `ref_chosen_logps`, `ref_rejected_logps`: float32, reference log-probs of every response token;
+- `ref_chosen_entropy`, `ref_rejected_entropy`: float32, entropy in nats of the reference's
+  distribution of every response token.
 
-Without judged layers (S = 0) there are no judge columns. Where weights came with the data, there
-are
+Of the judge's columns and the reference's (`GROUPS`), a dataset has those that something reads.
+Where weights came with the data, there are
 
 - `ready_chosen`, `ready_rejected`: float32 (K, T), these weights by column and text token.
 
@@ -38,29 +40,48 @@ from attnpo_jax.runtime.errors import UserError
 
 _RESPONSES = ("chosen", "rejected")
 _INT_LISTS = ("prompt_ids", "chosen_ids", "rejected_ids")
-_FLOAT_LISTS = ("ref_chosen_logps", "ref_rejected_logps")
 _JUDGE = ("judge_chosen", "judge_rejected")
 _READY = ("ready_chosen", "ready_rejected")
 _TEXT_LENGTHS = ("chosen_text_length", "rejected_text_length")
 
+GROUPS = {
+    "judge": (*_JUDGE, "judge_verdict"),
+    "reference_logps": ("ref_chosen_logps", "ref_rejected_logps"),
+    "reference_entropy": ("ref_chosen_entropy", "ref_rejected_entropy"),
+}
+"""The columns that are computed where something reads them, by what has to be asked for."""
+
+_FLOAT_LISTS = GROUPS["reference_logps"] + GROUPS["reference_entropy"]
+
 
 def features(
-    num_sources: int, num_columns: int = 0, verdict: bool = True, numbers: Sequence[str] = ()
+    num_sources: int,
+    num_columns: int = 0,
+    verdict: bool = True,
+    numbers: Sequence[str] = (),
+    groups: Sequence[str] = ("judge", "reference_logps"),
+    alone: bool = False,
 ) -> datasets.Features:
     """The columns of a prepared dataset with `num_sources` (S) judged layers and `num_columns` (K)
-    columns of precomputed weights; of the judge's, `verdict` or none; of `pair.NUMBERS`, `numbers`.
+    columns of precomputed weights; of the judge's, `verdict` or none; of `pair.NUMBERS`, `numbers`;
+    of `GROUPS`, `groups`. `alone`: nothing but the ids and these groups.
     """
     int_list = datasets.List(datasets.Value("int32"))
     float_list = datasets.List(datasets.Value("float32"))
     columns = {"id": datasets.Value("string")}
-    columns |= dict.fromkeys(_INT_LISTS, int_list)
-    columns |= dict.fromkeys(_TEXT_LENGTHS, datasets.Value("int32"))
-    if num_sources:
+    if alone:
+        num_columns, numbers = 0, ()
+    else:
+        columns |= dict.fromkeys(_INT_LISTS, int_list)
+        columns |= dict.fromkeys(_TEXT_LENGTHS, datasets.Value("int32"))
+    if num_sources and "judge" in groups:
         by_source = datasets.List(float_list, length=num_sources)
         columns |= dict.fromkeys(_JUDGE, datasets.List(by_source, length=2))
         if verdict:
             columns["judge_verdict"] = datasets.List(datasets.Value("float32"), length=2)
-    columns |= dict.fromkeys(_FLOAT_LISTS, float_list)
+    for group in ("reference_logps", "reference_entropy"):
+        if group in groups:
+            columns |= dict.fromkeys(GROUPS[group], float_list)
     if num_columns:
         columns |= dict.fromkeys(_READY, datasets.List(float_list, length=num_columns))
     columns |= dict.fromkeys(numbers, datasets.Value("float32"))
@@ -107,14 +128,15 @@ def _checked_row(
         raise ValueError(f"row {row['id']!r}: `id` is no string")
 
     checked: dict[str, Any] = {"id": row["id"]}
-    for name in _INT_LISTS:
+    alone = "prompt_ids" not in columns  # then, the lengths are not known here
+    for name in () if alone else _INT_LISTS:
         checked[name] = _checked_array(row, name, "iu", (None,)).astype(np.int32)
-    for name in _TEXT_LENGTHS:
+    for name in () if alone else _TEXT_LENGTHS:
         checked[name] = int(_checked_array(row, name, "iu", ()))
     for response in _RESPONSES:
-        tokens = len(checked[f"{response}_ids"])
-        text_length = checked[f"{response}_text_length"]
-        if not 1 <= text_length <= tokens:
+        tokens = None if alone else len(checked[f"{response}_ids"])
+        text_length = None if alone else checked[f"{response}_text_length"]
+        if not alone and not 1 <= text_length <= tokens:
             raise ValueError(
                 f"row {row['id']!r}: `{response}_text_length` is {text_length}; accepted: 1 to "
                 f"{tokens}, the number of `{response}_ids`"
@@ -124,7 +146,8 @@ def _checked_row(
             for name in (f"judge_{response}", f"ready_{response}")
             if name in leading
         }
-        shapes[f"ref_{response}_logps"] = (tokens,)
+        of_tokens = (f"ref_{response}_logps", f"ref_{response}_entropy")
+        shapes |= {name: (tokens,) for name in of_tokens if name in columns}
         for name, shape in shapes.items():
             checked[name] = _checked_array(row, name, "f", shape).astype(np.float32)
     if "judge_verdict" in columns:
@@ -184,10 +207,13 @@ class Shard:
     def __init__(self, table: pa.Table):
         columns = {name: table.column(name).combine_chunks() for name in table.column_names}
         self._ids = columns["id"]
-        self._text_lengths = {name: columns[name].to_numpy() for name in _TEXT_LENGTHS}
+        self._text_lengths = {
+            name: columns[name].to_numpy() for name in _TEXT_LENGTHS if name in columns
+        }
         self._lists = {
             name: (columns[name].offsets.to_numpy(), columns[name].values.to_numpy())
             for name in (*_INT_LISTS, *_FLOAT_LISTS)
+            if name in columns
         }
         self._verdicts = None
         if "judge_verdict" in columns:
@@ -221,5 +247,14 @@ class Shard:
         return content
 
     def lengths(self, name: str) -> np.ndarray:
-        """Length of every row's list in column `name`, int32 (rows,)."""
+        """Length of every row's last axis in column `name`, int32 (rows,)."""
+        if name in self._text_lengths:
+            return self._text_lengths[name]
+        if name in self._matrices:
+            shape, starts, _ = self._matrices[name]
+            return np.diff(starts) // math.prod(shape)
         return np.diff(self._lists[name][0])
+
+    def ids(self) -> list[str]:
+        """The rows' ids."""
+        return self._ids.to_pylist()

@@ -3,6 +3,7 @@
 Their PyTorch code trains on such files, and so does this package (`data.weight_columns`).
 """
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -51,10 +52,13 @@ def export_weights(run: "Run", *, console: Console | None = None) -> None:
 
 
 def _export_weights(run: "Run", console: Console) -> None:
-    prepared = {split: run.open_prepared(split) for split in run.splits}
+    prepared = {split: _open(run, split) for split in run.splits}
     for split, dataset in prepared.items():
         if not dataset.source_layers and not dataset.weight_columns:
-            raise UserError(f"{dataset.path} holds no weights: it was prepared without a judge")
+            raise UserError(
+                f"{dataset.path} holds no weights: it was prepared without a judge; accepted: one "
+                "prepared with config.judge.layers and a weighting that reads the judge"
+            )
         pairs = load_pairs(
             run.config.data[split],
             on_bad_row=run.config.data.on_bad_row,
@@ -70,6 +74,14 @@ def _export_weights(run: "Run", console: Console) -> None:
         path = run.workdir / "weights" / FILES[split]
         atomic.write_json_lines(path, published_rows(dataset, pairs))
         say(console, f"{len(dataset)} pairs: {path}")
+
+
+def _open(run: "Run", split: str) -> Prepared:
+    """A split with what the judge has said, whether the run's weighting reads it or not."""
+    if run.source_layers:
+        with contextlib.suppress(FileNotFoundError):
+            return run.open_prepared(split, reads=("judge",))
+    return run.open_prepared(split, reads=())
 
 
 def published_rows(dataset: Prepared, pairs: Iterable[Pair]) -> Iterator[dict[str, Any]]:

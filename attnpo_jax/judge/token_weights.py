@@ -60,7 +60,11 @@ def token_weights(
                 tokens_BT=jnp.asarray(ids[side])[None],
                 partner_tokens_BT=jnp.asarray(ids[other])[None],
                 partner_length_B=jnp.array([len(ids[other])]),
-                **{f"{need}_BT": unknown_BT for need in weighting.needs(name)},
+                **{
+                    f"{need}_BT": unknown_BT
+                    for need in weighting.needs(name, hyperparameters)
+                    if need.endswith(("_entropy", "_collision"))
+                },
             )
         )
         text, spans = tokenized.text(pair, side), getattr(tokenized, f"{side}_spans")

@@ -9,11 +9,15 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from attnpo_jax.registry import NotComputed
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ResponseScores:
     """Sums over the tokens of B responses, w the token weights.
+
+    Of the reference, an objective that declares itself free of it has a `NotComputed` each.
 
     Attributes:
       policy_B: float, sum of w times the policy's log-probabilities.
@@ -25,8 +29,9 @@ class ResponseScores:
       reference_sum_B: float, the same of the reference.
       collision_sum_B: float, sum over the tokens of log sum_v p_v^2, p the policy's distribution
         over the vocabulary; None unless the objective declares that it needs `policy_collision`.
-      kl_B: float, sum over the tokens of KL(reference || policy) of the distributions over the
-        vocabulary; None unless given (`reference_kl`).
+      kl_B: float, sum over the tokens, every token counted once, of KL(reference || policy) of the
+        distributions over the vocabulary; None unless the objective declares that it needs
+        `reference_kl`. No gradient flows to the reference.
       margin_B: float, of the chosen response's scores: what the pair's logits are to exceed, as the
         data have it; None for no margins.
     """
@@ -91,7 +96,7 @@ def check(chosen: ResponseScores, rejected: ResponseScores, *needed: str) -> Non
         for field in dataclasses.fields(scores):
             name = f"{side}.{field.name}"
             value = getattr(scores, field.name)
-            if value is None:
+            if value is None or isinstance(value, NotComputed):
                 if field.name in needed:
                     raise ValueError(f"{name} is None; this objective needs it")
                 continue

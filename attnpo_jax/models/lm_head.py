@@ -48,9 +48,9 @@ def token_logps(
       target_BM: int32 token ids (B, M), each in [0, V).
       chunk: tokens projected at a time, over all of a device's own rows together.
     """
-    in_chunks = functools.partial(_in_chunks, _chunk_logps, softcap=softcap, chunk=chunk)
+    run = functools.partial(in_chunks, _chunk_logps, softcap=softcap, chunk=chunk)
     unembedding_VD = unembedding_VD.astype(hidden_BMD.dtype)
-    return placement.over_vocabulary(in_chunks)(hidden_BMD, unembedding_VD, target_BM)
+    return placement.over_vocabulary(run)(hidden_BMD, unembedding_VD, target_BM)
 
 
 STATISTICS = ("entropy", "collision")
@@ -78,29 +78,33 @@ def token_statistics(
     if not names:
         return {}
     hidden_BMD, unembedding_VD = jax.lax.stop_gradient((hidden_BMD, unembedding_VD))
-    in_chunks = functools.partial(_in_chunks, _chunk_statistics, softcap=softcap, chunk=chunk)
+    run = functools.partial(in_chunks, _chunk_statistics, softcap=softcap, chunk=chunk)
     unembedding_VD = unembedding_VD.astype(hidden_BMD.dtype)
     no_target_BM = jnp.zeros(hidden_BMD.shape[:2], jnp.int32)
-    found = placement.over_vocabulary(in_chunks)(hidden_BMD, unembedding_VD, no_target_BM)
+    found = placement.over_vocabulary(run)(hidden_BMD, unembedding_VD, no_target_BM)
     return {name: found[name] for name in names}
 
 
-def _in_chunks(score, hidden_BMD, unembedding_VD, target_BM, vocabulary, *, softcap, chunk):
+def in_chunks(score, hidden_BMD, unembedding_VD, target_BM, vocabulary, *, softcap, chunk):
+    """Scores (B, M) of tokens, `chunk` at a time; hidden states may be those of several models."""
     B, M = target_BM.shape
     m = max(1, min(M, chunk // B))
     # In float32, so that the gradient is summed up in it over all chunks; tiles are cast down.
     unembedding_VD = unembedding_VD.astype(jnp.float32)
     # A chunk's rows may come from other devices: not to be kept until the backward pass.
-    policy = jax.checkpoint_policies.save_only_these_names(_SUMS)
+    policy = jax.checkpoint_policies.save_only_these_names(SUMS)
     scores = functools.partial(score, unembedding_VD, softcap, vocabulary)
     scores = jax.checkpoint(scores, policy=policy)
     if m == M:
         return scores((hidden_BMD, target_BM))
     n = -(-M // m)
     pad = n * m - M
-    hidden = jnp.pad(hidden_BMD, ((0, 0), (0, pad), (0, 0))).reshape(B, n, m, -1)
-    target = jnp.pad(target_BM, ((0, 0), (0, pad))).reshape(B, n, m)
-    chunks = (hidden.swapaxes(0, 1), target.swapaxes(0, 1))
+
+    def cut(x):
+        padded = jnp.pad(x, ((0, 0), (0, pad), *((0, 0),) * (x.ndim - 2)))
+        return padded.reshape(B, n, m, *x.shape[2:]).swapaxes(0, 1)
+
+    chunks = jax.tree.map(cut, (hidden_BMD, target_BM))
     _, scored = jax.lax.scan(lambda carry, c: (carry, scores(c)), None, chunks)
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, n * m)[:, :M], scored)
 
@@ -124,7 +128,7 @@ def _chunk_statistics(unembedding_VD, softcap, vocabulary, chunk):
 
     def add_words(carry, start):
         highest, total, below, squares = carry
-        _, logits_TW, _, valid = _tile(hidden_TD, unembedding_VD, start, length, softcap)
+        _, logits_TW, _, valid = tile(hidden_TD, unembedding_VD, start, length, softcap)
         higher = jnp.maximum(highest, jnp.max(logits_TW, axis=-1))
         # Of the words so far: p is a word's exp(logit - highest), `below` sums p (logit - highest).
         shrunk, lower = jnp.exp(highest - higher), highest - higher
@@ -139,8 +143,8 @@ def _chunk_statistics(unembedding_VD, softcap, vocabulary, chunk):
 
     T = B * M
     start = tuple(vocabulary.constant(jnp.full(T, x, jnp.float32)) for x in (MASKED, 0, 0, 0))
-    tiles = _tiles(T, unembedding_VD.shape[0])
-    sums, _ = jax.lax.scan(add_words, start, tiles)
+    steps = tiles(T, unembedding_VD.shape[0])
+    sums, _ = jax.lax.scan(add_words, start, steps)
     highest, total, below, squares = (x.reshape(B, M) for x in sums)
     # A part of the vocabulary may be all padding: then it has no share.
     some = total > 0
@@ -161,7 +165,7 @@ def _chunk_statistics(unembedding_VD, softcap, vocabulary, chunk):
 _TILE_LOGITS = 1 << 22
 _FEWEST_WORDS = 512
 # What the backward pass needs of the forward pass, two numbers a token.
-_SUMS = "head_sums"
+SUMS = "head_sums"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -173,7 +177,7 @@ def _log_sum_and_picked(hidden_TD, unembedding_VD, place_T, length, softcap, con
 def _forward(hidden_TD, unembedding_VD, place_T, length, softcap, constant):
     def add_words(carry, start):
         highest, total, picked = carry
-        _, logits_TW, words, valid = _tile(hidden_TD, unembedding_VD, start, length, softcap)
+        _, logits_TW, words, valid = tile(hidden_TD, unembedding_VD, start, length, softcap)
         higher = jnp.maximum(highest, jnp.max(logits_TW, axis=-1))
         shrunk = total * jnp.exp(highest - higher)
         hit = (words == place_T[:, None]) & valid
@@ -185,10 +189,10 @@ def _forward(hidden_TD, unembedding_VD, place_T, length, softcap, constant):
 
     T = place_T.shape[0]
     start = tuple(constant(jnp.full(T, value, jnp.float32)) for value in (MASKED, 0, 0))
-    tiles = _tiles(T, unembedding_VD.shape[0])
-    (highest, total, picked), _ = jax.lax.scan(add_words, start, tiles)
-    log_sum = checkpoint_name(highest + jnp.log(total), _SUMS)
-    picked = checkpoint_name(picked, _SUMS)
+    steps = tiles(T, unembedding_VD.shape[0])
+    (highest, total, picked), _ = jax.lax.scan(add_words, start, steps)
+    log_sum = checkpoint_name(highest + jnp.log(total), SUMS)
+    picked = checkpoint_name(picked, SUMS)
     return (log_sum, picked), (hidden_TD, unembedding_VD, place_T, length, log_sum)
 
 
@@ -196,18 +200,36 @@ def _backward(softcap, constant, residuals, cotangents):
     hidden_TD, unembedding_VD, place_T, length, log_sum_T = residuals
     d_log_sum_T, d_picked_T = cotangents
 
+    def of_logits(start, logits_TW, words):
+        d_TW = jnp.exp(logits_TW - log_sum_T[:, None]) * d_log_sum_T[:, None]
+        return d_TW + jnp.where(words == place_T[:, None], d_picked_T[:, None], 0.0)
+
+    inputs = hidden_TD, unembedding_VD, length, softcap
+    return *of_inputs(of_logits, *inputs, constant), None, None
+
+
+_log_sum_and_picked.defvjp(_forward, _backward)
+
+
+def of_inputs(of_logits, hidden_TD, unembedding_VD, length, softcap, constant):
+    """Gradients of hidden states and unembedding from those of the logits, tile by tile.
+
+    Args:
+      of_logits: `(start, logits_TW, words)`, a tile's start, logits and words, to the gradient
+        (T, W) of these logits.
+    """
+
     def add_words(carry, start):
         d_hidden_TD, d_unembedding_VD = carry
-        words_WD, logits_TW, words, valid = _tile(hidden_TD, unembedding_VD, start, length, softcap)
-        d_TW = jnp.exp(logits_TW - log_sum_T[:, None]) * d_log_sum_T[:, None]
-        d_TW += jnp.where(words == place_T[:, None], d_picked_T[:, None], 0.0)
+        words_WD, logits_TW, words, valid = tile(hidden_TD, unembedding_VD, start, length, softcap)
+        d_TW = of_logits(start, logits_TW, words)
         if softcap is not None:
             d_TW *= 1 - jnp.square(jnp.where(valid, logits_TW, 0.0) / softcap)
         d_TW = jnp.where(valid, d_TW, 0.0).astype(hidden_TD.dtype)
-        d_words_WD = _product("tw,td->wd", d_TW, hidden_TD)
+        d_words_WD = product("tw,td->wd", d_TW, hidden_TD)
         so_far_WD = jax.lax.dynamic_slice_in_dim(d_unembedding_VD, start, d_words_WD.shape[0])
         return (
-            d_hidden_TD + _product("tw,wd->td", d_TW, words_WD),
+            d_hidden_TD + product("tw,wd->td", d_TW, words_WD),
             jax.lax.dynamic_update_slice_in_dim(
                 d_unembedding_VD, so_far_WD + d_words_WD, start, axis=0
             ),
@@ -215,15 +237,12 @@ def _backward(softcap, constant, residuals, cotangents):
 
     both = (hidden_TD, unembedding_VD)
     start = tuple(constant(jnp.zeros(x.shape, jnp.float32)) for x in both)
-    tiles = _tiles(place_T.shape[0], unembedding_VD.shape[0])
-    (d_hidden_TD, d_unembedding_VD), _ = jax.lax.scan(add_words, start, tiles)
-    return d_hidden_TD.astype(hidden_TD.dtype), d_unembedding_VD, None, None
+    steps = tiles(hidden_TD.shape[0], unembedding_VD.shape[0])
+    (d_hidden_TD, d_unembedding_VD), _ = jax.lax.scan(add_words, start, steps)
+    return d_hidden_TD.astype(hidden_TD.dtype), d_unembedding_VD
 
 
-_log_sum_and_picked.defvjp(_forward, _backward)
-
-
-def _tiles(tokens: int, size: int) -> jax.Array:
+def tiles(tokens: int, size: int) -> jax.Array:
     """Where each tile of a vocabulary starts; all are of `_words` words."""
     words = _words(tokens, size)
     return jnp.arange(-(-size // words)) * words
@@ -233,7 +252,7 @@ def _words(tokens: int, size: int) -> int:
     return min(size, max(_FEWEST_WORDS, 128 * (_TILE_LOGITS // (128 * tokens))))
 
 
-def _tile(hidden_TD, unembedding_VD, start, length, softcap):
+def tile(hidden_TD, unembedding_VD, start, length, softcap):
     """A tile's unembedding, its logits, its words' places, and which of those count.
 
     The last tile starts early enough to be whole; what it shares with the one before counts there.
@@ -242,9 +261,9 @@ def _tile(hidden_TD, unembedding_VD, start, length, softcap):
     count = _words(hidden_TD.shape[0], size)
     words = jnp.minimum(start, size - count) + jnp.arange(count)
     words_WD = jax.lax.dynamic_slice_in_dim(unembedding_VD, start, count).astype(hidden_TD.dtype)
-    logits_TW = soft_cap(_product("td,wd->tw", hidden_TD, words_WD), softcap)
+    logits_TW = soft_cap(product("td,wd->tw", hidden_TD, words_WD), softcap)
     valid = (words >= start) & (words < length)
     return words_WD, jnp.where(valid, logits_TW, MASKED), words, valid
 
 
-_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)

@@ -79,6 +79,12 @@ def join(base: Mapping[str, Any], adapters: Mapping[str, Any]) -> dict[str, Any]
     return {**base, "layers": {**base["layers"], **adapters["layers"]}}
 
 
+def base(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of the base alone, of what `join` gives."""
+    layers = {name: x for name, x in params["layers"].items() if not name.endswith((_A, _B))}
+    return {**params, "layers": layers}
+
+
 def merge(
     model: ModelConfig, base: Mapping[str, Any], adapters: Mapping[str, Any]
 ) -> dict[str, Any]:

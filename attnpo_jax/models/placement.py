@@ -138,21 +138,24 @@ def over_vocabulary(function: Callable[..., jax.Array]) -> Callable[..., jax.Arr
 
     The function is `(hidden_BMD, unembedding_VD, target_BM, vocabulary) -> (B, M)`, and takes from
     its last argument, a `Vocabulary`, what depends on all of it; the result takes the other three.
+    The first two may be trees of arrays, of several models with one vocabulary.
     """
 
     def call(hidden_BMD, unembedding_VD, target_BM):
         sizes = _sizes()
         parts = math.prod(sizes.get(axis, 1) for axis in _VOCABULARY)
-        if not _splits_rows(hidden_BMD):
+        if not _splits_rows(target_BM):
             return function(hidden_BMD, unembedding_VD, target_BM, Vocabulary())
-        V = unembedding_VD.shape[0]
-        padded = jnp.pad(unembedding_VD, ((0, -V % parts), (0, 0)))
+        V = jax.tree.leaves(unembedding_VD)[0].shape[0]
+        padded = jax.tree.map(lambda x: jnp.pad(x, ((0, -V % parts), (0, 0))), unembedding_VD)
 
         def local(hidden, unembedding, target):
             # Made to vary here and not at its use, so that gradients are summed after the loop.
-            unembedding = jax.lax.pcast(unembedding, "data", to="varying")
+            unembedding = jax.tree.map(
+                lambda x: jax.lax.pcast(x, "data", to="varying"), unembedding
+            )
             place = jax.lax.axis_index(_VOCABULARY)
-            vocabulary = _Part(V, place * unembedding.shape[0])
+            vocabulary = _Part(V, place * jax.tree.leaves(unembedding)[0].shape[0])
             return function(hidden, unembedding, target, vocabulary)
 
         rows = PartitionSpec(ROWS)
@@ -191,6 +194,10 @@ class Vocabulary:
         """A constant that a loop over this part's words can start with."""
         return x
 
+    def total(self, x_BM: jax.Array) -> jax.Array:
+        """The sum (B, M) of all parts' values."""
+        return x_BM
+
     def log_probs(self, picked_BM: jax.Array, log_sum_BM: jax.Array) -> jax.Array:
         """Log-probs (B, M) from this part's logit of the target, or 0, and its log-sum-exp."""
         return picked_BM - log_sum_BM
@@ -221,6 +228,9 @@ class _Part(Vocabulary):
     @staticmethod
     def constant(x):
         return jax.lax.pcast(x, AXES, to="varying")
+
+    def total(self, x_BM):
+        return jax.lax.psum(x_BM, _VOCABULARY)
 
     def log_probs(self, picked_BM, log_sum_BM):
         highest = jax.lax.pmax(jax.lax.stop_gradient(log_sum_BM), _VOCABULARY)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from attnpo_jax.models import decoder
+from attnpo_jax.models.divergence import token_divergence
 from attnpo_jax.models.lm_head import token_logps, token_statistics
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def response_scores(
     batch: PairBatch,
     *,
     statistics: Sequence[str] = (),
+    reference: tuple[decoder.ModelConfig, decoder.Params] | None = None,
     dtype=jnp.float32,
     remat: str = "none",
     attention: str = "xla",
@@ -60,23 +62,30 @@ def response_scores(
 
     Args:
       statistics: of `lm_head.STATISTICS`. No gradient flows through them.
+      reference: shape and parameters of another model of the same vocabulary, for one more
+        statistic, `reference_kl`: KL(reference || model) of the two distributions, in nats. Its
+        gradient flows to the model alone.
       config, params, batch, dtype, remat, attention, chunk: as for `response_logps`.
 
     Returns:
       The log-probs and the statistics by name, all float32 (B, G, 2, T), 0 where there is no token.
     """
-    hidden_BLD = decoder.forward(
-        config,
-        params,
-        batch.tokens_BL,
-        batch.positions_BL,
-        batch.branch_BL,
-        segment_BL=batch.segment_BL if batch.valid_BG.shape[1] > 1 else None,
-        dtype=dtype,
-        remat=remat,
-        attention=attention,
-    )
-    hidden_BMD = jnp.take_along_axis(hidden_BLD, batch.read_BM[..., None], axis=1)
+
+    def hidden_of(config, params, remat):
+        hidden_BLD = decoder.forward(
+            config,
+            params,
+            batch.tokens_BL,
+            batch.positions_BL,
+            batch.branch_BL,
+            segment_BL=batch.segment_BL if batch.valid_BG.shape[1] > 1 else None,
+            dtype=dtype,
+            remat=remat,
+            attention=attention,
+        )
+        return jnp.take_along_axis(hidden_BLD, batch.read_BM[..., None], axis=1)
+
+    hidden_BMD = hidden_of(config, params, remat)
     unembedding_VD, softcap = decoder.unembedding(params), config.final_logit_softcapping
     logps_BM = token_logps(
         hidden_BMD, unembedding_VD, batch.target_BM, softcap=softcap, chunk=chunk
@@ -84,6 +93,17 @@ def response_scores(
     statistics_BM = token_statistics(
         statistics, hidden_BMD, unembedding_VD, softcap=softcap, chunk=chunk
     )
+    if reference is not None:
+        of_reference, frozen = reference[0], jax.lax.stop_gradient(reference[1])
+        statistics_BM["reference_kl"] = token_divergence(
+            hidden_BMD,
+            unembedding_VD,
+            hidden_of(of_reference, frozen, "none"),
+            decoder.unembedding(frozen),
+            softcap=softcap,
+            reference_softcap=of_reference.final_logit_softcapping,
+            chunk=chunk,
+        )
 
     def by_response(values_BM):
         flat = jnp.take_along_axis(values_BM, batch.index_BG2T.reshape(len(values_BM), -1), axis=1)

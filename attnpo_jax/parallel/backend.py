@@ -61,8 +61,11 @@ class Backend(Protocol):
         `state` is as `abstract_state` returns it; batches are as `put_batch` returns them.
         """
 
-    def eval_step(self, step: Callable[[Params, Any], Any]) -> Callable:
-        """Compiles `(params, batch) -> sums`."""
+    def of(self, model: ModelConfig) -> "Backend":
+        """The same devices for another model."""
+
+    def eval_step(self, step: Callable[..., Any], reference: ModelConfig | None = None) -> Callable:
+        """Compiles `(params, batch) -> sums`; with a reference, `(params, batch, its params)`."""
 
     def put_batch(self, batch: Any) -> Any:
         """NumPy arrays (n, B, ...) to the devices, rows split."""
@@ -200,7 +203,6 @@ class Sharded:
         self._rows = sharding.row_sharding(self.mesh, axis=1)
 
     def of(self, model: ModelConfig) -> "Sharded":
-        """The same devices for another model."""
         return Sharded(model, self.mesh.shape, self.devices)
 
     def parameter_shardings(self) -> Any:
@@ -223,8 +225,10 @@ class Sharded:
         options = {"donate_argnums": 0, "compiler_options": _COMPILER_OPTIONS}
         return self._on_mesh(jax.jit(step, **shardings, **options))
 
-    def eval_step(self, step: Callable[[Params, Any], Any]) -> Callable:
+    def eval_step(self, step: Callable[..., Any], reference: ModelConfig | None = None) -> Callable:
         placed = self.parameter_shardings(), self._rows
+        if reference is not None:
+            placed = *placed, self.of(reference).parameter_shardings()
         shardings = {"in_shardings": placed, "out_shardings": self._whole}
         return self._on_mesh(jax.jit(step, **shardings, compiler_options=_COMPILER_OPTIONS))
 
@@ -356,8 +360,11 @@ class Replicated:
         # State and metrics are the same on every device: they go in and out without an axis.
         return self._pmap(step, out_axes=(None, None), donate_argnums=0)
 
-    def eval_step(self, step: Callable[[Params, Any], Any]) -> Callable:
-        return self._pmap(step, out_axes=None)
+    def of(self, model: ModelConfig) -> "Replicated":
+        return Replicated(model, self.devices)
+
+    def eval_step(self, step: Callable[..., Any], reference: ModelConfig | None = None) -> Callable:
+        return self._pmap(step, out_axes=None, in_axes=(None, 0) + (None,) * bool(reference))
 
     def put_batch(self, batch: Any) -> Any:
         return sharding.put(self._by_device(batch, axis=1), self._split)
@@ -384,7 +391,7 @@ class Replicated:
 
     def _pmap(self, function: Callable, **options: Any) -> Callable:
         common = {"axis_name": self.axis_name, "in_axes": (None, 0), "devices": self.devices}
-        return jax.pmap(function, **common, **options)
+        return jax.pmap(function, **common | options)
 
     def _by_device(self, tree: Any, axis: int) -> Any:
         """Rows on `axis` as rows of each device, devices first."""

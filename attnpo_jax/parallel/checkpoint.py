@@ -168,7 +168,8 @@ class Checkpoints:
 
         Args:
           abstract: the state as `jax.ShapeDtypeStruct`s; arrays go to their shardings, or to the
-            default device where they have none. Its `base` is left out: what is read has none.
+            default device where they have none. Its `base` and `reference` are left out: what is
+            read has none.
 
         Raises:
           CheckpointMismatch: the newest one has another identity, or arrays of other shapes.
@@ -366,8 +367,8 @@ def _open(folder: epath.Path, options: ocp.CheckpointManagerOptions) -> ocp.Chec
 
 
 def _without_base(state: TrainState) -> TrainState:
-    # It does not change, and is where the run took it from.
-    return dataclasses.replace(state, base=None)
+    # It does not change, and is where the run took it from; so it is with the reference.
+    return dataclasses.replace(state, base=None, reference=None)
 
 
 def _optimizer_item(state: TrainState) -> dict[str, Any]:

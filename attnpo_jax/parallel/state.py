@@ -22,12 +22,15 @@ class TrainState:
       opt_state: the optimizer's state, of `params` alone.
       base: the parameters that adapters are added to, which stay as they are; None where
         all parameters are trained. Not part of a checkpoint.
+      reference: the reference's parameters, for objectives that read its distribution; None for
+        others, and where it is `base`. Not part of a checkpoint.
     """
 
     step: jax.Array
     params: Any
     opt_state: Any
     base: Any = None
+    reference: Any = None
 
     @property
     def policy(self) -> Params:

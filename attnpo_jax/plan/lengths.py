@@ -1,6 +1,7 @@
 """How long the pairs are that a plan is made for, and the batches of them, as shapes alone."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -88,16 +89,24 @@ class Batching:
 
 
 def train_batch(
-    lengths: Lengths, batching: Batching, num_sources: int, num_columns: int = 0
+    lengths: Lengths,
+    batching: Batching,
+    num_sources: int,
+    num_columns: int = 0,
+    groups: Collection[str] = ("reference_logps",),
 ) -> PairBatch:
     """A training batch (n, B, ...) as `jax.ShapeDtypeStruct`s."""
-    one = reference_batch(lengths, 1, num_sources, num_columns)
+    one = reference_batch(lengths, 1, num_sources, num_columns, groups)
     n_B = batching.microbatches, batching.rows
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*n_B, *x.shape[1:]), x.dtype), one)
 
 
 def reference_batch(
-    lengths: Lengths, rows: int, num_sources: int = 0, num_columns: int = 0
+    lengths: Lengths,
+    rows: int,
+    num_sources: int = 0,
+    num_columns: int = 0,
+    groups: Collection[str] = ("reference_logps",),
 ) -> PairBatch:
     """A batch (B, ...) for the reference's pass, as `jax.ShapeDtypeStruct`s."""
     shape = RowShape(
@@ -107,7 +116,7 @@ def reference_batch(
     )
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype),
-        fill_rows([[]], shape, num_sources, num_columns),
+        fill_rows([[]], shape, num_sources, num_columns, groups),
     )
 
 

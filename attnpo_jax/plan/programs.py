@@ -19,6 +19,7 @@ from attnpo_jax.judge import judge
 from attnpo_jax.models import flops, int8, lora
 from attnpo_jax.models.attention import implementations
 from attnpo_jax.models.decoder import ModelConfig, abstract_params
+from attnpo_jax.models.io import known
 from attnpo_jax.parallel import mesh as meshes
 from attnpo_jax.parallel.backend import Sharded, prepares_together
 from attnpo_jax.plan import hlo, lengths, work
@@ -99,6 +100,12 @@ class Setting:
         config_lib.check_columns(self.config, columns)
         return columns
 
+    @property
+    def other_reference(self) -> ModelConfig | None:
+        """The shape of the reference, where it is another model than training starts from."""
+        source = self.config.reference.source
+        return None if source in ("", self.config.model.source) else known.shape_of(source)
+
     def training_mesh(self) -> dict[str, int]:
         return meshes.axis_sizes(self.config.parallel.mesh, self.topology.size)
 
@@ -113,10 +120,12 @@ class Setting:
         backend = Sharded(policy, self.training_mesh(), self.topology.devices())
         batching = Batching.training(config, backend.row_shards)
         attention = self.attention_of(backend)
-        columns = self.weight_columns
-        settings = config_lib.step_settings(config, policy, self.judge_layers, attention, columns)
+        columns, reads = self.weight_columns, config_lib.reads(config)
+        layers = self.judge_layers if "judge" in reads else ()
+        reference = train.reference_in_memory(config, self.model, self.other_reference)
+        settings = config_lib.step_settings(config, policy, layers, attention, columns, reference)
         step = train.compile_step(config, settings, backend, total_steps=100)
-        batch = lengths.train_batch(at, batching, len(self.judge_layers), len(columns))
+        batch = lengths.train_batch(at, batching, len(layers), len(columns), reads)
         needed = batching.pairs * flops.training(self.model, at.prompt, (at.response,) * 2)
         return self.compile(
             "train",
@@ -129,24 +138,27 @@ class Setting:
 
     def reference(self) -> Compiled:
         """The reference's pass on the chips of `prepares_on`; raises as `training` does."""
-        at, backend = self.lengths, self._preparing_backend()
+        other = self.other_reference
+        of = self if other is None else dataclasses.replace(self, model=other)
+        at, backend = self.lengths, of._preparing_backend()
         batching = Batching.preparing(self.config, at.row, backend.row_shards)
         call = reference.compile_pass(
             backend,
-            config=self._of_passes,
+            config=of._of_passes,
             dtype=jnp.dtype(self.config.model.dtype),
             chunk=self.config.model.logps_chunk,
-            attention=self.attention_of(backend),
+            attention=of.attention_of(backend),
+            entropy="reference_entropy" in config_lib.reads(self.config),
         )
         batch = lengths.reference_batch(at, batching.rows)
-        needed = flops.response_logps(self.model, at.prompt, (at.response,) * 2)
-        return self.compile(
+        needed = flops.response_logps(of.model, at.prompt, (at.response,) * 2)
+        return of.compile(
             "reference",
-            self.prepares_on,
+            of.prepares_on,
             backend,
             batching,
             batching.pairs * needed,
-            lambda: call.lower(self._params(backend), batch),
+            lambda: call.lower(of._params(backend), batch),
         )
 
     def judge(self) -> Compiled:

@@ -21,7 +21,7 @@ class Plan:
     source: str  # the model's name
     topology: Topology
     lengths: Lengths  # the pair that all pairs are taken to be like
-    # The training step, the reference's pass and, where layers are judged, the judge's.
+    # The training step and, where something reads them, the reference's pass and the judge's.
     programs: tuple[Compiled, ...]
     pairs: int | None  # training pairs; None where nobody said and they can't be counted here
     # Optimizer steps of the run; None where the number of pairs is needed and unknown.
@@ -110,7 +110,7 @@ def table(plan: Plan) -> Group:
     prompt, response = f"a prompt of {at.prompt}", f"two responses of {at.response}"
     head.add_row("rows", f"{at.row} tokens: {prompt}, {response}")
     judged = any(program.name == "judge" for program in plan.programs)
-    none = "none, and no judge program: judge.layers = 'none'"
+    none = "none, and no judge program: the weighting reads no judge"
     head.add_row("judge rows", f"{at.judge_row} tokens" if judged else none)
     head.add_row(
         "pairs", "unknown, so no hours; give --pairs=N" if plan.pairs is None else f"{plan.pairs:,}"

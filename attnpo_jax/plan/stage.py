@@ -71,8 +71,11 @@ def plan(
         else:
             console.print(generation.table(sampling))
         return
-    compile_all = [setting.training, setting.reference]
-    if setting.judge_layers:
+    compile_all = [setting.training]
+    reads = config_lib.reads(config)
+    if {"reference_logps", "reference_entropy"} & set(reads):
+        compile_all.append(setting.reference)
+    if "judge" in reads:
         compile_all.append(setting.judge)
     programs = []
     for compile_one in compile_all:

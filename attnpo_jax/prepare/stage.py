@@ -16,21 +16,23 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from attnpo_jax import config as config_lib
 from attnpo_jax.data import prepared
-from attnpo_jax.data.cache_key import naming_fields
+from attnpo_jax.data.manifest import features
 from attnpo_jax.data.pair import BadExample
 from attnpo_jax.data.sources import LoadedPairs, Pairs, load_pairs
 from attnpo_jax.judge.figures import judge_figures
 from attnpo_jax.judge.judge import SAMPLE, Judge, Judgement
 from attnpo_jax.judge.language_model import LanguageModel
+from attnpo_jax.models import int8
 from attnpo_jax.models.attention import implementations
+from attnpo_jax.models.io.model_source import ModelSource
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.parallel import preemption, processes
 from attnpo_jax.prepare import wire
 from attnpo_jax.prepare.look_ahead import look_ahead
 from attnpo_jax.prepare.pair_forms import PairForms, PairTokenizer
-from attnpo_jax.prepare.reference import Reference
+from attnpo_jax.prepare.reference import Reference, check_vocabulary, fitted
+from attnpo_jax.prepare.splits import Split
 from attnpo_jax.runtime import atomic, schema
 from attnpo_jax.runtime.errors import Preempted, UserError
 from attnpo_jax.runtime.printable import plain, say
@@ -92,13 +94,13 @@ def _prepare(run: "Run", splits: Sequence[str], keep_params: bool, console: Cons
         if split.status == "complete" and processes.is_first():
             say(console, f"{split.path}: complete, used as it is")
         processes.wait_until_seen(split.path / prepared.METADATA)
-        if processes.is_first():
+        if processes.is_first() and not split.is_set:
             console.print(summary(split.name, prepared.Prepared.open(split.path)))
 
 
-def _todo(run: "Run", loaded: Mapping[str, LoadedPairs]) -> list["_Split"]:
-    """All splits, and what is there of them."""
-    todo = [_Split.check(run, split, pairs) for split, pairs in loaded.items()]
+def _todo(run: "Run", loaded: Mapping[str, LoadedPairs]) -> list[Split]:
+    """All splits with the sets of columns beside them, and what is there of them."""
+    todo = [part for split, pairs in loaded.items() for part in Split.parts(run, split, pairs)]
     # The first process has finished a dataset, so what it sees of one counts for all.
     statuses = schema.Listed(schema.Choice(prepared.STATUSES))
     seen = processes.exchange([split.status for split in todo], statuses)[0]
@@ -107,15 +109,21 @@ def _todo(run: "Run", loaded: Mapping[str, LoadedPairs]) -> list["_Split"]:
     ]
 
 
-def _fill_all(run: "Run", todo: Sequence["_Split"], keep_params: bool) -> None:
+def _fill_all(run: "Run", todo: Sequence[Split], keep_params: bool) -> None:
     """Computes what is not complete."""
     missing = [split for split in todo if split.status != "complete"]
     if not missing:
         return
     look_ahead(run, {split.name: split.pairs for split in missing})
-    passes = _Passes.load(run, keep_params)
-    for split in missing:
-        _fill(run, passes, split)
+    # One model at a time; last the one that training may go on with.
+    for reference in dict.fromkeys((run.reference, None)):
+        of_model = [split for split in missing if split.reference == reference]
+        passes = None
+        if any(split.groups for split in of_model):
+            passes = _Passes.load(run, keep_params and reference is None, reference)
+        for split in of_model:
+            _fill(run, passes, split)
+        passes = None
 
 
 def _load_pairs(run: "Run", split: str) -> LoadedPairs:
@@ -140,27 +148,6 @@ def _bad_rows_path(dataset: pathlib.Path) -> pathlib.Path:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Split:
-    """A split's pairs, and where and as what they are prepared."""
-
-    name: str
-    path: pathlib.Path
-    pairs: Pairs
-    bad_rows: list[dict[str, Any]]
-    components: dict[str, Any]
-    status: str
-
-    @classmethod
-    def check(cls, run: "Run", name: str, loaded: LoadedPairs) -> "_Split":
-        path = run.prepared_path(name)
-        config_lib.check_columns(run.config, loaded.weight_columns)
-        components = run.cache_key(name, loaded.pairs.digest, loaded.weight_columns)
-        with naming_fields(name):
-            status = prepared.status(path, components)
-        return cls(name, path, loaded.pairs, loaded.bad_rows, components, status)
-
-
-@dataclasses.dataclass(frozen=True)
 class _Passes:
     """What the judge's and the reference's passes run on."""
 
@@ -169,25 +156,31 @@ class _Passes:
     attention: str
 
     @classmethod
-    def load(cls, run: "Run", keep_params: bool) -> "_Passes":
-        config = run.config
+    def load(cls, run: "Run", keep_params: bool, of: ModelSource | None = None) -> "_Passes":
+        """Those of the model that training starts from, or of another one."""
+        config, shape, folder = run.config, run.passes, run.model_folder
+        if of is not None:
+            check_vocabulary(run, of)
+            shape = int8.shape_of_passes(of.shape, config.model.prepare_weights)
+            folder = of.folder
         backend = backends.for_preparing(
-            run.passes, config.parallel, config.prepare.devices, config.model.param_dtype
+            shape, config.parallel, config.prepare.devices, config.model.param_dtype
         )
         _LOG.info("preparing on %s", backend.description)
         attention = implementations.choose(
-            config.model.attention, run.passes, config.model.dtype, backend.devices
+            config.model.attention, shape, config.model.dtype, backend.devices
         )
         _LOG.info("attention: %s", attention)
-        params = run.load_params(run.passes, backend.parameter_shardings(), keep=keep_params)
-        model = LanguageModel(run.model_folder, run.passes, params, run.tokenizer)
+        params = run.load_params(shape, backend.parameter_shardings(), keep=keep_params, of=of)
+        model = LanguageModel(folder, shape, params, run.tokenizer)
         return cls(model, backend, attention.implementation)
 
 
-def _fill(run: "Run", passes: _Passes, split: _Split) -> None:
+def _fill(run: "Run", passes: _Passes | None, split: Split) -> None:
     """Computes and writes this process's shards that are not there yet, then the metadata."""
     everyone, config = processes.team(), run.config
-    together = any(device.process_index != everyone.index for device in passes.backend.devices)
+    devices = () if passes is None else passes.backend.devices
+    together = any(device.process_index != everyone.index for device in devices)
     writer = prepared.PreparedWriter(
         split.path,
         split.components,
@@ -205,22 +198,18 @@ def _fill(run: "Run", passes: _Passes, split: _Split) -> None:
         pending = [(k, *writer.row_range(k)) for k, missing in enumerate(either) if missing]
     if preemption.agreed(bool(pending)):
         tokenize = PairTokenizer.from_config(
-            config, run.tokenizer, run.template, vocab_size=run.model.vocab_size
+            config,
+            run.tokenizer,
+            run.template,
+            vocab_size=(run.model if passes is None else passes.model.config).vocab_size,
         )
         sample = _sample(tokenize, split.pairs, everyone)
     if pending:
-        judge = _judge(run, passes, split.components["source_layers"], sample)
-        reference = Reference(
-            passes.model,
-            [forms.tokenized for forms in sample],
-            dtype=jnp.dtype(config.model.dtype),
-            chunk=config.model.logps_chunk,
-            batch_size=config.judge.batch_size,
-            token_budget=config.judge.token_budget,
-            num_buckets=config.judge.num_buckets,
-            backend=passes.backend,
-            attention=passes.attention,
-        )
+        judge = reference = None
+        if "judge" in split.groups:
+            judge = _judge(run, passes, split.components["source_layers"], sample)
+        if {"reference_logps", "reference_entropy"} & set(split.groups):
+            reference = fitted(run, passes, split.groups, sample)
         shards = _Shards(split, writer, tokenize, judge, reference, together)
         stops = shards.compute(pending, bar=config.log.progress and processes.is_first())
     # Who has been told to stop comes here too: the others learn of it and do not wait in vain.
@@ -234,7 +223,7 @@ def _fill(run: "Run", passes: _Passes, split: _Split) -> None:
         refused = [row for shard in range(writer.num_shards) for row in writer.bad_rows(shard)]
         bad_rows = split.bad_rows + refused
         writer.finish({"pairs": len(split.pairs) - len(refused), "bad_rows": len(bad_rows)})
-        if config.data.on_bad_row == "skip":
+        if config.data.on_bad_row == "skip" and not split.is_set:
             atomic.write_json_lines(_bad_rows_path(split.path), bad_rows)
     processes.barrier(f"prepare: {split.name} finished")
 
@@ -247,11 +236,11 @@ class _Shards:
       together: whether all processes compute the same shards, of which the first writes them.
     """
 
-    split: _Split
+    split: Split
     writer: prepared.PreparedWriter
     tokenize: PairTokenizer
     judge: Judge | None
-    reference: Reference
+    reference: Reference | None
     together: bool
 
     def compute(self, pending: Sequence[tuple[int, int, int]], *, bar: bool) -> bool:
@@ -284,6 +273,9 @@ class _Shards:
                 if k + 1 < len(pending):
                     following = read(*pending[k + 1])
                 rows = _shard_rows(self.judge, self.reference, forms, progress, preempted)
+                if rows is not None and self.split.is_set:
+                    columns = features(self.split.components)
+                    rows = [{name: row[name] for name in columns} for row in rows]
                 if written is not None:
                     written.result()  # a full disk ends the run here
                 if rows is None:
@@ -301,10 +293,8 @@ class _Shards:
 
 def _judge(
     run: "Run", passes: _Passes, source_layers: Sequence[int], sample: Sequence[PairForms]
-) -> Judge | None:
-    """The judge, fitted to a sample; None where none is wanted."""
-    if not source_layers:
-        return None
+) -> Judge:
+    """The judge, fitted to a sample."""
     config = run.config
     judge = Judge(
         passes.model,
@@ -355,7 +345,7 @@ def _of_all(
 
 def _shard_rows(
     judge: Judge | None,
-    reference: Reference,
+    reference: Reference | None,
     forms: Sequence[PairForms],
     progress: CountProgress,
     preempted: Callable[[], bool],
@@ -363,7 +353,7 @@ def _shard_rows(
     """The rows of a shard, or None if notice came before they were all there."""
     tokenized = [form.tokenized for form in forms]
     # Both passes move the bar by half of what they did: either may take longer than the other.
-    share = 1.0 if judge is None else 0.5
+    share = 1.0 if judge is None or reference is None else 0.5
     judgements: dict[int, Judgement] = {}
     if judge is not None:
         for done in judge.run([form.prompt for form in forms], tokenized):
@@ -371,12 +361,14 @@ def _shard_rows(
             progress.add(len(done) * share)
             if preempted():
                 return None
-    logps: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-    for done in reference.run(tokenized):
-        logps.update(done)
+    of_reference: dict[int, dict[str, np.ndarray]] = {}
+    for done in () if reference is None else reference.run(tokenized):
+        of_reference.update(done)
         progress.add(len(done) * share)
         if preempted():
             return None
+    if judge is None and reference is None:
+        progress.add(len(forms))
     rows = []
     for i, pair in enumerate(tokenized):
         row = {
@@ -386,8 +378,7 @@ def _shard_rows(
             "rejected_ids": pair.rejected_ids,
             "chosen_text_length": pair.chosen_text_length,
             "rejected_text_length": pair.rejected_text_length,
-            "ref_chosen_logps": logps[i][0],
-            "ref_rejected_logps": logps[i][1],
+            **of_reference.get(i, {}),
             **forms[i].numbers,
         }
         if judge is not None:

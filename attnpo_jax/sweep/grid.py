@@ -12,8 +12,8 @@ from ml_collections import config_dict
 from attnpo_jax import config as config_lib
 from attnpo_jax.runtime.errors import UsageError
 
-# What a prepared dataset does not depend on.
-SWEPT = ("seed", "weighting", "shaping", "objective", "optim", "train", "lora")
+# What a prepared dataset does not depend on, but for sets of columns beside it.
+SWEPT = ("seed", "weighting", "shaping", "objective", "reference", "optim", "train", "lora")
 # What runs may not have in common.
 _APART = "train.checkpoint_dir"
 _LONGEST_NAME = 150  # of a folder; file systems have 255 bytes

@@ -4,11 +4,13 @@ The judge's and the reference's passes run once, into WORKDIR/prepared. Each run
 of its own in WORKDIR/runs/NAME, with a link to that dataset.
 """
 
+import dataclasses
 import json
 import logging
 import pathlib
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 
@@ -124,7 +126,7 @@ def _one(run: Run, points: Sequence[Point], index: int, checkpoints: str, consol
     if index >= len(points):
         raise UsageError(f"--index={index}; accepted: 0 to {len(points) - 1}")
     point = points[index]
-    _prepare_or_wait(run, console)
+    _prepare_or_wait(_to_prepare(run, points), console)
     say(console, f"[{index} of 0 to {len(points) - 1}] {point.name}")
     outcome = _finished(run.workdir, point) or run_point(run.workdir, point)
     remove_checkpoints(run.workdir, outcome, checkpoints)
@@ -132,12 +134,23 @@ def _one(run: Run, points: Sequence[Point], index: int, checkpoints: str, consol
     return outcome
 
 
-def _prepare_or_wait(run: Run, console: Console) -> None:
+def _to_prepare(run: Run, points: Sequence[Point]) -> list[Run]:
+    """Runs that prepare all that those of the grid read: one for each kind of columns."""
+    kinds: dict[Any, Run] = {}
+    for point in points:
+        one = dataclasses.replace(run, config=point.config)
+        kinds.setdefault((one.reads, point.config.reference.source), one)
+    # Who reads most comes first, and may leave nothing to do.
+    return sorted(kinds.values(), key=lambda one: -len(one.reads))
+
+
+def _prepare_or_wait(runs: Sequence[Run], console: Console) -> None:
     """Of several tasks, one prepares, and the others wait for it."""
     told = False
-    while not _is_prepared(run):
+    while lacking := [run for run in runs if not _is_prepared(run)]:
         try:
-            prepare.prepare(run, console=console)
+            for run in lacking:
+                prepare.prepare(run, console=console)
             return
         except LockedError as error:
             if not told:
@@ -166,7 +179,9 @@ def _in_turn(
 ) -> list[Outcome]:
     outcomes = []
     with run.writing():
-        prepare.prepare(run, console=console)
+        for one in _to_prepare(run, points):
+            if not _is_prepared(one):
+                prepare.prepare(one, console=console)
         for number, point in enumerate(points, 1):
             outcome = _finished(run.workdir, point)
             if outcome is None:
@@ -192,9 +207,13 @@ def _in_processes(
     config = workdir / "config.json"
     atomic.write_atomically(config, config_lib.to_json(run.config).encode())
     common = [f"--config={config}", f"--workdir={workdir}"]
-    if todo and not _is_prepared(run):
+    first, *_ = _to_prepare(run, points)  # the rest is left to the runs that read it
+    if todo and not _is_prepared(first):
         # Not here: of an accelerator's memory, this process would keep a part.
-        _run_prepare(workdir, at_once_lib.attnpo("prepare", *common), console)
+        of_first = workdir / "prepare.json"
+        atomic.write_atomically(of_first, config_lib.to_json(first.config).encode())
+        command = at_once_lib.attnpo("prepare", f"--config={of_first}", f"--workdir={workdir}")
+        _run_prepare(workdir, command, console)
     common += [f"--checkpoints={checkpoints}"]
     common += [f"--set={text}" for text in axes] + [f"--variant={text}" for text in variants]
     numbers = {folder_of(workdir, point) / LOG: k for k, point in todo.items()}

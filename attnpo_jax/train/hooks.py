@@ -145,9 +145,13 @@ class Evaluate:
         if self._batches is None:
             return
         loop.progress.evaluating()
-        values = evaluate(
-            self._eval_step, loop.state.policy, self._batches, self._put_batch, self._stops
-        )
+        eval_step, reference = self._eval_step, loop.state.reference
+        if reference is not None:
+
+            def eval_step(params, batch):
+                return self._eval_step(params, batch, reference)
+
+        values = evaluate(eval_step, loop.state.policy, self._batches, self._put_batch, self._stops)
         loop.progress.evaluated(loop.step, values)
         if values is None:
             loop.stops = True

@@ -26,6 +26,7 @@ from attnpo_jax.parallel.checkpoint import Checkpoints
 from attnpo_jax.parallel.checkpoint_damage import CheckpointMismatch
 from attnpo_jax.parallel.state import TrainState, create, create_adapted
 from attnpo_jax.runtime import atomic, nested
+from attnpo_jax.runtime.errors import UserError
 from attnpo_jax.runtime.metrics import MetricsWriter
 from attnpo_jax.runtime.metrics import read as read_metrics
 from attnpo_jax.train import choosing, hooks, optim
@@ -98,14 +99,21 @@ def _train(run: "Run") -> None:
     config, checkpoint_folder = run.config, run.checkpoint_folder
     run.source_layers  # noqa: B018  a layer that the model lacks is told of before anything runs
     backend = backends.for_training(run.policy, config.parallel)
-    attention = _attention(run, backend)
+    other = None if run.reference is None else run.reference.shape
+    reference = reference_in_memory(config, run.model, other)
+    attention = _attention(run, backend, reference)
     data = {split: run.open_prepared(split) for split in run.splits}
     batches, eval_batches = _batches(config, backend, data)
     settings = config_lib.step_settings(
-        config, run.policy, data["train"].source_layers, attention, data["train"].weight_columns
+        config,
+        run.policy,
+        data["train"].source_layers,
+        attention,
+        data["train"].weight_columns,
+        reference,
     )
     compiled = compile_step(config, settings, backend, len(batches))
-    eval_step = backend.eval_step(make_eval_step(settings, backend.axis_name))
+    eval_step = backend.eval_step(make_eval_step(settings, backend.axis_name), reference)
     first = processes.is_first()
     samples = sampling_hooks(run, backend)
     is_of = identity(config, run.model, data["train"])
@@ -117,6 +125,7 @@ def _train(run: "Run") -> None:
         keep=config.train.keep_checkpoints,
     ) as checkpoints:
         state, restored = _start(run, backend, compiled, checkpoints)
+        state = _with_reference(run, backend, reference, state)
         start = int(state.step)
         if first:
             atomic.write_atomically(
@@ -162,7 +171,7 @@ def _train(run: "Run") -> None:
                 hooks.Report(
                     data["train"],
                     every=config.train.log_every,
-                    beta=settings.beta if traits(settings.objective).of_log_ratios else None,
+                    beta=_beta_at_first(run, settings),
                 ),
                 # In this order.
                 [
@@ -190,7 +199,13 @@ def _say_where_it_begins(run: "Run", restored: int | None, total: int) -> None:
         _LOG.info("all %d steps are done, and saved in %s", total, run.checkpoint_folder)
 
 
-def _attention(run: "Run", backend: backends.Backend) -> str:
+def _beta_at_first(run: "Run", settings: StepSettings) -> float | None:
+    """The rewards' scale, where they are of a policy that is its reference to begin with."""
+    of_itself = run.reference is None and traits(settings.objective).of_log_ratios
+    return settings.beta if of_itself else None
+
+
+def _attention(run: "Run", backend: backends.Backend, reference: ModelConfig | None = None) -> str:
     """The attention implementation; says what computes, and warns of devices without work."""
     config = run.config
     _LOG.info("training on %s", backend.description)
@@ -201,10 +216,19 @@ def _attention(run: "Run", backend: backends.Backend) -> str:
             config.train.microbatch_size,
             backend.row_shards,
         )
-    choice = implementations.choose(
-        config.model.attention, run.model, config.model.dtype, backend.devices
-    )
+
+    def choose(model):
+        kind = config.model.dtype, backend.devices
+        return implementations.choose(config.model.attention, model, *kind)
+
+    choice = choose(run.model)
     _LOG.info("attention: %s", choice)
+    if reference is not None and choose(reference).implementation != choice.implementation:
+        raise UserError(
+            f"config.model.attention = {config.model.attention!r}: {choice.implementation!r} "
+            "serves the policy and not the reference, whose distribution the objective reads; "
+            "accepted: 'xla'"
+        )
     return choice.implementation
 
 
@@ -237,6 +261,47 @@ def _batches(
     if "eval" not in data:
         return batches, None
     return batches, EvalBatches(data["eval"], batch_size=config.train.eval_batch_size, **rows)
+
+
+def reference_in_memory(
+    config: config_dict.ConfigDict, model: ModelConfig, other: ModelConfig | None
+) -> ModelConfig | None:
+    """The shape of the reference whose parameters training holds beside the policy's.
+
+    Args:
+      config: the run's config.
+      model: the shape of the model that training starts from.
+      other: that of the reference, where it is another model.
+
+    Returns:
+      The shape; None where the objective does not read the reference's distribution, or the
+      reference is the model without the adapters that are trained.
+
+    Raises:
+      UserError: the two have vocabularies of different sizes.
+    """
+    if not config_lib.reads_distribution(config) or (other is None and config.lora.rank > 0):
+        return None
+    if other is not None and other.vocab_size != model.vocab_size:
+        raise UserError(
+            f"config.reference.source = {config.reference.source!r} has vocab_size = "
+            f"{other.vocab_size}, config.model.source {model.vocab_size}: the distributions that "
+            f"{config.objective.name!r} compares are not over the same tokens; accepted: equal ones"
+        )
+    return model if other is None else other
+
+
+def _with_reference(
+    run: "Run", backend: backends.Backend, reference: ModelConfig | None, state: TrainState
+) -> TrainState:
+    """The state with the parameters of the reference, if it is to be held in memory."""
+    if reference is None:
+        return state
+    shardings = backend.of(reference).parameter_shardings()
+    params = run.load_params(reference, shardings, of=run.reference)
+    size = sum(x.nbytes for x in jax.tree.leaves(params))
+    _LOG.info("the reference is in memory beside the policy: %.2f GiB in all", size / 2**30)
+    return dataclasses.replace(state, reference=params)
 
 
 def _start(
@@ -287,6 +352,10 @@ def compile_step(
     optimizer = optim.make_optimizer(config.optim, schedule)
     first_state, shapes = _first_state(config, settings.model, optimizer)
     abstract_state = backend.abstract_state(shapes)
+    if settings.reference is not None:
+        params = abstract_params(settings.reference, jnp.dtype(config.model.param_dtype))
+        held = backend.of(settings.reference).abstract_state(params)
+        abstract_state = dataclasses.replace(abstract_state, reference=held)
     step = make_train_step(settings, optimizer, schedule, backend.axis_name)
     return CompiledStep(first_state, abstract_state, backend.train_step(step, abstract_state))
 
@@ -318,7 +387,7 @@ def identity(config: config_dict.ConfigDict, model: ModelConfig, data: Prepared)
     return {
         "config": _decisive(config),
         "model": model.facts(),
-        "prepared": data.meta["components"],
+        "prepared": data.identity,
     }
 
 

@@ -38,27 +38,31 @@ def make_train_step(
       `step(state, batch) -> (state, metrics)`. Metrics are means over the pairs, `grad_norm`
       (before clipping), `learning_rate`, the counts `pairs` and `tokens`, and arrays over the
       batch's slots: `pair` (row of the prepared dataset, -1 for empty), `pair_loss`, and
-      `log_ratio` (of policy to reference, unweighted: chosen, rejected).
+      `log_ratio` (of policy to reference, unweighted: chosen, rejected; without a reference,
+      none).
     """
 
-    def loss_sum(trained, base, microbatch):
-        loss_P, metrics = batch_losses(settings, policy_params(trained, base), microbatch)
+    def loss_sum(trained, base, microbatch, reference):
+        policy = policy_params(trained, base)
+        loss_P, metrics = batch_losses(settings, policy, microbatch, reference)
         totals = jax.tree.map(jnp.sum, {"loss": loss_P, **metrics})
-        policy_P2 = jnp.stack([metrics["logps/chosen"], metrics["logps/rejected"]], axis=-1)
-        reference_P2 = jnp.sum(microbatch.reference_logps_BG2T, axis=-1).reshape(-1, 2)
-        by_slot = {"pair_loss": loss_P, "log_ratio": policy_P2 - reference_P2}
+        by_slot = {"pair_loss": loss_P}
+        if microbatch.reference_logps_BG2T is not None:
+            policy_P2 = jnp.stack([metrics["logps/chosen"], metrics["logps/rejected"]], axis=-1)
+            reference_P2 = jnp.sum(microbatch.reference_logps_BG2T, axis=-1).reshape(-1, 2)
+            by_slot["log_ratio"] = policy_P2 - reference_P2
         return totals["loss"], (totals, jax.lax.stop_gradient(by_slot))
 
     gradient = jax.grad(loss_sum, has_aux=True)
 
     def train_step(state: TrainState, batch: PairBatch) -> tuple[TrainState, Metrics]:
         def accumulate(grads, microbatch):
-            g, reports = gradient(state.params, state.base, microbatch)
+            g, reports = gradient(state.params, state.base, microbatch, state.reference)
             return jax.tree.map(jnp.add, grads, g), reports
 
         if batch.tokens_BL.shape[0] == 1:
             only = jax.tree.map(lambda x: x[0], batch)
-            grads, (totals, by_slot) = gradient(state.params, state.base, only)
+            grads, (totals, by_slot) = gradient(state.params, state.base, only, state.reference)
         else:
             zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
             grads, (totals, by_slot) = jax.lax.scan(accumulate, zeros, batch)
@@ -91,18 +95,17 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(
-    settings: StepSettings, axis_name: str | None = None
-) -> Callable[[Params, PairBatch], Metrics]:
+def make_eval_step(settings: StepSettings, axis_name: str | None = None) -> Callable[..., Metrics]:
     """A pure evaluation step: `(params, batch) -> sums` over the batch's pairs.
 
     The sums carry the names of the training metrics, with `pairs` for the count to divide by.
-    `axis_name` is as for `make_train_step`.
+    `axis_name` is as for `make_train_step`. Where the settings have a reference, a third argument
+    is its parameters.
     """
 
-    def eval_step(params: Params, batch: PairBatch) -> Metrics:
+    def eval_step(params: Params, batch: PairBatch, reference: Params | None = None) -> Metrics:
         def sum_up(_, microbatch):
-            loss_P, metrics = batch_losses(settings, params, microbatch)
+            loss_P, metrics = batch_losses(settings, params, microbatch, reference)
             return None, jax.tree.map(jnp.sum, {"loss": loss_P, **metrics})
 
         _, totals = jax.lax.scan(sum_up, None, batch)

@@ -26,7 +26,12 @@ from attnpo_jax.weighting.functions import (
     top_tokens,
     uniform,
 )
-from attnpo_jax.weighting.likelihoods import confpo, policy_entropy, reference_surprisal
+from attnpo_jax.weighting.likelihoods import (
+    confpo,
+    policy_entropy,
+    reference_entropy,
+    reference_surprisal,
+)
 from attnpo_jax.weighting.positions import d2po, diff, in_common, ld_dpo
 from attnpo_jax.weighting.shaping import shaped
 from attnpo_jax.weighting.shares import attention, column
@@ -51,6 +56,7 @@ __all__ = [
     "needs",
     "policy_entropy",
     "read_column",
+    "reference_entropy",
     "reference_surprisal",
     "register",
     "registry",

@@ -19,6 +19,10 @@ from attnpo_jax.weighting.functions import (
 )
 
 
+def _needs(*, against, **_) -> tuple[str, ...]:
+    return ("reference_logps",) if against is None else ()
+
+
 def _contrast(response, column, against) -> jax.Array:
     """Log-ratio (B, T) of two columns on the text, 0 elsewhere; None: against the reference."""
     check_mask(response.text_mask_BT, "text_mask_BT")
@@ -34,7 +38,7 @@ def _sign(response) -> jax.Array:
     return jnp.where(response.is_chosen, 1.0, -1.0)[:, None]
 
 
-@register
+@register(needs=_needs)
 def tis_dpo(
     response: ResponseTokens,
     *,
@@ -75,7 +79,7 @@ def tis_dpo(
     return jnp.where(response.mask_BT, 1.0 + scale * _sign(response) * ratio_BT, 0.0)
 
 
-@register
+@register(needs=_needs)
 def tgdpo(
     response: ResponseTokens,
     *,
@@ -115,7 +119,7 @@ def tgdpo(
     return jnp.where(response.mask_BT, 1.0 + alpha * _sign(response) * reward_BT, 0.0)
 
 
-@register
+@register(needs=_needs)
 def critical_tokens(
     response: ResponseTokens,
     *,
@@ -162,7 +166,7 @@ def critical_tokens(
     return jnp.where(text_BT, weights_BT, response.mask_BT.astype(jnp.float32))
 
 
-@register
+@register(needs=_needs)
 def sepo(
     response: ResponseTokens,
     *,

@@ -10,7 +10,7 @@ arguments are its fields in `config.weighting`:
         place_BT = jnp.cumsum(response.mask_BT, axis=-1)
         return (response.mask_BT & (place_BT <= count)).astype(jnp.float32)
 
-What costs a pass of its own is computed where the weighting declares that it reads it, as
+What costs a pass is computed where something declares that it reads it, a weighting as
 `@weighting.register(needs=("policy_entropy",))`.
 
 Shape suffixes: B responses, T response tokens, S judged layers, 2 judge orders, K columns.
@@ -26,8 +26,15 @@ import jax.numpy as jnp
 
 from attnpo_jax.registry import Registry, RegistryError
 
-NEEDS = ("policy_entropy", "policy_collision")
-"""What a weighting may declare: `<name>_BT` of `ResponseTokens` is there for those that do."""
+NEEDS = (
+    "judge",
+    "reference_logps",
+    "reference_entropy",
+    "policy_entropy",
+    "policy_collision",
+)
+"""What a weighting may declare: `<name>_BT` of `ResponseTokens` is there for those that do, and for
+`judge`, `judge_B2ST` and `verdict_B2`."""
 
 registry = Registry("weighting", inputs=("response",), accepted_needs=NEEDS)
 register = registry.register
@@ -52,10 +59,11 @@ class ResponseTokens:
       text_mask_BT: bool, true on the tokens of the response's text; implies `mask_BT`.
       judge_B2ST: float32, raw attention from the judge's verdict position to the tokens, by order
         of the answers (0: chosen at A, 1: chosen at B) and judged layer. Values off `text_mask_BT`
-        carry no meaning.
+        carry no meaning. A `NotComputed` where nobody declared that it needs the judge.
       verdict_B2: float32, by order, log-probability of the letter of the chosen response minus
-        that of the other letter; NaN where `judge.verdict` is False.
-      reference_logps_BT: float32, log-probability of each token under the reference.
+        that of the other letter; NaN where `judge.verdict` is False, and as `judge_B2ST`.
+      reference_logps_BT: float32, log-probability of each token under the reference. A
+        `NotComputed` where neither the weighting nor the objective needs it.
       policy_logps_BT: float32, the same under the policy, gradient stopped.
       is_chosen: bool (B,), whether the row is its pair's chosen response.
       source_layers: which layers the S axis holds, counted from 0; None: layers are then named by
@@ -69,6 +77,8 @@ class ResponseTokens:
         None where they are not known.
       partner_length_B: int32, how many tokens the other response has, closing template tokens
         included. None where that is not known.
+      reference_entropy_BT: float32, entropy in nats of the reference's distribution of each token.
+        None, or a `NotComputed`, unless the weighting declared that it needs it.
       policy_entropy_BT: float32, entropy in nats of the policy's distribution of each token. None
         unless the weighting declared that it needs it.
       policy_collision_BT: float32, log of the sum of that distribution's squared probabilities.
@@ -91,6 +101,7 @@ class ResponseTokens:
     tokens_BT: jax.Array | None = None
     partner_tokens_BT: jax.Array | None = None
     partner_length_B: jax.Array | None = None
+    reference_entropy_BT: jax.Array | None = None
     policy_entropy_BT: jax.Array | None = None
     policy_collision_BT: jax.Array | None = None
 

@@ -42,7 +42,7 @@ def confpo(response: ResponseTokens) -> jax.Array:
     return jnp.where(mask_BT, selected_BT + 0.0 * p_BT, 0.0)
 
 
-@register
+@register(needs=("reference_logps",))
 def reference_surprisal(response: ResponseTokens) -> jax.Array:
     """Weight in proportion to -log p of the token under the reference: what it did not expect.
 
@@ -62,6 +62,32 @@ def reference_surprisal(response: ResponseTokens) -> jax.Array:
     check_mask(response.mask_BT, "mask_BT")
     surprisal_BT = -jax.lax.stop_gradient(response.reference_logps_BT)
     return to_length(jnp.maximum(surprisal_BT, 0.0), response.mask_BT)
+
+
+@register(needs=("reference_entropy",))
+def reference_entropy(response: ResponseTokens) -> jax.Array:
+    """Weight in proportion to the entropy of the reference's distribution of the token.
+
+    How open the reference was about what comes next, whatever came (Shannon 1948, "A Mathematical
+    Theory of Communication"); its `reference_surprisal` is that of the token that came. The choice
+    by entropy is that of "Beyond the 80/20 Rule" (see `policy_entropy`), but of a model that does
+    not move: `prepare` computes it once. Scaled so that a response's weights sum to its number of
+    tokens.
+
+    Args:
+      response: mask (B, T) and the reference's entropy (B, T).
+
+    Returns:
+      Weights (B, T), float32, 0 off `mask_BT`; 1 on every token where all are certain.
+
+    Raises:
+      RegistryError: the entropy is not known.
+
+    >>> r = ResponseTokens.of([[True, True, False]], reference_entropy_BT=[[0.5, 1.5, 9.0]])
+    >>> reference_entropy(r).tolist()
+    [[0.5, 1.5, 0.0]]
+    """
+    return _by_entropy(response, "reference_entropy_BT")
 
 
 @register(needs=("policy_entropy",))
@@ -86,7 +112,11 @@ def policy_entropy(response: ResponseTokens) -> jax.Array:
     >>> policy_entropy(r).tolist()
     [[0.5, 1.5, 0.0]]
     """
+    return _by_entropy(response, "policy_entropy_BT")
+
+
+def _by_entropy(response: ResponseTokens, field: str) -> jax.Array:
     check_mask(response.mask_BT, "mask_BT")
-    entropy_BT = response.known("policy_entropy_BT")
+    entropy_BT = response.known(field)
     # Rounding may make it a little less than 0.
     return to_length(jnp.maximum(entropy_BT, 0.0), response.mask_BT)

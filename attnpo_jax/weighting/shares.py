@@ -21,7 +21,7 @@ from attnpo_jax.weighting.functions import (
 )
 
 
-@register
+@register(needs=("judge",))
 def attention(
     response: ResponseTokens,
     *,

@@ -23,6 +23,7 @@ from attnpo_jax.config import (
     layers,
     load_config,
     load_file,
+    reads,
     section_for,
     source_layers,
     to_json,
@@ -106,6 +107,7 @@ def test_what_decides_a_run_s_course():
         "lora.rank",
         "lora.alpha",
         "lora.targets",
+        "reference.source",
         "shaping.top_share",
         "shaping.smooth",
         "shaping.normalize",
@@ -309,9 +311,48 @@ def test_margins_need_an_objective_that_reads_them():
 
 
 @pytest.mark.parametrize(("name", "values"), [("tdpo", {}), ("mixture", {"terms": "tdpo + nll"})])
-def test_an_objective_that_needs_the_reference_s_distribution_is_refused(name, values):
-    (problem,) = objective_problems(name, **values)
-    assert f"config.objective: {name!r} needs reference_kl" in problem
+def test_the_reference_s_distribution_costs_a_copy_that_has_to_be_asked_for(name, values):
+    config = default_config()
+    config.objective = section_for(losses, name, **values)
+    with pytest.raises(ConfigError) as caught:
+        validate(config)
+    (problem,) = caught.value.problems
+    assert problem.startswith(
+        f"config.objective.name = {name!r} reads the reference's distribution"
+    )
+    assert "config.reference.in_memory = False: accepted: True, which holds a second set" in problem
+    config.lora.rank = 4
+    validate(config)  # adapters have their base
+    config.reference.source = "some/other"
+    with pytest.raises(ConfigError, match="reference.in_memory"):
+        validate(config)
+    config.reference.in_memory = True
+    validate(config)
+
+
+@pytest.mark.parametrize(
+    ("objective", "weighs", "read"),
+    [
+        ("sigmoid", {"name": "attention"}, {"judge", "reference_logps"}),
+        ("sigmoid", {"name": "uniform"}, {"reference_logps"}),
+        ("simpo", {"name": "attention"}, {"judge"}),
+        ("orpo", {"name": "confpo"}, set()),
+        ("cpo", {"name": "reference_surprisal"}, {"reference_logps"}),
+        ("simpo", {"name": "reference_entropy"}, {"reference_entropy"}),
+        ("simpo", {"name": "sepo", "column": "oracle"}, {"reference_logps"}),
+        ("simpo", {"name": "sepo", "column": "oracle", "against": "start"}, set()),
+    ],
+)
+def test_what_weighting_and_objective_read_of_the_passes(objective, weighs, read):
+    config = default_config()
+    config.objective = section_for(losses, objective)
+    config.weighting = section_for(weighting, **weighs)
+    assert set(reads(config)) == read
+    config.judge.layers = "none"
+    assert set(reads(config)) == read - {"judge"}
+    mixed = default_config()
+    mixed.objective = section_for(losses, "mixture", terms="simpo + 0.5 * nll")
+    assert reads(mixed) == ("judge",)
 
 
 def test_section_for_takes_fields_from_the_signature():

@@ -44,6 +44,7 @@ def random_responses(pairs=4, length=9, seed=0, **fields):
         "tokens_BT": tokens,
         "partner_tokens_BT": partners(tokens),
         "partner_length_B": partners(mask.sum(axis=-1).astype(np.int32)),
+        "reference_entropy_BT": np.where(mask, 2 * rng.random((B, T)), 0).astype(np.float32),
         "policy_entropy_BT": np.where(mask, rng.random((B, T)), 0).astype(np.float32),
         "policy_collision_BT": logps(),
     }

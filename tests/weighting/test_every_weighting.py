@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from attnpo_jax import weighting
+from attnpo_jax.registry import NotComputed
 from tests.weighting.responses import LAYERS, bound, random_responses
 
 OWN = [
@@ -34,14 +35,15 @@ FLOATS = (
     "reference_logps_BT",
     "policy_logps_BT",
     "ready_BKT",
+    "reference_entropy_BT",
     "policy_entropy_BT",
 )
 
 
 def test_the_zoo_is_whole():
     methods = {"confpo", "critical_tokens", "d2po", "diff", "ld_dpo", "sepo", "tgdpo", "tis_dpo"}
-    others = {"attention", "column", "policy_entropy", "reference_surprisal", "uniform"}
-    assert set(OWN) == methods | others
+    surprises = {"policy_entropy", "reference_entropy", "reference_surprisal"}
+    assert set(OWN) == methods | surprises | {"attention", "column", "uniform"}
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -84,15 +86,49 @@ def test_gradients_are_zero_and_rows_without_anything_finite(name):
 
 
 def test_what_is_declared_is_accepted():
-    assert weighting.needs("policy_entropy") == ("policy_entropy",)
-    assert all(weighting.needs(name) == () for name in OWN if name != "policy_entropy")
-    with pytest.raises(ValueError, match="needs 'entropy'; accepted: policy_entropy, policy_coll"):
+    needs = {name: weighting.needs(name) for name in OWN}
+    contrasts = {"critical_tokens", "sepo", "tgdpo", "tis_dpo"}
+    assert {name: of for name, of in needs.items() if of} == {
+        "attention": ("judge",),
+        "policy_entropy": ("policy_entropy",),
+        "reference_entropy": ("reference_entropy",),
+        "reference_surprisal": ("reference_logps",),
+        **dict.fromkeys(contrasts, ("reference_logps",)),
+    }
+    assert all(weighting.needs(name, {"against": "3"}) == () for name in contrasts)
+    with pytest.raises(ValueError, match="needs 'entropy'; accepted: judge, reference_logps, "):
 
         @weighting.register(needs=("entropy",))
         def unheard_of(response):
             return response.mask_BT
 
     assert "unheard_of" not in weighting.names()
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name in OWN])
+def test_what_is_not_declared_is_not_read(name):
+    """Else a run that does not compute it would fail."""
+    weigh, r = VARIANTS[name], random_responses()
+    fields = {
+        "judge": ("judge_B2ST", "verdict_B2"),
+        "reference_logps": ("reference_logps_BT",),
+        "reference_entropy": ("reference_entropy_BT",),
+        "policy_entropy": ("policy_entropy_BT",),
+        "policy_collision": ("policy_collision_BT",),
+    }
+    declared = weighting.needs(name, weigh.keywords)
+    absent = {
+        field: NotComputed(field, "declare it")
+        for need, names in fields.items()
+        for field in names
+        if need not in declared
+    }
+    np.testing.assert_array_equal(weigh(dataclasses.replace(r, **absent)), weigh(r))
+    for need in declared:
+        (field, *_) = fields[need]
+        lacking = dataclasses.replace(r, **{field: NotComputed(field, "declare it")})
+        with pytest.raises(ValueError, match=f"{field} is not computed here: declare it"):
+            weigh(lacking)
 
 
 def test_columns_by_name():

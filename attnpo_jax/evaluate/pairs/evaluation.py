@@ -1,5 +1,6 @@
 """`attnpo evaluate pairs`: does the implicit reward prefer the better responses of pairs."""
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -7,12 +8,12 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from attnpo_jax import config as config_lib
-from attnpo_jax.data.prepared import METADATA, Prepared
+from attnpo_jax.data.prepared import Prepared
 from attnpo_jax.data.readers import open_source
 from attnpo_jax.data.sources import load_pairs
 from attnpo_jax.evaluate.evaluator import Evaluator, Result
 from attnpo_jax.evaluate.pairs import figures
-from attnpo_jax.evaluate.pairs.scores import FIELDS, score
+from attnpo_jax.evaluate.pairs.scores import fields, score
 from attnpo_jax.models.attention import implementations
 from attnpo_jax.pair_loss import StepSettings
 from attnpo_jax.parallel import preemption
@@ -57,7 +58,7 @@ def run(task: "Task") -> Result:
     for number, scores in enumerate(found.tolist()):
         pair = dataset[number]
         lengths = pair["chosen_text_length"], pair["rejected_text_length"]
-        named = dict(zip(FIELDS, scores, strict=True))
+        named = dict(zip(fields(dataset), scores, strict=True))
         rows.append(figures.row_of(pair["id"], subsets.get(pair["id"]), lengths, named))
     result = figures.result(rows, weighted=config.weighting.name != "uniform")
     return dataclasses.replace(result, about={"pairs of": of_pairs.config.data.eval})
@@ -73,9 +74,13 @@ def _prepared(task: "Task") -> tuple["Run", Prepared]:
             "config.data.eval names no pairs; accepted there, or as evaluate.pairs.source: "
             "pairs such as builtin:eval"
         )
-    if preemption.agreed(not (run.prepared_path("eval") / METADATA).is_file()):
+    dataset = None
+    with contextlib.suppress(FileNotFoundError):
+        dataset = run.open_prepared("eval")
+    if preemption.agreed(dataset is None):
         prepare(run, splits=("eval",), console=task.console)
-    return run, run.open_prepared("eval")
+        dataset = run.open_prepared("eval")
+    return run, dataset
 
 
 # One of each for all of a run's evaluations, so that these compile once.
@@ -154,5 +159,5 @@ EVALUATOR = Evaluator(
     "pairs",
     run,
     needs_pairs=True,
-    reads=("data.", "judge.", "model.", "objective.", "weighting."),
+    reads=("data.", "judge.", "model.", "objective.", "reference.source", "weighting."),
 )

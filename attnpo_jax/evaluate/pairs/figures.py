@@ -22,7 +22,7 @@ def row_of(id: str, subset: str | None, lengths: tuple[int, int], scores: dict[s
       id: the pair's.
       subset: which it belongs to; None for none.
       lengths: tokens of the text of the chosen and of the rejected response.
-      scores: by name, see `scores.FIELDS`.
+      scores: by name, see `scores.fields`.
 
     Returns:
       All of this, and, plain and weighted: `brier`, (1 - p)^2 where p = sigmoid(margin) is how
@@ -67,7 +67,7 @@ def result(rows: Sequence[Row], *, weighted: bool) -> Result:
     for way, of in ways.items():
         against = f"{way}accuracy where the longer one is rejected"
         figures[against] = figure(rows, f"{of}accuracy_against_length")
-    for side in ("chosen", "rejected"):
+    for side in ("chosen", "rejected") if "chosen_kl" in rows[0] else ():
         figures[f"KL a token, {side}"] = figure(rows, f"{side}_kl")
         figures[f"log-ratio a token, {side}"] = figure(rows, f"{side}_log_ratio")
     for way, of in ways.items():

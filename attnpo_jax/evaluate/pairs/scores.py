@@ -1,6 +1,6 @@
 """What a model's log-probs say about each pair of a prepared dataset, beside the reference's.
 
-Shapes: B rows, G pairs a row, T response tokens, N figures a pair (those of `FIELDS`).
+Shapes: B rows, G pairs a row, T response tokens, N figures a pair (those of `fields`).
 """
 
 import contextlib
@@ -37,6 +37,12 @@ _METRICS = {
 _OF_TOKENS = ("chosen_log_ratio", "rejected_log_ratio", "chosen_kl", "rejected_kl")
 FIELDS = (*_METRICS, *_OF_TOKENS)
 
+
+def fields(dataset: Prepared) -> tuple[str, ...]:
+    """Of `FIELDS`, those of a dataset's pairs: means over tokens where it has the reference."""
+    return FIELDS if "reference_logps" in dataset.groups else (*_METRICS,)
+
+
 # What processes tell each other: a pair's row of the dataset, and its figures.
 _SCORES = schema.Listed(schema.Row((schema.Whole(), schema.Listed(schema.Maybe(schema.Number())))))
 
@@ -55,11 +61,15 @@ def pair_scores(params: Params, batch: PairBatch, *, settings: StepSettings) -> 
       exp(-r) - 1 + r. Of tokens that pi has drawn the latter estimates KL(pi || rho) without bias,
       and is never negative (Schulman 2020, http://joschu.net/blog/kl-approx.html, "k3"); of the
       tokens at hand, which neither model has drawn, it says how far apart the two are on them.
+      Without the reference's log-probs, these means are left out.
     """
+    settings = pair_loss.without_losses(settings)
     policy_BG2T, statistics = pair_loss.policy_logps(settings, params, batch)
     _, metrics = pair_loss.losses_of_logps(settings, policy_BG2T, statistics, batch)
     shape = batch.valid_BG.shape
     of_pairs = [metrics[name].reshape(shape) for name in _METRICS.values()]
+    if batch.reference_logps_BG2T is None:
+        return (jnp.stack(of_pairs, axis=-1),)
     r_BG2T = policy_BG2T - batch.reference_logps_BG2T  # 0 where there is no token
     counts_BG2 = jnp.maximum(1, jnp.sum(batch.mask_BG2T, axis=-1))
     # expm1, since r is near 0 where the model has hardly moved.
@@ -113,7 +123,7 @@ def score(
     found, stopped = _scores(sampled, settings, batches, mine, bar)
     if preemption.agreed(stopped):
         raise Preempted("told to stop while scoring pairs; the same command starts that anew")
-    scores = np.full((len(dataset), len(FIELDS)), np.nan)
+    scores = np.full((len(dataset), len(fields(dataset))), np.nan)
     for part in team.exchange(found, _SCORES):
         for row, values in part:
             scores[row] = [np.nan if value is None else value for value in values]

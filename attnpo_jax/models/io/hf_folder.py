@@ -94,13 +94,16 @@ class Stored(NamedTuple):
 # --- Finding and reading a folder ----------------------------------------------------------------
 
 
-def resolve(source: str | os.PathLike, *, weights: bool = True) -> Path:
+def resolve(
+    source: str | os.PathLike, *, weights: bool = True, field: str = "model.source"
+) -> Path:
     """The local folder of a model.
 
     Args:
       source: a local Hugging Face folder, the alias `smollm2-135m-instruct`, or a hub id
         `owner/name`, which is downloaded: safetensors, configuration and tokenizer alone.
       weights: whether the safetensors are wanted.
+      field: the config's field that names it, for messages.
     """
     text = os.fspath(source)
     if text == embedded.ALIAS:
@@ -112,7 +115,7 @@ def resolve(source: str | os.PathLike, *, weights: bool = True) -> Path:
     accepted = f"a local Hugging Face folder, {embedded.ALIAS!r}, or a hub id 'owner/name'"
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text):
         raise FolderError(
-            f"model.source {text!r} is not a folder; accepted: {accepted}; {searched(folder)}"
+            f"{field} {text!r} is not a folder; accepted: {accepted}; {searched(folder)}"
         )
     wanted = ["config.json", INDEX, *(["*.safetensors"] if weights else []), *COMPANIONS]
     try:
@@ -124,7 +127,7 @@ def resolve(source: str | os.PathLike, *, weights: bool = True) -> Path:
         )
     except Exception as error:
         raise FolderError(
-            f"model.source {text!r} is not a local folder and could not be downloaded from the "
+            f"{field} {text!r} is not a local folder and could not be downloaded from the "
             f"hub: {error}. Accepted: {accepted}; {searched(folder)}"
         ) from error
     return Path(downloaded)

@@ -12,6 +12,7 @@ from attnpo_jax.config import (
     choosing_fields,
     evaluate_fields,
     generate_fields,
+    judge_source_fields,
     prepare_fields,
     reference_fields,
     rules,
@@ -189,25 +190,7 @@ FIELDS: dict[str, Field] = {
         rules.integer(1, 1_000),
         "how many row lengths batches are padded to; each is one compilation a pass",
     ),
-    "judge.source": Field(
-        "",
-        rules.text_or_none(),
-        "the judge, where it is not the model that training starts from: hub id, local Hugging "
-        "Face folder, or `smollm2-135m-instruct`. It reads texts with a tokenizer and a chat "
-        "template of its own ([data.md](data.md#another-judge))",
-    ),
-    "judge.chat_template": Field(
-        None,
-        rules.file_or(None),
-        "with `judge.source`: Jinja file that replaces its tokenizer's own chat template",
-        mixed=True,
-    ),
-    "judge.chat_template_kwargs": Field(
-        None,
-        rules.template_variables(),
-        "with `judge.source`: variables of its chat template",
-        mixed=True,
-    ),
+    **judge_source_fields.FIELDS,
     "judge.template": Field(
         "default",
         rules.file_or("default"),

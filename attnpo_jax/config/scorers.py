@@ -174,9 +174,9 @@ def override(config: config_dict.ConfigDict, field: str, text: str) -> None:
         raise UsageError(
             f"--config.{field}={text}: accepted: --config.{FIELD}.NAME.KEY=VALUE; {_accepted()}"
         )
-    scorers = dict(config.prepare.scorers)
-    scorers[name] = {**scorers.get(name, {}), key: _value(key, text)}
-    config.prepare.scorers = scorers
+    scorers = dict(config.prepare.scorers.items())
+    of_name = dict(scorers.get(name, {}).items()) | {key: _value(key, text)}
+    config.prepare.scorers = scorers | {name: of_name}
 
 
 def _value(key: str, text: str) -> Any:

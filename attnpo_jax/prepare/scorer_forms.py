@@ -8,17 +8,20 @@ Shapes: T training tokens of a response, N of the scorer's own.
 """
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 
 import numpy as np
 
 from attnpo_jax.data.align import align
-from attnpo_jax.data.chat_template import Conversation
+from attnpo_jax.data.chat_template import ChatTemplate, Conversation
 from attnpo_jax.data.pair import SIDES, BadExample, Message, Pair
 from attnpo_jax.data.tokenize import ChatTokenizer, TokenizedPair, tokenize_pair
 from attnpo_jax.data.vocabulary import check_ids
+from attnpo_jax.models.config import ModelConfig
 from attnpo_jax.runtime.errors import UserError
 
+_LOG = logging.getLogger(__name__)
 # Closing template tokens of a response, and tokens by which a text may be cut otherwise at its end.
 _SPARE = 64
 
@@ -53,7 +56,7 @@ class ScorerTokenizer:
       tokenizer: its model's, with the chat template in use.
       trained: that of the training tokens.
       prefix: what it reads before a conversation; None for nothing.
-      vocab_size: rows of its model's embedding.
+      model: the shape of its model.
       max_prompt_length: tokens that a prompt keeps, as `data.tokenize.tokenize_pair` has it; those
         of the prefix, and of what the template writes before it, come on top.
     """
@@ -65,62 +68,72 @@ class ScorerTokenizer:
         trained: ChatTokenizer,
         *,
         prefix: Prefix | None,
-        vocab_size: int,
+        model: ModelConfig,
         max_prompt_length: int,
     ):
         self._field = f"prepare.scorers.{name}"
         self._tokenizer = tokenizer
         self._prefix = prefix
-        self._vocab_size = vocab_size
+        self._model = model
         self._max_prompt_length = max_prompt_length
         self.is_the_same = prefix is None and tokenizer.digest() == trained.digest()
         """Whether its tokens are those that are trained on."""
         self._same_ids = tokenizer.same_ids(trained)
+        self._warned = False
         # Roles of prompts that the prefix was found in.
         self._seen: set[tuple[str, ...]] = set()
 
-    def __call__(
-        self, pairs: Sequence[Pair], trained: Sequence[TokenizedPair]
-    ) -> list[TokenizedPair]:
-        """The pairs' tokens as the scorer reads them: of the responses, what is trained on.
+    def requests(self, pairs: Sequence[Pair]) -> tuple[ChatTemplate, list[Conversation]]:
+        """What the chat template will be asked for these pairs."""
+        conversations: list[Conversation] = []
+        for pair in () if self.is_the_same else map(self._with_prefix, pairs):
+            asked = Conversation(pair.prompt, pair.tools, generation_prompt=True)
+            conversations += [asked, *(asked.and_answer(pair.response(side)) for side in SIDES)]
+        return self._tokenizer.template, conversations
+
+    def __call__(self, pair: Pair, trained: TokenizedPair) -> TokenizedPair:
+        """A pair's tokens as the scorer reads them: of the responses, what is trained on.
 
         Raises:
-          UserError: a pair can't be written by the scorer's template or read by its model, or has
+          UserError: the pair can't be written by the scorer's template or read by its model, or has
             other texts there than it is trained on.
         """
-        if self._prefix is not None:
-            for pair in pairs:
-                self._check_prefix(pair)
-            pairs = [
-                dataclasses.replace(pair, prompt=self._prefix.put_before(pair.prompt))
-                for pair in pairs
-            ]
-        if not self.is_the_same:
-            conversations = []
-            for pair in pairs:
-                asked = Conversation(pair.prompt, pair.tools, generation_prompt=True)
-                conversations += [asked, *(asked.and_answer(pair.response(side)) for side in SIDES)]
-            self._tokenizer.template.announce(conversations)
-        return [self._own(*both) for both in zip(pairs, trained, strict=True)]
-
-    def _own(self, pair: Pair, trained: TokenizedPair) -> TokenizedPair:
         own = trained
         if not self.is_the_same:
             try:
-                own = self._tokenized(pair, trained)
+                self._check_prefix(pair)
+                own = self._tokenized(self._with_prefix(pair), trained)
             except BadExample as error:
                 raise self._refusal(pair, error.reason) from error
         parts = ("prompt", "chosen", "rejected")
-        check_ids(
-            self._tokenizer,
-            self._vocab_size,
-            {part: getattr(own, f"{part}_ids") for part in parts},
-            f"{self._field}: pair {pair.id}",
-        )
+        sequences = {part: getattr(own, f"{part}_ids") for part in parts}
+        where = f"config.{self._field}: pair {pair.id}"
+        check_ids(self._tokenizer, self._model.vocab_size, sequences, where)
+        self._warn_of_length(own)
         return own
 
+    def _with_prefix(self, pair: Pair) -> Pair:
+        if self._prefix is None:
+            return pair
+        return dataclasses.replace(pair, prompt=self._prefix.put_before(pair.prompt))
+
+    def _warn_of_length(self, own: TokenizedPair) -> None:
+        """Says, once a scorer, that a pair takes more positions than its model was made for."""
+        longest = max(len(own.chosen_ids), len(own.rejected_ids))
+        positions, limit = len(own.prompt_ids) + longest, self._model.positions
+        if positions > limit and not self._warned:
+            self._warned = True
+            _LOG.warning(
+                "config.%s: pair %s takes %d positions, more than the %d that its model was "
+                "trained for (data.max_length and data.max_prompt_length cut pairs; said once)",
+                self._field,
+                own.id,
+                positions,
+                limit,
+            )
+
     def _refusal(self, pair: Pair, reason: str) -> UserError:
-        return UserError(f"{self._field}: {BadExample.of(pair, reason)}")
+        return UserError(f"config.{self._field}: {BadExample.of(pair, reason)}")
 
     def _tokenized(self, pair: Pair, trained: TokenizedPair) -> TokenizedPair:
         kept = {side: int(getattr(trained, f"{side}_spans")[-1, 1]) for side in SIDES}
@@ -138,14 +151,13 @@ class ScorerTokenizer:
         changes = {}
         for side in SIDES:
             if (text := own.text(pair, side)) != texts[side]:
-                raise self._refusal(
-                    pair,
+                raise BadExample(
                     f"the chat template of {self._tokenizer.origin} writes `{side}` as "
                     f"{text[:60]!r}, and it is trained on as {texts[side][:60]!r}: numbers can't "
                     "be carried over from one text to another; accepted: a template that writes "
                     f"the same ({self._field}.chat_template)",
                 )
-            changes |= self._up_to(pair, own, side, kept[side], len(texts[side]))
+            changes |= self._up_to(own, side, kept[side], len(texts[side]))
         return dataclasses.replace(own, **changes)
 
     def _of_lengths(self, pair: Pair, prompt: int, response: int) -> TokenizedPair:
@@ -164,14 +176,13 @@ class ScorerTokenizer:
         return self._tokenizer.encode_conversation(asked, opening[:end])[0]
 
     def _up_to(
-        self, pair: Pair, own: TokenizedPair, side: str, kept: int, length: int
+        self, own: TokenizedPair, side: str, kept: int, length: int
     ) -> dict[str, np.ndarray | int]:
         """A response's fields, without tokens behind what is trained on of its text."""
         spans = getattr(own, f"{side}_spans")
         text_length = getattr(own, f"{side}_text_length")
         if spans[-1, 1] < kept:
-            raise self._refusal(
-                pair,
+            raise BadExample(
                 f"`{side}` is trained on up to character {kept}, of which "
                 f"{self._tokenizer.origin} reads {int(spans[-1, 1])} in {text_length} tokens",
             )
@@ -185,23 +196,20 @@ class ScorerTokenizer:
         }
 
     def _check_prefix(self, pair: Pair) -> None:
-        """Raises UserError where the template does not write the prefix, as some leave out system
-        messages.
+        """Raises BadExample where the template does not write the prefix, as some leave out system
+        messages; looked at once for conversations of the same roles.
         """
+        if self._prefix is None:
+            return
         asked = Conversation(self._prefix.put_before(pair.prompt), pair.tools, True)
         roles = (*(message["role"] for message in asked.messages), "tools" if pair.tools else "")
         if roles in self._seen:
             return
-        try:
-            written = self._prefix.text.strip() in self._tokenizer.template.render(asked)
-        except BadExample as error:
-            raise self._refusal(pair, error.reason) from error
-        if not written:
-            raise self._refusal(
-                pair,
+        if self._prefix.text.strip() not in self._tokenizer.template.render(asked):
+            raise BadExample(
                 f"the chat template of {self._tokenizer.origin} does not write the prefix as it "
                 f"is in a message of the role {self._prefix.role!r}; accepted: another "
-                f"{self._field}.prefix_role, or another template ({self._field}.chat_template)",
+                f"prefix_role, or another template ({self._field}.chat_template)"
             )
         self._seen.add(roles)
 

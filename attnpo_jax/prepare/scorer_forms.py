@@ -103,8 +103,9 @@ class ScorerTokenizer:
             try:
                 self._check_prefix(pair)
                 own = self._tokenized(self._with_prefix(pair), trained)
-            except BadExample as error:
-                raise self._refusal(pair, error.reason) from error
+            except UserError as error:
+                reason = getattr(error, "reason", str(error))
+                raise UserError(f"config.{self._field}: {BadExample.of(pair, reason)}") from error
         parts = ("prompt", "chosen", "rejected")
         sequences = {part: getattr(own, f"{part}_ids") for part in parts}
         where = f"config.{self._field}: pair {pair.id}"
@@ -131,9 +132,6 @@ class ScorerTokenizer:
                 positions,
                 limit,
             )
-
-    def _refusal(self, pair: Pair, reason: str) -> UserError:
-        return UserError(f"config.{self._field}: {BadExample.of(pair, reason)}")
 
     def _tokenized(self, pair: Pair, trained: TokenizedPair) -> TokenizedPair:
         kept = {side: int(getattr(trained, f"{side}_spans")[-1, 1]) for side in SIDES}

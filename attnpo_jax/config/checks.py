@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import config_dict
 
 from attnpo_jax import losses
-from attnpo_jax.config import rules, scorers
+from attnpo_jax.config import rules, scoring
 from attnpo_jax.config.errors import ConfigError
 from attnpo_jax.config.fields import FIELDS, flatten
 from attnpo_jax.config.reading import reads_distribution
@@ -84,8 +84,8 @@ def problems(config: config_dict.ConfigDict) -> list[str]:
             load_plugins(rules.as_tuple(plugins))
         except PluginError as error:
             return [*found, f"config.plugins: {error}"]
-    if isinstance(values.get(scorers.FIELD), Mapping):
-        found += scorers.problems(values[scorers.FIELD])
+    if isinstance(values.get(scoring.FIELD), Mapping):
+        found += scoring.problems(values[scoring.FIELD])
     for section, registry in SECTIONS.items():
         if not isinstance(config.get(section), config_dict.ConfigDict):
             found.append(f"config.{section}: missing (a section with a name)")

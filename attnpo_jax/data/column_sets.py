@@ -185,7 +185,7 @@ def uncovered(
         asked["judge"] = there["judge"]
     if asked["judge"] and set(asked["source_layers"]) <= set(there["source_layers"]):
         asked["source_layers"] = there["source_layers"]
-    return {name: plain[name] for name in differences(there, asked)}
+    return {name: plain.get(name, both) for name, both in differences(there, asked).items()}
 
 
 def keeps_from_repair(there: Mapping[str, Any], wanted: Wanted) -> dict[str, tuple[Any, Any]]:

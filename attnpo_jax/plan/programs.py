@@ -103,7 +103,7 @@ class Setting:
             raise PlanError(
                 "data.weight_columns = 'all': a plan reads no data; accepted: the columns' names"
             )
-        columns = (*self.config.prepare.scorers, *columns)
+        columns = (*sorted(self.config.prepare.scorers), *columns)
         config_lib.check_columns(self.config, columns)
         return columns
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnpo_jax import config as config_lib
 from attnpo_jax import scorers as functions
-from attnpo_jax.config.scorers import Scorer
+from attnpo_jax.config.scoring import Scorer
 from attnpo_jax.data.manifest import canonical
 from attnpo_jax.data.tokenize import ChatTokenizer
 from attnpo_jax.models.config import ModelConfig

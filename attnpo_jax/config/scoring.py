@@ -71,9 +71,9 @@ class Scorer:
 
 
 def parse(config: config_dict.ConfigDict) -> tuple[Scorer, ...]:
-    """The scorers of a config that was checked, in its order."""
+    """The scorers of a config that was checked, by name in alphabetical order."""
     found = []
-    for name, given in config.prepare.scorers.items():
+    for name, given in sorted(config.prepare.scorers.items()):
         given = as_tuples_in(given)
         if "function" in given:
             bound = functions.of_mapping(given)

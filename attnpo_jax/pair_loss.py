@@ -47,7 +47,8 @@ class StepSettings:
       objective: `(chosen, rejected: ResponseScores) -> loss_B`, hyperparameters bound.
       beta: scale of the reported rewards, where the objective has none of its own.
       source_layers: the layers on the judge arrays' source axis.
-      weight_columns: the names on the axis of the precomputed weights.
+      num_layers: how many layers the judge has; None for as many as the model.
+      weight_columns: the names on the axis of the columns that weightings read by name.
       needs: what the weighting declared that it reads, of `weighting.NEEDS`; what neither it nor
         the objective declared is not computed.
       reference: the shape of the reference, of which a step gets a copy where the objective needs
@@ -63,6 +64,7 @@ class StepSettings:
     objective: Callable[[ResponseScores, ResponseScores], jax.Array]
     beta: float
     source_layers: tuple[int, ...]
+    num_layers: int | None = None
     weight_columns: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     reference: ModelConfig | None = None
@@ -192,7 +194,7 @@ def losses_of_logps(
         policy_logps_BT=jax.lax.stop_gradient(policy),
         is_chosen=jnp.tile(jnp.array([True, False]), mask.shape[0] // 2),
         source_layers=settings.source_layers,
-        num_layers=settings.model.num_layers,
+        num_layers=settings.num_layers or settings.model.num_layers,
         ready_BKT=None if batch.ready_BG2KT is None else by_response(batch.ready_BG2KT),
         weight_columns=settings.weight_columns,
         tokens_BT=tokens,

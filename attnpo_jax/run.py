@@ -17,9 +17,8 @@ from ml_collections import config_dict
 
 from attnpo_jax import config as config_lib
 from attnpo_jax.data import column_sets, mixture, vocabulary
-from attnpo_jax.data.cache_key import cache_key, naming_fields
+from attnpo_jax.data.cache_key import naming_fields
 from attnpo_jax.data.columns import Columns
-from attnpo_jax.data.manifest import PreparedMismatch, differences
 from attnpo_jax.data.prepared import METADATA, Prepared
 from attnpo_jax.data.prompts import Prompt
 from attnpo_jax.data.sources import load_pairs
@@ -35,6 +34,8 @@ from attnpo_jax.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from attnpo_jax.prepare import readers
 
 _LOG = logging.getLogger(__name__)
 
@@ -248,9 +249,24 @@ class Run:
         return ModelSource(source, "reference.source", self.workdir is not None)
 
     @functools.cached_property
+    def judge(self) -> "readers.Reader | None":
+        """The judge; None for the model that training starts from."""
+        from attnpo_jax.prepare import readers
+
+        return readers.judge(self)
+
+    @functools.cached_property
+    def scorers(self) -> "dict[str, readers.NamedScorer]":
+        """The scorers by name."""
+        from attnpo_jax.prepare import readers
+
+        return readers.scorers(self)
+
+    @functools.cached_property
     def source_layers(self) -> tuple[int, ...]:
-        """The layers whose attention is kept, checked against the model."""
-        return config_lib.check_layers(self.config, self.model.num_layers, self.model.layer_windows)
+        """The layers whose attention is kept, checked against the judge."""
+        shape = self.model if self.judge is None else self.judge.shape
+        return config_lib.check_layers(self.config, shape.num_layers, shape.layer_windows)
 
     @functools.cached_property
     def chat_template(self) -> str | None:
@@ -305,7 +321,7 @@ class Run:
         import jax.numpy as jnp
 
         folder = self.model_folder if of is None else of.folder
-        key = folder, shape, tuple(jax.tree.leaves(shardings))
+        key = folder, of and of.adapter, shape, tuple(jax.tree.leaves(shardings))
         params = self._loaded.get(key)
         self._loaded.clear()  # never two sets of parameters at a time
         if params is None:
@@ -314,6 +330,7 @@ class Run:
                 shape,
                 param_dtype=jnp.dtype(self.config.model.param_dtype),
                 shardings=shardings,
+                adapter=None if of is None else of.read_adapter,
             )
         if keep:
             self._loaded[key] = params
@@ -325,41 +342,17 @@ class Run:
 
     # --- What was prepared ------------------------------------------------------------------------
 
-    def cache_key(
-        self, split: str, pairs_digest: str | None, weight_columns: Sequence[str] = ()
-    ) -> dict[str, Any]:
-        """Everything that a split's prepared dataset depends on; see `data.cache_key`.
+    def wanted(
+        self,
+        split: str,
+        pairs_digest: str | None,
+        weight_columns: Sequence[str] = (),
+        reads: Sequence[str] | None = None,
+    ) -> column_sets.Wanted:
+        """All that the run reads of a split; see `prepare.wanted`."""
+        from attnpo_jax.prepare.wanted import wanted
 
-        But for which columns it has, and what another reference is: see `data.column_sets`.
-        """
-        config = self.config
-        return cache_key(
-            model={
-                "weights": self.weights_digest,
-                "config": self.model.facts(),
-                "dtype": config.model.dtype,
-                "param_dtype": config.model.param_dtype,
-                "prepare_weights": config.model.prepare_weights,
-            },
-            tokenizer=self.tokenizer_digest,
-            judge={
-                "template": self.template.digest(),
-                "max_length": config.judge.max_length,
-                "max_answer_length": config.judge.max_answer_length,
-                "verdict": config.judge.verdict,
-            },
-            sources=config.data[split],
-            pairs_digest=pairs_digest,
-            columns=self.columns,
-            lengths={
-                "max_length": config.data.max_length,
-                "max_prompt_length": config.data.max_prompt_length,
-            },
-            source_layers=self.source_layers,
-            num_layers=self.model.num_layers,
-            weight_columns=weight_columns,
-            weights_tokenizer=config.data.weights_tokenizer,
-        )
+        return wanted(self, split, pairs_digest, weight_columns, reads)
 
     def open_prepared(self, split: str, reads: Sequence[str] | None = None) -> Prepared:
         """A split's prepared dataset, if it is what this run would prepare.
@@ -373,7 +366,7 @@ class Run:
         Raises:
           FileNotFoundError: there is none, or it is not finished, or lacks what is read.
           PreparedMismatch: it was prepared with other settings.
-          ConfigError: it lacks the precomputed weights that `weighting.column` names.
+          ConfigError: it lacks the column that `weighting.column` names.
           UserError: a token is beyond the model's vocabulary.
           DamagedShard: a shard is not what was written.
         """
@@ -385,15 +378,9 @@ class Run:
             )
         dataset = Prepared.open(path)
         columns = dataset.weight_columns if self.weight_columns == "all" else self.weight_columns
-        wanted = self.cache_key(split, None, columns)
-        on_disk = dataset.identity
-        on_disk["data"] = {k: v for k, v in on_disk.get("data", {}).items() if k != "digest"}
-        if found := differences(on_disk, wanted):
-            with naming_fields(split):
-                raise PreparedMismatch(path, found)
-        other = None if self.reference is None else self.reference.identity
-        dataset = column_sets.joined(dataset, self.reads if reads is None else reads, other)
-        config_lib.check_columns(self.config, dataset.weight_columns)
+        with naming_fields(split):
+            dataset = column_sets.joined(dataset, self.wanted(split, None, columns, reads))
+        config_lib.check_columns(self.config, dataset.columns)
         vocabulary.check_rows(self.tokenizer, self.model.vocab_size, dataset, str(path))
         return dataset
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnpo_jax import cli, losses, registry, weighting
+from attnpo_jax import cli, losses, registry, scorers, weighting
 from attnpo_jax import config as config_lib
 from attnpo_jax.config import docs as config_docs
 from attnpo_jax.config.fields import FIELDS
@@ -26,7 +26,7 @@ DOCS = ROOT / "docs"
 @pytest.fixture(autouse=True)
 def own_registries(monkeypatch):
     """What these tests register is gone when they end."""
-    for module in (weighting, losses):
+    for module in (weighting, losses, scorers):
         functions = dict(module.registry._functions)
         monkeypatch.setattr(module.registry, "_functions", functions)
     monkeypatch.setattr(registry, "_loaded_plugins", {})
@@ -126,9 +126,30 @@ def test_data_page_reads_a_prepared_dataset(tmp_path, monkeypatch, capsys):
         [row | {"id": i, "judge_verdict": np.array(v, np.float32)} for i, v in verdicts.items()],
     )
     writer.finish({})
-    (code,) = blocks("data.md", "python")
+    (code,) = (block for block in blocks("data.md", "python") if "Prepared.open" in block)
     exec(compile(code, "data.md", "exec"), {})
     assert "1 of 2 pairs judged as labelled in both orders, layers (3,)" in capsys.readouterr().out
+
+
+def test_data_page_s_scorers_are_accepted_and_its_function_scores(tmp_path):
+    config, function = (b for b in blocks("data.md", "python") if "scorers" in b)
+    (tmp_path / "tis.py").write_text(config)
+    found = config_lib.load_config(str(tmp_path / "tis.py"))
+    config_lib.validate(found)
+    assert [one.name for one in config_lib.scorers(found)] == ["away", "towards"]
+    assert {found.weighting.column, found.weighting.against} == {"away", "towards"}
+    (tmp_path / "repeats.py").write_text(function)
+    found.plugins = (str(tmp_path / "repeats.py"),)
+    found.prepare.scorers |= {"again": {"function": "repeats", "window": 2}}
+    config_lib.validate(found)
+    again = next(one for one in config_lib.scorers(found) if one.name == "again")
+    assert again.function(np.array([5, 6, 5, 7, 6]), np.array([1])).tolist() == [0, 0, 1, 0, 0]
+    (command,) = (b for b in blocks("data.md", "bash") if "critical" in b)
+    overrides = [text for text in shlex.split(command) if text.startswith("--config.")]
+    found = config_lib.load_config("configs/quickstart.py", overrides)
+    config_lib.validate(found)
+    assert [one.name for one in config_lib.scorers(found)] == ["bad", "good"]
+    assert (found.weighting.column, found.weighting.against) == ("good", "bad")
 
 
 @pytest.fixture(scope="module")

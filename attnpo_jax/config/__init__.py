@@ -17,6 +17,7 @@ from attnpo_jax.config.layers import (
 from attnpo_jax.config.overrides import load_config, override
 from attnpo_jax.config.reading import reads, reads_distribution
 from attnpo_jax.config.rules import as_tuple
+from attnpo_jax.config.scoring import parse as scorers
 from attnpo_jax.config.sections import SECTIONS, bind_section, complete_sections, section_for
 from attnpo_jax.config.step import step_settings
 
@@ -40,6 +41,7 @@ __all__ = [
     "reads",
     "reads_distribution",
     "sampling",
+    "scorers",
     "section_for",
     "source_layers",
     "step_settings",

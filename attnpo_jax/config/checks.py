@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import config_dict
 
 from attnpo_jax import losses
-from attnpo_jax.config import rules
+from attnpo_jax.config import rules, scoring
 from attnpo_jax.config.errors import ConfigError
 from attnpo_jax.config.fields import FIELDS, flatten
 from attnpo_jax.config.reading import reads_distribution
@@ -84,6 +84,8 @@ def problems(config: config_dict.ConfigDict) -> list[str]:
             load_plugins(rules.as_tuple(plugins))
         except PluginError as error:
             return [*found, f"config.plugins: {error}"]
+    if isinstance(values.get(scoring.FIELD), Mapping):
+        found += scoring.problems(values[scoring.FIELD])
     for section, registry in SECTIONS.items():
         if not isinstance(config.get(section), config_dict.ConfigDict):
             found.append(f"config.{section}: missing (a section with a name)")
@@ -131,6 +133,11 @@ def _between_fields(values: Mapping[str, Any]) -> list[str]:
             f"{named('judge.max_answer_length')}: accepted: less than half of "
             f"{named('judge.max_length')}, which holds two answers and the question"
         )
+    found += [
+        f"{named(field)}: accepted: None, or with the judge's model in config.judge.source"
+        for field in ("judge.chat_template", "judge.chat_template_kwargs")
+        if values[field] is not None and not values["judge.source"]
+    ]
     if values["lora.rank"] == 0 and values["lora.export"] != "merged":
         found.append(
             f"{named('lora.export')}: accepted: 'merged', since config.lora.rank = 0 trains the "

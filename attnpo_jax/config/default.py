@@ -1,5 +1,7 @@
 """The default config."""
 
+import copy
+
 from ml_collections import config_dict
 
 from attnpo_jax import losses, weighting
@@ -17,7 +19,10 @@ def default_config() -> config_dict.ConfigDict:
             if parent not in section:
                 section[parent] = config_dict.ConfigDict()
             section = section[parent]
-        section[last] = any_type(field.default) if field.mixed else field.default
+        if field.mixed:
+            section[last] = any_type(None)
+        # A copy, since a dict may be changed in place; set afterwards, it stays one.
+        section[last] = copy.copy(field.default)
     config.weighting = section_for(weighting, "attention")
     config.objective = section_for(losses, "sigmoid")
     return config.lock()

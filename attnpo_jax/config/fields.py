@@ -12,6 +12,8 @@ from attnpo_jax.config import (
     choosing_fields,
     evaluate_fields,
     generate_fields,
+    judge_source_fields,
+    prepare_fields,
     reference_fields,
     rules,
     serve_fields,
@@ -188,6 +190,7 @@ FIELDS: dict[str, Field] = {
         rules.integer(1, 1_000),
         "how many row lengths batches are padded to; each is one compilation a pass",
     ),
+    **judge_source_fields.FIELDS,
     "judge.template": Field(
         "default",
         rules.file_or("default"),
@@ -238,21 +241,7 @@ FIELDS: dict[str, Field] = {
         "how many row lengths these batches are padded to; each is one compilation a pass, "
         "or up to four where batches are not full",
     ),
-    "prepare.rows_per_shard": Field(
-        256,
-        rules.integer(1, 10_000_000),
-        "pairs in one file of the prepared dataset; an interruption loses less than that",
-    ),
-    "prepare.devices": Field(
-        "auto",
-        rules.one_of("auto", "process", "all"),
-        "of several processes: each prepares shards of its own on its own devices, or all "
-        "prepare the same shards together on the mesh that training has. The first waits "
-        "for nobody; the second is for a model that one process's devices can't hold. "
-        "'auto': the first, unless the parameters would take more than half of these "
-        "devices' memory (as GPUs and TPUs tell it) and all devices together would share "
-        "them further",
-    ),
+    **prepare_fields.FIELDS,
     **reference_fields.FIELDS,
     **shaping_fields.FIELDS,
     "optim.learning_rate": Field(
@@ -442,7 +431,12 @@ The data and the judge's part are covered by what the prepared dataset says of i
 """
 
 
-_DICTS = ("model.chat_template_kwargs", "generate.logit_bias")
+_DICTS = (
+    "model.chat_template_kwargs",
+    "judge.chat_template_kwargs",
+    "generate.logit_bias",
+    "prepare.scorers",
+)
 
 
 def flatten(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -188,9 +188,21 @@ def weight_columns(config: config_dict.ConfigDict) -> str | tuple[str, ...]:
 def check_columns(config: config_dict.ConfigDict, available: Sequence[str]) -> None:
     """Checks `weighting.column` and `weighting.against` against the columns that there are.
 
+    Args:
+      config: the run's config.
+      available: the names of its scorers, then of the data's columns.
+
     Raises:
-      ConfigError: a column that the data lack.
+      ConfigError: a column that there is none of, or a scorer that is named as one of the data.
     """
+    for name in config.prepare.scorers:
+        if list(available).count(name) > 1:
+            raise ConfigError(
+                [
+                    f"config.prepare.scorers has {name!r}, which the data have weights of too; "
+                    "accepted: another name"
+                ]
+            )
     for field in ("column", "against"):
         if config.weighting.get(field) is None:
             continue

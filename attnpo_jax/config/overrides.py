@@ -7,6 +7,7 @@ from collections.abc import Container, Sequence
 from absl import flags
 from ml_collections import config_dict, config_flags
 
+from attnpo_jax.config import scoring
 from attnpo_jax.config.checks import accepted_words, suggest
 from attnpo_jax.config.default import default_config
 from attnpo_jax.config.fields import flatten
@@ -58,9 +59,12 @@ def override(config: config_dict.ConfigDict, overrides: Sequence[str]) -> config
 
     known = list(flatten(config))
     for field in by_field:
-        if field not in known:
+        if field not in known and not scoring.is_override(field):
             raise UsageError(_unknown_field(field, known))
-    config = _apply(config, list(overrides))
+    config = _apply(config, [text for text in overrides if not scoring.is_override(_field(text))])
+    for field in filter(scoring.is_override, by_field):
+        for text in by_field[field]:
+            scoring.override(config, field, text.partition("=")[2])
     for section in SECTIONS:
         if former_name(config[section]) not in (None, config[section].name):
             _LOG.info("%s", _switched(config, section, by_field))

@@ -20,6 +20,7 @@ def step_settings(
     attention: str,
     weight_columns: tuple[str, ...] = (),
     reference: ModelConfig | None = None,
+    num_layers: int | None = None,
 ) -> "StepSettings":
     """What the config says about a step.
 
@@ -28,8 +29,9 @@ def step_settings(
       model: the model's shape.
       source_layers: the layers on the prepared dataset's source axis.
       attention: the implementation that was chosen.
-      weight_columns: the precomputed weights that the prepared dataset has.
+      weight_columns: the columns that the prepared dataset has for weightings to read by name.
       reference: the shape of the reference that training holds in memory; None where it holds none.
+      num_layers: how many layers the judge has; None for as many as the model.
     """
     # Here, since a config is checked without the libraries that compute.
     import jax.numpy as jnp
@@ -48,6 +50,7 @@ def step_settings(
         beta=config.objective.get("beta", 1.0),
         source_layers=source_layers,
         weight_columns=weight_columns,
+        num_layers=num_layers,
         dtype=jnp.dtype(config.model.dtype),
         remat=config.model.remat,
         attention=attention,

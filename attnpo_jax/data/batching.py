@@ -5,8 +5,8 @@ over. Short pairs share rows. A batch's shape is one of at most `num_buckets` (`
 from the data's own lengths, so that a run compiles its step no more often than that.
 
 Shapes: n microbatches, B rows, L row length, M scored tokens a row, G pairs a row, T response
-tokens, S judged layers, K columns of precomputed weights; axes of size 2 are (chosen, rejected) or
-the judge's two orders.
+tokens, S judged layers, K columns that weightings read by name; axes of size 2 are (chosen,
+rejected) or the judge's two orders.
 """
 
 import dataclasses
@@ -41,7 +41,8 @@ class PairBatch:
       judge_BG22ST: float32 raw judge attention by response, order, layer, token.
       verdict_BG2: float32 log-odds, by order, that the judge prefers the chosen response; NaN
         where that was not asked for.
-      ready_BG2KT: float32 precomputed weights by response, column, token; None without any.
+      ready_BG2KT: float32 scorers' numbers and precomputed weights by response, column, token;
+        None without any.
       reference_entropy_BG2T: float32 entropy of the reference's distributions; None as above.
       weight_BG: float32 weight of the pair's loss, 1 where the data have none; 0 for empty slots.
       margin_BG: float32 margin of the pair's logits; 0 where the data have none.
@@ -81,17 +82,20 @@ class Example:
     verdict: np.ndarray | None = None  # float32 (2,)
     reference_logps: tuple[np.ndarray, np.ndarray] | None = None  # per response float32 (length,)
     reference_entropy: tuple[np.ndarray, np.ndarray] | None = None  # likewise
-    ready: tuple[np.ndarray, np.ndarray] | None = None  # per response float32 (K, text length)
+    # Per response, what weightings read by name: the first columns float32 (scorers, length), the
+    # others (precomputed weights, text length).
+    scores: tuple[np.ndarray, np.ndarray] | None = None
+    ready: tuple[np.ndarray, np.ndarray] | None = None
     weight: float = 1.0
     margin: float = 0.0
 
     @classmethod
     def from_prepared(cls, dataset: Prepared, index: int) -> "Example":
         row = dataset[index]
-        judged, ready = bool(dataset.source_layers), bool(dataset.weight_columns)
+        judged = bool(dataset.source_layers)
 
-        def of_reference(column: str) -> tuple[np.ndarray, np.ndarray] | None:
-            names = [f"ref_{side}_{column}" for side in ("chosen", "rejected")]
+        def of_sides(column: str) -> tuple[np.ndarray, np.ndarray] | None:
+            names = [column.format(side) for side in ("chosen", "rejected")]
             return tuple(row[name] for name in names) if names[0] in row else None
 
         return cls(
@@ -101,9 +105,10 @@ class Example:
             text_lengths=(row["chosen_text_length"], row["rejected_text_length"]),
             judge=(row["judge_chosen"], row["judge_rejected"]) if judged else None,
             verdict=row.get("judge_verdict") if judged else None,
-            reference_logps=of_reference("logps"),
-            reference_entropy=of_reference("entropy"),
-            ready=(row["ready_chosen"], row["ready_rejected"]) if ready else None,
+            reference_logps=of_sides("ref_{}_logps"),
+            reference_entropy=of_sides("ref_{}_entropy"),
+            scores=of_sides("scores_{}"),
+            ready=of_sides("ready_{}"),
             weight=row.get("weight", 1.0),
             margin=row.get("margin", 0.0),
         )
@@ -126,9 +131,9 @@ def fill_rows(
 ) -> PairBatch:
     """Lays examples out in rows: `rows[b]` are the pairs of row b, one after another.
 
-    The judge's attention has `num_sources` (S) layers; `num_columns` (K) is how many columns of
-    precomputed weights the pairs have; `groups`, of `shards.GROUPS`, is what they have of the
-    reference.
+    The judge's attention has `num_sources` (S) layers; `num_columns` (K) is how many columns the
+    pairs have, scorers' and precomputed weights; `groups`, of `shards.GROUPS`, is what they have of
+    the reference.
     """
     B, L, M, T, G = len(rows), shape.length, shape.scored, shape.response, shape.pairs
     S, K = num_sources, num_columns
@@ -200,8 +205,11 @@ def _fill_pair(batch: PairBatch, b: int, g: int, start: int, read_start: int, e:
         batch.text_mask_BG2T[b, g, r, :text] = True
         if e.judge is not None:
             batch.judge_BG22ST[b, g, r, :, :, :text] = e.judge[r]
+        first = 0 if e.scores is None else len(e.scores[r])
+        if first:
+            batch.ready_BG2KT[b, g, r, :first, :n] = e.scores[r]
         if e.ready is not None:
-            batch.ready_BG2KT[b, g, r, :, :text] = e.ready[r]
+            batch.ready_BG2KT[b, g, r, first:, :text] = e.ready[r]
         if e.reference_logps is not None and batch.reference_logps_BG2T is not None:
             batch.reference_logps_BG2T[b, g, r, :n] = e.reference_logps[r]
         if e.reference_entropy is not None and batch.reference_entropy_BG2T is not None:
@@ -278,7 +286,7 @@ class _Batches:
             rows,
             shape,
             len(self._dataset.source_layers),
-            len(self._dataset.weight_columns),
+            len(self._dataset.columns),
             self._dataset.groups,
         )
         # The first axis is spelled out, since a -1 has no meaning for arrays of size 0.

@@ -61,6 +61,15 @@ class Conversation:
         return Conversation((*self.messages, answer), self.tools)
 
 
+def announce(*of_templates: "tuple[ChatTemplate, Iterable[Conversation]]") -> None:
+    """As `ChatTemplate.announce`, of several templates at once."""
+    by_text: dict[str, list[str]] = {}
+    for template, conversations in of_templates:
+        for text, asked in template.requests(conversations):
+            by_text.setdefault(text, []).append(asked)
+    process.announce(by_text)
+
+
 class ChatTemplate:
     """A tokenizer's chat template, which a process of its own renders: see `template_process`.
 
@@ -106,11 +115,7 @@ class ChatTemplate:
 
     def announce(self, conversations: Iterable[Conversation]) -> None:
         """Has conversations rendered while others are at work, for `render` to have them sooner."""
-        by_text: dict[str, list[str]] = {}
-        for conversation in conversations:
-            text = self._json(conversation, {})
-            by_text.setdefault(self._text_for(conversation), []).append(text)
-        process.announce(by_text)
+        announce((self, conversations))
 
     def _text_for(self, conversation: Conversation) -> str:
         template = self.tool_text if conversation.tools else self.text
@@ -120,6 +125,11 @@ class ChatTemplate:
         variables = json.dumps(self._variables | kwargs) if kwargs else self._variables_json
         given = (conversation.messages, conversation.tools or None, conversation.generation_prompt)
         return f"[{', '.join(map(json.dumps, given))}, {variables}]"
+
+    def requests(self, conversations: Iterable[Conversation]) -> Iterator[tuple[str, str]]:
+        """What the process is asked for conversations: the template's text, and JSON."""
+        for conversation in conversations:
+            yield self._text_for(conversation), self._json(conversation, {})
 
     def around_answer(self, prompt: Conversation) -> tuple[str, str]:
         """What is written before and after an answer of plain text.

@@ -215,6 +215,31 @@ class _Intact:
                 )
 
 
+_BAD_ROWS = Listed(Table({"id": Text()}, open=True))
+
+
+def refused_ids(path: pathlib.Path) -> set[str]:
+    """The ids of the pairs that a finished dataset lacks, since they turned out bad."""
+    of_shards = [read_bad_rows(file, "the shard") for file in sorted(path.glob("bad-*.jsonl"))]
+    return {row["id"] for rows in of_shards for row in rows}
+
+
+def read_bad_rows(file: pathlib.Path, shard: str) -> list[dict[str, Any]]:
+    """The records of the rows that a shard lacks.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    lines = file.read_bytes().splitlines()
+    try:
+        found = [json_files.loads(line) for line in lines]
+        schema.check(found, _BAD_ROWS)
+    except ValueError as error:
+        remedy = f"delete {shard} beside it and run prepare again"
+        raise UserError(f"{file}: damaged ({error}); {remedy}") from error
+    return found
+
+
 def file_digest(file: pathlib.Path) -> str:
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()

@@ -48,13 +48,13 @@ from attnpo_jax.data.manifest import (
     groups,
     identity,
     read,
+    read_bad_rows,
     sealed,
     versions,
 )
-from attnpo_jax.runtime import atomic, json_files, schema
+from attnpo_jax.runtime import atomic
 from attnpo_jax.runtime.errors import UserError
 
-_BAD_ROWS = schema.Listed(schema.Table({"id": schema.Text()}, open=True))
 STATUSES = ("absent", "partial", "complete")
 
 
@@ -163,16 +163,7 @@ class PreparedWriter:
     def bad_rows(self, shard: int) -> list[dict[str, Any]]:
         """The records of the rows that a written shard lacks."""
         file = self._bad_rows_file(shard)
-        if not file.is_file():
-            return []
-        lines = file.read_bytes().splitlines()
-        try:
-            found = [json_files.loads(line) for line in lines]
-            schema.check(found, _BAD_ROWS)
-        except ValueError as error:
-            remedy = f"delete {self.shard_name(shard)} beside it and run prepare again"
-            raise UserError(f"{file}: damaged ({error}); {remedy}") from error
-        return found
+        return read_bad_rows(file, self.shard_name(shard)) if file.is_file() else []
 
     def _bad_rows_file(self, shard: int) -> pathlib.Path:
         return self.path / f"bad-{shard:05d}-of-{self.num_shards:05d}.jsonl"
@@ -406,6 +397,16 @@ class Prepared:
     def weight_columns(self) -> tuple[str, ...]:
         """The names of the precomputed weights (K of them), in the order of the `ready` columns."""
         return tuple(self._meta["components"].get("weight_columns", ()))
+
+    @property
+    def scorers(self) -> tuple[str, ...]:
+        """The names of the scorers whose columns there are."""
+        return ()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of all columns that weightings read by name: the scorers', then the data's."""
+        return (*self.scorers, *self.weight_columns)
 
     @property
     def num_layers(self) -> int:

@@ -12,9 +12,12 @@ One row a pair:
   response) minus log p(the other letter);
 - `ref_chosen_logps`, `ref_rejected_logps`: float32, reference log-probs of every response token;
 - `ref_chosen_entropy`, `ref_rejected_entropy`: float32, entropy in nats of the reference's
-  distribution of every response token.
+  distribution of every response token;
+- `score_chosen`, `score_rejected`: float32, what a scorer of the config says of every response
+  token.
 
-Of the judge's columns and the reference's (`GROUPS`), a dataset has those that something reads.
+Of the judge's columns, the reference's and a scorer's (`GROUPS`), a dataset has those that
+something reads.
 Where weights came with the data, there are
 
 - `ready_chosen`, `ready_rejected`: float32 (K, T), these weights by column and text token.
@@ -48,10 +51,12 @@ GROUPS = {
     "judge": (*_JUDGE, "judge_verdict"),
     "reference_logps": ("ref_chosen_logps", "ref_rejected_logps"),
     "reference_entropy": ("ref_chosen_entropy", "ref_rejected_entropy"),
+    "scorer": ("score_chosen", "score_rejected"),
 }
 """The columns that are computed where something reads them, by what has to be asked for."""
 
-_FLOAT_LISTS = GROUPS["reference_logps"] + GROUPS["reference_entropy"]
+_OF_TOKENS = ("reference_logps", "reference_entropy", "scorer")
+_FLOAT_LISTS = tuple(name for group in _OF_TOKENS for name in GROUPS[group])
 
 
 def features(
@@ -79,7 +84,7 @@ def features(
         columns |= dict.fromkeys(_JUDGE, datasets.List(by_source, length=2))
         if verdict:
             columns["judge_verdict"] = datasets.List(datasets.Value("float32"), length=2)
-    for group in ("reference_logps", "reference_entropy"):
+    for group in _OF_TOKENS:
         if group in groups:
             columns |= dict.fromkeys(GROUPS[group], float_list)
     if num_columns:
@@ -146,7 +151,7 @@ def _checked_row(
             for name in (f"judge_{response}", f"ready_{response}")
             if name in leading
         }
-        of_tokens = (f"ref_{response}_logps", f"ref_{response}_entropy")
+        of_tokens = (f"ref_{response}_logps", f"ref_{response}_entropy", f"score_{response}")
         shapes |= {name: (tokens,) for name in of_tokens if name in columns}
         for name, shape in shapes.items():
             checked[name] = _checked_array(row, name, "f", shape).astype(np.float32)

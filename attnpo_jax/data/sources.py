@@ -44,7 +44,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from attnpo_jax.data import limits, mixture, precomputed_weights
@@ -91,6 +91,10 @@ class Pairs(Sequence[Pair]):
 
     def __len__(self) -> int:
         return len(self._places)
+
+    def without(self, ids: Collection[str]) -> "Pairs":
+        """Those of other ids."""
+        return Pairs(self._sources, [place for place in self._places if place.id not in ids])
 
     def __getitem__(self, index):
         if isinstance(index, slice):

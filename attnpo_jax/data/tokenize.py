@@ -124,9 +124,7 @@ class ChatTokenizer:
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> ChatTokenizer:
         """Load the tokenizer of a Hugging Face folder; `chat_template` (Jinja text) replaces its
-        own, `chat_template_kwargs` are variables of the template.
-
-        Raises UserError when the tokenizer is not a fast one, or has no chat template.
+        own, `chat_template_kwargs` are variables of the template. Raises UserError as `__init__`.
         """
         process.start()  # which takes as long as the files
         tokenizer, tokenizer_json = tokenizer_files.load(folder)
@@ -163,6 +161,10 @@ class ChatTokenizer:
         template and its variables.
         """
         return self._digest
+
+    def same_ids(self, other: ChatTokenizer) -> bool:
+        """Whether an id stands for the same token in both vocabularies."""
+        return self._backend.get_vocab() == other._backend.get_vocab()
 
     def render(
         self,

@@ -19,7 +19,7 @@ import numpy as np
 from attnpo_jax.data.align import align
 from attnpo_jax.data.packing import choose_buckets
 from attnpo_jax.data.pair import SIDES, Pair
-from attnpo_jax.data.tokenize import TokenizedPair, tokenize_pair
+from attnpo_jax.data.tokenize import ChatTokenizer, TokenizedPair, tokenize_pair
 from attnpo_jax.data.vocabulary import check_ids
 from attnpo_jax.judge.language_model import LanguageModel
 from attnpo_jax.judge.prompt import JudgePrompt, JudgePrompter, JudgeTemplate, common_beginning
@@ -87,12 +87,14 @@ class Judge:
         rows; longer rows than those add powers of two.
       backend: where to run; the model's parameters lie as it says. None for one device.
       attention: `auto`, or one of `models.attention.implementations.IMPLEMENTATIONS`.
+      trained: the tokenizer of what is trained on; None for the model's own.
     """
 
     def __init__(
         self,
         model: LanguageModel,
         *,
+        trained: ChatTokenizer | None = None,
         template: str | JudgeTemplate = "default",
         max_length: int = 2048,
         max_answer_length: int = 768,
@@ -109,7 +111,10 @@ class Judge:
         self.source_layers = tuple(range(layers)[layer] for layer in source_layers)
         if not isinstance(template, JudgeTemplate):
             template = JudgeTemplate.load(template)
-        self.prompter = JudgePrompter(model.tokenizer, template, max_length, max_answer_length)
+        self.prompter = JudgePrompter(
+            model.tokenizer, template, max_length, max_answer_length, trained
+        )
+        self._same_ids = trained is None or model.tokenizer.same_ids(trained)
         self.verdict = verdict
         self._model = model
         self._num_buckets = num_buckets
@@ -238,7 +243,8 @@ class Judge:
         for order, (at, its_spans, ids) in enumerate(zip(*judged, prompt.ids, strict=True)):
             # In the row, the second order's own tokens stand behind the first's.
             places = at - skip + order * shift * (at >= prompt.prefix_length)
-            orders.append(align(rows_SQL[:, order, places], its_spans, spans, ids[at], text_ids))
+            of_tokens = (ids[at], text_ids) if self._same_ids else ()
+            orders.append(align(rows_SQL[:, order, places], its_spans, spans, *of_tokens))
         return np.stack(orders).astype(np.float32)
 
 
@@ -344,15 +350,18 @@ def judge_pairs(
     *,
     max_length: int = 2048,
     max_prompt_length: int = 1800,
+    trained: ChatTokenizer | None = None,
     **settings,
 ) -> list[tuple[TokenizedPair, Judgement]]:
     """Tokenizes and judges pairs: the short way for a handful of them.
 
-    The lengths are those of `data.tokenize.tokenize_pair`; `settings` are arguments of `Judge`.
+    The lengths are those of `data.tokenize.tokenize_pair`; `trained` is the tokenizer of another
+    model to train; `settings` are arguments of `Judge`.
     """
     lengths = {"max_length": max_length, "max_prompt_length": max_prompt_length}
-    tokenized = [tokenize_pair(model.tokenizer, pair, **lengths) for pair in pairs]
-    for pair in tokenized:
+    tokenized = [tokenize_pair(trained or model.tokenizer, pair, **lengths) for pair in pairs]
+    for pair in tokenized if trained is None else ():
         sequences = {part: getattr(pair, f"{part}_ids") for part in ("prompt", *SIDES)}
         check_ids(model.tokenizer, model.config.vocab_size, sequences, f"pair {pair.id}")
-    return list(zip(tokenized, Judge(model, **settings).judge(pairs, tokenized), strict=True))
+    judge = Judge(model, trained=trained, **settings)
+    return list(zip(tokenized, judge.judge(pairs, tokenized), strict=True))

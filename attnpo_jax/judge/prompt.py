@@ -133,6 +133,8 @@ class JudgePrompter:
     Args:
       max_length: a prompt stays below this many tokens.
       max_answer_length: tokens that an answer keeps where the prompt would be longer.
+      trained: the tokenizer of what is trained on, whose template writes responses; None for the
+        same one.
     """
 
     def __init__(
@@ -141,8 +143,10 @@ class JudgePrompter:
         template: JudgeTemplate,
         max_length: int,
         max_answer_length: int,
+        trained: ChatTokenizer | None = None,
     ):
         self.tokenizer = tokenizer
+        self._writer = trained or tokenizer
         self.template = template
         self.max_length = max_length
         self.max_answer_length = max_answer_length
@@ -166,7 +170,7 @@ class JudgePrompter:
             responses or the judge's request as they are.
         """
         question = conversation_text(pair.prompt, pair.tools)
-        chosen, rejected = (response_text(self.tokenizer, pair, side) or " " for side in SIDES)
+        chosen, rejected = (response_text(self._writer, pair, side) or " " for side in SIDES)
         truncated = any(map(self._is_too_long, (question, chosen, rejected)))
         if not truncated:
             orders = self._both(question, chosen, rejected)

@@ -85,18 +85,25 @@ class Setting:
     lengths: Lengths  # the pair that all pairs are like
 
     @property
+    def judging(self) -> "Setting":
+        """The setting whose model is the judge."""
+        source = self.config.judge.source
+        return dataclasses.replace(self, model=known.shape_of(source)) if source else self
+
+    @property
     def judge_layers(self) -> tuple[int, ...]:
-        model = self.model
+        model = self.judging.model
         return config_lib.judge_layers(self.config, model.num_layers, model.layer_windows)
 
     @property
     def weight_columns(self) -> tuple[str, ...]:
-        """Precomputed weights that the run's data have."""
+        """The columns that the run's weighting reads by name: scorers and the data's."""
         columns = config_lib.weight_columns(self.config)
         if columns == "all":
             raise PlanError(
                 "data.weight_columns = 'all': a plan reads no data; accepted: the columns' names"
             )
+        columns = (*sorted(self.config.prepare.scorers), *columns)
         config_lib.check_columns(self.config, columns)
         return columns
 

@@ -52,10 +52,11 @@ def plan(
             f"parallel.backend = {config.parallel.backend!r} is not planned; accepted: 'jit'"
         )
     model = known.shape_of(config.model.source)
-    config_lib.check_layers(config, model.num_layers, model.layer_windows)
     setting = Setting(
         config, model, topologies.parse(topology), Lengths.of(config, row_length, response_length)
     )
+    judge = setting.judging.model
+    config_lib.check_layers(config, judge.num_layers, judge.layer_windows)
     if search_over:
         ranking = search.ranking(setting)
         if as_json:
@@ -76,7 +77,7 @@ def plan(
     if {"reference_logps", "reference_entropy"} & set(reads):
         compile_all.append(setting.reference)
     if "judge" in reads:
-        compile_all.append(setting.judge)
+        compile_all.append(setting.judging.judge)
     programs = []
     for compile_one in compile_all:
         _LOG.info("compiling the %s program for %s", compile_one.__name__, topology)

@@ -116,16 +116,18 @@ def data_report(
         for split in splits
     }
     for of_split in loaded.values():
-        config_lib.check_columns(config, of_split.weight_columns)
+        config_lib.check_columns(config, (*run.scorers, *of_split.weight_columns))
     model = run.model if (run.model_folder / "config.json").is_file() else None
     if model is not None:
-        config_lib.check_layers(config, model.num_layers, model.layer_windows)
+        run.source_layers  # noqa: B018  a layer that the judge lacks is told of
     tokenize = PairTokenizer.from_config(
         config,
         run.tokenizer,
         run.template,
         vocab_size=None if model is None else model.vocab_size,
         on_bad_row="skip",
+        judge=None if run.judge is None else run.judge.tokenizer,
+        judge_vocab_size=None if run.judge is None else run.judge.shape.vocab_size,
     )
     reports = []
     for split in splits:
@@ -157,7 +159,7 @@ def data_report(
                 **_summed(forms),
                 positions=None if beyond is None else beyond.limit,
                 beyond_positions={} if beyond is None else beyond.counts,
-                examples=_examples(run.tokenizer, tokenize, pairs, forms),
+                examples=_examples(run, tokenize, pairs, forms),
             )
         )
     _print(reports, as_json, console or Console())
@@ -205,11 +207,14 @@ def _summed(figures: Sequence[_Figures]) -> dict[str, Any]:
 
 
 def _examples(
-    tokenizer: ChatTokenizer, tokenize: PairTokenizer, pairs: Sequence[Pair], figures
+    run: "Run", tokenize: PairTokenizer, pairs: Sequence[Pair], figures
 ) -> list[dict[str, str]]:
     """The first pair, the last, and others between them, as they are read by the model."""
 
-    def text(ids: np.ndarray) -> str:
+    tokenizer = run.tokenizer
+    judge = tokenizer if run.judge is None else run.judge.tokenizer
+
+    def text(ids: np.ndarray, tokenizer: ChatTokenizer = tokenizer) -> str:
         return tokenizer.tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)
 
     by_id = {pair.id: pair for pair in pairs}
@@ -222,7 +227,7 @@ def _examples(
         for side in ("chosen", "rejected"):
             example[side] = text(np.concatenate([pair.prompt_ids, getattr(pair, f"{side}_ids")]))
         if forms.prompt is not None:
-            example["judge"] = text(forms.prompt.ids[0])
+            example["judge"] = text(forms.prompt.ids[0], judge)
         examples.append(example)
     return examples
 

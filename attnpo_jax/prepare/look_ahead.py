@@ -33,8 +33,8 @@ def look_ahead(run: "Run", splits: Mapping[str, Sequence[Pair]]) -> None:
       UserError: a token is beyond the vocabulary; told by all processes alike.
     """
     config, limit = run.config, run.model.positions
-    longest = config.data.max_length
-    if config.judge.layers != "none":
+    longest, other = config.data.max_length, run.judge
+    if config.judge.layers != "none" and other is None:
         longest = max(longest, config.judge.max_length - 1)
     if longest <= limit and not may_exceed(run.tokenizer, run.model.vocab_size):
         return
@@ -44,6 +44,7 @@ def look_ahead(run: "Run", splits: Mapping[str, Sequence[Pair]]) -> None:
         run.template,
         vocab_size=run.model.vocab_size,
         on_bad_row="skip",
+        judges=None if other is None else False,
     )
     team = processes.team()
     for split, pairs in splits.items():

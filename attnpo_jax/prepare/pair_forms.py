@@ -7,7 +7,7 @@ import numpy as np
 from ml_collections import config_dict
 
 from attnpo_jax.config.rules import as_tuple
-from attnpo_jax.data.chat_template import Conversation
+from attnpo_jax.data.chat_template import Conversation, announce
 from attnpo_jax.data.pair import SIDES, BadExample, Pair
 from attnpo_jax.data.precomputed_weights import WeightReader
 from attnpo_jax.data.rendered import RenderedTexts
@@ -15,6 +15,7 @@ from attnpo_jax.data.tokenize import ChatTokenizer, TokenizedPair, tokenize_pair
 from attnpo_jax.data.tokenizer_files import load_backend
 from attnpo_jax.data.vocabulary import check_ids
 from attnpo_jax.judge.prompt import JudgePrompt, JudgePrompter, JudgeTemplate
+from attnpo_jax.prepare.scorer_forms import ScorerTokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +28,14 @@ class PairForms:
       precomputed: by response, float32 (K, text length): the weights that came with the pair, on
         the text tokens that are trained on; None where none were read.
       numbers: see `Pair`.
+      own: as a scorer reads it; None without a scorer that is a model.
     """
 
     tokenized: TokenizedPair
     prompt: JudgePrompt | None
     precomputed: tuple[np.ndarray, np.ndarray] | None = None
     numbers: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    own: TokenizedPair | None = None
 
     def positions(self) -> dict[str, int]:
         """The positions that it takes, both as `row` trained on and, if it is, as `judge`d."""
@@ -56,8 +59,10 @@ class PairTokenizer:
       prompter: of the judge prompts; None without a judge.
       weight_reader: for the weights that come with the pairs; None where none are read.
       vocab_size: rows of the model's embedding; None where there is no model to know it of.
+      judge_vocab_size: likewise, of the judge, if that is another model.
       max_length, max_prompt_length: as in `data.tokenize.tokenize_pair`.
       on_bad_row: `error` or `skip`.
+      scorer: what has the tokens as a scorer reads them; None without one.
     """
 
     def __init__(
@@ -67,14 +72,18 @@ class PairTokenizer:
         weight_reader: WeightReader | None = None,
         *,
         vocab_size: int | None = None,
+        judge_vocab_size: int | None = None,
         max_length: int,
         max_prompt_length: int,
         on_bad_row: str = "error",
+        scorer: ScorerTokenizer | None = None,
     ):
         self._tokenizer = tokenizer
         self._prompter = prompter
         self._weight_reader = weight_reader
         self._vocab_size = vocab_size
+        self._judge_vocab_size = judge_vocab_size
+        self._scorer = scorer
         self._rendered = RenderedTexts.of(tokenizer)
         self._lengths = {"max_length": max_length, "max_prompt_length": max_prompt_length}
         self._skip = on_bad_row == "skip"
@@ -88,21 +97,30 @@ class PairTokenizer:
         *,
         vocab_size: int | None = None,
         on_bad_row: str | None = None,
+        judge: ChatTokenizer | None = None,
+        judge_vocab_size: int | None = None,
+        judges: bool | None = None,
+        scorer: ScorerTokenizer | None = None,
     ) -> "PairTokenizer":
         """The tokenizer of a config's pairs, given the one of its model and the judge's template.
 
-        `on_bad_row` replaces the config's.
+        Args:
+          on_bad_row: in place of the config's.
+          judge: the tokenizer of the judge, if that is another model.
+          judges: whether judge prompts are wanted; None: where the config keeps layers.
+          vocab_size, judge_vocab_size, scorer: as of the class.
 
         Raises:
           UserError, OSError: `data.weights_tokenizer` can't be used.
         """
         prompter = reader = None
-        if config.judge.layers != "none":
+        if config.judge.layers != "none" if judges is None else judges:
             prompter = JudgePrompter(
-                tokenizer,
+                judge or tokenizer,
                 template,
                 config.judge.max_length,
                 config.judge.max_answer_length,
+                tokenizer,
             )
         if as_tuple(config.data.weight_columns):
             backend, origin = tokenizer.tokenizer.backend_tokenizer, tokenizer.origin
@@ -115,6 +133,8 @@ class PairTokenizer:
             prompter,
             reader,
             vocab_size=vocab_size,
+            judge_vocab_size=judge_vocab_size,
+            scorer=scorer,
             max_length=config.data.max_length,
             max_prompt_length=config.data.max_prompt_length,
             on_bad_row=on_bad_row or config.data.on_bad_row,
@@ -146,12 +166,18 @@ class PairTokenizer:
         """The next pairs, for which the chat template begins with what will be asked of it."""
         pairs = next(ahead, [])
         conversations: list[Conversation] = []
+        requests: list[Conversation] = []
         for pair in pairs:
             asked = Conversation(pair.prompt, pair.tools, generation_prompt=True)
             conversations += [asked, *(asked.and_answer(pair.response(side)) for side in SIDES)]
             if self._prompter is not None:
-                conversations += self._prompter.requests(pair)
-        self._tokenizer.template.announce(conversations)
+                requests += self._prompter.requests(pair)
+        asked_of = [(self._tokenizer.template, conversations)]
+        if self._prompter is not None:
+            asked_of.append((self._prompter.tokenizer.template, requests))
+        if self._scorer is not None:
+            asked_of.append(self._scorer.requests(pairs))
+        announce(*asked_of)
         return pairs
 
     def forms(self, pair: Pair) -> PairForms:
@@ -170,20 +196,26 @@ class PairTokenizer:
                 pair.precomputed, *(tokenized.text(pair, side) for side in SIDES), tokenized
             )
         prompt = None if self._prompter is None else self._prompter.build(pair)
-        forms = PairForms(tokenized, prompt, precomputed, pair.numbers)
-        if self._vocab_size is not None:
-            self._check_ids(pair, forms)
+        own = None if self._scorer is None else self._scorer(pair, tokenized)
+        forms = PairForms(tokenized, prompt, precomputed, pair.numbers, own)
+        self._check_ids(pair, forms)
         return forms
 
     def _check_ids(self, pair: Pair, forms: PairForms) -> None:
         parts = ("prompt", "chosen", "rejected")
-        sequences = {part: getattr(forms.tokenized, f"{part}_ids") for part in parts}
+        of_model = {part: getattr(forms.tokenized, f"{part}_ids") for part in parts}
+        checked = [(self._tokenizer, self._vocab_size, of_model)]
         if forms.prompt is not None:
-            sequences["judge prompt"] = np.concatenate(forms.prompt.ids)
-            sequences["judge's answer"] = np.array(forms.prompt.letter_ids)
+            of_judge = {
+                "judge prompt": np.concatenate(forms.prompt.ids),
+                "judge's answer": np.array(forms.prompt.letter_ids),
+            }
+            vocab_size = self._judge_vocab_size or self._vocab_size
+            checked.append((self._prompter.tokenizer, vocab_size, of_judge))
         origin = "" if pair.origin is None else "{}, example {}, ".format(*pair.origin)
-        where = f"{origin}pair {pair.id}"
-        check_ids(self._tokenizer, self._vocab_size, sequences, where)
+        for tokenizer, vocab_size, sequences in checked:
+            if vocab_size is not None:
+                check_ids(tokenizer, vocab_size, sequences, f"{origin}pair {pair.id}")
 
 
 def _some(pairs: Sequence[Pair]) -> Iterator[list[Pair]]:

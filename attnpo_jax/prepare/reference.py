@@ -24,7 +24,6 @@ from attnpo_jax.parallel.batches import Batches
 from attnpo_jax.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from attnpo_jax.prepare.pair_forms import PairForms
     from attnpo_jax.prepare.stage import _Passes
     from attnpo_jax.run import Run
 
@@ -142,9 +141,9 @@ class Reference:
 
 
 def fitted(
-    run: "Run", passes: "_Passes", groups: Collection[str], sample: Sequence["PairForms"]
+    run: "Run", passes: "_Passes", groups: Collection[str], sample: Sequence[TokenizedPair]
 ) -> Reference:
-    """The reference of a run, fitted to a sample of its pairs.
+    """The reference of a run, or a scorer, fitted to a sample of what it reads.
 
     Args:
       passes: what it runs on.
@@ -153,7 +152,7 @@ def fitted(
     config = run.config
     return Reference(
         passes.model,
-        [forms.tokenized for forms in sample],
+        sample,
         entropy="reference_entropy" in groups,
         dtype=jnp.dtype(config.model.dtype),
         chunk=config.model.logps_chunk,

@@ -11,17 +11,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from attnpo_jax.data import prepared
-from attnpo_jax.data.manifest import features
+from attnpo_jax.data.manifest import features, refused_ids
 from attnpo_jax.data.pair import BadExample
 from attnpo_jax.data.sources import LoadedPairs, Pairs, load_pairs
 from attnpo_jax.judge.figures import judge_figures
-from attnpo_jax.judge.judge import SAMPLE, Judge, Judgement
+from attnpo_jax.judge.judge import SAMPLE
 from attnpo_jax.judge.language_model import LanguageModel
 from attnpo_jax.models import int8
 from attnpo_jax.models.attention import implementations
@@ -31,7 +30,8 @@ from attnpo_jax.parallel import preemption, processes
 from attnpo_jax.prepare import wire
 from attnpo_jax.prepare.look_ahead import look_ahead
 from attnpo_jax.prepare.pair_forms import PairForms, PairTokenizer
-from attnpo_jax.prepare.reference import Reference, check_vocabulary, fitted
+from attnpo_jax.prepare.passes import PASSES, Columns
+from attnpo_jax.prepare.reference import check_vocabulary
 from attnpo_jax.prepare.splits import Split
 from attnpo_jax.runtime import atomic, schema
 from attnpo_jax.runtime.errors import Preempted, UserError
@@ -94,8 +94,10 @@ def _prepare(run: "Run", splits: Sequence[str], keep_params: bool, console: Cons
         if split.status == "complete" and processes.is_first():
             say(console, f"{split.path}: complete, used as it is")
         processes.wait_until_seen(split.path / prepared.METADATA)
-        if processes.is_first() and not split.is_set:
-            console.print(summary(split.name, prepared.Prepared.open(split.path)))
+    for split in todo if processes.is_first() else ():
+        if not split.is_set:
+            reads = dict.fromkeys((*split.groups, *run.reads))
+            console.print(summary(split.name, run.open_prepared(split.name, tuple(reads))))
 
 
 def _todo(run: "Run", loaded: Mapping[str, LoadedPairs]) -> list[Split]:
@@ -115,15 +117,28 @@ def _fill_all(run: "Run", todo: Sequence[Split], keep_params: bool) -> None:
     if not missing:
         return
     look_ahead(run, {split.name: split.pairs for split in missing})
-    # One model at a time; last the one that training may go on with.
-    for reference in dict.fromkeys((run.reference, None)):
-        of_model = [split for split in missing if split.reference == reference]
+    # One model at a time. Sets are of the dataset's rows, so that comes first; if it is there, the
+    # model that training may go on with comes last.
+    missing.sort(key=lambda split: split.is_set)
+    of_others = {_key(split.model): split.model for split in missing if split.model is not None}
+    start = {None: None}
+    models = of_others | start if missing[0].is_set else start | of_others
+    for key, model in models.items():
+        of_model = [split for split in missing if _key(split.model) == key]
         passes = None
-        if any(split.groups for split in of_model):
-            passes = _Passes.load(run, keep_params and reference is None, reference)
         for split in of_model:
-            _fill(run, passes, split)
+            if "reference" in split.components:
+                check_vocabulary(run, split.model)
+        if any(split.needs_model for split in of_model):
+            passes = _Passes.load(run, keep_params and model is None, model)
+        for split in of_model:
+            _fill(run, passes if split.needs_model else None, split)
         passes = None
+
+
+def _key(model: ModelSource | None) -> tuple[Any, ...] | None:
+    """The same for models whose parameters are the same."""
+    return None if model is None else (model.folder, model.adapter and model.adapter[0])
 
 
 def _load_pairs(run: "Run", split: str) -> LoadedPairs:
@@ -157,10 +172,12 @@ class _Passes:
 
     @classmethod
     def load(cls, run: "Run", keep_params: bool, of: ModelSource | None = None) -> "_Passes":
-        """Those of the model that training starts from, or of another one."""
+        """Those of the model that training starts from, or of another one.
+
+        The tokenizer is that of the run: who reads with another one brings it along.
+        """
         config, shape, folder = run.config, run.passes, run.model_folder
         if of is not None:
-            check_vocabulary(run, of)
             shape = int8.shape_of_passes(of.shape, config.model.prepare_weights)
             folder = of.folder
         backend = backends.for_preparing(
@@ -179,6 +196,9 @@ class _Passes:
 def _fill(run: "Run", passes: _Passes | None, split: Split) -> None:
     """Computes and writes this process's shards that are not there yet, then the metadata."""
     everyone, config = processes.team(), run.config
+    if split.is_set:
+        refused = refused_ids(split.dataset)
+        split = dataclasses.replace(split, pairs=split.pairs.without(refused), bad_rows=[])
     devices = () if passes is None else passes.backend.devices
     together = any(device.process_index != everyone.index for device in devices)
     writer = prepared.PreparedWriter(
@@ -197,23 +217,15 @@ def _fill(run: "Run", passes: _Passes | None, split: Split) -> None:
         either = preemption.agreed_each([shard in mine for shard in range(writer.num_shards)])
         pending = [(k, *writer.row_range(k)) for k, missing in enumerate(either) if missing]
     if preemption.agreed(bool(pending)):
-        tokenize = PairTokenizer.from_config(
-            config,
-            run.tokenizer,
-            run.template,
-            vocab_size=(run.model if passes is None else passes.model.config).vocab_size,
-        )
+        tokenize = _tokenizer(run, split)
         sample = _sample(tokenize, split.pairs, everyone)
     if pending:
-        judge = reference = None
-        if "judge" in split.groups:
-            judge = _judge(run, passes, split.components["source_layers"], sample)
-        if {"reference_logps", "reference_entropy"} & set(split.groups):
-            reference = fitted(run, passes, split.groups, sample)
-        shards = _Shards(split, writer, tokenize, judge, reference, together)
+        of_pass = [of_kind(run, passes, split, sample) for of_kind in PASSES]
+        columns = [one for one in of_pass if one is not None]
+        shards = _Shards(split, writer, tokenize, columns, together)
         stops = shards.compute(pending, bar=config.log.progress and processes.is_first())
     # Who has been told to stop comes here too: the others learn of it and do not wait in vain.
-    processes.barrier(f"prepare: shards of {split.name} written")
+    processes.barrier(f"prepare: shards of {split.title} written")
     if preemption.agreed(stops):
         raise Preempted(
             f"told to stop: shards of {split.path} that were finished stay; the same command goes "
@@ -225,7 +237,26 @@ def _fill(run: "Run", passes: _Passes | None, split: Split) -> None:
         writer.finish({"pairs": len(split.pairs) - len(refused), "bad_rows": len(bad_rows)})
         if config.data.on_bad_row == "skip" and not split.is_set:
             atomic.write_json_lines(_bad_rows_path(split.path), bad_rows)
-    processes.barrier(f"prepare: {split.name} finished")
+    processes.barrier(f"prepare: {split.title} finished")
+
+
+def _tokenizer(run: "Run", split: Split) -> PairTokenizer:
+    """What tokenizes a split's pairs. Rows of a set are there already: a bad one is an error."""
+    judge, reads = split.judge, run.model
+    if "reference" in split.components:
+        reads = split.model.shape
+    scorer = split.scorer if split.scorer is not None and split.scorer.reader is not None else None
+    return PairTokenizer.from_config(
+        run.config,
+        run.tokenizer,
+        run.template,
+        vocab_size=reads.vocab_size,
+        on_bad_row="error" if split.is_set else None,
+        judge=None if judge is None else judge.tokenizer,
+        judge_vocab_size=None if judge is None else judge.shape.vocab_size,
+        judges=split.has_judge_prompts,
+        scorer=None if scorer is None else scorer.tokenizer,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,14 +264,14 @@ class _Shards:
     """Computes shards of a split.
 
     Attributes:
+      columns: what is computed of the pairs' forms, by a function each.
       together: whether all processes compute the same shards, of which the first writes them.
     """
 
     split: Split
     writer: prepared.PreparedWriter
     tokenize: PairTokenizer
-    judge: Judge | None
-    reference: Reference | None
+    columns: Sequence[Columns]
     together: bool
 
     def compute(self, pending: Sequence[tuple[int, int, int]], *, bar: bool) -> bool:
@@ -252,7 +283,7 @@ class _Shards:
         total = sum(stop - start for _, start, stop in pending)
         with (
             preemption.watch() as noticed,
-            CountProgress(f"prepare {self.split.name}", total, "pairs", bar=bar) as progress,
+            CountProgress(f"prepare {self.split.title}", total, "pairs", bar=bar) as progress,
             ThreadPoolExecutor(max_workers=1) as ahead,
             ThreadPoolExecutor(max_workers=1) as behind,
         ):
@@ -272,10 +303,10 @@ class _Shards:
                 forms, bad_rows = _of_all(team, *following.result())
                 if k + 1 < len(pending):
                     following = read(*pending[k + 1])
-                rows = _shard_rows(self.judge, self.reference, forms, progress, preempted)
+                rows = _shard_rows(self.columns, forms, progress, preempted)
                 if rows is not None and self.split.is_set:
-                    columns = features(self.split.components)
-                    rows = [{name: row[name] for name in columns} for row in rows]
+                    wanted = features(self.split.components)
+                    rows = [{name: row[name] for name in wanted} for row in rows]
                 if written is not None:
                     written.result()  # a full disk ends the run here
                 if rows is None:
@@ -289,29 +320,6 @@ class _Shards:
                 written.result()
             # Notice may have come while the last shard was written.
             return preempted()
-
-
-def _judge(
-    run: "Run", passes: _Passes, source_layers: Sequence[int], sample: Sequence[PairForms]
-) -> Judge:
-    """The judge, fitted to a sample."""
-    config = run.config
-    judge = Judge(
-        passes.model,
-        template=run.template,
-        max_length=config.judge.max_length,
-        max_answer_length=config.judge.max_answer_length,
-        source_layers=source_layers,
-        verdict=config.judge.verdict,
-        dtype=jnp.dtype(config.model.dtype),
-        batch_size=config.judge.batch_size,
-        token_budget=config.judge.token_budget,
-        num_buckets=config.judge.num_buckets,
-        backend=passes.backend,
-        attention=passes.attention,
-    )
-    judge.fit([forms.prompt for forms in sample])
-    return judge
 
 
 def _sample(tokenize: PairTokenizer, pairs: Pairs, team: Team) -> list[PairForms]:
@@ -344,33 +352,26 @@ def _of_all(
 
 
 def _shard_rows(
-    judge: Judge | None,
-    reference: Reference | None,
+    columns: Sequence[Columns],
     forms: Sequence[PairForms],
     progress: CountProgress,
     preempted: Callable[[], bool],
 ) -> list[dict[str, Any]] | None:
     """The rows of a shard, or None if notice came before they were all there."""
-    tokenized = [form.tokenized for form in forms]
-    # Both passes move the bar by half of what they did: either may take longer than the other.
-    share = 1.0 if judge is None or reference is None else 0.5
-    judgements: dict[int, Judgement] = {}
-    if judge is not None:
-        for done in judge.run([form.prompt for form in forms], tokenized):
-            judgements.update(done)
-            progress.add(len(done) * share)
+    computed: list[dict[str, Any]] = [{} for _ in forms]
+    for of_pass in columns:
+        for done in of_pass(forms):
+            for i, found in done:
+                computed[i] |= found
+            # Each pass moves the bar by its part: any may take longer than the others.
+            progress.add(len(done) / len(columns))
             if preempted():
                 return None
-    of_reference: dict[int, dict[str, np.ndarray]] = {}
-    for done in () if reference is None else reference.run(tokenized):
-        of_reference.update(done)
-        progress.add(len(done) * share)
-        if preempted():
-            return None
-    if judge is None and reference is None:
+    if not columns:
         progress.add(len(forms))
     rows = []
-    for i, pair in enumerate(tokenized):
+    for form, found in zip(forms, computed, strict=True):
+        pair = form.tokenized
         row = {
             "id": pair.id,
             "prompt_ids": pair.prompt_ids,
@@ -378,16 +379,11 @@ def _shard_rows(
             "rejected_ids": pair.rejected_ids,
             "chosen_text_length": pair.chosen_text_length,
             "rejected_text_length": pair.rejected_text_length,
-            **of_reference.get(i, {}),
-            **forms[i].numbers,
+            **found,
+            **form.numbers,
         }
-        if judge is not None:
-            row["judge_chosen"] = judgements[i].chosen
-            row["judge_rejected"] = judgements[i].rejected
-            if judge.verdict:
-                row["judge_verdict"] = judgements[i].verdict
-        if forms[i].precomputed is not None:
-            row["ready_chosen"], row["ready_rejected"] = forms[i].precomputed
+        if form.precomputed is not None:
+            row["ready_chosen"], row["ready_rejected"] = form.precomputed
         rows.append(row)
     return rows
 
@@ -397,6 +393,8 @@ def summary(split: str, dataset: prepared.Prepared) -> Table:
     table = Table(title=f"prepared: {split}", show_header=False)
     table.add_row("pairs", str(len(dataset)))
     table.add_row("bad rows", str(dataset.meta["counts"].get("bad_rows", 0)))
+    if dataset.scorers:
+        table.add_row("scorers", plain(", ".join(dataset.scorers)))
     if dataset.weight_columns:
         table.add_row("precomputed weights", plain(", ".join(dataset.weight_columns)))
     if not dataset.source_layers:

@@ -80,6 +80,7 @@ FORMS = Listed(
             "prompt": Maybe(Table(_PROMPT)),
             "precomputed": Maybe(Row((_WEIGHTS, _WEIGHTS))),
             "numbers": Mapped(Number()),
+            "own": Maybe(Table(_TOKENIZED)),
         }
     )
 )
@@ -92,12 +93,13 @@ def to_json(forms: PairForms) -> dict[str, Any]:
 
 def from_json(value: dict[str, Any]) -> PairForms:
     """The tokens that `to_json` has written; `value` has been checked."""
-    prompt, precomputed = value["prompt"], value["precomputed"]
+    prompt, precomputed, own = (value[name] for name in ("prompt", "precomputed", "own"))
     return PairForms(
         TokenizedPair(**_unpacked(value["tokenized"])),
         None if prompt is None else JudgePrompt(**_unpacked(prompt)),
         None if precomputed is None else _unpacked(precomputed),
         value["numbers"],
+        None if own is None else TokenizedPair(**_unpacked(own)),
     )
 
 

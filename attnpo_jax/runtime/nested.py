@@ -22,8 +22,9 @@ def flatten(
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if prefix + key in whole:
-            flat[prefix + key] = value
-        # A ConfigDict is no Mapping.
+            # A copied config has ConfigDicts for dicts, which are no Mappings.
+            is_config = isinstance(value, config_dict.ConfigDict)
+            flat[prefix + key] = value.to_dict() if is_config else value
         elif isinstance(value, (config_dict.ConfigDict, Mapping)):
             flat.update(flatten(value, f"{prefix}{key}.", whole))
         else:

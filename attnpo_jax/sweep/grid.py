@@ -10,10 +10,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from ml_collections import config_dict
 
 from attnpo_jax import config as config_lib
+from attnpo_jax.config import scoring
 from attnpo_jax.runtime.errors import UsageError
 
-# What a prepared dataset does not depend on, but for sets of columns beside it.
+# Sections and fields that a prepared dataset does not depend on, but for sets of columns beside it.
 SWEPT = ("seed", "weighting", "shaping", "objective", "reference", "optim", "train", "lora")
+SHARED = (
+    "judge.source",
+    "judge.layers",
+    "judge.chat_template",
+    "judge.chat_template_kwargs",
+    scoring.FIELD,
+)
 # What runs may not have in common.
 _APART = "train.checkpoint_dir"
 _LONGEST_NAME = 150  # of a folder; file systems have 255 bytes
@@ -136,11 +144,12 @@ def _once(option: str, parsed: Iterable[tuple[str, object]]) -> dict:
 
 
 def _check(named: str, field: str) -> None:
-    if field.split(".")[0] not in SWEPT or field == _APART:
+    shared = field in SHARED or scoring.is_override(field)
+    if (field.split(".")[0] not in SWEPT and not shared) or field == _APART:
         raise UsageError(
             f"{named}: all runs of a sweep share one prepared dataset, and have a folder each; "
-            f"accepted: fields of {', '.join(SWEPT)} but {_APART} (another --workdir for another "
-            "dataset)"
+            f"accepted: fields of {', '.join(SWEPT)} but {_APART}, and {', '.join(SHARED)} "
+            "(another --workdir for another dataset)"
         )
 
 

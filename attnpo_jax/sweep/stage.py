@@ -4,13 +4,11 @@ The judge's and the reference's passes run once, into WORKDIR/prepared. Each run
 of its own in WORKDIR/runs/NAME, with a link to that dataset.
 """
 
-import dataclasses
 import json
 import logging
 import pathlib
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from rich.console import Console
 
@@ -34,6 +32,7 @@ from attnpo_jax.sweep.running import (
     remove_checkpoints,
     run_point,
 )
+from attnpo_jax.sweep.shared import to_prepare
 
 _LOG = logging.getLogger(__name__)
 
@@ -111,13 +110,13 @@ def _check(run: Run, points: Sequence[Point], checkpoints: str, baseline: str | 
                 f"--checkpoints=best: {point.name} has no config.train.keep_best; accepted: a "
                 "metric there, or --checkpoints=keep or drop"
             )
-        config_lib.check_layers(point.config, run.model.num_layers, run.model.layer_windows)
         if (point.group, point.config.seed) in seen:
             raise UsageError(
                 f"{point.name}: another run is called {point.group!r} and has the seed "
                 f"{point.config.seed} too; accepted: names and axes that tell runs apart"
             )
         seen.add((point.group, point.config.seed))
+    to_prepare(run, points)  # tells what the runs can't share
     for name in wanted(run):
         find(name)
 
@@ -126,22 +125,12 @@ def _one(run: Run, points: Sequence[Point], index: int, checkpoints: str, consol
     if index >= len(points):
         raise UsageError(f"--index={index}; accepted: 0 to {len(points) - 1}")
     point = points[index]
-    _prepare_or_wait(_to_prepare(run, points), console)
+    _prepare_or_wait(to_prepare(run, points), console)
     say(console, f"[{index} of 0 to {len(points) - 1}] {point.name}")
     outcome = _finished(run.workdir, point) or run_point(run.workdir, point)
     remove_checkpoints(run.workdir, outcome, checkpoints)
     _raise_failures([outcome])
     return outcome
-
-
-def _to_prepare(run: Run, points: Sequence[Point]) -> list[Run]:
-    """Runs that prepare all that those of the grid read: one for each kind of columns."""
-    kinds: dict[Any, Run] = {}
-    for point in points:
-        one = dataclasses.replace(run, config=point.config)
-        kinds.setdefault((one.reads, point.config.reference.source), one)
-    # Who reads most comes first, and may leave nothing to do.
-    return sorted(kinds.values(), key=lambda one: -len(one.reads))
 
 
 def _prepare_or_wait(runs: Sequence[Run], console: Console) -> None:
@@ -179,7 +168,7 @@ def _in_turn(
 ) -> list[Outcome]:
     outcomes = []
     with run.writing():
-        for one in _to_prepare(run, points):
+        for one in to_prepare(run, points):
             if not _is_prepared(one):
                 prepare.prepare(one, console=console)
         for number, point in enumerate(points, 1):
@@ -207,7 +196,7 @@ def _in_processes(
     config = workdir / "config.json"
     atomic.write_atomically(config, config_lib.to_json(run.config).encode())
     common = [f"--config={config}", f"--workdir={workdir}"]
-    first, *_ = _to_prepare(run, points)  # the rest is left to the runs that read it
+    first, *_ = to_prepare(run, points)  # the rest is left to the runs that read it
     if todo and not _is_prepared(first):
         # Not here: of an accelerator's memory, this process would keep a part.
         of_first = workdir / "prepare.json"

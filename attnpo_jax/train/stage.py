@@ -109,8 +109,9 @@ def _train(run: "Run") -> None:
         run.policy,
         data["train"].source_layers,
         attention,
-        data["train"].weight_columns,
+        data["train"].columns,
         reference,
+        data["train"].num_layers,
     )
     compiled = compile_step(config, settings, backend, len(batches))
     eval_step = backend.eval_step(make_eval_step(settings, backend.axis_name), reference)

@@ -1,8 +1,8 @@
-"""Weights from log-probs of other models, which come with the data as columns.
+"""Weights from log-probs of other models: scorers of the config, or columns of the data.
 
-The columns `chosen_weights_<name>` and `rejected_weights_<name>` hold one number a token, here its
-log-prob under another model. They cover the text of a response; closing template tokens weigh 1
-where the method weighs all tokens.
+A scorer (`config.prepare.scorers`), or the data's columns `chosen_weights_<name>` and
+`rejected_weights_<name>`, hold one number a token, here its log-prob under another model. Read is
+the text of a response; closing template tokens weigh 1 where the method weighs all tokens.
 
 Shape suffixes: as in `functions`.
 """

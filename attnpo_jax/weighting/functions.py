@@ -69,8 +69,9 @@ class ResponseTokens:
       source_layers: which layers the S axis holds, counted from 0; None: layers are then named by
         their place on the S axis.
       num_layers: how many layers the model has; negative layers count from it.
-      ready_BKT: float32, numbers that came with the data, of any sign, by column; 0 off
-        `text_mask_BT`. None where none did.
+      ready_BKT: float32, numbers of any sign by column: those of scorers, then those that came with
+        the data. The latter are 0 off `text_mask_BT`; a scorer's are 0 where it has no number for a
+        closing template token. None where there is no column.
       weight_columns: the names of the columns on the K axis.
       tokens_BT: int32, the tokens' ids; -1 off `mask_BT`. None where they are not known.
       partner_tokens_BT: int32, the ids of the other response of the row's pair, -1 behind its end.
@@ -149,7 +150,7 @@ class ResponseTokens:
 
     @property
     def columns(self) -> dict[str, jax.Array]:
-        """The data's columns by name, (B, T) each; 0 off `text_mask_BT`."""
+        """Scorers and the data's columns by name, (B, T) each, see `ready_BKT`."""
         return {name: self.ready_BKT[:, k] for k, name in enumerate(self.weight_columns)}
 
 
@@ -195,7 +196,7 @@ def select_sources(
 def select_columns(
     column: int | str | Sequence[int | str], weight_columns: Sequence[str]
 ) -> tuple[int, ...]:
-    """Places on the K axis of the columns of precomputed weights asked for.
+    """Places on the K axis of the columns asked for, of scorers or precomputed weights.
 
     Args:
       column: one name or several; a negative number counts from the last column.
@@ -205,7 +206,9 @@ def select_columns(
       RegistryError: no column, or one that the data lack; the message lists those there are.
     """
     wanted = tuple(column) if isinstance(column, (tuple, list)) else (column,)
-    available = ", ".join(weight_columns) or "none, for config.data.weight_columns names none"
+    available = ", ".join(weight_columns) or (
+        "none, for config.data.weight_columns and config.prepare.scorers name none"
+    )
     places = []
     for name in wanted:
         if isinstance(name, int) and -len(weight_columns) <= name < 0:
@@ -214,7 +217,7 @@ def select_columns(
             places.append(list(weight_columns).index(str(name)))
         else:
             raise RegistryError(
-                f"column {name!r} is not among the data's precomputed weights; "
+                f"column {name!r} is neither a scorer nor among the data's precomputed weights; "
                 f"accepted: {available}"
             )
     if not places:
@@ -242,10 +245,10 @@ def uniform(response: ResponseTokens) -> jax.Array:
 
 
 def read_column(response: ResponseTokens, column: int | str) -> jax.Array:
-    """One of the data's columns, float32 (B, T); no gradient flows through it.
+    """A scorer's or one of the data's columns, float32 (B, T); no gradient flows through it.
 
     Raises:
-      RegistryError: the data lack it; the message lists those there are.
+      RegistryError: there is none of that name; the message lists those there are.
     """
     (place,) = select_columns(column, response.weight_columns)
     B, T = response.mask_BT.shape

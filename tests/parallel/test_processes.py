@@ -9,10 +9,15 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
+from rich.console import Console
 
 from attnpo_jax import cli
+from attnpo_jax import config as config_lib
 from attnpo_jax.parallel import processes
+from attnpo_jax.prepare.stage import prepare
+from attnpo_jax.run import Run
 from attnpo_jax.runtime import metrics
 from tests.parallel.runs import (
     CONFIG,
@@ -246,7 +251,9 @@ def test_two_commands_that_say_by_options_who_they_are_share_a_model(setting, si
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     (tmp_path / "config.py").write_text(CONFIG.format(path=str(setting / "config.json")))
     command = [sys.executable, "-m", "attnpo_jax.cli", "prepare", "--config.prepare.devices=all"]
-    command += [f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path}"]
+    scorers = ["kind.prefix=Be kind.", "new.function=diff"]
+    scorers = [f"--config.prepare.scorers.{text}" for text in scorers]
+    command += [f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path}", *scorers]
     command += [f"--coordinator-address={address}", "--num-processes=2"]
     environ = environment()
     # The last one counts.
@@ -268,6 +275,15 @@ def test_two_commands_that_say_by_options_who_they_are_share_a_model(setting, si
     assert "preparing on 2 cpu devices (data 1, fsdp 2, tensor 1)" in outputs[0]
     assert "prepared: train" in outputs[0] and "prepared: train" not in outputs[1]
     assert_same_rows(tmp_path, single)
+    # What each has tokenized for a scorer, the other one has too.
+    config = config_lib.load_config(str(tmp_path / "config.py"), scorers)
+    alone = Run.resolve(config, prepared_before(tmp_path / "alone", single))
+    prepare(alone, console=Console(quiet=True))
+    for split in ("train", "eval"):
+        runs = Run.resolve(config, tmp_path), alone
+        for row, other in zip(*(one.open_prepared(split) for one in runs), strict=True):
+            assert row["scores_chosen"].shape == (2, len(row["chosen_ids"]))
+            np.testing.assert_allclose(row["scores_chosen"], other["scores_chosen"], atol=1e-5)
 
 
 @pytest.mark.process

@@ -26,7 +26,9 @@ def forms(tmp_path_factory):
     tokenize = PairTokenizer(tokenizer, prompter, max_length=200, max_prompt_length=100)
     weights = tuple(np.array([[0.1, -2.5e-30]], np.float32) for _ in range(2))
     numbers = {"weight": 2.0, "margin": -0.5}
-    return dataclasses.replace(tokenize.forms(PAIR), precomputed=weights, numbers=numbers)
+    forms = dataclasses.replace(tokenize.forms(PAIR), precomputed=weights, numbers=numbers)
+    own = dataclasses.replace(forms.tokenized, prompt_ids=forms.tokenized.prompt_ids[::-1])
+    return dataclasses.replace(forms, own=own)
 
 
 def sent(forms):
@@ -49,7 +51,7 @@ def assert_same(found, expected):
         assert found == expected
 
 
-@pytest.mark.parametrize("without", [(), ("prompt",), ("precomputed",)])
+@pytest.mark.parametrize("without", [(), ("prompt",), ("precomputed", "own")])
 def test_what_arrives_is_what_was_sent(forms, without):
     forms = dataclasses.replace(forms, **dict.fromkeys(without))
     value = sent(forms)

@@ -96,9 +96,16 @@ def _run_on(run: "Run", source: Any, folder: pathlib.Path) -> "Run":
 
 @functools.lru_cache(maxsize=1)
 def _step_settings(
-    run: "Run", model: Any, layers: tuple[int, ...], attention: str, columns: tuple[str, ...]
+    run: "Run",
+    model: Any,
+    layers: tuple[int, ...],
+    attention: str,
+    columns: tuple[str, ...],
+    num_layers: int,
 ) -> StepSettings:
-    return config_lib.step_settings(run.config, model, layers, attention, columns)
+    return config_lib.step_settings(
+        run.config, model, layers, attention, columns, num_layers=num_layers
+    )
 
 
 def _settings(run: "Run", sampled: "SampledModel", dataset: Prepared) -> StepSettings:
@@ -107,7 +114,12 @@ def _settings(run: "Run", sampled: "SampledModel", dataset: Prepared) -> StepSet
         run.config.model.attention, model, run.config.model.dtype, sampled.backend.devices
     )
     return _step_settings(
-        run, model, dataset.source_layers, attention.implementation, dataset.weight_columns
+        run,
+        model,
+        dataset.source_layers,
+        attention.implementation,
+        dataset.columns,
+        dataset.num_layers,
     )
 
 
@@ -159,5 +171,13 @@ EVALUATOR = Evaluator(
     "pairs",
     run,
     needs_pairs=True,
-    reads=("data.", "judge.", "model.", "objective.", "reference.source", "weighting."),
+    reads=(
+        "data.",
+        "judge.",
+        "model.",
+        "objective.",
+        "prepare.scorers",
+        "reference.source",
+        "weighting.",
+    ),
 )

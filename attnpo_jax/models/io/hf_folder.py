@@ -10,9 +10,9 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import huggingface_hub
 import jax
@@ -39,6 +39,9 @@ from attnpo_jax.models.io.tensors import (
 )
 from attnpo_jax.runtime.errors import UserError
 from attnpo_jax.runtime.paths import leaves, searched
+
+if TYPE_CHECKING:
+    from attnpo_jax.models.io.adapter import Adapter
 
 _LOG = logging.getLogger(__name__)
 
@@ -133,15 +136,21 @@ def resolve(
     return Path(downloaded)
 
 
-def check_links(folder: Path) -> None:
+_READ = ("config.json", "*.safetensors", INDEX, *COMPANIONS, f"{TEMPLATES}/*.jinja")
+
+
+def check_links(folder: Path, patterns: Iterable[str] = _READ) -> None:
     """Refuses a folder of which a file that is read or exported is a link out of it.
 
     Whoever made the folder could have other files of this machine read, and published in an export.
 
+    Args:
+      patterns: of the files' names.
+
     Raises:
       FolderError: it names the link and where it leads.
     """
-    for pattern in ("config.json", "*.safetensors", INDEX, *COMPANIONS, f"{TEMPLATES}/*.jinja"):
+    for pattern in patterns:
         for file in sorted(folder.glob(pattern)):
             if (target := leaves(file, folder)) is not None:
                 raise FolderError(
@@ -313,7 +322,11 @@ def _check_stored(
 
 
 def _parameter_reader(
-    leaf: jax.ShapeDtypeStruct, layout, layers: list[Part], stored: Mapping[str, Stored]
+    leaf: jax.ShapeDtypeStruct,
+    layout,
+    layers: list[Part],
+    stored: Mapping[str, Stored],
+    adapter: "Adapter | None",
 ) -> Callable[[tuple[slice, ...]], np.ndarray]:
     """A function from an index (one slice an axis) to that part of a parameter, in its dtype."""
     stacked = layers[0].layer is not None
@@ -333,6 +346,8 @@ def _parameter_reader(
             found = stored[part.name]
             with open_file(found.file) as opened:
                 tensor = opened.get_slice(found.name)
+                if adapter is not None:
+                    tensor = adapter.onto(part.name, tensor)
                 stack[row] = read_part(tensor, shape[1:], layout, bounds[1:], part.start)
         stacks[bounds] = stack if stacked else stack[0]
         return stacks[bounds]
@@ -346,6 +361,7 @@ def load_params(
     *,
     param_dtype=jnp.float32,
     shardings: Mapping[str, Any] | None = None,
+    adapter: "Adapter | None" = None,
 ) -> dict[str, Any]:
     """Reads a folder's weights into the decoder's parameter tree.
 
@@ -356,6 +372,7 @@ def load_params(
       config: the folder's config (see `load_config`), or `int8.quantized` of it.
       shardings: a tree like the parameters' of `jax.sharding.Sharding`, or None for the default
         device.
+      adapter: what is added to the weights; the sums are rounded once, to `param_dtype` or int8.
     """
     folder = Path(folder)
     files, weight_map = weight_files(folder)
@@ -365,12 +382,18 @@ def load_params(
     slots = table(config, text_prefix(stored))
     wanted = list(parts(slots, shapes))
     _check_stored(folder, config, slots, wanted, stored, weight_map)
+    if adapter is not None:
+        adapter.check(whole_shapes(wanted), text_prefix(stored))
     flat_shardings = {} if shardings is None else flatten_dict(shardings, sep="/")
 
     params = {}
     for path, leaf in shapes.items():
         read = _parameter_reader(
-            leaf, slots[path].layout, [part for part in wanted if part.path == path], stored
+            leaf,
+            slots[path].layout,
+            [part for part in wanted if part.path == path],
+            stored,
+            adapter,
         )
         if shardings is None:
             params[path] = jax.device_put(read((slice(None),) * len(leaf.shape)))

@@ -6,6 +6,7 @@ import pathlib
 from typing import Any
 
 from attnpo_jax.models.config import ModelConfig
+from attnpo_jax.models.io import adapter as adapters
 from attnpo_jax.models.io import hf_folder
 
 
@@ -17,11 +18,14 @@ class ModelSource:
       source: as `model.source` of a config.
       field: the config's field that names it, for messages.
       weights: whether its weights are fetched.
+      adapter: a PEFT folder of adapters on it, and the config's field that names that; None for
+        none.
     """
 
     source: str
     field: str
     weights: bool = True
+    adapter: tuple[str, str] | None = None
 
     @functools.cached_property
     def folder(self) -> pathlib.Path:
@@ -34,6 +38,14 @@ class ModelSource:
         return hf_folder.load_config(self.folder)
 
     @functools.cached_property
+    def read_adapter(self) -> adapters.Adapter | None:
+        """The adapters, if there are any."""
+        return None if self.adapter is None else adapters.load(*self.adapter)
+
+    @functools.cached_property
     def identity(self) -> dict[str, Any]:
-        """What it is, as JSON: a digest of its weights, and its shape."""
-        return {"weights": hf_folder.weights_digest(self.folder), "config": self.shape.facts()}
+        """What it is, as JSON: a digest of its weights, its shape, and a digest of adapters."""
+        found = {"weights": hf_folder.weights_digest(self.folder), "config": self.shape.facts()}
+        if self.read_adapter is not None:
+            found["adapter"] = self.read_adapter.digest
+        return found

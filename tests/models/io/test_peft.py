@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from attnpo_jax.models import decoder, lm_head, lora
 from attnpo_jax.models.config import LoraConfig
-from attnpo_jax.models.io import hf_folder, hf_save, peft
+from attnpo_jax.models.io import adapter, hf_folder, hf_save, peft
 
 torch = pytest.importorskip("torch")
 theirs = pytest.importorskip("peft")
@@ -82,6 +82,38 @@ def test_peft_gives_the_logits_of_the_merged_export_and_ours(case, tmp_path):
     cap = policy.final_logit_softcapping
     ours = lm_head.logits(hidden, decoder.unembedding(base), softcap=cap)
     np.testing.assert_allclose(ours, got, atol=1e-4)
+    # And back: the base read with what the adapters add is the merged model.
+    read = adapter.load(tmp_path / "adapter", "adapter")
+    back = hf_folder.load_params(tmp_path / "base", model, adapter=read)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), back, merged)
+
+
+def test_adapters_that_peft_has_made_are_read_with_the_scale_of_each_module(tmp_path):
+    base = families.build("llama")
+    base.save_pretrained(tmp_path / "base")
+    torch.manual_seed(0)
+    settings = theirs.LoraConfig(
+        r=2,
+        lora_alpha=3,
+        use_rslora=True,
+        target_modules=["q_proj", "down_proj"],
+        init_lora_weights=False,  # B random too
+    )
+    for change in ({}, {"use_rslora": False, "alpha_pattern": {"mlp.down_proj": 7}}):
+        wrapped = theirs.get_peft_model(
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
+            dataclasses.replace(settings, **change),
+        ).eval()
+        wrapped.save_pretrained(tmp_path / "adapter")
+        tokens = np.arange(3, 15)[None]
+        model = hf_folder.load_config(tmp_path / "base")
+        read = adapter.load(tmp_path / "adapter", "adapter")
+        params = hf_folder.load_params(tmp_path / "base", model, adapter=read)
+        hidden = decoder.forward(
+            model, params, tokens, np.arange(12)[None], np.ones((1, 12), np.int32)
+        )
+        ours = lm_head.logits(hidden, decoder.unembedding(params))
+        np.testing.assert_allclose(ours, logits_in_torch(wrapped, tokens), atol=1e-4)
 
 
 def test_projections_that_share_a_module_become_one_adapter_of_the_sum_of_their_ranks(tmp_path):

@@ -12,6 +12,8 @@ from attnpo_jax.config import (
     choosing_fields,
     evaluate_fields,
     generate_fields,
+    iterate_fields,
+    log_fields,
     reference_fields,
     rules,
     serve_fields,
@@ -388,6 +390,7 @@ FIELDS: dict[str, Field] = {
     **generate_fields.FIELDS,
     **evaluate_fields.FIELDS,
     **serve_fields.FIELDS,
+    **iterate_fields.FIELDS,
     "parallel.backend": Field(
         "jit",
         rules.one_of("jit", "pmap"),
@@ -408,26 +411,7 @@ FIELDS: dict[str, Field] = {
         rules.axis_size(),
         "devices that share the work of each layer",
     ),
-    "log.progress": Field(
-        True,
-        rules.boolean(),
-        "progress bars on the terminal",
-    ),
-    "log.tensorboard": Field(
-        False,
-        rules.boolean(),
-        "event files in `WORKDIR/tensorboard`; needs the extra `tensorboard`",
-    ),
-    "log.wandb": Field(
-        False,
-        rules.boolean(),
-        "report to Weights & Biases; needs the extra `wandb`",
-    ),
-    "log.wandb_project": Field(
-        "attnpo_jax",
-        rules.text(),
-        "the project there",
-    ),
+    **log_fields.FIELDS,
 }
 """By dotted name, in the order in which they are shown."""
 
@@ -442,7 +426,7 @@ The data and the judge's part are covered by what the prepared dataset says of i
 """
 
 
-_DICTS = ("model.chat_template_kwargs", "generate.logit_bias")
+_DICTS = ("model.chat_template_kwargs", "generate.logit_bias", "iterate.options")
 
 
 def flatten(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import argparse
 import json
 import logging
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -124,13 +125,14 @@ def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
     return json.loads(json.dumps(told, default=float).replace("NaN", "null"))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Does what `--results` lacks."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--workdir", type=pathlib.Path, required=True)
     parser.add_argument("--results", type=pathlib.Path, default=HERE / "results")
     parser.add_argument("--arms", default="rounds,once,first")
     parser.add_argument("--most", type=int, help="prompts of each kind, at most, for a trial")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     workdir, results = options.workdir.resolve(), options.results
     workdir.mkdir(parents=True, exist_ok=True)

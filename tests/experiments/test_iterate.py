@@ -1,5 +1,8 @@
 """The experiment on rounds: its prompts, its arms, and its summary; nothing is trained."""
 
+import pathlib
+import re
+
 import numpy as np
 import pytest
 
@@ -23,6 +26,15 @@ def test_held_out_prompts_have_other_tasks_and_all_have_a_check():
     tasks = {split: set(prompts._tasks(split)) for split in ("train", "eval")}
     assert not tasks["train"] & tasks["eval"]
     assert all(any(task in row["prompt"] for task in tasks["eval"]) for row in found["eval"])
+
+
+def test_its_page_shows_options_that_the_script_has(capsys):
+    page = (pathlib.Path(run.__file__).parent / "README.md").read_text()
+    with pytest.raises(SystemExit):
+        run.main(["--help"])
+    known = capsys.readouterr().out
+    shown = re.findall(r"(?<=[ `])--[\w-]+(?=[=` ])", page)
+    assert {"--workdir", "--arms"} <= {*shown} and all(option in known for option in shown)
 
 
 def test_arms_sample_and_train_on_as_much(tmp_path):

@@ -16,7 +16,7 @@ from attnpo_jax.iterate import (
     labelers,  # noqa: F401 (they register)
 )
 from attnpo_jax.iterate.labeler import Group, Label, Labels, Task, registry
-from attnpo_jax.iterate.pairing import pairs_of
+from attnpo_jax.iterate.pairing import Chosen, pairs_of
 from attnpo_jax.iterate.rounds import LABELS, Round, write_pairs
 from attnpo_jax.parallel import preemption, processes
 from attnpo_jax.prepare.pair_forms import PairTokenizer
@@ -31,6 +31,7 @@ _LOG = logging.getLogger(__name__)
 
 LABELED = "labeled.json"
 UNFIT = "can't be trained on"
+_AT_A_TIME = 64  # pairs that are tokenized
 _LABELED = schema.Table(
     {
         "figures": schema.Mapped(schema.Number()),
@@ -150,15 +151,17 @@ def _paired(
     places: list[tuple[int, int, int]] = []
     content: dict[str, Any] = {"figures": {}, "without a pair": {}}
     if processes.is_first():
+        pairing = run.config.iterate.pairing
+        chosen = [pairs_of(*of, pairing) for of in zip(groups, labels.labels, strict=True)]
+        unfit = _unfit(run, groups, chosen)
         none: collections.Counter[str] = collections.Counter()
         rows = []
-        for k, (group, one) in enumerate(zip(groups, labels.labels, strict=True)):
-            chosen = pairs_of(group, one, run.config.iterate.pairing)
-            fit = _fit(run, group, chosen.places)
+        for k, group in enumerate(groups):
+            fit = [two for two in chosen[k].places if group.pair(*two).id not in unfit]
             places += [(k, i, j) for i, j in fit]
-            why = chosen.why_none or ("" if fit else UNFIT)
+            why = chosen[k].why_none or ("" if fit else UNFIT)
             none.update([why] if why else [])
-            rows.append(_row(group, one, fit, why))
+            rows.append(_row(group, labels.labels[k], fit, why))
         atomic.write_json_lines(round.folder / f"{LABELS}.jsonl", rows)
         content["without a pair"] = dict(sorted(none.items()))
         content["figures"] = _figures(groups, records, places) | dict(labels.figures)
@@ -174,8 +177,8 @@ def _paired(
     return places, content
 
 
-def _fit(run: Run, group: Group, places: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Those pairs that can be trained on, as the model's tokenizer and the lengths have it."""
+def _unfit(run: Run, groups: Sequence[Group], chosen: Sequence[Chosen]) -> set[str]:
+    """The ids of the pairs that the model's tokenizer and the lengths do not let be trained on."""
     tokenize = PairTokenizer.from_config(
         run.config,
         run.tokenizer,
@@ -183,12 +186,16 @@ def _fit(run: Run, group: Group, places: Sequence[tuple[int, int]]) -> list[tupl
         vocab_size=run.model.vocab_size,
         on_bad_row="skip",
     )
-    by_id = {group.pair(i, j).id: (i, j) for i, j in places}
-    _, bad = tokenize([group.pair(i, j) for i, j in places])
-    for one in bad:
-        _LOG.warning("a pair is left out: %s", one)
-        del by_id[one.id]
-    return [*by_id.values()]
+    pairs = [
+        group.pair(*two) for group, of in zip(groups, chosen, strict=True) for two in of.places
+    ]
+    found = set()
+    for start in range(0, len(pairs), _AT_A_TIME):
+        _, bad = tokenize(pairs[start : start + _AT_A_TIME])
+        for one in bad:
+            _LOG.warning("a pair is left out: %s", one)
+            found.add(one.id)
+    return found
 
 
 def _row(group: Group, label: Label, places: Sequence[tuple[int, int]], why: str) -> dict[str, Any]:

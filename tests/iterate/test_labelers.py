@@ -134,6 +134,31 @@ def test_a_plugin_s_labeler_takes_its_options_and_what_it_gives_is_checked(input
         labels_of(round_of(inputs, tmp_path, "best"), of)
 
 
+def test_pairs_that_differ_only_in_what_is_cut_off_are_counted_and_left_out(inputs, tmp_path):
+    @register
+    def longer(task, groups):
+        return Labels([Label([len(one.text) for one in group.answers]) for group in groups])
+
+    lengths = {"data__max_length": 24, "data__max_prompt_length": 20}
+    round = round_of(inputs, tmp_path, "longer", **lengths)
+    same = groups()[0]
+    texts = ("Blue is one", "Blue is three")
+    same = dataclasses.replace(
+        same, answers=tuple(Answer(text, (k,), True, False) for k, text in enumerate(texts))
+    )
+    of = [same, groups()[1]]
+    records = [
+        {"id": group.prompt.id, "sample": k, "tokens": [1, 2], "finish_reason": reason}
+        for group in of
+        for k, reason in enumerate(("stop", "length"))
+    ]
+    found = labeling.label(round, round.run(), of, records)
+    assert found["without a pair"] == {"can't be trained on": 1}
+    wanted = {"prompts": 2, "responses": 4, "pairs": 1, "tokens": 2, "unfinished": 0.5}
+    assert wanted.items() <= found["figures"].items()
+    assert [json.loads(line)["id"] for line in round.pairs.read_text().splitlines()] == ["b/c/0-1"]
+
+
 # --- judge ----------------------------------------------------------------------------------------
 
 

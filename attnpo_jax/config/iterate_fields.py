@@ -79,8 +79,8 @@ FIELDS = {
     "iterate.reference": Field(
         "round",
         rules.one_of("round", "first"),
-        "the reference of each round's training: the model that the `round` starts from, or the "
-        "one that the `first` did",
+        "the reference of each round's training, where `reference.source` names none: the model "
+        "that the `round` starts from, or the one that the `first` did",
     ),
     "iterate.checkpoints": Field(
         "keep",

@@ -103,8 +103,11 @@ class Round:
             config.judge.verdict = True
         if config.train.checkpoint_dir:
             config.train.checkpoint_dir += f"/round-{self.number}"
+        first = self.base.config.model.source
         if self.number > 1:
-            _meet_the_first(config, self.base.config.model.source)
+            _meet_the_first(config, first)
+        if self.number > 1 and config.iterate.reference == "first":
+            config.reference.source = config.reference.source or first
         return Run.resolve(config, self.folder)
 
     def settings(self, run: Run) -> dict[str, Any]:

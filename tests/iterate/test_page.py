@@ -72,3 +72,15 @@ def test_a_round_is_a_run_on_its_pairs(tmp_path, number):
     assert (versus.baseline, versus.judge) == (("base", ""), (first, first))[number - 1]
     changed = config_lib.diff(base, config)
     assert len(changed) == (5 if number == 1 else 7), changed
+
+
+@pytest.mark.parametrize(
+    "reference, named, wanted",
+    [("round", "", ""), ("first", "", "smollm2-135m-instruct"), ("first", "other", "other")],
+)
+def test_the_reference_of_later_rounds(tmp_path, reference, named, wanted):
+    base = config_lib.default_config()
+    base.iterate.reference, base.reference.source = reference, named
+    run = Run.resolve(base, tmp_path)
+    sources = [Round(run, k, "start").run().config.reference.source for k in (1, 2)]
+    assert sources == [named, wanted]

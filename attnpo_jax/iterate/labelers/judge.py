@@ -7,7 +7,7 @@ import numpy as np
 from rich.console import Console
 
 from attnpo_jax import config as config_lib
-from attnpo_jax import prepare, weighting
+from attnpo_jax import losses, prepare, weighting
 from attnpo_jax.data.prepared import Prepared
 from attnpo_jax.iterate import rounds
 from attnpo_jax.iterate.labeler import Group, Labels, Task, contest, register
@@ -51,9 +51,10 @@ def judge(task: Task, groups: Sequence[Group], *, model: str = "round") -> Label
         labels.append(label)
         counts = {name: counts[name] + of_group[name] for name in counts}
     told = figures(counts, verdicts.values())
-    # As it lies on the disk: what else a run reads with it, the round's own run prepares.
-    taken = Prepared.open(dataset.path) if _is_of_round(task, own) else None
-    return Labels(labels, told, taken)
+    # As it lies on the disk: what else training reads, the round's own run prepares.
+    taken = Prepared.open(dataset.path)
+    takes = _is_of_round(task, own) and "judge" in taken.groups
+    return Labels(labels, told, taken if takes else None)
 
 
 def figures(counts: dict[str, int], verdicts: Any) -> dict[str, float]:
@@ -87,7 +88,7 @@ def _run(task: Task, source: str, own: bool) -> Run:
     config.train.samples.every = 0
     layers = task.run.source_layers if _is_of_round(task, own) else (-1,)
     config.judge.layers = layers
-    if "layer" not in config.weighting or not own:
-        # One that reads the judge.
-        config.weighting = config_lib.section_for(weighting, "attention", layer=layers[-1])
+    # They read the judge, and nothing else that would have to be computed.
+    config.weighting = config_lib.section_for(weighting, "attention", layer=layers[-1])
+    config.objective = config_lib.section_for(losses, "simpo")
     return Run.resolve(config, task.folder)

@@ -84,7 +84,7 @@ def _run(task: Task, reference: str) -> Run:
     """A run whose held-out pairs are the answers, and whose rewards are plain log-ratios."""
     config = rounds.copy_of(task.run.config)
     task.folder.mkdir(parents=True, exist_ok=True)
-    config.model.source = reference
+    config.model.source, config.reference.source = reference, ""
     config.data.train = config.data.eval = str(task.folder / "answers.jsonl")
     config.data.on_bad_row = "skip"
     config.judge.layers = "none"

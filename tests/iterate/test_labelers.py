@@ -201,6 +201,9 @@ def test_the_pass_that_labels_is_the_pass_that_weighs(inputs, tmp_path, judged):
     assert ids == ["a/2-0", "a/2-1", "b/c/0-1"]
     judged.clear()
     assert labeling.label(round, run, of, records) == found  # from what is written
+    for name in ("labeled.json", "prepared/train/prepared.json"):
+        (round.folder / name).unlink()  # as if killed before
+    assert labeling.label(round, run, of, records) == found
     prepare.prepare(run, console=QUIET)
     assert judged == []
 

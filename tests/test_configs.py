@@ -2,6 +2,7 @@ import ast
 import functools
 import math
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ def test_config_is_valid_and_its_header_says_how_to_run_it(file):
     assert config.is_locked
     header = ast.get_docstring(ast.parse(file.read_text()))
     name = file.relative_to(FOLDER.parent)
-    assert f"attnpo run --config={name} --workdir=" in header
+    assert re.search(f"attnpo (run|iterate) --config={re.escape(str(name))} --workdir=", header)
 
 
 def test_dpo_differs_from_the_quickstart_in_the_weighting_alone():

@@ -304,6 +304,12 @@ COMMANDS = {
         example="attnpo sweep --config=configs/quickstart.py --workdir=DIR --set=seed=0,1,2 \\\n"
         '      --variant=dpo="weighting.name=uniform" --variant=mid="weighting.layer=14"',
     ),
+    "iterate": Command(
+        "attnpo_jax.iterate.stage",
+        "iterate",
+        "Rounds on the model's own answers: sample, label, pair, judge, train, evaluate; resumes.",
+        example="attnpo iterate --config=configs/iterate_checks.py --workdir=runs/iterate",
+    ),
     "plan": Command(
         "attnpo_jax.plan.stage",
         "plan",

@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import config_dict
 
 from attnpo_jax import losses
-from attnpo_jax.config import rules, scoring
+from attnpo_jax.config import iterate_fields, rules, scoring
 from attnpo_jax.config.errors import ConfigError
 from attnpo_jax.config.fields import FIELDS, flatten
 from attnpo_jax.config.reading import reads_distribution
@@ -150,7 +150,7 @@ def _between_fields(values: Mapping[str, Any]) -> list[str]:
             f"{named('train.samples.every')}: there are no prompts; accepted: a source in "
             "config.train.samples.prompts, or held-out pairs in config.data.eval"
         )
-    found += _of_choosing(values)
+    found += _of_choosing(values) + iterate_fields.problems(values)
     axes = {f: v for f, v in values.items() if f.startswith("parallel.mesh.")}
     if list(axes.values()).count(-1) > 1:
         listed = ", ".join(named(f) for f in axes)

@@ -12,7 +12,9 @@ from attnpo_jax.config import (
     choosing_fields,
     evaluate_fields,
     generate_fields,
+    iterate_fields,
     judge_source_fields,
+    log_fields,
     prepare_fields,
     reference_fields,
     rules,
@@ -377,6 +379,7 @@ FIELDS: dict[str, Field] = {
     **generate_fields.FIELDS,
     **evaluate_fields.FIELDS,
     **serve_fields.FIELDS,
+    **iterate_fields.FIELDS,
     "parallel.backend": Field(
         "jit",
         rules.one_of("jit", "pmap"),
@@ -397,26 +400,7 @@ FIELDS: dict[str, Field] = {
         rules.axis_size(),
         "devices that share the work of each layer",
     ),
-    "log.progress": Field(
-        True,
-        rules.boolean(),
-        "progress bars on the terminal",
-    ),
-    "log.tensorboard": Field(
-        False,
-        rules.boolean(),
-        "event files in `WORKDIR/tensorboard`; needs the extra `tensorboard`",
-    ),
-    "log.wandb": Field(
-        False,
-        rules.boolean(),
-        "report to Weights & Biases; needs the extra `wandb`",
-    ),
-    "log.wandb_project": Field(
-        "attnpo_jax",
-        rules.text(),
-        "the project there",
-    ),
+    **log_fields.FIELDS,
 }
 """By dotted name, in the order in which they are shown."""
 
@@ -436,6 +420,7 @@ _DICTS = (
     "judge.chat_template_kwargs",
     "generate.logit_bias",
     "prepare.scorers",
+    "iterate.options",
 )
 
 

@@ -23,6 +23,7 @@ from tests import tiny
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Another number of processes rounds otherwise, as a run that goes on may have had.
 TOLERANCE = 1e-4
+_VERIFY = "def verify(prompt, response):\n    return sum(map(ord, response)) % 3 == 0\n"
 _CONFIG = """
 import pathlib
 from attnpo_jax import config
@@ -43,6 +44,10 @@ def write_setting(folder: pathlib.Path) -> pathlib.Path:
     config.evaluate.checks.count, config.evaluate.checks.max_new_tokens = 6, 8
     config.evaluate.versus.max_new_tokens = 8
     config.parallel.mesh.data, config.parallel.mesh.fsdp = 1, -1
+    config.iterate.rounds, config.iterate.samples_per_prompt = 2, 3
+    config.iterate.labeler, config.iterate.unfinished = "verifier", "as_they_are"
+    (folder / "verify.py").write_text(_VERIFY)
+    config.iterate.verifier.file = str(folder / "verify.py")
     (folder / "config.json").write_text(config_lib.to_json(config))
     (folder / "config.py").write_text(_CONFIG.format(path=str(folder / "config.json")))
     return folder / "config.py"
@@ -131,11 +136,24 @@ def same_samples(workdir: pathlib.Path, expected: pathlib.Path) -> None:
     assert ours == theirs
 
 
+def same_rounds(workdir: pathlib.Path, expected: pathlib.Path) -> None:
+    for number in "12":
+        ours, theirs = (w / "rounds" / number for w in (workdir, expected))
+        same_samples(ours, theirs)
+        for name in ("labels.jsonl", "pairs.jsonl"):
+            assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
+        same_training(ours, theirs)
+        same_evaluations(ours, theirs)
+    figures, wanted = metrics.read(workdir), metrics.read(expected)
+    assert [line["step"] for line in figures] == [line["step"] for line in wanted] == [1, 2]
+
+
 STAGES = {
     "prepare": Stage("prepare", "", same_rows),
     "train": Stage("train", "prepare", same_training),
     "run": Stage("run", "", same_all),
     "generate": Stage("generate", "run", same_samples),
+    "iterate": Stage("iterate", "", same_rounds),
 }
 """Stages that come later add themselves here."""
 

@@ -17,7 +17,7 @@ from attnpo_jax.data.batching import PairBatch
 from attnpo_jax.losses import ResponseScores, traits
 from attnpo_jax.models.decoder import ModelConfig, Params
 from attnpo_jax.models.scoring import response_scores
-from attnpo_jax.weighting import ResponseTokens
+from attnpo_jax.weighting import ResponseTokens, Source
 
 Metrics = dict[str, jax.Array]
 
@@ -44,7 +44,7 @@ class StepSettings:
       weighting: `(ResponseTokens) -> weights_BT`, hyperparameters bound.
       objective: `(chosen, rejected: ResponseScores) -> loss_B`, hyperparameters bound.
       beta: scale of the reported rewards, where the objective has none of its own.
-      source_layers: the layers on the judge arrays' source axis.
+      source_layers: what the judge arrays' source axis holds, as `weighting.sources` names it.
       weight_columns: the names on the axis of the precomputed weights.
       needs: what the weighting declared that it reads, of `weighting.NEEDS`; what neither it nor
         the objective declared is not computed.
@@ -58,7 +58,7 @@ class StepSettings:
     weighting: Callable[[ResponseTokens], jax.Array]
     objective: Callable[[ResponseScores, ResponseScores], jax.Array]
     beta: float
-    source_layers: tuple[int, ...]
+    source_layers: tuple[Source, ...]
     weight_columns: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     dtype: Any = jnp.float32

@@ -31,6 +31,7 @@ from attnpo_jax.models.io import hf_folder
 from attnpo_jax.parallel import processes
 from attnpo_jax.runtime import best, lock, metrics, paths, schema
 from attnpo_jax.runtime.errors import UserError
+from attnpo_jax.weighting import Source
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -234,9 +235,12 @@ class Run:
         return int8.shape_of_passes(self.model, self.config.model.prepare_weights)
 
     @functools.cached_property
-    def source_layers(self) -> tuple[int, ...]:
-        """The layers whose attention is kept, checked against the model."""
-        return config_lib.check_layers(self.config, self.model.num_layers, self.model.layer_windows)
+    def source_layers(self) -> tuple[Source, ...]:
+        """The layers, heads and rollout whose attention is kept, checked against the model."""
+        model = self.model
+        return config_lib.check_layers(
+            self.config, model.num_layers, model.layer_windows, model.num_heads
+        )
 
     @functools.cached_property
     def chat_template(self) -> str | None:

@@ -211,8 +211,15 @@ FIELDS: dict[str, Field] = {
         "layers whose attention is kept for weightings to use. `quartiles`: the first, the "
         "last and the last of each quarter (0, 6, 14, 21, 29 of 30), among the global "
         "layers where a model has sliding windows; negative numbers count from the last; "
-        "`none`: nothing is judged",
+        "`23:4`: head 4 of layer 23 alone; `rollout`: attention rollout through all layers "
+        "([method.md](method.md#rollout-and-heads)); `none`: nothing is judged",
         mixed=True,
+    ),
+    "judge.heads": Field(
+        "mean",
+        rules.one_of("mean", "all"),
+        "of each of these layers, the mean over its heads, or `all` heads beside it, each as a "
+        "layer of its own: `23:0`, `23:1`, ...",
     ),
     "judge.verdict": Field(
         True,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def step_settings(
     config: config_dict.ConfigDict,
     model: ModelConfig,
-    source_layers: tuple[int, ...],
+    source_layers: tuple[weighting.Source, ...],
     attention: str,
     weight_columns: tuple[str, ...] = (),
 ) -> "StepSettings":
@@ -24,7 +24,7 @@ def step_settings(
     Args:
       config: see `attnpo_jax.config.default_config`.
       model: the model's shape.
-      source_layers: the layers on the prepared dataset's source axis.
+      source_layers: what the prepared dataset's source axis holds.
       attention: the implementation that was chosen.
       weight_columns: the precomputed weights that the prepared dataset has.
     """

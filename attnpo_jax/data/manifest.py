@@ -104,9 +104,18 @@ def _short(value: Any, limit: int = 100) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """A form: the number of a layer, the name of a head, or attention rollout."""
+
+    def check(self, value: Any) -> None:
+        name = Text(r"[0-9]+:[0-9]+|rollout", "a layer, a head as '23:4', or 'rollout'")
+        (name if isinstance(value, str) else Whole()).check(value)
+
+
 _DIGEST = Text("[0-9a-f]{64}", "64 hexadecimal digits")
 _COMPONENTS = Table(
-    {"source_layers": Listed(Whole()), "num_layers": Whole(1)},
+    {"source_layers": Listed(_Source()), "num_layers": Whole(1)},
     {
         "weight_columns": Listed(Text()),
         "judge": Maybe(Table({}, {"verdict": Flag()}, open=True)),

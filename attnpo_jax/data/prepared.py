@@ -16,7 +16,8 @@ A folder that `datasets.load_from_disk` reads:
   sha256), `counts`, `versions` and `check`, a digest of all of that; `plan.json` has one too.
 
 `components` is a JSON object. Some of its entries have a meaning here: `source_layers`, a list of
-layer indices (S of them, none without a judge), `num_layers`, the model's number of layers, and
+what attention is kept of (S of it, none without a judge: layers by number, heads and rollout by
+name), `num_layers`, the model's number of layers, and
 `weight_columns`, if there are any: the names of the precomputed weights (K of them).
 """
 
@@ -388,8 +389,10 @@ class Prepared:
         return self._meta
 
     @property
-    def source_layers(self) -> tuple[int, ...]:
-        """The layers (S of them) whose attention the judge columns hold, in that order."""
+    def source_layers(self) -> tuple[int | str, ...]:
+        """What the judge columns hold the attention of (S of it), in that order: layers by number,
+        heads as "23:4", "rollout".
+        """
         return tuple(self._meta["components"]["source_layers"])
 
     @property

@@ -23,11 +23,12 @@ from attnpo_jax.data.tokenize import TokenizedPair, tokenize_pair
 from attnpo_jax.data.vocabulary import check_ids
 from attnpo_jax.judge.language_model import LanguageModel
 from attnpo_jax.judge.prompt import JudgePrompt, JudgePrompter, JudgeTemplate, common_beginning
-from attnpo_jax.models import decoder, lm_head, placement
+from attnpo_jax.models import decoder, lm_head, placement, reading
 from attnpo_jax.models.attention import implementations
 from attnpo_jax.models.decoder import ModelConfig, Params, Past
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.parallel.batches import Batches
+from attnpo_jax.weighting.sources import Source, counted_from_0, head_of, layer_of
 
 _LOG = logging.getLogger(__name__)
 
@@ -48,7 +49,8 @@ class Judgement:
         NaN from a judge that was not asked for it.
       answer_ids: int32 (2,), by order, the token that the judge would most likely answer with,
         which need not be a letter; -1 likewise.
-      source_layers: the layers on the S axis, counted from 0.
+      source_layers: what the S axis holds, as `weighting.sources` names it: layers, counted from
+        0, single heads, rollout.
       num_layers: how many layers the judge has.
     """
 
@@ -57,7 +59,7 @@ class Judgement:
     rejected: np.ndarray
     verdict: np.ndarray
     answer_ids: np.ndarray
-    source_layers: tuple[int, ...]
+    source_layers: tuple[Source, ...]
     num_layers: int
 
 
@@ -78,7 +80,7 @@ class Judge:
       template: `default`, a file, or a template that is loaded.
       max_length: a judge prompt stays below this many tokens.
       max_answer_length: tokens that an answer keeps where the prompt would be longer.
-      source_layers: the layers whose attention is kept, counted from 0.
+      source_layers: what the attention is kept of: layers, heads as "23:4", "rollout".
       verdict: whether the answer is wanted too; without it, layers above the last of those do not
         run.
       batch_size: rows in a batch, at most.
@@ -96,7 +98,7 @@ class Judge:
         template: str | JudgeTemplate = "default",
         max_length: int = 2048,
         max_answer_length: int = 768,
-        source_layers: Sequence[int] = (-1,),
+        source_layers: Sequence[Source] = (-1,),
         verdict: bool = True,
         dtype=jnp.float32,
         batch_size: int = 8,
@@ -105,8 +107,9 @@ class Judge:
         backend: backends.Backend | None = None,
         attention: str = "auto",
     ):
-        layers = model.config.num_layers
-        self.source_layers = tuple(range(layers)[layer] for layer in source_layers)
+        shape = model.config
+        checked = [_checked(source, shape.num_layers, shape.num_heads) for source in source_layers]
+        self.source_layers = tuple(checked)
         if not isinstance(template, JudgeTemplate):
             template = JudgeTemplate.load(template)
         self.prompter = JudgePrompter(model.tokenizer, template, max_length, max_answer_length)
@@ -128,7 +131,10 @@ class Judge:
         }
         self._letters = self._backend.replicate(np.asarray(self.prompter.letter_ids, np.int32))
         self._pass = compile_pass(
-            self._backend, self.source_layers, verdict=verdict, **self._static
+            self._backend,
+            attention_sources(self.source_layers),
+            verdict=verdict,
+            **self._static,
         )
 
     def fit(
@@ -267,9 +273,24 @@ def _shared_past(
     return decoder.make_past(config, params, tokens_P, dtype=dtype, attention=attention)
 
 
+def attention_sources(source_layers: Sequence[Source]) -> tuple[reading.Source, ...]:
+    """Sources by name, counted from 0, as `models.reading` takes them."""
+    return tuple(head_of(source) or source for source in source_layers)
+
+
+def _checked(source: Source, num_layers: int, num_heads: int) -> Source:
+    """A source of a model, counted from 0; raises IndexError where the model lacks it."""
+    layer, head = layer_of(source), head_of(source)
+    if layer is not None and not -num_layers <= layer < num_layers:
+        raise IndexError(f"layer {source}: the model has {num_layers} layers")
+    if head is not None and head[1] >= num_heads:
+        raise IndexError(f"head {source}: the model's layers have {num_heads} heads")
+    return counted_from_0(source, num_layers)
+
+
 def compile_pass(
     backend: backends.Backend,
-    layers: tuple[int, ...],
+    sources: tuple[reading.Source, ...],
     *,
     verdict: bool = True,
     config: ModelConfig,
@@ -286,7 +307,7 @@ def compile_pass(
         _judge_rows,
         out_axes=(1, 0, 0),
         config=config,
-        layers=layers,
+        sources=sources,
         verdict=verdict,
         dtype=jnp.dtype(dtype),
         attention=attention,
@@ -298,7 +319,7 @@ def _judge_rows(
     rows: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
     *,
     config: ModelConfig,
-    layers: tuple[int, ...],
+    sources: tuple[reading.Source, ...],
     verdict: bool = True,
     dtype,
     attention: str,
@@ -309,14 +330,14 @@ def _judge_rows(
     """
     params, past, letters = shared
     tokens_BL, positions_BL, branch_BL, read_B2 = rows
-    output = decoder.read(
+    output = reading.read(
         config,
         params,
         tokens_BL,
         positions_BL,
         branch_BL,
         read_B2,
-        layers=layers,
+        sources=sources,
         past=past,
         with_hidden=verdict,
         dtype=dtype,

@@ -16,7 +16,7 @@ import numpy as np
 
 from attnpo_jax import config as config_lib
 from attnpo_jax.judge import judge
-from attnpo_jax.models import flops, int8, lora
+from attnpo_jax.models import flops, int8, lora, reading
 from attnpo_jax.models.attention import implementations
 from attnpo_jax.models.decoder import ModelConfig, abstract_params
 from attnpo_jax.parallel import mesh as meshes
@@ -27,6 +27,7 @@ from attnpo_jax.plan.lengths import Batching, Lengths
 from attnpo_jax.plan.topologies import GIB, PlanError, Topology
 from attnpo_jax.prepare import reference
 from attnpo_jax.train import stage as train
+from attnpo_jax.weighting import Source
 
 
 class DoesNotFit(PlanError):
@@ -84,9 +85,11 @@ class Setting:
     lengths: Lengths  # the pair that all pairs are like
 
     @property
-    def judge_layers(self) -> tuple[int, ...]:
+    def judge_layers(self) -> tuple[Source, ...]:
         model = self.model
-        return config_lib.judge_layers(self.config, model.num_layers, model.layer_windows)
+        return config_lib.judge_layers(
+            self.config, model.num_layers, model.layer_windows, model.num_heads
+        )
 
     @property
     def weight_columns(self) -> tuple[str, ...]:
@@ -156,9 +159,10 @@ class Setting:
         """
         at, backend = self.lengths, self._preparing_backend()
         batching = Batching.preparing(self.config, at.judge_row, backend.row_shards)
+        sources = judge.attention_sources(self.judge_layers)
         call = judge.compile_pass(
             backend,
-            self.judge_layers,
+            sources,
             verdict=self.config.judge.verdict,
             config=self._of_passes,
             dtype=jnp.dtype(self.config.model.dtype),
@@ -171,7 +175,9 @@ class Setting:
             0,
             at.judge_prefix,
             (at.judge_order,) * 2,
-            last_layer=None if self.config.judge.verdict else max(self.judge_layers),
+            last_layer=None
+            if self.config.judge.verdict
+            else reading.last_layer(sources, self.model.num_layers),
         )
         return self.compile(
             "judge",

@@ -52,7 +52,7 @@ def plan(
             f"parallel.backend = {config.parallel.backend!r} is not planned; accepted: 'jit'"
         )
     model = known.shape_of(config.model.source)
-    config_lib.check_layers(config, model.num_layers, model.layer_windows)
+    config_lib.check_layers(config, model.num_layers, model.layer_windows, model.num_heads)
     setting = Setting(
         config, model, topologies.parse(topology), Lengths.of(config, row_length, response_length)
     )

@@ -119,7 +119,7 @@ def data_report(
         config_lib.check_columns(config, of_split.weight_columns)
     model = run.model if (run.model_folder / "config.json").is_file() else None
     if model is not None:
-        config_lib.check_layers(config, model.num_layers, model.layer_windows)
+        config_lib.check_layers(config, model.num_layers, model.layer_windows, model.num_heads)
     tokenize = PairTokenizer.from_config(
         config,
         run.tokenizer,

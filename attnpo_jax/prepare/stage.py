@@ -36,6 +36,7 @@ from attnpo_jax.runtime.errors import Preempted, UserError
 from attnpo_jax.runtime.printable import plain, say
 from attnpo_jax.runtime.progress import CountProgress
 from attnpo_jax.runtime.team import ALONE, Team
+from attnpo_jax.weighting.sources import ROLLOUT, Source, head_of
 
 if TYPE_CHECKING:
     from attnpo_jax.run import Run
@@ -300,12 +301,13 @@ class _Shards:
 
 
 def _judge(
-    run: "Run", passes: _Passes, source_layers: Sequence[int], sample: Sequence[PairForms]
+    run: "Run", passes: _Passes, source_layers: Sequence[Source], sample: Sequence[PairForms]
 ) -> Judge | None:
     """The judge, fitted to a sample; None where none is wanted."""
     if not source_layers:
         return None
     config = run.config
+    _tell_memory(run, source_layers)
     judge = Judge(
         passes.model,
         template=run.template,
@@ -322,6 +324,26 @@ def _judge(
     )
     judge.fit([forms.prompt for forms in sample])
     return judge
+
+
+def _tell_memory(run: "Run", source_layers: Sequence[Source]) -> None:
+    """Says what heads and rollout take, which is much."""
+    model, config = run.passes, run.config
+    if any(map(head_of, source_layers)):
+        _LOG.info(
+            "the judge's attention has %d layers and heads: %d bytes a text token, on disk and in "
+            "training's batches",
+            len(source_layers),
+            2 * 4 * len(source_layers),
+        )
+    if ROLLOUT in source_layers:
+        a_token = (model.num_layers - 1) * (model.num_heads + model.num_kv_heads) * model.head_dim
+        _LOG.info(
+            "rollout keeps the queries and keys of all layers: %.0f MB a batch of %d tokens "
+            "(judge.token_budget), over all devices",
+            a_token * jnp.dtype(config.model.dtype).itemsize * config.judge.token_budget / 1e6,
+            config.judge.token_budget,
+        )
 
 
 def _sample(tokenize: PairTokenizer, pairs: Pairs, team: Team) -> list[PairForms]:
@@ -416,11 +438,12 @@ def summary(split: str, dataset: prepared.Prepared) -> Table:
         agrees = f"both orders {both}, one {one}, none {none}"
         table.add_row("verdict agrees with the label", agrees)
         table.add_row("position bias", f"{figures.position_bias:+.3f} log-odds for A")
-    for layer, entropy, first in zip(
+    for source, entropy, first in zip(
         dataset.source_layers, figures.entropy, figures.first_token, strict=False
     ):
-        table.add_row(
-            f"weights of layer {layer}",
-            f"entropy {entropy:.1%} of uniform, first token {first:.1%}",
-        )
+        if head_of(source) is None:  # of heads, there may be hundreds
+            table.add_row(
+                "weights of " + ("rollout" if source == ROLLOUT else f"layer {source}"),
+                f"entropy {entropy:.1%} of uniform, first token {first:.1%}",
+            )
     return table

@@ -109,7 +109,10 @@ def _check(run: Run, points: Sequence[Point], checkpoints: str, baseline: str | 
                 f"--checkpoints=best: {point.name} has no config.train.keep_best; accepted: a "
                 "metric there, or --checkpoints=keep or drop"
             )
-        config_lib.check_layers(point.config, run.model.num_layers, run.model.layer_windows)
+        model = run.model
+        config_lib.check_layers(
+            point.config, model.num_layers, model.layer_windows, model.num_heads
+        )
         if (point.group, point.config.seed) in seen:
             raise UsageError(
                 f"{point.name}: another run is called {point.group!r} and has the seed "

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from attnpo_jax.registry import Registry, RegistryError
+from attnpo_jax.weighting.sources import Source
 
 NEEDS = ("policy_entropy", "policy_collision")
 """What a weighting may declare: `<name>_BT` of `ResponseTokens` is there for those that do."""
@@ -58,8 +59,8 @@ class ResponseTokens:
       reference_logps_BT: float32, log-probability of each token under the reference.
       policy_logps_BT: float32, the same under the policy, gradient stopped.
       is_chosen: bool (B,), whether the row is its pair's chosen response.
-      source_layers: which layers the S axis holds, counted from 0; None: layers are then named by
-        their place on the S axis.
+      source_layers: what the S axis holds, as `sources` names it: layers, counted from 0, single
+        heads, rollout. None: layers are then named by their place on the S axis.
       num_layers: how many layers the model has; negative layers count from it.
       ready_BKT: float32, numbers that came with the data, of any sign, by column; 0 off
         `text_mask_BT`. None where none did.
@@ -82,7 +83,7 @@ class ResponseTokens:
     reference_logps_BT: jax.Array
     policy_logps_BT: jax.Array
     is_chosen: jax.Array
-    source_layers: tuple[int, ...] | None = dataclasses.field(
+    source_layers: tuple[Source, ...] | None = dataclasses.field(
         default=None, metadata={"static": True}
     )
     num_layers: int | None = dataclasses.field(default=None, metadata={"static": True})
@@ -140,45 +141,6 @@ class ResponseTokens:
     def columns(self) -> dict[str, jax.Array]:
         """The data's columns by name, (B, T) each; 0 off `text_mask_BT`."""
         return {name: self.ready_BKT[:, k] for k, name in enumerate(self.weight_columns)}
-
-
-def select_sources(
-    layer: int | Sequence[int],
-    source_layers: Sequence[int],
-    num_layers: int | None,
-) -> tuple[int, ...]:
-    """Places on the source axis of the layers asked for.
-
-    Args:
-      layer: one layer or several, counted from 0; negative ones count from `num_layers`.
-      source_layers: the layers on the source axis, in its order.
-      num_layers: how many layers the model has; needed for negative layers only.
-
-    Raises:
-      RegistryError: no layer, one that is not a whole number, or one that is not on the axis; the
-        message lists the layers that are.
-    """
-    available = ", ".join(map(str, source_layers))
-    layers = tuple(layer) if isinstance(layer, (tuple, list)) else (layer,)
-    if not layers or any(isinstance(x, bool) or not isinstance(x, int) for x in layers):
-        raise RegistryError(
-            f"layer is {layer!r}; accepted: a layer number or a tuple of them, of {available}"
-        )
-    places = []
-    for wanted in layers:
-        if wanted < 0 and num_layers is None:
-            raise RegistryError(
-                f"layer {wanted} counts from the last one, but the number of layers is not known; "
-                f"accepted: {available}"
-            )
-        resolved = wanted + num_layers if wanted < 0 else wanted
-        if resolved not in source_layers:
-            of = "" if num_layers is None else f" (the model has {num_layers} layers)"
-            raise RegistryError(
-                f"layer {wanted} is not among the judge's layers; accepted: {available}{of}"
-            )
-        places.append(list(source_layers).index(resolved))
-    return tuple(places)
 
 
 def select_columns(

@@ -16,16 +16,16 @@ from attnpo_jax.weighting.functions import (
     normalized,
     register,
     select_columns,
-    select_sources,
     uniform_shares,
 )
+from attnpo_jax.weighting.sources import Source, select_sources
 
 
 @register
 def attention(
     response: ResponseTokens,
     *,
-    layer: int | tuple[int, ...] = -1,
+    layer: Source | tuple[Source, ...] = -1,
     fix_sink: bool = True,
     layers: Literal["mean", "sum"] = "mean",
     order: Literal["mean", "first", "second", "contrast"] = "mean",
@@ -40,7 +40,8 @@ def attention(
 
     Args:
       response: masks (B, T) and attention (B, 2, S, T).
-      layer: of the model, -1 for the last; a tuple means several layers' weights together.
+      layer: of the model, -1 for the last; "23:4" for head 4 of layer 23, "rollout" for attention
+        rollout (https://arxiv.org/abs/2005.00928); a tuple for the weights of several together.
       fix_sink: in texts of 5 tokens or more, give the first token the mean weight, whatever its
         attention, and scale the others so that the sum stays the number of text tokens. The first
         token soaks up attention for its place, not for what it says.

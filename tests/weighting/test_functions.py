@@ -17,6 +17,7 @@ from attnpo_jax.weighting import (
     positions,
     shaping,
     shares,
+    sources,
 )
 
 # Op-by-op execution compiles every operation for every shape; the tests of values need not wait.
@@ -132,9 +133,21 @@ def test_layer_names_are_resolved_against_the_source_layers():
         weighting.attention(r, layer=(29, -2))
     with pytest.raises(ValueError, match="number of layers is not known"):
         weighting.attention(dataclasses.replace(r, num_layers=None), layer=-1)
-    for bad in ((), True, 1.0, "last"):
-        with pytest.raises(ValueError, match="accepted: a layer number"):
+    for bad in ((), True, 1.0, "last", "3:", (3, "3.0")):
+        with pytest.raises(ValueError, match="accepted: a layer's number, a head as '23:4'"):
             weighting.attention(r, layer=bad)
+
+
+def test_heads_and_rollout_are_sources_as_layers_are():
+    by_place = response(six_tokens(), [6])
+    r = response(six_tokens(), [6], source_layers=("29:4", "rollout"), num_layers=30)
+    for layer, place in (("-1:4", 0), ("29:4", 0), ("rollout", 1)):
+        np.testing.assert_array_equal(attention(r, layer=layer), attention(by_place, layer=place))
+    both = attention(r, layer=("rollout", "29:4"))
+    np.testing.assert_allclose(both, attention(by_place, layer=(0, 1)), rtol=1e-6)
+    for absent in (29, "29:5", "28:4"):
+        with pytest.raises(ValueError, match=f"layer {absent} .*accepted: 29:4, rollout"):
+            weighting.attention(r, layer=absent)
 
 
 def test_weights_sum_to_the_number_of_text_tokens():
@@ -239,7 +252,7 @@ def test_plugin_files_register_and_bad_ones_are_named(tmp_path):
 
 
 def test_examples_in_the_docstrings_run():
-    rooms = (contrasts, functions, likelihoods, positions, shaping, shares)
+    rooms = (contrasts, functions, likelihoods, positions, shaping, shares, sources)
     results = [doctest.testmod(room) for room in rooms]
     assert all(result.attempted and not result.failed for result in results)
 

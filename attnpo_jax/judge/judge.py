@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ from attnpo_jax.models.attention import implementations
 from attnpo_jax.models.decoder import ModelConfig, Params, Past
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.parallel.batches import Batches
-from attnpo_jax.weighting.sources import Source, counted_from_0, head_of, layer_of
+from attnpo_jax.weighting.sources import ROLLOUT, Source, counted_from_0, head_of, layer_of
 
 _LOG = logging.getLogger(__name__)
 
@@ -110,6 +111,7 @@ class Judge:
         shape = model.config
         checked = [_checked(source, shape.num_layers, shape.num_heads) for source in source_layers]
         self.source_layers = tuple(checked)
+        _tell_memory(self.source_layers, shape, dtype, token_budget)
         if not isinstance(template, JudgeTemplate):
             template = JudgeTemplate.load(template)
         self.prompter = JudgePrompter(model.tokenizer, template, max_length, max_answer_length)
@@ -246,6 +248,27 @@ class Judge:
             places = at - skip + order * shift * (at >= prompt.prefix_length)
             orders.append(align(rows_SQL[:, order, places], its_spans, spans, ids[at], text_ids))
         return np.stack(orders).astype(np.float32)
+
+
+def _tell_memory(
+    source_layers: Sequence[Source], shape: ModelConfig, dtype: Any, token_budget: int
+) -> None:
+    """Says what heads and rollout take, which is much."""
+    if any(map(head_of, source_layers)):
+        _LOG.info(
+            "the judge's attention has %d layers and heads: %d bytes a text token, on disk and in "
+            "training's batches",
+            len(source_layers),
+            2 * 4 * len(source_layers),
+        )
+    if ROLLOUT in source_layers:
+        a_token = (shape.num_layers - 1) * (shape.num_heads + shape.num_kv_heads) * shape.head_dim
+        _LOG.info(
+            "rollout keeps the queries and keys of all layers: %.0f MB for a batch of %d tokens "
+            "(judge.token_budget), over all devices",
+            a_token * jnp.dtype(dtype).itemsize * token_budget / 1e6,
+            token_budget,
+        )
 
 
 def _sharable(prompt: JudgePrompt) -> int:

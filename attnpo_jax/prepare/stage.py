@@ -307,7 +307,6 @@ def _judge(
     if not source_layers:
         return None
     config = run.config
-    _tell_memory(run, source_layers)
     judge = Judge(
         passes.model,
         template=run.template,
@@ -324,26 +323,6 @@ def _judge(
     )
     judge.fit([forms.prompt for forms in sample])
     return judge
-
-
-def _tell_memory(run: "Run", source_layers: Sequence[Source]) -> None:
-    """Says what heads and rollout take, which is much."""
-    model, config = run.passes, run.config
-    if any(map(head_of, source_layers)):
-        _LOG.info(
-            "the judge's attention has %d layers and heads: %d bytes a text token, on disk and in "
-            "training's batches",
-            len(source_layers),
-            2 * 4 * len(source_layers),
-        )
-    if ROLLOUT in source_layers:
-        a_token = (model.num_layers - 1) * (model.num_heads + model.num_kv_heads) * model.head_dim
-        _LOG.info(
-            "rollout keeps the queries and keys of all layers: %.0f MB a batch of %d tokens "
-            "(judge.token_budget), over all devices",
-            a_token * jnp.dtype(config.model.dtype).itemsize * config.judge.token_budget / 1e6,
-            config.judge.token_budget,
-        )
 
 
 def _sample(tokenize: PairTokenizer, pairs: Pairs, team: Team) -> list[PairForms]:

@@ -156,7 +156,7 @@ def test_heads_and_rollout_are_kept_and_published(inputs, undisturbed, tmp_path,
     assert "2:1" not in printed
     # Both orders of four sources; two layers' queries and keys, three heads of 8 numbers in all.
     assert "4 layers and heads: 32 bytes a text token" in caplog.text
-    assert f"{2 * 3 * 8 * 4 * 4096 / 1e6:.0f} MB a batch of 4096 tokens" in caplog.text
+    assert f"{2 * 3 * 8 * 4 * 4096 / 1e6:.0f} MB for a batch of 4096 tokens" in caplog.text
     resolved = Run.resolve(config, tmp_path)
     dataset = resolved.open_prepared("train")
     assert dataset.source_layers == (2, "2:0", "2:1", "rollout")

@@ -135,6 +135,7 @@ def losses_of_logps(
         num_layers=settings.model.num_layers,
         ready_BKT=None if batch.ready_BG2KT is None else by_response(batch.ready_BG2KT),
         weight_columns=settings.weight_columns,
+        whole_B2S4=None if batch.whole_BG22S4 is None else by_response(batch.whole_BG22S4),
         tokens_BT=tokens,
         partner_tokens_BT=_partners(tokens),
         partner_length_B=_partners(lengths),

@@ -325,6 +325,8 @@ class Run:
                 "max_length": config.judge.max_length,
                 "max_answer_length": config.judge.max_answer_length,
                 "verdict": config.judge.verdict,
+                # Only where it is asked for, so that what was prepared without stays valid.
+                **({"whole_responses": True} if config.judge.whole_responses else {}),
             },
             sources=config.data[split],
             pairs_digest=pairs_digest,
@@ -333,6 +335,7 @@ class Run:
                 "max_length": config.data.max_length,
                 "max_prompt_length": config.data.max_prompt_length,
             },
+            form=config_lib.trained_form(config).changes(),
             source_layers=self.source_layers,
             num_layers=self.model.num_layers,
             weight_columns=weight_columns,

@@ -1,5 +1,6 @@
 """What a config's layers and columns mean for the model and the data that there are."""
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from attnpo_jax.weighting.sources import (
 
 if TYPE_CHECKING:
     from attnpo_jax.data.columns import Columns
+    from attnpo_jax.data.trained import TrainedForm
 
 _LOG = logging.getLogger(__name__)
 
@@ -182,6 +184,13 @@ def check_layers(
         raise ConfigError(
             [f"config.weighting.layer: {error}; config.judge.layers says which layers are kept"]
         ) from error
+    if not config.weighting.get("renormalize", True) and not config.judge.whole_responses:
+        raise ConfigError(
+            [
+                "config.weighting.renormalize = False needs config.judge.whole_responses = True: "
+                "without it, nothing is known of what truncation cuts off"
+            ]
+        )
     if layer_windows is not None and is_source(config.weighting.layer):
         _warn_of_window(config, num_layers, layer_windows)
     return sources
@@ -215,6 +224,14 @@ def columns(config: config_dict.ConfigDict) -> "Columns":
         ignored=as_tuple(config.data.ignored_columns),
         ranked=config.data.ranked,
     )
+
+
+def trained_form(config: config_dict.ConfigDict) -> "TrainedForm":
+    """What `data` says of how a pair becomes what is trained on."""
+    from attnpo_jax.data.trained import TrainedForm
+
+    names = [field.name for field in dataclasses.fields(TrainedForm)]
+    return TrainedForm(**{name: config.data[name] for name in names})
 
 
 def sampling(section: config_dict.ConfigDict) -> dict[str, Any]:

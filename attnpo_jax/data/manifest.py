@@ -66,7 +66,19 @@ def features(components: Mapping[str, Any]) -> datasets.Features:
         numbers=[
             name for name in NUMBERS if name in (components.get("data") or {}).get("fields", {})
         ],
+        whole_responses=whole_responses(components),
+        own_prompts=own_prompts(components),
     )
+
+
+def whole_responses(components: Mapping[str, Any]) -> bool:
+    """Whether the judge columns come with figures of whole responses."""
+    return (components.get("judge") or {}).get("whole_responses", False)
+
+
+def own_prompts(components: Mapping[str, Any]) -> bool:
+    """Whether a pair's responses may have prompts of their own."""
+    return components.get("truncation") == "keep_end"
 
 
 def check_components(
@@ -118,7 +130,7 @@ _COMPONENTS = Table(
     {"source_layers": Listed(_Source()), "num_layers": Whole(1)},
     {
         "weight_columns": Listed(Text()),
-        "judge": Maybe(Table({}, {"verdict": Flag()}, open=True)),
+        "judge": Maybe(Table({}, {"verdict": Flag(), "whole_responses": Flag()}, open=True)),
         "data": Table({}, {"digest": Text(), "fields": Table({}, {}, open=True)}, open=True),
     },
     open=True,

@@ -34,7 +34,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from attnpo_jax.data import shards
+from attnpo_jax.data import manifest, shards
 from attnpo_jax.data.manifest import (
     FORMAT,
     METADATA,
@@ -152,6 +152,11 @@ class PreparedWriter:
         for shard in self._own_shards():
             for leftover in self.path.glob(atomic.temporary_pattern(self.shard_name(shard))):
                 leftover.unlink(missing_ok=True)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of the rows' columns."""
+        return tuple(self._features)
 
     def shard_name(self, shard: int) -> str:
         """The shard's file name."""
@@ -401,6 +406,16 @@ class Prepared:
         return tuple(self._meta["components"].get("weight_columns", ()))
 
     @property
+    def whole_responses(self) -> bool:
+        """Whether the judge columns come with figures of whole responses (see `shards`)."""
+        return manifest.whole_responses(self._meta["components"])
+
+    @property
+    def own_prompts(self) -> bool:
+        """Whether responses may have prompts of their own."""
+        return manifest.own_prompts(self._meta["components"])
+
+    @property
     def num_layers(self) -> int:
         """Layers of the model that judged."""
         return self._meta["components"]["num_layers"]
@@ -422,8 +437,14 @@ class Prepared:
         return (self[index] for index in range(len(self)))
 
     def lengths(self) -> dict[str, np.ndarray]:
-        """Tokens by row: `prompt`, `chosen`, `rejected` -> int32 (rows,); reads offsets alone."""
-        return {
+        """Tokens by row: `prompt` (a second one of the pair's included), `chosen`, `rejected` ->
+        int32 (rows,); reads offsets alone.
+        """
+        lengths = {
             name: np.concatenate([shard.lengths(f"{name}_ids") for shard in self._shards])
             for name in ("prompt", "chosen", "rejected")
         }
+        if self.own_prompts:
+            own = [shard.lengths("rejected_prompt_ids") for shard in self._shards]
+            lengths["prompt"] = lengths["prompt"] + np.concatenate(own)
+        return lengths

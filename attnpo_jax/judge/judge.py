@@ -53,6 +53,9 @@ class Judgement:
       source_layers: what the S axis holds, as `weighting.sources` names it: layers, counted from
         0, single heads, rollout.
       num_layers: how many layers the judge has.
+      chosen_whole, rejected_whole: float32 (2, S, 4), of the response as the judge read it,
+        whatever training cuts off: the sum of its attention, that of its first token, how many
+        tokens it has, and how many of its first ones training lacks. None where not known.
     """
 
     id: str
@@ -62,6 +65,8 @@ class Judgement:
     answer_ids: np.ndarray
     source_layers: tuple[Source, ...]
     num_layers: int
+    chosen_whole: np.ndarray | None = None
+    rejected_whole: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,10 +198,11 @@ class Judge:
             done = []
             for b, i in enumerate(batch):
                 pair, rows_SQL = tokenized[i], rows_SBQL[:, b]
-                attention = (self._carried_over(rows_SQL, prompts[i], pair, side) for side in SIDES)
+                carried = [self._carried_over(rows_SQL, prompts[i], pair, side) for side in SIDES]
+                attention, whole = zip(*carried, strict=True)
                 says = (*attention, verdict_BQ[b], answer_BQ[b])
                 of_model = self.source_layers, self._model.config.num_layers
-                done.append((i, Judgement(pair.id, *says, *of_model)))
+                done.append((i, Judgement(pair.id, *says, *of_model, *whole)))
             yield done
 
     def verdicts(self, prompts: Sequence[JudgePrompt]) -> Iterator[list[tuple[int, np.ndarray]]]:
@@ -235,19 +241,29 @@ class Judge:
 
     def _carried_over(
         self, rows_SQL: np.ndarray, prompt: JudgePrompt, pair: TokenizedPair, side: str
-    ) -> np.ndarray:
-        """A response's attention (2, S, T) by order, on its tokens as they are trained on."""
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A response's attention (2, S, T) by order, on its tokens as they are trained on, and the
+        figures (2, S, 4) of all of it, see `Judgement`.
+        """
         skip = len(self._common) if self._begins_common(prompt) else 0
         shift = len(prompt.ids[0]) - prompt.prefix_length
-        spans = getattr(pair, f"{side}_spans")
+        cut_spans, spans = getattr(pair, f"{side}_cut_spans"), getattr(pair, f"{side}_spans")
+        cut, spans = len(cut_spans), np.concatenate([cut_spans, spans])
         text_ids = getattr(pair, f"{side}_ids")[: getattr(pair, f"{side}_text_length")]
         judged = (getattr(prompt, f"{side}_{name}") for name in ("tokens", "spans"))
-        orders = []
+        orders, wholes = [], []
         for order, (at, its_spans, ids) in enumerate(zip(*judged, prompt.ids, strict=True)):
             # In the row, the second order's own tokens stand behind the first's.
             places = at - skip + order * shift * (at >= prompt.prefix_length)
-            orders.append(align(rows_SQL[:, order, places], its_spans, spans, ids[at], text_ids))
-        return np.stack(orders).astype(np.float32)
+            mass_ST = rows_SQL[:, order, places]
+            # Of tokens that were cut off, the ids are not known here.
+            both_ids = () if cut else (ids[at], text_ids)
+            orders.append(align(mass_ST, its_spans, spans, *both_ids)[:, cut:])
+            counts = np.full((2, len(mass_ST)), [[len(places)], [cut]])
+            wholes.append(
+                np.stack([mass_ST.sum(axis=-1), mass_ST[:, :1].sum(axis=-1), *counts], axis=-1)
+            )
+        return np.stack(orders).astype(np.float32), np.stack(wholes).astype(np.float32)
 
 
 def _tell_memory(

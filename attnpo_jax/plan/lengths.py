@@ -88,16 +88,24 @@ class Batching:
 
 
 def train_batch(
-    lengths: Lengths, batching: Batching, num_sources: int, num_columns: int = 0
+    lengths: Lengths,
+    batching: Batching,
+    num_sources: int,
+    num_columns: int = 0,
+    whole_responses: bool = False,
 ) -> PairBatch:
     """A training batch (n, B, ...) as `jax.ShapeDtypeStruct`s."""
-    one = reference_batch(lengths, 1, num_sources, num_columns)
+    one = reference_batch(lengths, 1, num_sources, num_columns, whole_responses)
     n_B = batching.microbatches, batching.rows
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*n_B, *x.shape[1:]), x.dtype), one)
 
 
 def reference_batch(
-    lengths: Lengths, rows: int, num_sources: int = 0, num_columns: int = 0
+    lengths: Lengths,
+    rows: int,
+    num_sources: int = 0,
+    num_columns: int = 0,
+    whole_responses: bool = False,
 ) -> PairBatch:
     """A batch (B, ...) for the reference's pass, as `jax.ShapeDtypeStruct`s."""
     shape = RowShape(
@@ -107,7 +115,7 @@ def reference_batch(
     )
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype),
-        fill_rows([[]], shape, num_sources, num_columns),
+        fill_rows([[]], shape, num_sources, num_columns, whole_responses),
     )
 
 

@@ -119,7 +119,8 @@ class Setting:
         columns = self.weight_columns
         settings = config_lib.step_settings(config, policy, self.judge_layers, attention, columns)
         step = train.compile_step(config, settings, backend, total_steps=100)
-        batch = lengths.train_batch(at, batching, len(self.judge_layers), len(columns))
+        whole = config.judge.whole_responses
+        batch = lengths.train_batch(at, batching, len(self.judge_layers), len(columns), whole)
         needed = batching.pairs * flops.training(self.model, at.prompt, (at.response,) * 2)
         return self.compile(
             "train",

@@ -6,7 +6,7 @@ Rows are written shard by shard. An interruption at any moment loses the shard u
 import dataclasses
 import logging
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -284,7 +284,9 @@ class _Shards:
                 forms, bad_rows = _of_all(team, *following.result())
                 if k + 1 < len(pending):
                     following = read(*pending[k + 1])
-                rows = _shard_rows(self.judge, self.reference, forms, progress, preempted)
+                rows = _shard_rows(
+                    self.writer.columns, self.judge, self.reference, forms, progress, preempted
+                )
                 if written is not None:
                     written.result()  # a full disk ends the run here
                 if rows is None:
@@ -355,6 +357,7 @@ def _of_all(
 
 
 def _shard_rows(
+    columns: Collection[str],
     judge: Judge | None,
     reference: Reference,
     forms: Sequence[PairForms],
@@ -391,11 +394,16 @@ def _shard_rows(
             "ref_rejected_logps": logps[i][1],
             **forms[i].numbers,
         }
+        if "rejected_prompt_ids" in columns:
+            row["rejected_prompt_ids"] = pair.rejected_prompt_ids
         if judge is not None:
             row["judge_chosen"] = judgements[i].chosen
             row["judge_rejected"] = judgements[i].rejected
             if judge.verdict:
                 row["judge_verdict"] = judgements[i].verdict
+            if "judge_chosen_whole" in columns:
+                row["judge_chosen_whole"] = judgements[i].chosen_whole
+                row["judge_rejected_whole"] = judgements[i].rejected_whole
         if forms[i].precomputed is not None:
             row["ready_chosen"], row["ready_rejected"] = forms[i].precomputed
         rows.append(row)

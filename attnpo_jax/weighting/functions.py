@@ -65,6 +65,9 @@ class ResponseTokens:
       ready_BKT: float32, numbers that came with the data, of any sign, by column; 0 off
         `text_mask_BT`. None where none did.
       weight_columns: the names of the columns on the K axis.
+      whole_B2S4: float32, of the response as the judge read it, whatever training cuts off, by
+        order and source: the sum of its attention, that of its first token, how many tokens it has,
+        and how many of its first ones are cut off here. None unless `judge.whole_responses`.
       tokens_BT: int32, the tokens' ids; -1 off `mask_BT`. None where they are not known.
       partner_tokens_BT: int32, the ids of the other response of the row's pair, -1 behind its end.
         None where they are not known.
@@ -89,6 +92,7 @@ class ResponseTokens:
     num_layers: int | None = dataclasses.field(default=None, metadata={"static": True})
     ready_BKT: jax.Array | None = None
     weight_columns: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
+    whole_B2S4: jax.Array | None = None
     tokens_BT: jax.Array | None = None
     partner_tokens_BT: jax.Array | None = None
     partner_length_B: jax.Array | None = None

@@ -50,7 +50,13 @@ def plugin(tmp_path):
     return name, str(file)
 
 
-ATTENTION = {"layer": -1, "fix_sink": True, "layers": "mean", "order": "mean"}
+ATTENTION = {
+    "layer": -1,
+    "fix_sink": True,
+    "layers": "mean",
+    "order": "mean",
+    "renormalize": True,
+}
 
 
 def with_value(field, value):
@@ -552,6 +558,10 @@ def test_check_layers_wants_the_weighting_s_layer_among_the_sources():
         config.weighting.layer = layer
         with pytest.raises(ConfigError, match="config.weighting.layer: .*7, 29"):
             check_layers(config, 30, num_heads=9)
+    config.weighting.layer, config.weighting.renormalize = -1, False
+    with pytest.raises(ConfigError, match="renormalize = False needs .*whole_responses = True"):
+        check_layers(config, 30)
+    config.judge.whole_responses = True
     config.judge.layers, config.judge.heads = (-1, "rollout"), "all"
     config.weighting.layer = ("rollout", "-1:8")
     assert check_layers(config, 30, num_heads=9)[-2:] == ("29:8", "rollout")

@@ -19,7 +19,7 @@ from attnpo_jax.models import lora
 from attnpo_jax.models.decoder import ModelConfig, Params
 from attnpo_jax.models.scoring import response_scores
 from attnpo_jax.registry import NotComputed
-from attnpo_jax.weighting import ResponseTokens
+from attnpo_jax.weighting import ResponseTokens, Source
 
 Metrics = dict[str, jax.Array]
 
@@ -46,7 +46,7 @@ class StepSettings:
       weighting: `(ResponseTokens) -> weights_BT`, hyperparameters bound.
       objective: `(chosen, rejected: ResponseScores) -> loss_B`, hyperparameters bound.
       beta: scale of the reported rewards, where the objective has none of its own.
-      source_layers: the layers on the judge arrays' source axis.
+      source_layers: what the judge arrays' source axis holds, as `weighting.sources` names it.
       num_layers: how many layers the judge has; None for as many as the model.
       weight_columns: the names on the axis of the columns that weightings read by name.
       needs: what the weighting declared that it reads, of `weighting.NEEDS`; what neither it nor
@@ -63,7 +63,7 @@ class StepSettings:
     weighting: Callable[[ResponseTokens], jax.Array]
     objective: Callable[[ResponseScores, ResponseScores], jax.Array]
     beta: float
-    source_layers: tuple[int, ...]
+    source_layers: tuple[Source, ...]
     num_layers: int | None = None
     weight_columns: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
@@ -197,6 +197,7 @@ def losses_of_logps(
         num_layers=settings.num_layers or settings.model.num_layers,
         ready_BKT=None if batch.ready_BG2KT is None else by_response(batch.ready_BG2KT),
         weight_columns=settings.weight_columns,
+        whole_B2S4=None if batch.whole_BG22S4 is None else by_response(batch.whole_BG22S4),
         tokens_BT=tokens,
         partner_tokens_BT=_partners(tokens),
         partner_length_B=_partners(lengths),

@@ -31,6 +31,7 @@ from attnpo_jax.models.io.model_source import ModelSource
 from attnpo_jax.parallel import processes
 from attnpo_jax.runtime import best, lock, metrics, paths, schema
 from attnpo_jax.runtime.errors import UserError
+from attnpo_jax.weighting import Source
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -263,10 +264,12 @@ class Run:
         return readers.scorers(self)
 
     @functools.cached_property
-    def source_layers(self) -> tuple[int, ...]:
-        """The layers whose attention is kept, checked against the judge."""
+    def source_layers(self) -> tuple[Source, ...]:
+        """The layers, heads and rollout whose attention is kept, checked against the judge."""
         shape = self.model if self.judge is None else self.judge.shape
-        return config_lib.check_layers(self.config, shape.num_layers, shape.layer_windows)
+        return config_lib.check_layers(
+            self.config, shape.num_layers, shape.layer_windows, shape.num_heads
+        )
 
     @functools.cached_property
     def chat_template(self) -> str | None:

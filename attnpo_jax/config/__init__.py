@@ -12,6 +12,7 @@ from attnpo_jax.config.layers import (
     judge_layers,
     sampling,
     source_layers,
+    trained_form,
     weight_columns,
 )
 from attnpo_jax.config.overrides import load_config, override
@@ -46,6 +47,7 @@ __all__ = [
     "source_layers",
     "step_settings",
     "to_json",
+    "trained_form",
     "validate",
     "weight_columns",
 ]

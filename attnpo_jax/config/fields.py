@@ -10,6 +10,7 @@ from typing import Any
 
 from attnpo_jax.config import (
     choosing_fields,
+    data_fields,
     evaluate_fields,
     generate_fields,
     iterate_fields,
@@ -95,103 +96,7 @@ FIELDS: dict[str, Field] = {
         rules.integer(1, 10_000_000),
         "tokens projected to the vocabulary at a time; bounds the memory of the logits",
     ),
-    "data.train": Field(
-        "builtin:train",
-        rules.sources(empty=False),
-        "source of the training pairs, or several, or a mixture ([data.md](data.md))",
-        mixed=True,
-    ),
-    "data.eval": Field(
-        "builtin:eval",
-        rules.sources(empty=True),
-        "source of the held-out pairs; `''` for no evaluation",
-        mixed=True,
-    ),
-    **{
-        f"data.fields.{field}": Field(
-            "",
-            rules.text_or_none(),
-            f"column of the examples that holds `{field}`{meaning}; `''`: "
-            + (
-                "none ([data.md](data.md#weights-and-margins-of-pairs))"
-                if field in ("weight", "margin")
-                else "the column of that name, or as the forms have it "
-                "([data.md](data.md#examples))"
-            ),
-        )
-        for field, meaning in (
-            ("id", ""),
-            ("prompt", ""),
-            ("chosen", ""),
-            ("rejected", ""),
-            ("system", ", the text of a system message"),
-            ("tools", ", what the chat template gets as `tools`"),
-            ("input", ", which the prompt is continued with on a new line"),
-            ("answers", ", ranked answers in place of `chosen` and `rejected`"),
-            ("weight", ", a number, 0 or more, that the pair's loss is multiplied with"),
-            ("margin", ", a number that the pair's logits are to exceed"),
-        )
-    },
-    "data.ignored_columns": Field(
-        (),
-        rules.texts("a column's name", empty=True),
-        "columns of the examples that are left out, though they may be part of the conversation "
-        "([data.md](data.md#columns))",
-        mixed=True,
-    ),
-    "data.ranked": Field(
-        "best_worst",
-        rules.one_of("best_worst", "best_rest", "all"),
-        "of several ranked answers, or rejected ones: `best_worst` pairs the best with the worst, "
-        "`best_rest` the best with each that is worse, `all` each with each that is worse",
-    ),
-    "data.weight_columns": Field(
-        (),
-        rules.columns(),
-        "token weights to read from the pairs' rows for the weighting `column` "
-        "([data.md](data.md#ready-made-weights))",
-        mixed=True,
-    ),
-    "data.weights_tokenizer": Field(
-        None,
-        rules.optional_text(),
-        "Hugging Face folder or hub id of the tokenizer that made the tokens these weights "
-        "stand for; None: the model's",
-        mixed=True,
-    ),
-    "data.max_length": Field(
-        2048,
-        rules.integer(2, 10_000_000),
-        "tokens of prompt and response; a longer response loses its last ones",
-    ),
-    "data.max_prompt_length": Field(
-        1800,
-        rules.integer(1, 10_000_000),
-        "tokens of the prompt; a longer one loses its first ones. Less than `data.max_length`",
-    ),
-    "data.shuffle": Field(
-        True,
-        rules.boolean(),
-        "whether each epoch has an order of its own",
-        decisive=True,
-    ),
-    "data.on_bad_row": Field(
-        "error",
-        rules.one_of("error", "skip"),
-        "`error` stops at the first bad row; `skip` leaves bad rows out and lists them in "
-        "`prepared/SPLIT.bad_rows.jsonl`",
-    ),
-    "data.max_example_bytes": Field(
-        1 << 24,
-        rules.integer(1, 1 << 40),
-        "bytes that an example may take in its file; a larger one is a bad row, and is not read. "
-        "Of a table, 64 times as much may be read at once",
-    ),
-    "data.num_buckets": Field(
-        6,
-        rules.integer(1, 1_000),
-        "how many row lengths batches are padded to; each is one compilation a pass",
-    ),
+    **data_fields.FIELDS,
     **judge_source_fields.FIELDS,
     "judge.template": Field(
         "default",
@@ -217,8 +122,22 @@ FIELDS: dict[str, Field] = {
         "layers whose attention is kept for weightings to use. `quartiles`: the first, the "
         "last and the last of each quarter (0, 6, 14, 21, 29 of 30), among the global "
         "layers where a model has sliding windows; negative numbers count from the last; "
-        "`none`: nothing is judged",
+        "`23:4`: head 4 of layer 23 alone; `rollout`: attention rollout through all layers "
+        "([method.md](method.md#rollout-and-heads)); `none`: nothing is judged",
         mixed=True,
+    ),
+    "judge.heads": Field(
+        "mean",
+        rules.one_of("mean", "all"),
+        "of each of these layers, the mean over its heads, or `all` heads beside it, each as a "
+        "layer of its own: `23:0`, `23:1`, ...",
+    ),
+    "judge.whole_responses": Field(
+        False,
+        rules.boolean(),
+        "whether what a response has in all is kept of the judge's attention, for "
+        "`weighting.renormalize=False`: then what truncation cuts off takes its weight along "
+        "([method.md](method.md#the-papers-way))",
     ),
     "judge.verdict": Field(
         True,

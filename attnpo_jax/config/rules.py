@@ -11,6 +11,7 @@ from typing import Any
 from attnpo_jax.data import mixture
 from attnpo_jax.models.config import LORA_GROUPS, PROJECTIONS
 from attnpo_jax.sampling.rules import SETTINGS
+from attnpo_jax.weighting.sources import is_source
 
 # Of `apply_chat_template`: what a row or the config's other fields give, and what is not the
 # template's.
@@ -200,11 +201,17 @@ def axis_size() -> Rule:
 
 def layers() -> Rule:
     def accepts(value):
-        if isinstance(value, str):
-            return value in ("quartiles", "all", "none")
-        return isinstance(value, (tuple, list)) and bool(value) and all(map(_is_int, value))
+        if isinstance(value, str) and value in ("", "none"):
+            return value == "none"
+        return bool(as_tuple(value)) and all(
+            one in ("quartiles", "all") or is_source(one) for one in as_tuple(value)
+        )
 
-    return Rule(accepts, "'quartiles', 'all', 'none', or a tuple of layer numbers")
+    return Rule(
+        accepts,
+        "'none', or 'quartiles', 'all', a layer's number, a head as '23:4', 'rollout', or a tuple "
+        "of these",
+    )
 
 
 def columns() -> Rule:

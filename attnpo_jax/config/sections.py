@@ -33,7 +33,11 @@ class Section(config_dict.ConfigDict):
             super().__setitem__(key, value)
             return
         known = value in self._registry.names()
-        fields = section_for(self._registry, value) if known else {"name": value}
+        fields = {"name": value}
+        if known:
+            # The fields, not their values: of some, the type is open.
+            new = section_for(self._registry, value)
+            fields = dict(new.items(preserve_field_references=True))
         locked = self.is_locked
         self.unlock()
         for field in self.keys():

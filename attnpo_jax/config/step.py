@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def step_settings(
     config: config_dict.ConfigDict,
     model: ModelConfig,
-    source_layers: tuple[int, ...],
+    source_layers: tuple[weighting.Source, ...],
     attention: str,
     weight_columns: tuple[str, ...] = (),
     reference: ModelConfig | None = None,
@@ -27,7 +27,7 @@ def step_settings(
     Args:
       config: see `attnpo_jax.config.default_config`.
       model: the model's shape.
-      source_layers: the layers on the prepared dataset's source axis.
+      source_layers: what the prepared dataset's source axis holds.
       attention: the implementation that was chosen.
       weight_columns: the columns that the prepared dataset has for weightings to read by name.
       reference: the shape of the reference that training holds in memory; None where it holds none.

@@ -17,9 +17,12 @@ import numpy as np
 
 from attnpo_jax.data.batch_plan import Order, RowShape, Sizes, plan
 from attnpo_jax.data.packing import pack, split_evenly
+from attnpo_jax.data.pair import SIDES
 from attnpo_jax.data.prepared import Prepared
 from attnpo_jax.data.shuffle import shuffled
 from attnpo_jax.runtime.errors import UserError
+
+_NO_IDS = np.zeros(0, np.int32)
 
 
 @jax.tree_util.register_dataclass
@@ -44,6 +47,8 @@ class PairBatch:
       ready_BG2KT: float32 scorers' numbers and precomputed weights by response, column, token;
         None without any.
       reference_entropy_BG2T: float32 entropy of the reference's distributions; None as above.
+      whole_BG22S4: float32 figures of whole responses by response, order, layer (see `shards`);
+        None where they were not asked for.
       weight_BG: float32 weight of the pair's loss, 1 where the data have none; 0 for empty slots.
       margin_BG: float32 margin of the pair's logits; 0 where the data have none.
       valid_BG: bool, slots that hold a pair.
@@ -68,6 +73,7 @@ class PairBatch:
     pair_BG: jax.Array
     ready_BG2KT: jax.Array | None = None
     reference_entropy_BG2T: jax.Array | None = None
+    whole_BG22S4: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +81,7 @@ class Example:
     """What a row needs of one pair; what is None is not known, and stays 0 in the row."""
 
     index: int  # the pair's row in its dataset
-    prompt_ids: np.ndarray  # int32 (at least one token)
+    prompt_ids: np.ndarray  # int32 (at least one token), of both responses, or of the chosen one
     response_ids: tuple[np.ndarray, np.ndarray]  # int32 ids of (chosen, rejected)
     text_lengths: tuple[int, int]  # how many leading tokens of each response are text
     judge: tuple[np.ndarray, np.ndarray] | None = None  # per response float32 (2, S, text length)
@@ -88,6 +94,9 @@ class Example:
     ready: tuple[np.ndarray, np.ndarray] | None = None
     weight: float = 1.0
     margin: float = 0.0
+    # int32; the rejected response's prompt, empty where `prompt_ids` is that of both.
+    rejected_prompt_ids: np.ndarray = dataclasses.field(default_factory=lambda: _NO_IDS)
+    whole: tuple[np.ndarray, np.ndarray] | None = None  # per response float32 (2, S, 4)
 
     @classmethod
     def from_prepared(cls, dataset: Prepared, index: int) -> "Example":
@@ -111,11 +120,15 @@ class Example:
             ready=of_sides("ready_{}"),
             weight=row.get("weight", 1.0),
             margin=row.get("margin", 0.0),
+            rejected_prompt_ids=row.get("rejected_prompt_ids", _NO_IDS),
+            whole=tuple(row[f"judge_{side}_whole"] for side in SIDES)
+            if dataset.whole_responses
+            else None,
         )
 
     @property
     def row_length(self) -> int:
-        return len(self.prompt_ids) + self.scored_length
+        return len(self.prompt_ids) + len(self.rejected_prompt_ids) + self.scored_length
 
     @property
     def scored_length(self) -> int:
@@ -128,12 +141,13 @@ def fill_rows(
     num_sources: int,
     num_columns: int = 0,
     groups: Collection[str] = ("reference_logps",),
+    whole_responses: bool = False,
 ) -> PairBatch:
     """Lays examples out in rows: `rows[b]` are the pairs of row b, one after another.
 
-    The judge's attention has `num_sources` (S) layers; `num_columns` (K) is how many columns the
-    pairs have, scorers' and precomputed weights; `groups`, of `shards.GROUPS`, is what they have of
-    the reference.
+    The judge's attention has `num_sources` (S) layers, with figures of `whole_responses` or not;
+    `num_columns` (K) is how many columns the pairs have, scorers' and precomputed weights;
+    `groups`, of `shards.GROUPS`, is what they have of the reference.
     """
     B, L, M, T, G = len(rows), shape.length, shape.scored, shape.response, shape.pairs
     S, K = num_sources, num_columns
@@ -160,6 +174,7 @@ def fill_rows(
         valid_BG=np.zeros((B, G), bool),
         pair_BG=np.full((B, G), -1, np.int32),
         ready_BG2KT=np.zeros((B, G, 2, K, T), np.float32) if K else None,
+        whole_BG22S4=np.zeros((B, G, 2, 2, S, 4), np.float32) if whole_responses else None,
     )
     for b, examples in enumerate(rows):
         length = sum(e.row_length for e in examples)
@@ -179,24 +194,30 @@ def fill_rows(
 
 
 def _fill_pair(batch: PairBatch, b: int, g: int, start: int, read_start: int, e: Example) -> None:
-    prompt = len(e.prompt_ids)
-    row = slice(start, start + e.row_length)
-    batch.tokens_BL[b, row] = np.concatenate([e.prompt_ids, *e.response_ids])
-    batch.segment_BL[b, row] = g + 1
-    batch.positions_BL[b, start : start + prompt] = np.arange(prompt)
-    batch.branch_BL[b, start : start + prompt] = 1
+    # A prompt of its own is part of a response's branch, which then begins anew.
+    own = len(e.rejected_prompt_ids) > 0
+    batch.segment_BL[b, start : start + e.row_length] = g + 1
     batch.valid_BG[b, g] = True
     batch.pair_BG[b, g] = e.index
     batch.weight_BG[b, g], batch.margin_BG[b, g] = e.weight, e.margin
     if e.judge is not None:
         batch.verdict_BG2[b, g] = np.nan if e.verdict is None else e.verdict
-    place, read = start + prompt, read_start
+    place, read = start, read_start
     for r, ids in enumerate(e.response_ids):
         n = len(ids)
+        if r == 0 or own:
+            prompt_ids = e.rejected_prompt_ids if r else e.prompt_ids
+            prompt = len(prompt_ids)
+            batch.tokens_BL[b, place : place + prompt] = prompt_ids
+            batch.positions_BL[b, place : place + prompt] = np.arange(prompt)
+            batch.branch_BL[b, place : place + prompt] = 2 + r if own else 1
+            place += prompt
+            prompt_end = place
+        batch.tokens_BL[b, place : place + n] = ids
         batch.positions_BL[b, place : place + n] = prompt + np.arange(n)
         batch.branch_BL[b, place : place + n] = 2 + r
         # A token is predicted by the one before it in its branch; the first by the prompt's last.
-        batch.read_BM[b, read] = start + prompt - 1
+        batch.read_BM[b, read] = prompt_end - 1
         batch.read_BM[b, read + 1 : read + n] = np.arange(place, place + n - 1)
         batch.target_BM[b, read : read + n] = ids
         batch.index_BG2T[b, g, r, :n] = np.arange(read, read + n)
@@ -205,6 +226,8 @@ def _fill_pair(batch: PairBatch, b: int, g: int, start: int, read_start: int, e:
         batch.text_mask_BG2T[b, g, r, :text] = True
         if e.judge is not None:
             batch.judge_BG22ST[b, g, r, :, :, :text] = e.judge[r]
+        if e.whole is not None:
+            batch.whole_BG22S4[b, g, r] = e.whole[r]
         first = 0 if e.scores is None else len(e.scores[r])
         if first:
             batch.ready_BG2KT[b, g, r, :first, :n] = e.scores[r]
@@ -288,6 +311,7 @@ class _Batches:
             len(self._dataset.source_layers),
             len(self._dataset.columns),
             self._dataset.groups,
+            self._dataset.whole_responses,
         )
         # The first axis is spelled out, since a -1 has no meaning for arrays of size 0.
         return jax.tree.map(

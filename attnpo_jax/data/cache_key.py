@@ -1,12 +1,15 @@
 """The cache key of a prepared dataset: everything that its rows depend on, as JSON."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from attnpo_jax.data import mixture
 from attnpo_jax.data.columns import AS_THEY_ARE, Columns
 from attnpo_jax.data.manifest import PreparedMismatch
+from attnpo_jax.data.trained import TrainedForm
 
 # By component, the config's field that decides it, where that has another name.
 _FIELDS = {
@@ -17,6 +20,7 @@ _FIELDS = {
     "source_layers": "judge.layers",
     "max_length": "data.max_length",
     "max_prompt_length": "data.max_prompt_length",
+    **{field.name: f"data.{field.name}" for field in dataclasses.fields(TrainedForm)},
 }
 
 
@@ -29,6 +33,7 @@ def cache_key(
     pairs_digest: str | None,
     columns: Columns = AS_THEY_ARE,
     lengths: Mapping[str, int],
+    form: Mapping[str, Any] = MappingProxyType({}),
     source_layers: Sequence[int],
     num_layers: int,
     weight_columns: Sequence[str] = (),
@@ -43,6 +48,7 @@ def cache_key(
       pairs_digest: that of the split's pairs; None leaves it out.
       columns: how their examples were read; counts where it is not the usual way.
       lengths: `max_length` and `max_prompt_length` of what is trained on.
+      form: what else of that is not as by default, see `data.trained`.
       weights_tokenizer: whose tokens those weights stand for; None: the model's.
     """
     data: dict[str, Any] = {"sources": mixture.names(sources)}
@@ -64,6 +70,7 @@ def cache_key(
         "judge": dict(judge) if source_layers else None,
         "data": data,
         **lengths,
+        **form,
         "source_layers": list(source_layers),
         "num_layers": num_layers,
         **precomputed,

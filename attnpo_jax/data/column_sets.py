@@ -45,6 +45,8 @@ FOLDER = "columns"
 _REFERENCE = ("reference_logps", "reference_entropy")
 _JUDGE = ("judge", "source_layers", "num_layers")
 _ATTENTION = ("judge_chosen", "judge_rejected")
+_WHOLE = ("judge_chosen_whole", "judge_rejected_whole")
+_MORE = ("verdict", "whole_responses")  # what a judge may be asked for beside attention
 _COMPUTED = {name for names in GROUPS.values() for name in names}
 Part = tuple[pathlib.Path, dict[str, Any]]
 
@@ -83,6 +85,11 @@ class Wanted:
     def verdict(self) -> bool:
         """Whether the judge's verdict is read."""
         return ((self.judge or self.components)["judge"] or {}).get("verdict", True)
+
+    @property
+    def whole_responses(self) -> bool:
+        """Whether the judge's figures of whole responses are read."""
+        return ((self.judge or self.components)["judge"] or {}).get("whole_responses", False)
 
     def identity(self, components: Mapping[str, Any]) -> dict[str, Any]:
         """What the rows that are read depend on, as JSON: whatever else there is on disk.
@@ -169,8 +176,8 @@ def uncovered(
 ) -> dict[str, tuple[Any, Any]]:
     """What keeps a dataset from serving who wants another: component -> (there, wanted).
 
-    It serves where it is the same, but for more of the judge's layers, for a verdict that is not
-    wanted, or, if it is finished, for a judge where none is.
+    It serves where it is the same, but for more of the judge's layers, for a verdict or figures of
+    whole responses that are not wanted, or, if it is finished, for a judge where none is.
 
     Args:
       there, wanted: components; of the pairs, `wanted` need not know the digest.
@@ -181,11 +188,16 @@ def uncovered(
     plain = differences(there, asked)
     if asked["judge"] is None and finished:
         asked |= {name: there[name] for name in ("judge", "source_layers")}
-    elif asked["judge"] and there["judge"] == {**asked["judge"], "verdict": True}:
+    elif asked["judge"] and there["judge"] == asked["judge"] | _with_more(there["judge"]):
         asked["judge"] = there["judge"]
     if asked["judge"] and set(asked["source_layers"]) <= set(there["source_layers"]):
         asked["source_layers"] = there["source_layers"]
     return {name: plain.get(name, both) for name, both in differences(there, asked).items()}
+
+
+def _with_more(judge: Mapping[str, Any] | None) -> dict[str, bool]:
+    """What a judge was asked for beside attention."""
+    return {name: True for name in _MORE if (judge or {}).get(name)}
 
 
 def keeps_from_repair(there: Mapping[str, Any], wanted: Wanted) -> dict[str, tuple[Any, Any]]:
@@ -272,7 +284,9 @@ class Joined(Prepared):
     def _shown(self, one: Prepared) -> list[str]:
         """The columns of a dataset or a set that are read."""
         names = [name for group in one.groups if group in self.groups for name in GROUPS[group]]
-        return [name for name in names if name != "judge_verdict" or self._wanted.verdict]
+        hidden = () if self._wanted.verdict else ("judge_verdict",)
+        hidden += () if self._wanted.whole_responses else _WHOLE
+        return [name for name in names if name not in hidden]
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -287,6 +301,10 @@ class Joined(Prepared):
         return self._num_layers
 
     @property
+    def whole_responses(self) -> bool:
+        return "judge" in self.groups and self._wanted.whole_responses
+
+    @property
     def scorers(self) -> tuple[str, ...]:
         return tuple(self._scorers)
 
@@ -297,7 +315,8 @@ class Joined(Prepared):
             found = whole if one is self._dataset else one[index]
             row |= {name: x for name, x in found.items() if self._places.get(name) is one}
         if self._layers is not None:
-            row |= {name: row[name][:, self._layers] for name in _ATTENTION}
+            kept = [name for name in (*_ATTENTION, *_WHOLE) if name in row]
+            row |= {name: row[name][:, self._layers] for name in kept}
         if self._scorers:
             scored = [one[index] for one in self._scorers.values()]
             for side in SIDES:

@@ -86,7 +86,19 @@ def features(components: Mapping[str, Any]) -> datasets.Features:
         ],
         groups=groups(components),
         alone="of" in components,
+        whole_responses=whole_responses(components),
+        own_prompts=own_prompts(components),
     )
+
+
+def whole_responses(components: Mapping[str, Any]) -> bool:
+    """Whether the judge columns come with figures of whole responses."""
+    return (components.get("judge") or {}).get("whole_responses", False)
+
+
+def own_prompts(components: Mapping[str, Any]) -> bool:
+    """Whether a pair's responses may have prompts of their own."""
+    return components.get("truncation") == "keep_end"
 
 
 def check_components(
@@ -124,14 +136,23 @@ def _short(value: Any, limit: int = 100) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """A form: the number of a layer, the name of a head, or attention rollout."""
+
+    def check(self, value: Any) -> None:
+        name = Text(r"[0-9]+:[0-9]+|rollout", "a layer, a head as '23:4', or 'rollout'")
+        (name if isinstance(value, str) else Whole()).check(value)
+
+
 _DIGEST = Text("[0-9a-f]{64}", "64 hexadecimal digits")
 _COMPONENTS = Table(
-    {"source_layers": Listed(Whole()), "num_layers": Whole(1)},
+    {"source_layers": Listed(_Source()), "num_layers": Whole(1)},
     {
         "weight_columns": Listed(Text()),
         "columns": Listed(Choice(tuple(shards.GROUPS))),
         "of": _DIGEST,
-        "judge": Maybe(Table({}, {"verdict": Flag()}, open=True)),
+        "judge": Maybe(Table({}, {"verdict": Flag(), "whole_responses": Flag()}, open=True)),
         "data": Table({}, {"digest": Text(), "fields": Table({}, {}, open=True)}, open=True),
     },
     open=True,

@@ -16,10 +16,11 @@ A folder that `datasets.load_from_disk` reads:
   sha256), `counts`, `versions` and `check`, a digest of all of that; `plan.json` has one too.
 
 `components` is a JSON object. Some of its entries have a meaning here: `source_layers`, a list of
-layer indices (S of them, none without a judge), `num_layers`, the model's number of layers,
-`weight_columns`, if there are any: the names of the precomputed weights (K of them), and, if they
-are not those of the judge and of the reference's log-probs, `columns`, of `shards.GROUPS`. What the
-latter leave out may be there in sets of columns, see `column_sets`.
+what attention is kept of (S of it, none without a judge: layers by number, heads and rollout by
+name), `num_layers`, the model's number of layers, `weight_columns`, if there are any: the names of
+the precomputed weights (K of them), and, if they are not those of the judge and of the reference's
+log-probs, `columns`, of `shards.GROUPS`. What the latter leave out may be there in sets of columns,
+see `column_sets`.
 """
 
 import dataclasses
@@ -35,7 +36,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from attnpo_jax.data import shards
+from attnpo_jax.data import manifest, shards
 from attnpo_jax.data.manifest import (
     FORMAT,
     METADATA,
@@ -155,6 +156,11 @@ class PreparedWriter:
         for shard in self._own_shards():
             for leftover in self.path.glob(atomic.temporary_pattern(self.shard_name(shard))):
                 leftover.unlink(missing_ok=True)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of the rows' columns."""
+        return tuple(self._features)
 
     def shard_name(self, shard: int) -> str:
         """The shard's file name."""
@@ -389,8 +395,10 @@ class Prepared:
         return identity(self._meta["components"])
 
     @property
-    def source_layers(self) -> tuple[int, ...]:
-        """The layers (S of them) whose attention the judge columns hold, in that order."""
+    def source_layers(self) -> tuple[int | str, ...]:
+        """What the judge columns hold the attention of (S of it), in that order: layers by number,
+        heads as "23:4", "rollout".
+        """
         return tuple(self._meta["components"]["source_layers"]) if "judge" in self.groups else ()
 
     @property
@@ -407,6 +415,16 @@ class Prepared:
     def columns(self) -> tuple[str, ...]:
         """The names of all columns that weightings read by name: the scorers', then the data's."""
         return (*self.scorers, *self.weight_columns)
+
+    @property
+    def whole_responses(self) -> bool:
+        """Whether the judge columns come with figures of whole responses (see `shards`)."""
+        return "judge" in self.groups and manifest.whole_responses(self._meta["components"])
+
+    @property
+    def own_prompts(self) -> bool:
+        """Whether responses may have prompts of their own."""
+        return manifest.own_prompts(self._meta["components"])
 
     @property
     def num_layers(self) -> int:
@@ -430,8 +448,13 @@ class Prepared:
         return (self[index] for index in range(len(self)))
 
     def lengths(self) -> dict[str, np.ndarray]:
-        """Tokens by row: `prompt`, `chosen`, `rejected` -> int32 (rows,); reads offsets alone."""
-        return {name: self.length(f"{name}_ids") for name in ("prompt", "chosen", "rejected")}
+        """Tokens by row: `prompt` (a second one of the pair's included), `chosen`, `rejected` ->
+        int32 (rows,); reads offsets alone.
+        """
+        lengths = {name: self.length(f"{name}_ids") for name in ("prompt", "chosen", "rejected")}
+        if self.own_prompts:
+            lengths["prompt"] = lengths["prompt"] + self.length("rejected_prompt_ids")
+        return lengths
 
     def length(self, column: str) -> np.ndarray:
         """Length of each row's last axis in a column, int32 (rows,)."""

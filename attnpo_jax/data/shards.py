@@ -16,6 +16,12 @@ One row a pair:
 - `score_chosen`, `score_rejected`: float32, what a scorer of the config says of every response
   token.
 
+- `judge_chosen_whole`, `judge_rejected_whole`, where they were asked for: float32 (2, S, 4), of the
+  response as the judge read it, whatever training cuts off: the sum of its attention, that of its
+  first token, how many tokens it has, and how many of its first ones training lacks;
+- `rejected_prompt_ids`, where responses may have prompts of their own: int32, the rejected one's,
+  empty where `prompt_ids` is the prompt of both.
+
 Of the judge's columns, the reference's and a scorer's (`GROUPS`), a dataset has those that
 something reads.
 Where weights came with the data, there are
@@ -43,12 +49,14 @@ from attnpo_jax.runtime.errors import UserError
 
 _RESPONSES = ("chosen", "rejected")
 _INT_LISTS = ("prompt_ids", "chosen_ids", "rejected_ids")
+_OWN_PROMPT = "rejected_prompt_ids"
 _JUDGE = ("judge_chosen", "judge_rejected")
+_WHOLE = ("judge_chosen_whole", "judge_rejected_whole")
 _READY = ("ready_chosen", "ready_rejected")
 _TEXT_LENGTHS = ("chosen_text_length", "rejected_text_length")
 
 GROUPS = {
-    "judge": (*_JUDGE, "judge_verdict"),
+    "judge": (*_JUDGE, *_WHOLE, "judge_verdict"),
     "reference_logps": ("ref_chosen_logps", "ref_rejected_logps"),
     "reference_entropy": ("ref_chosen_entropy", "ref_rejected_entropy"),
     "scorer": ("score_chosen", "score_rejected"),
@@ -66,10 +74,13 @@ def features(
     numbers: Sequence[str] = (),
     groups: Sequence[str] = ("judge", "reference_logps"),
     alone: bool = False,
+    whole_responses: bool = False,
+    own_prompts: bool = False,
 ) -> datasets.Features:
     """The columns of a prepared dataset with `num_sources` (S) judged layers and `num_columns` (K)
-    columns of precomputed weights; of the judge's, `verdict` or none; of `pair.NUMBERS`, `numbers`;
-    of `GROUPS`, `groups`. `alone`: nothing but the ids and these groups.
+    columns of precomputed weights; of the judge's, `verdict` and figures of `whole_responses` or
+    none; of `pair.NUMBERS`, `numbers`; of `GROUPS`, `groups`; `own_prompts`, or one prompt for both
+    responses always. `alone`: nothing but the ids and these groups.
     """
     int_list = datasets.List(datasets.Value("int32"))
     float_list = datasets.List(datasets.Value("float32"))
@@ -77,11 +88,12 @@ def features(
     if alone:
         num_columns, numbers = 0, ()
     else:
-        columns |= dict.fromkeys(_INT_LISTS, int_list)
+        columns |= dict.fromkeys((*_INT_LISTS, *([_OWN_PROMPT] if own_prompts else [])), int_list)
         columns |= dict.fromkeys(_TEXT_LENGTHS, datasets.Value("int32"))
     if num_sources and "judge" in groups:
         by_source = datasets.List(float_list, length=num_sources)
-        columns |= dict.fromkeys(_JUDGE, datasets.List(by_source, length=2))
+        judge = (*_JUDGE, *(_WHOLE if whole_responses else ()))
+        columns |= dict.fromkeys(judge, datasets.List(by_source, length=2))
         if verdict:
             columns["judge_verdict"] = datasets.List(datasets.Value("float32"), length=2)
     for group in _OF_TOKENS:
@@ -96,7 +108,7 @@ def features(
 def _matrix_shapes(columns: datasets.Features) -> dict[str, tuple[int, ...]]:
     """The leading axes of the columns that hold more than a list: (2, S) or (K,)."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for name in (*_JUDGE, *_READY):
+    for name in (*_JUDGE, *_WHOLE, *_READY):
         if name in columns:
             inner = columns[name].feature
             nested = isinstance(inner.feature, datasets.List)
@@ -135,9 +147,12 @@ def _checked_row(
     checked: dict[str, Any] = {"id": row["id"]}
     alone = "prompt_ids" not in columns  # then, the lengths are not known here
     for name in () if alone else _INT_LISTS:
-        checked[name] = _checked_array(row, name, "iu", (None,)).astype(np.int32)
+        checked[name] = _checked_ids(row, name)
     for name in () if alone else _TEXT_LENGTHS:
         checked[name] = int(_checked_array(row, name, "iu", ()))
+    if _OWN_PROMPT in columns:
+        own = np.asarray(row[_OWN_PROMPT], np.int32)
+        checked[_OWN_PROMPT] = own if own.size == 0 else _checked_ids(row, _OWN_PROMPT)
     for response in _RESPONSES:
         tokens = None if alone else len(checked[f"{response}_ids"])
         text_length = None if alone else checked[f"{response}_text_length"]
@@ -147,8 +162,12 @@ def _checked_row(
                 f"{tokens}, the number of `{response}_ids`"
             )
         shapes = {
-            name: (*leading[name], text_length)
-            for name in (f"judge_{response}", f"ready_{response}")
+            name: (*leading[name], length)
+            for name, length in (
+                (f"judge_{response}", text_length),
+                (f"judge_{response}_whole", 4),
+                (f"ready_{response}", text_length),
+            )
             if name in leading
         }
         of_tokens = (f"ref_{response}_logps", f"ref_{response}_entropy", f"score_{response}")
@@ -162,6 +181,10 @@ def _checked_row(
         if name in columns:
             checked[name] = float(_checked_array(row, name, "f", ()))
     return checked
+
+
+def _checked_ids(row: Mapping[str, Any], name: str) -> np.ndarray:
+    return _checked_array(row, name, "iu", (None,)).astype(np.int32)
 
 
 def _checked_array(
@@ -217,7 +240,7 @@ class Shard:
         }
         self._lists = {
             name: (columns[name].offsets.to_numpy(), columns[name].values.to_numpy())
-            for name in (*_INT_LISTS, *_FLOAT_LISTS)
+            for name in (*_INT_LISTS, _OWN_PROMPT, *_FLOAT_LISTS)
             if name in columns
         }
         self._verdicts = None
@@ -225,7 +248,7 @@ class Shard:
             self._verdicts = columns["judge_verdict"].values.to_numpy().reshape(-1, 2)
         self._numbers = {name: columns[name].to_numpy() for name in NUMBERS if name in columns}
         self._matrices = {}
-        for name in (*_JUDGE, *_READY):
+        for name in (*_JUDGE, *_WHOLE, *_READY):
             if name in columns:
                 array, shape = columns[name], []
                 while pa.types.is_fixed_size_list(array.type):

@@ -20,19 +20,20 @@ import tokenizers
 import transformers
 
 from attnpo_jax.data import long_text, tokenizer_files
-from attnpo_jax.data.align import close_gaps
 from attnpo_jax.data.chat_template import ChatTemplate, Conversation, spelled_places
 from attnpo_jax.data.control_tokens import Piece, TextEncoder, cut, pieces_of
 from attnpo_jax.data.long_text import Near
 from attnpo_jax.data.pair import SIDES, BadExample, Message, Pair
-from attnpo_jax.data.responses import Response, border_of, write_response, writes_plainly
+from attnpo_jax.data.responses import border_of, write_response, writes_plainly
 from attnpo_jax.data.template_process import process
+from attnpo_jax.data.trained import AS_USUAL, Cut, TrainedForm, WholeResponse, prompts
 from attnpo_jax.runtime.errors import UserError
 
 # Tokens more than are kept, of long texts: the border between prompt and responses may shift.
 _SPARE = 64
 # Control tokens of a text are looked for in stretches of so many characters, and beyond their ends.
 _STRETCH, _BEYOND = 1 << 16, 1 << 10
+_NO_IDS, _NO_SPANS = np.zeros(0, np.int32), np.zeros((0, 2), np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,10 @@ class TokenizedPair:
         white space.
       prompt_truncated, chosen_truncated, rejected_truncated: whether tokens were cut off to keep
         the allowed lengths.
+      rejected_prompt_ids: int32, the rejected response's prompt, if it has one of its own (each
+        response keeps its own part of a prompt that is cut); else empty.
+      chosen_cut_spans, rejected_cut_spans: int32 (n, 2), as the spans, of the response's first text
+        tokens that were cut off.
       written: by side, the stripped text of a response that is more than its content, as the
         template writes it (see `responses.Response`).
     """
@@ -63,11 +68,19 @@ class TokenizedPair:
     prompt_truncated: bool = False
     chosen_truncated: bool = False
     rejected_truncated: bool = False
+    rejected_prompt_ids: np.ndarray = dataclasses.field(default_factory=lambda: _NO_IDS)
+    chosen_cut_spans: np.ndarray = dataclasses.field(default_factory=lambda: _NO_SPANS)
+    rejected_cut_spans: np.ndarray = dataclasses.field(default_factory=lambda: _NO_SPANS)
     written: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def text(self, pair: Pair, side: str) -> str:
         """The stripped text of a response of the pair, `chosen` or `rejected`."""
         return self.written.get(side, getattr(pair, side).strip())
+
+    def prompt_of(self, side: str) -> np.ndarray:
+        """The prompt that a response, `chosen` or `rejected`, is trained on after: int32 (P,)."""
+        own = side == "rejected" and len(self.rejected_prompt_ids)
+        return self.rejected_prompt_ids if own else self.prompt_ids
 
 
 class ChatTokenizer:
@@ -362,7 +375,12 @@ class ChatTokenizer:
 
 
 def tokenize_pair(
-    tokenizer: ChatTokenizer, pair: Pair, *, max_length: int, max_prompt_length: int
+    tokenizer: ChatTokenizer,
+    pair: Pair,
+    *,
+    max_length: int,
+    max_prompt_length: int,
+    form: TrainedForm = AS_USUAL,
 ) -> TokenizedPair:
     """Tokenize a pair for training.
 
@@ -374,9 +392,10 @@ def tokenize_pair(
     thinking block that they have not), the prompt ends where it parts from them.
 
     The prompt keeps its last `max_prompt_length` tokens, a response its first tokens up to
-    `max_length` together with the prompt. Raises BadExample when the template does not write what
-    the pair holds, and when a response would be left with no token of its text.
+    `max_length` together with the prompt, or as `form` says. Raises BadExample when the template
+    does not write what the pair holds, and when a response would be left with no token of its text.
     """
+    pair = form.asked(pair, tokenizer.template.text)
     asked = Conversation(pair.prompt, pair.tools, generation_prompt=True)
     opening = tokenizer.template.render(asked)
     names = {i: f"message {i + 1} of the prompt" for i in range(len(pair.prompt))}
@@ -384,7 +403,9 @@ def tokenize_pair(
     tokenizer.template.check_fields(asked, names)
     responses = {side: write_response(tokenizer, pair, side, opening) for side in SIDES}
     border = border_of(tokenizer, pair, opening, responses)
-    near = Near(border, max_prompt_length + _SPARE, max_length + _SPARE)
+    near = None
+    if form.truncation == "keep_start":
+        near = Near(border, max_prompt_length + _SPARE, max_length + _SPARE)
     encoded = {}
     for side, response in responses.items():
         conversation = asked.and_answer(pair.response(side))
@@ -396,20 +417,24 @@ def tokenize_pair(
     length = int(differs[0]) if len(differs) else length
 
     prompt_ids = first[max(0, length - max_prompt_length) : length]
-    tokenized: dict[str, Any] = {"prompt_truncated": length > max_prompt_length}
+    tokenized: dict[str, Any] = {}
+    cuts = {}
     for side, (ids, offsets) in encoded.items():
-        of_response = _response_tokens(
-            pair.id,
-            side,
-            responses[side],
-            ids[length:],
-            offsets[length:],
-            len(prompt_ids),
-            max_length,
-        )
-        tokenized |= {f"{side}_{name}": value for name, value in of_response.items()}
+        whole = WholeResponse.of(tokenizer, responses[side], ids[length:], offsets[length:], form)
+        cuts[side] = cut = Cut.of(prompt_ids, whole.ids, max_length, form.truncation)
+        kept = whole.kept(pair.id, side, cut, max_length)
+        tokenized |= {f"{side}_{name}": value for name, value in kept.items()}
+    shorter = any(cut.start or len(cut.context) < len(prompt_ids) for cut in cuts.values())
+    of_both, of_rejected = prompts(cuts)
     written = {s: responses[s].text for s in SIDES if getattr(pair, f"{s}_fields")}
-    return TokenizedPair(id=pair.id, prompt_ids=prompt_ids, written=written, **tokenized)
+    return TokenizedPair(
+        id=pair.id,
+        prompt_ids=of_both,
+        rejected_prompt_ids=of_rejected,
+        prompt_truncated=length > max_prompt_length or shorter,
+        written=written,
+        **tokenized,
+    )
 
 
 def _aligned(encoded: Mapping[str, long_text.Tokens]) -> dict[str, long_text.Tokens]:
@@ -417,33 +442,3 @@ def _aligned(encoded: Mapping[str, long_text.Tokens]) -> dict[str, long_text.Tok
     start = max(int(offsets[0, 0]) for _, offsets in encoded.values())
     begins = {side: offsets[:, 0] >= start for side, (_, offsets) in encoded.items()}
     return {side: (ids[begins[side]], o[begins[side]]) for side, (ids, o) in encoded.items()}
-
-
-def _response_tokens(
-    id: str,
-    side: str,
-    response: Response,
-    ids: np.ndarray,
-    offsets: np.ndarray,
-    prompt_length: int,
-    max_length: int,
-) -> dict[str, Any]:
-    """A response's fields of a `TokenizedPair`, by their names without the side."""
-    room = max_length - prompt_length
-    text_length = min(int(np.searchsorted(offsets[:, 0], response.end)), room)
-    if text_length <= 0:
-        raise BadExample(
-            f"the {side} response is left with no token: the prompt takes {prompt_length} of "
-            f"data.max_length = {max_length} tokens, the response has {len(ids)}",
-            id=id,
-        )
-    text = response.text
-    begin = response.rendered.index(text, response.start)
-    spans = np.clip(offsets[:text_length] - begin, 0, len(text))
-    whole = len(ids) == text_length or offsets[text_length, 0] >= response.end
-    return {
-        "ids": ids[:room],
-        "text_length": text_length,
-        "truncated": len(ids) > room,
-        "spans": close_gaps(spans, len(text) if whole else None),
-    }

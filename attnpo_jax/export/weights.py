@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # What the splits are called in the published datasets.
 FILES = {"train": "train.jsonl", "eval": "test.jsonl"}
+# And what is there of attention, where it has another name.
+_PUBLISHED = {"rollout": "attention_rollout"}
 
 
 def export_weights(run: "Run", *, console: Console | None = None) -> None:
@@ -100,7 +102,7 @@ def published_rows(dataset: Prepared, pairs: Iterable[Pair]) -> Iterator[dict[st
         for side in SIDES:
             line[f"{side}_tokens"] = row[f"{side}_ids"][: row[f"{side}_text_length"]].tolist()
         if dataset.source_layers:
-            names: tuple[Any, ...] = dataset.source_layers
+            names: tuple[Any, ...] = tuple(_PUBLISHED.get(s, s) for s in dataset.source_layers)
             weights = {side: shares(row[f"judge_{side}"]) for side in SIDES}
             if "judge_verdict" in row:
                 agrees = row["judge_verdict"] > 0

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +24,12 @@ from attnpo_jax.data.tokenize import ChatTokenizer, TokenizedPair, tokenize_pair
 from attnpo_jax.data.vocabulary import check_ids
 from attnpo_jax.judge.language_model import LanguageModel
 from attnpo_jax.judge.prompt import JudgePrompt, JudgePrompter, JudgeTemplate, common_beginning
-from attnpo_jax.models import decoder, lm_head, placement
+from attnpo_jax.models import decoder, lm_head, placement, reading
 from attnpo_jax.models.attention import implementations
 from attnpo_jax.models.decoder import ModelConfig, Params, Past
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.parallel.batches import Batches
+from attnpo_jax.weighting.sources import ROLLOUT, Source, counted_from_0, head_of, layer_of
 
 _LOG = logging.getLogger(__name__)
 
@@ -48,8 +50,12 @@ class Judgement:
         NaN from a judge that was not asked for it.
       answer_ids: int32 (2,), by order, the token that the judge would most likely answer with,
         which need not be a letter; -1 likewise.
-      source_layers: the layers on the S axis, counted from 0.
+      source_layers: what the S axis holds, as `weighting.sources` names it: layers, counted from
+        0, single heads, rollout.
       num_layers: how many layers the judge has.
+      chosen_whole, rejected_whole: float32 (2, S, 4), of the response as the judge read it,
+        whatever training cuts off: the sum of its attention, that of its first token, how many
+        tokens it has, and how many of its first ones training lacks. None where not known.
     """
 
     id: str
@@ -57,8 +63,10 @@ class Judgement:
     rejected: np.ndarray
     verdict: np.ndarray
     answer_ids: np.ndarray
-    source_layers: tuple[int, ...]
+    source_layers: tuple[Source, ...]
     num_layers: int
+    chosen_whole: np.ndarray | None = None
+    rejected_whole: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +86,7 @@ class Judge:
       template: `default`, a file, or a template that is loaded.
       max_length: a judge prompt stays below this many tokens.
       max_answer_length: tokens that an answer keeps where the prompt would be longer.
-      source_layers: the layers whose attention is kept, counted from 0.
+      source_layers: what the attention is kept of: layers, heads as "23:4", "rollout".
       verdict: whether the answer is wanted too; without it, layers above the last of those do not
         run.
       batch_size: rows in a batch, at most.
@@ -98,7 +106,7 @@ class Judge:
         template: str | JudgeTemplate = "default",
         max_length: int = 2048,
         max_answer_length: int = 768,
-        source_layers: Sequence[int] = (-1,),
+        source_layers: Sequence[Source] = (-1,),
         verdict: bool = True,
         dtype=jnp.float32,
         batch_size: int = 8,
@@ -107,8 +115,10 @@ class Judge:
         backend: backends.Backend | None = None,
         attention: str = "auto",
     ):
-        layers = model.config.num_layers
-        self.source_layers = tuple(range(layers)[layer] for layer in source_layers)
+        shape = model.config
+        checked = [_checked(source, shape.num_layers, shape.num_heads) for source in source_layers]
+        self.source_layers = tuple(checked)
+        _tell_memory(self.source_layers, shape, dtype, token_budget)
         if not isinstance(template, JudgeTemplate):
             template = JudgeTemplate.load(template)
         self.prompter = JudgePrompter(
@@ -133,7 +143,10 @@ class Judge:
         }
         self._letters = self._backend.replicate(np.asarray(self.prompter.letter_ids, np.int32))
         self._pass = compile_pass(
-            self._backend, self.source_layers, verdict=verdict, **self._static
+            self._backend,
+            attention_sources(self.source_layers),
+            verdict=verdict,
+            **self._static,
         )
 
     def fit(
@@ -190,10 +203,11 @@ class Judge:
             done = []
             for b, i in enumerate(batch):
                 pair, rows_SQL = tokenized[i], rows_SBQL[:, b]
-                attention = (self._carried_over(rows_SQL, prompts[i], pair, side) for side in SIDES)
+                carried = [self._carried_over(rows_SQL, prompts[i], pair, side) for side in SIDES]
+                attention, whole = zip(*carried, strict=True)
                 says = (*attention, verdict_BQ[b], answer_BQ[b])
                 of_model = self.source_layers, self._model.config.num_layers
-                done.append((i, Judgement(pair.id, *says, *of_model)))
+                done.append((i, Judgement(pair.id, *says, *of_model, *whole)))
             yield done
 
     def verdicts(self, prompts: Sequence[JudgePrompt]) -> Iterator[list[tuple[int, np.ndarray]]]:
@@ -232,20 +246,50 @@ class Judge:
 
     def _carried_over(
         self, rows_SQL: np.ndarray, prompt: JudgePrompt, pair: TokenizedPair, side: str
-    ) -> np.ndarray:
-        """A response's attention (2, S, T) by order, on its tokens as they are trained on."""
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A response's attention (2, S, T) by order, on its tokens as they are trained on, and the
+        figures (2, S, 4) of all of it, see `Judgement`.
+        """
         skip = len(self._common) if self._begins_common(prompt) else 0
         shift = len(prompt.ids[0]) - prompt.prefix_length
-        spans = getattr(pair, f"{side}_spans")
+        cut_spans, spans = getattr(pair, f"{side}_cut_spans"), getattr(pair, f"{side}_spans")
+        cut, spans = len(cut_spans), np.concatenate([cut_spans, spans])
         text_ids = getattr(pair, f"{side}_ids")[: getattr(pair, f"{side}_text_length")]
         judged = (getattr(prompt, f"{side}_{name}") for name in ("tokens", "spans"))
-        orders = []
+        orders, wholes = [], []
         for order, (at, its_spans, ids) in enumerate(zip(*judged, prompt.ids, strict=True)):
             # In the row, the second order's own tokens stand behind the first's.
             places = at - skip + order * shift * (at >= prompt.prefix_length)
-            of_tokens = (ids[at], text_ids) if self._same_ids else ()
-            orders.append(align(rows_SQL[:, order, places], its_spans, spans, *of_tokens))
-        return np.stack(orders).astype(np.float32)
+            mass_ST = rows_SQL[:, order, places]
+            # Those of tokens that were cut off are not known here; other tokenizers' mean nothing.
+            both_ids = (ids[at], text_ids) if self._same_ids and not cut else ()
+            orders.append(align(mass_ST, its_spans, spans, *both_ids)[:, cut:])
+            counts = np.full((2, len(mass_ST)), [[len(places)], [cut]])
+            wholes.append(
+                np.stack([mass_ST.sum(axis=-1), mass_ST[:, :1].sum(axis=-1), *counts], axis=-1)
+            )
+        return np.stack(orders).astype(np.float32), np.stack(wholes).astype(np.float32)
+
+
+def _tell_memory(
+    source_layers: Sequence[Source], shape: ModelConfig, dtype: Any, token_budget: int
+) -> None:
+    """Says what heads and rollout take, which is much."""
+    if any(map(head_of, source_layers)):
+        _LOG.info(
+            "the judge's attention has %d layers and heads: %d bytes a text token, on disk and in "
+            "training's batches",
+            len(source_layers),
+            2 * 4 * len(source_layers),
+        )
+    if ROLLOUT in source_layers:
+        a_token = (shape.num_layers - 1) * (shape.num_heads + shape.num_kv_heads) * shape.head_dim
+        _LOG.info(
+            "rollout keeps the queries and keys of all layers: %.0f MB for a batch of %d tokens "
+            "(judge.token_budget), over all devices",
+            a_token * jnp.dtype(dtype).itemsize * token_budget / 1e6,
+            token_budget,
+        )
 
 
 def _sharable(prompt: JudgePrompt) -> int:
@@ -273,9 +317,24 @@ def _shared_past(
     return decoder.make_past(config, params, tokens_P, dtype=dtype, attention=attention)
 
 
+def attention_sources(source_layers: Sequence[Source]) -> tuple[reading.Source, ...]:
+    """Sources by name, counted from 0, as `models.reading` takes them."""
+    return tuple(head_of(source) or source for source in source_layers)
+
+
+def _checked(source: Source, num_layers: int, num_heads: int) -> Source:
+    """A source of a model, counted from 0; raises IndexError where the model lacks it."""
+    layer, head = layer_of(source), head_of(source)
+    if layer is not None and not -num_layers <= layer < num_layers:
+        raise IndexError(f"layer {source}: the model has {num_layers} layers")
+    if head is not None and head[1] >= num_heads:
+        raise IndexError(f"head {source}: the model's layers have {num_heads} heads")
+    return counted_from_0(source, num_layers)
+
+
 def compile_pass(
     backend: backends.Backend,
-    layers: tuple[int, ...],
+    sources: tuple[reading.Source, ...],
     *,
     verdict: bool = True,
     config: ModelConfig,
@@ -292,7 +351,7 @@ def compile_pass(
         _judge_rows,
         out_axes=(1, 0, 0),
         config=config,
-        layers=layers,
+        sources=sources,
         verdict=verdict,
         dtype=jnp.dtype(dtype),
         attention=attention,
@@ -304,7 +363,7 @@ def _judge_rows(
     rows: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
     *,
     config: ModelConfig,
-    layers: tuple[int, ...],
+    sources: tuple[reading.Source, ...],
     verdict: bool = True,
     dtype,
     attention: str,
@@ -315,14 +374,14 @@ def _judge_rows(
     """
     params, past, letters = shared
     tokens_BL, positions_BL, branch_BL, read_B2 = rows
-    output = decoder.read(
+    output = reading.read(
         config,
         params,
         tokens_BL,
         positions_BL,
         branch_BL,
         read_B2,
-        layers=layers,
+        sources=sources,
         past=past,
         with_hidden=verdict,
         dtype=dtype,

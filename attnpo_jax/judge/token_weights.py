@@ -40,7 +40,7 @@ def token_weights(
     ids = {side: getattr(tokenized, f"{side}_ids") for side in ("chosen", "rejected")}
     sides = []
     for side, other in (("chosen", "rejected"), ("rejected", "chosen")):
-        attention = getattr(judgement, side)
+        attention, whole = getattr(judgement, side), getattr(judgement, f"{side}_whole")
         text_length = getattr(tokenized, f"{side}_text_length")
         T = len(ids[side])
         judge_2ST = np.zeros((*attention.shape[:2], T), np.float32)
@@ -57,6 +57,7 @@ def token_weights(
                 is_chosen=jnp.array([side == "chosen"]),
                 source_layers=judgement.source_layers,
                 num_layers=judgement.num_layers,
+                whole_B2S4=None if whole is None else jnp.asarray(whole)[None],
                 tokens_BT=jnp.asarray(ids[side])[None],
                 partner_tokens_BT=jnp.asarray(ids[other])[None],
                 partner_length_B=jnp.array([len(ids[other])]),

@@ -1,17 +1,17 @@
 """One decoder for many model types: parameters with their logical axes, and the forward passes.
 
 A row is `[prefix | branch 1 | branch 2]`: two continuations of one beginning that never see each
-other (see `RowLayout`). The same forward pass serves policy, reference and judge.
+other (see `RowLayout`). The same forward pass serves policy and reference, and `models.reading` the
+judge.
 
 Parameters are a nested dict of arrays; those of the layers are stacked on axis 0 and scanned, so
 that compile time does not grow with depth. What else differs from layer to layer, its window or its
 kind of rotary positions, is scanned along with them (see `layer_kinds`).
 
 Shapes: B rows, L row length, P length of a shared past, D width, N query heads, K key-value heads,
-H head dim, F feed-forward width, V vocabulary, S judge layers, Q read positions.
+H head dim, F feed-forward width, V vocabulary.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -21,7 +21,7 @@ from flax import nnx
 from flax.traverse_util import unflatten_dict
 
 from attnpo_jax.models import placement
-from attnpo_jax.models.attention.core import Past, RowLayout, attention_rows, weighted_values
+from attnpo_jax.models.attention.core import Past, RowLayout
 from attnpo_jax.models.attention.implementations import RESIDUALS, attend, make_masks
 from attnpo_jax.models.config import ModelConfig
 from attnpo_jax.models.layer_kinds import layer_kinds, rope_tables
@@ -32,7 +32,6 @@ __all__ = [
     "ModelConfig",
     "Past",
     "Params",
-    "ReadOutput",
     "abstract_params",
     "as_module",
     "forward",
@@ -40,7 +39,6 @@ __all__ = [
     "keys_and_values",
     "logical_axes",
     "make_past",
-    "read",
     "unembedding",
 ]
 
@@ -55,17 +53,6 @@ REMAT_POLICIES = {
     ),
     "layer": jax.checkpoint_policies.nothing_saveable,  # only each layer's input kept
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class ReadOutput:
-    """What a reading pass returns."""
-
-    # float32 attention rows of the layers read, mean over heads; the columns are the row's own
-    # tokens (a row sums to 1 together with what went to the shared past).
-    rows_SBQL: jax.Array
-    # Final hidden states at the read positions, or None when not asked for.
-    hidden_BQD: jax.Array | None
 
 
 class Decoder(nnx.Module):
@@ -250,82 +237,3 @@ def _run(
         body = jax.checkpoint(body, policy=policy, prevent_cse=False)
     scanned = stacked, layer_kinds(model.config), past
     return jax.lax.scan(body, model.embed(tokens_BL, dtype), scanned)
-
-
-def read(
-    config: ModelConfig,
-    params: Params,
-    tokens_BL: jax.Array,
-    positions_BL: jax.Array,
-    branch_BL: jax.Array,
-    read_BQ: jax.Array,
-    *,
-    layers: tuple[int, ...],
-    past: Past | None = None,
-    with_hidden: bool = True,
-    dtype=jnp.float32,
-    attention: str = "xla",
-) -> ReadOutput:
-    """Where the tokens at `read_BQ` look, in each of some layers: the judge's pass.
-
-    Layers above the last one needed do not run, and in that one only the read positions go past
-    the attention row. Not meant to be differentiated.
-
-    Args:
-      tokens_BL, positions_BL, branch_BL: as for `forward`, without the tokens of `past`; positions
-        are counted from its start.
-      read_BQ: int32 places in the row (B, Q) whose attention rows are wanted.
-      past: keys and values of tokens that every row begins with (see `make_past`), or None.
-      with_hidden: whether the final hidden states at the read positions are wanted too.
-    """
-    model, layout = as_module(config, params), row_layout(config, branch_BL, positions_BL)
-    last = config.num_layers - 1 if with_hidden else max(layers)
-    ropes = rope_tables(config, positions_BL)
-    ropes_read = rope_tables(config, jnp.take_along_axis(positions_BL, read_BQ, axis=1))
-    graphdef, stacked = nnx.split(model.layers)
-    kinds = layer_kinds(config)
-    run_attention = model.attention(attention, layout, past)
-    wanted = jnp.asarray([i in layers for i in range(config.num_layers)])
-
-    def enter(x_BLD, i):
-        """A layer, its kind and past, and what it first makes of its input: norm and keys."""
-        # Indexing (rather than scanning over the stack itself) leaves the stack whole in place
-        # when only its first layers run.
-        slice_, kind = jax.tree.map(lambda p: p[i], (stacked, kinds))
-        layer = nnx.merge(graphdef, slice_)
-        layer_past = None if past is None else jax.tree.map(lambda p: p[i].astype(dtype), past)
-        normed = layer.normed_for_attention(x_BLD)
-        return layer, kind, layer_past, normed, layer.keys(normed, kind.rope_of(ropes))
-
-    def row_of(layer, kind, layer_past, normed, k_BLKH):
-        """Attention probabilities (B, N, Q, P + L) of the read positions."""
-        at_read = jnp.take_along_axis(normed, read_BQ[:, :, None], axis=1)
-        q_BQNH = layer.queries(at_read, kind.rope_of(ropes_read))
-        rule = kind.score_rule(config)
-        return attention_rows(q_BQNH, k_BLKH, layout, read_BQ, rule=rule, past=layer_past)
-
-    def mean_over_heads(p_BNQL):
-        return jnp.mean(p_BNQL, axis=1)[..., -tokens_BL.shape[1] :]
-
-    def body(x_BLD, i):
-        layer, kind, layer_past, normed, k_BLKH = entered = enter(x_BLD, i)
-        v_BLKH = layer.values(normed)
-        row = jax.lax.cond(
-            wanted[i],
-            lambda: mean_over_heads(row_of(*entered)),
-            lambda: jnp.zeros((*read_BQ.shape, tokens_BL.shape[1])),
-        )
-        q_BLNH = layer.queries(normed, kind.rope_of(ropes))
-        attended = run_attention(kind, q_BLNH, k_BLKH, v_BLKH, layer_past)
-        return layer.after_attention(x_BLD, attended), row
-
-    x_BLD, rows = jax.lax.scan(body, model.embed(tokens_BL, dtype), jnp.arange(last))
-    layer, _, layer_past, normed, _ = entered = enter(x_BLD, last)
-    p_BNQL = row_of(*entered)
-    rows = jnp.concatenate([rows, mean_over_heads(p_BNQL)[None]])
-    hidden_BQD = None
-    if with_hidden:
-        attended = weighted_values(p_BNQL, layer.values(normed), past=layer_past)
-        residual = jnp.take_along_axis(x_BLD, read_BQ[:, :, None], axis=1)
-        hidden_BQD = model.final(layer.after_attention(residual, attended))
-    return ReadOutput(rows_SBQL=rows[jnp.asarray(layers)], hidden_BQD=hidden_BQD)

@@ -94,9 +94,10 @@ def train_batch(
     num_sources: int,
     num_columns: int = 0,
     groups: Collection[str] = ("reference_logps",),
+    whole_responses: bool = False,
 ) -> PairBatch:
     """A training batch (n, B, ...) as `jax.ShapeDtypeStruct`s."""
-    one = reference_batch(lengths, 1, num_sources, num_columns, groups)
+    one = reference_batch(lengths, 1, num_sources, num_columns, groups, whole_responses)
     n_B = batching.microbatches, batching.rows
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*n_B, *x.shape[1:]), x.dtype), one)
 
@@ -107,6 +108,7 @@ def reference_batch(
     num_sources: int = 0,
     num_columns: int = 0,
     groups: Collection[str] = ("reference_logps",),
+    whole_responses: bool = False,
 ) -> PairBatch:
     """A batch (B, ...) for the reference's pass, as `jax.ShapeDtypeStruct`s."""
     shape = RowShape(
@@ -116,7 +118,7 @@ def reference_batch(
     )
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype),
-        fill_rows([[]], shape, num_sources, num_columns, groups),
+        fill_rows([[]], shape, num_sources, num_columns, groups, whole_responses),
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from attnpo_jax import config as config_lib
 from attnpo_jax.judge import judge
-from attnpo_jax.models import flops, int8, lora
+from attnpo_jax.models import flops, int8, lora, reading
 from attnpo_jax.models.attention import implementations
 from attnpo_jax.models.decoder import ModelConfig, abstract_params
 from attnpo_jax.models.io import known
@@ -28,6 +28,7 @@ from attnpo_jax.plan.lengths import Batching, Lengths
 from attnpo_jax.plan.topologies import GIB, PlanError, Topology
 from attnpo_jax.prepare import reference
 from attnpo_jax.train import stage as train
+from attnpo_jax.weighting import Source
 
 
 class DoesNotFit(PlanError):
@@ -91,9 +92,11 @@ class Setting:
         return dataclasses.replace(self, model=known.shape_of(source)) if source else self
 
     @property
-    def judge_layers(self) -> tuple[int, ...]:
+    def judge_layers(self) -> tuple[Source, ...]:
         model = self.judging.model
-        return config_lib.judge_layers(self.config, model.num_layers, model.layer_windows)
+        return config_lib.judge_layers(
+            self.config, model.num_layers, model.layer_windows, model.num_heads
+        )
 
     @property
     def weight_columns(self) -> tuple[str, ...]:
@@ -132,7 +135,8 @@ class Setting:
         reference = train.reference_in_memory(config, self.model, self.other_reference)
         settings = config_lib.step_settings(config, policy, layers, attention, columns, reference)
         step = train.compile_step(config, settings, backend, total_steps=100)
-        batch = lengths.train_batch(at, batching, len(layers), len(columns), reads)
+        whole = config.judge.whole_responses and "judge" in reads
+        batch = lengths.train_batch(at, batching, len(layers), len(columns), reads, whole)
         needed = batching.pairs * flops.training(self.model, at.prompt, (at.response,) * 2)
         return self.compile(
             "train",
@@ -175,9 +179,10 @@ class Setting:
         """
         at, backend = self.lengths, self._preparing_backend()
         batching = Batching.preparing(self.config, at.judge_row, backend.row_shards)
+        sources = judge.attention_sources(self.judge_layers)
         call = judge.compile_pass(
             backend,
-            self.judge_layers,
+            sources,
             verdict=self.config.judge.verdict,
             config=self._of_passes,
             dtype=jnp.dtype(self.config.model.dtype),
@@ -190,7 +195,9 @@ class Setting:
             0,
             at.judge_prefix,
             (at.judge_order,) * 2,
-            last_layer=None if self.config.judge.verdict else max(self.judge_layers),
+            last_layer=None
+            if self.config.judge.verdict
+            else reading.last_layer(sources, self.model.num_layers),
         )
         return self.compile(
             "judge",

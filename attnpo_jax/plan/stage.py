@@ -56,7 +56,7 @@ def plan(
         config, model, topologies.parse(topology), Lengths.of(config, row_length, response_length)
     )
     judge = setting.judging.model
-    config_lib.check_layers(config, judge.num_layers, judge.layer_windows)
+    config_lib.check_layers(config, judge.num_layers, judge.layer_windows, judge.num_heads)
     if search_over:
         ranking = search.ranking(setting)
         if as_json:

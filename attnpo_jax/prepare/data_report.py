@@ -188,7 +188,7 @@ def _figures(forms: PairForms) -> _Figures:
     pair, prompt = forms.tokenized, forms.prompt
     parts = ("prompt", "chosen", "rejected")
     lengths = {part: len(getattr(pair, f"{part}_ids")) for part in parts}
-    lengths["row"] = sum(lengths.values())
+    lengths["row"] = sum(lengths.values()) + len(pair.rejected_prompt_ids)
     truncated = {part: getattr(pair, f"{part}_truncated") for part in parts}
     if prompt is not None:
         lengths["judge"] = max(map(len, prompt.ids))
@@ -225,7 +225,9 @@ def _examples(
         pair = forms.tokenized
         example = {"id": pair.id}
         for side in ("chosen", "rejected"):
-            example[side] = text(np.concatenate([pair.prompt_ids, getattr(pair, f"{side}_ids")]))
+            example[side] = text(
+                np.concatenate([pair.prompt_of(side), getattr(pair, f"{side}_ids")])
+            )
         if forms.prompt is not None:
             example["judge"] = text(forms.prompt.ids[0], judge)
         examples.append(example)

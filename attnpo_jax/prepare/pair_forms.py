@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from ml_collections import config_dict
 
+from attnpo_jax import config as config_lib
 from attnpo_jax.config.rules import as_tuple
 from attnpo_jax.data.chat_template import Conversation, announce
 from attnpo_jax.data.pair import SIDES, BadExample, Pair
@@ -13,6 +14,7 @@ from attnpo_jax.data.precomputed_weights import WeightReader
 from attnpo_jax.data.rendered import RenderedTexts
 from attnpo_jax.data.tokenize import ChatTokenizer, TokenizedPair, tokenize_pair
 from attnpo_jax.data.tokenizer_files import load_backend
+from attnpo_jax.data.trained import AS_USUAL, TrainedForm
 from attnpo_jax.data.vocabulary import check_ids
 from attnpo_jax.judge.prompt import JudgePrompt, JudgePrompter, JudgeTemplate
 from attnpo_jax.prepare.scorer_forms import ScorerTokenizer
@@ -41,7 +43,8 @@ class PairForms:
         """The positions that it takes, both as `row` trained on and, if it is, as `judge`d."""
         pair = self.tokenized
         responses = max(len(pair.chosen_ids), len(pair.rejected_ids))
-        positions = {"row": len(pair.prompt_ids) + responses}
+        prompt = max(len(pair.prompt_ids), len(pair.rejected_prompt_ids))
+        positions = {"row": prompt + responses}
         if self.prompt is not None:
             positions["judge"] = max(map(len, self.prompt.ids))
         return positions
@@ -60,7 +63,7 @@ class PairTokenizer:
       weight_reader: for the weights that come with the pairs; None where none are read.
       vocab_size: rows of the model's embedding; None where there is no model to know it of.
       judge_vocab_size: likewise, of the judge, if that is another model.
-      max_length, max_prompt_length: as in `data.tokenize.tokenize_pair`.
+      max_length, max_prompt_length, form: as in `data.tokenize.tokenize_pair`.
       on_bad_row: `error` or `skip`.
       scorer: what has the tokens as a scorer reads them; None without one.
     """
@@ -75,6 +78,7 @@ class PairTokenizer:
         judge_vocab_size: int | None = None,
         max_length: int,
         max_prompt_length: int,
+        form: TrainedForm = AS_USUAL,
         on_bad_row: str = "error",
         scorer: ScorerTokenizer | None = None,
     ):
@@ -86,6 +90,7 @@ class PairTokenizer:
         self._scorer = scorer
         self._rendered = RenderedTexts.of(tokenizer)
         self._lengths = {"max_length": max_length, "max_prompt_length": max_prompt_length}
+        self._form = form
         self._skip = on_bad_row == "skip"
 
     @classmethod
@@ -137,6 +142,7 @@ class PairTokenizer:
             scorer=scorer,
             max_length=config.data.max_length,
             max_prompt_length=config.data.max_prompt_length,
+            form=config_lib.trained_form(config),
             on_bad_row=on_bad_row or config.data.on_bad_row,
         )
 
@@ -168,7 +174,8 @@ class PairTokenizer:
         conversations: list[Conversation] = []
         requests: list[Conversation] = []
         for pair in pairs:
-            asked = Conversation(pair.prompt, pair.tools, generation_prompt=True)
+            trained = self._form.asked(pair, self._tokenizer.template.text)
+            asked = Conversation(trained.prompt, pair.tools, generation_prompt=True)
             conversations += [asked, *(asked.and_answer(pair.response(side)) for side in SIDES)]
             if self._prompter is not None:
                 requests += self._prompter.requests(pair)
@@ -183,7 +190,7 @@ class PairTokenizer:
     def forms(self, pair: Pair) -> PairForms:
         """One pair's forms; raises as a call does."""
         self._rendered.check(pair)
-        tokenized = tokenize_pair(self._tokenizer, pair, **self._lengths)
+        tokenized = tokenize_pair(self._tokenizer, pair, **self._lengths, form=self._form)
         if np.array_equal(tokenized.chosen_ids, tokenized.rejected_ids):
             cut = tokenized.chosen_truncated or tokenized.rejected_truncated
             limit = f", cut to data.max_length = {self._lengths['max_length']}" if cut else ""
@@ -204,6 +211,7 @@ class PairTokenizer:
     def _check_ids(self, pair: Pair, forms: PairForms) -> None:
         parts = ("prompt", "chosen", "rejected")
         of_model = {part: getattr(forms.tokenized, f"{part}_ids") for part in parts}
+        of_model["rejected response's prompt"] = forms.tokenized.rejected_prompt_ids
         checked = [(self._tokenizer, self._vocab_size, of_model)]
         if forms.prompt is not None:
             of_judge = {

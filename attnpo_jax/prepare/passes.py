@@ -61,7 +61,12 @@ def of_judge(
             yield [
                 (
                     i,
-                    {"judge_chosen": says.chosen, "judge_rejected": says.rejected}
+                    {
+                        "judge_chosen": says.chosen,
+                        "judge_rejected": says.rejected,
+                        "judge_chosen_whole": says.chosen_whole,
+                        "judge_rejected_whole": says.rejected_whole,
+                    }
                     | ({"judge_verdict": says.verdict} if judge.verdict else {}),
                 )
                 for i, says in done

@@ -189,6 +189,7 @@ def _example(index: int, pair: TokenizedPair) -> Example:
         pair.prompt_ids,
         (pair.chosen_ids, pair.rejected_ids),
         (pair.chosen_text_length, pair.rejected_text_length),
+        rejected_prompt_ids=pair.rejected_prompt_ids,
     )
 
 

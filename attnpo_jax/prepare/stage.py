@@ -38,6 +38,7 @@ from attnpo_jax.runtime.errors import Preempted, UserError
 from attnpo_jax.runtime.printable import plain, say
 from attnpo_jax.runtime.progress import CountProgress
 from attnpo_jax.runtime.team import ALONE, Team
+from attnpo_jax.weighting.sources import ROLLOUT, head_of
 
 if TYPE_CHECKING:
     from attnpo_jax.run import Run
@@ -304,7 +305,7 @@ class _Shards:
                 if k + 1 < len(pending):
                     following = read(*pending[k + 1])
                 rows = _shard_rows(self.columns, forms, progress, preempted)
-                if rows is not None and self.split.is_set:
+                if rows is not None:
                     wanted = features(self.split.components)
                     rows = [{name: row[name] for name in wanted} for row in rows]
                 if written is not None:
@@ -357,7 +358,7 @@ def _shard_rows(
     progress: CountProgress,
     preempted: Callable[[], bool],
 ) -> list[dict[str, Any]] | None:
-    """The rows of a shard, or None if notice came before they were all there."""
+    """The rows of a shard, with what may not be kept of them; None if notice came before all."""
     computed: list[dict[str, Any]] = [{} for _ in forms]
     for of_pass in columns:
         for done in of_pass(forms):
@@ -377,6 +378,7 @@ def _shard_rows(
             "prompt_ids": pair.prompt_ids,
             "chosen_ids": pair.chosen_ids,
             "rejected_ids": pair.rejected_ids,
+            "rejected_prompt_ids": pair.rejected_prompt_ids,
             "chosen_text_length": pair.chosen_text_length,
             "rejected_text_length": pair.rejected_text_length,
             **found,
@@ -405,11 +407,12 @@ def summary(split: str, dataset: prepared.Prepared) -> Table:
         agrees = f"both orders {both}, one {one}, none {none}"
         table.add_row("verdict agrees with the label", agrees)
         table.add_row("position bias", f"{figures.position_bias:+.3f} log-odds for A")
-    for layer, entropy, first in zip(
+    for source, entropy, first in zip(
         dataset.source_layers, figures.entropy, figures.first_token, strict=False
     ):
-        table.add_row(
-            f"weights of layer {layer}",
-            f"entropy {entropy:.1%} of uniform, first token {first:.1%}",
-        )
+        if head_of(source) is None:  # of heads, there may be hundreds
+            table.add_row(
+                "weights of " + ("rollout" if source == ROLLOUT else f"layer {source}"),
+                f"entropy {entropy:.1%} of uniform, first token {first:.1%}",
+            )
     return table

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from attnpo_jax import config as config_lib
 from attnpo_jax.data import column_sets
 from attnpo_jax.data.cache_key import cache_key
 
@@ -31,6 +32,8 @@ def wanted(
         "max_length": run.config.judge.max_length,
         "max_answer_length": run.config.judge.max_answer_length,
         "verdict": run.config.judge.verdict,
+        # Only where it is asked for, so that what was prepared without stays valid.
+        **({"whole_responses": True} if run.config.judge.whole_responses else {}),
     }
     judge = None
     if run.judge is not None and run.source_layers:
@@ -74,6 +77,7 @@ def _components(
             "max_length": config.data.max_length,
             "max_prompt_length": config.data.max_prompt_length,
         },
+        form=config_lib.trained_form(config).changes(),
         source_layers=run.source_layers if run.judge is None else (),
         num_layers=run.model.num_layers,
         weight_columns=weight_columns,

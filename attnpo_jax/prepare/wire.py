@@ -61,6 +61,9 @@ _TOKENIZED = {
     "prompt_truncated": Flag(),
     "chosen_truncated": Flag(),
     "rejected_truncated": Flag(),
+    "rejected_prompt_ids": _IDS,
+    "chosen_cut_spans": _SPANS,
+    "rejected_cut_spans": _SPANS,
     "written": Mapped(Text()),
 }
 _PROMPT = {

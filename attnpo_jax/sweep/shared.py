@@ -30,19 +30,25 @@ def to_prepare(run: Run, points: Sequence[Point]) -> list[Run]:
     scorers = union([point.config.prepare.scorers for point in points])
     judges: dict[Any, dict[Any, None]] = {}
     shapes: dict[Any, ModelConfig] = {}
+    whole: dict[Any, bool] = {}
     for point in points:
         one, judge = dataclasses.replace(run, config=point.config), _judge(point.config)
         if judge not in shapes:
             shapes[judge] = run.model if one.judge is None else one.judge.shape
         shape = shapes[judge]
-        layers = config_lib.check_layers(point.config, shape.num_layers, shape.layer_windows)
+        layers = config_lib.check_layers(
+            point.config, shape.num_layers, shape.layer_windows, shape.num_heads
+        )
         judges.setdefault(judge, {}).update(dict.fromkeys(layers))
+        whole[judge] = whole.get(judge, False) or point.config.judge.whole_responses
     kinds: dict[Any, Run] = {}
     for point in points:
         reads, judge = config_lib.reads(point.config), _judge(point.config)
         config = point.config.copy_and_resolve_references()
         with config.unlocked():
             config.judge.layers = tuple(judges[judge]) or "none"
+            config.judge.heads = "mean"  # single heads are among the layers by name
+            config.judge.whole_responses = whole[judge]
             config.prepare.scorers = scorers
         one = dataclasses.replace(run, config=config)
         kinds.setdefault((reads, config.reference.source, judge), one)

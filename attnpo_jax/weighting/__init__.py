@@ -21,7 +21,6 @@ from attnpo_jax.weighting.functions import (
     register,
     registry,
     select_columns,
-    select_sources,
     to_length,
     top_tokens,
     uniform,
@@ -35,11 +34,14 @@ from attnpo_jax.weighting.likelihoods import (
 from attnpo_jax.weighting.positions import d2po, diff, in_common, ld_dpo
 from attnpo_jax.weighting.shaping import shaped
 from attnpo_jax.weighting.shares import attention, column
+from attnpo_jax.weighting.sources import ROLLOUT, Source, select_sources
 
 __all__ = [
     "MIN_TOKENS_FOR_SINK_FIX",
     "NEEDS",
+    "ROLLOUT",
     "ResponseTokens",
+    "Source",
     "annotations",
     "attention",
     "bind",

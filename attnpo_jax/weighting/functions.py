@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from attnpo_jax.registry import Registry, RegistryError
+from attnpo_jax.weighting.sources import Source
 
 NEEDS = (
     "judge",
@@ -66,13 +67,16 @@ class ResponseTokens:
         `NotComputed` where neither the weighting nor the objective needs it.
       policy_logps_BT: float32, the same under the policy, gradient stopped.
       is_chosen: bool (B,), whether the row is its pair's chosen response.
-      source_layers: which layers the S axis holds, counted from 0; None: layers are then named by
-        their place on the S axis.
+      source_layers: what the S axis holds, as `sources` names it: layers, counted from 0, single
+        heads, rollout. None: layers are then named by their place on the S axis.
       num_layers: how many layers the model has; negative layers count from it.
       ready_BKT: float32, numbers of any sign by column: those of scorers, then those that came with
         the data. The latter are 0 off `text_mask_BT`; a scorer's are 0 where it has no number for a
         closing template token. None where there is no column.
       weight_columns: the names of the columns on the K axis.
+      whole_B2S4: float32, of the response as the judge read it, whatever training cuts off, by
+        order and source: the sum of its attention, that of its first token, how many tokens it has,
+        and how many of its first ones are cut off here. None unless `judge.whole_responses`.
       tokens_BT: int32, the tokens' ids; -1 off `mask_BT`. None where they are not known.
       partner_tokens_BT: int32, the ids of the other response of the row's pair, -1 behind its end.
         None where they are not known.
@@ -93,12 +97,13 @@ class ResponseTokens:
     reference_logps_BT: jax.Array
     policy_logps_BT: jax.Array
     is_chosen: jax.Array
-    source_layers: tuple[int, ...] | None = dataclasses.field(
+    source_layers: tuple[Source, ...] | None = dataclasses.field(
         default=None, metadata={"static": True}
     )
     num_layers: int | None = dataclasses.field(default=None, metadata={"static": True})
     ready_BKT: jax.Array | None = None
     weight_columns: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
+    whole_B2S4: jax.Array | None = None
     tokens_BT: jax.Array | None = None
     partner_tokens_BT: jax.Array | None = None
     partner_length_B: jax.Array | None = None
@@ -152,45 +157,6 @@ class ResponseTokens:
     def columns(self) -> dict[str, jax.Array]:
         """Scorers and the data's columns by name, (B, T) each, see `ready_BKT`."""
         return {name: self.ready_BKT[:, k] for k, name in enumerate(self.weight_columns)}
-
-
-def select_sources(
-    layer: int | Sequence[int],
-    source_layers: Sequence[int],
-    num_layers: int | None,
-) -> tuple[int, ...]:
-    """Places on the source axis of the layers asked for.
-
-    Args:
-      layer: one layer or several, counted from 0; negative ones count from `num_layers`.
-      source_layers: the layers on the source axis, in its order.
-      num_layers: how many layers the model has; needed for negative layers only.
-
-    Raises:
-      RegistryError: no layer, one that is not a whole number, or one that is not on the axis; the
-        message lists the layers that are.
-    """
-    available = ", ".join(map(str, source_layers))
-    layers = tuple(layer) if isinstance(layer, (tuple, list)) else (layer,)
-    if not layers or any(isinstance(x, bool) or not isinstance(x, int) for x in layers):
-        raise RegistryError(
-            f"layer is {layer!r}; accepted: a layer number or a tuple of them, of {available}"
-        )
-    places = []
-    for wanted in layers:
-        if wanted < 0 and num_layers is None:
-            raise RegistryError(
-                f"layer {wanted} counts from the last one, but the number of layers is not known; "
-                f"accepted: {available}"
-            )
-        resolved = wanted + num_layers if wanted < 0 else wanted
-        if resolved not in source_layers:
-            of = "" if num_layers is None else f" (the model has {num_layers} layers)"
-            raise RegistryError(
-                f"layer {wanted} is not among the judge's layers; accepted: {available}{of}"
-            )
-        places.append(list(source_layers).index(resolved))
-    return tuple(places)
 
 
 def select_columns(

@@ -9,26 +9,29 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from attnpo_jax.registry import RegistryError
 from attnpo_jax.weighting.functions import (
+    MIN_TOKENS_FOR_SINK_FIX,
     ResponseTokens,
     check_mask,
     fix_sink_shares,
     normalized,
     register,
     select_columns,
-    select_sources,
     uniform_shares,
 )
+from attnpo_jax.weighting.sources import Source, select_sources
 
 
 @register(needs=("judge",))
 def attention(
     response: ResponseTokens,
     *,
-    layer: int | tuple[int, ...] = -1,
+    layer: Source | tuple[Source, ...] = -1,
     fix_sink: bool = True,
     layers: Literal["mean", "sum"] = "mean",
     order: Literal["mean", "first", "second", "contrast"] = "mean",
+    renormalize: bool = True,
 ) -> jax.Array:
     """Weight in proportion to the attention of the model as it judges the pair.
 
@@ -40,7 +43,8 @@ def attention(
 
     Args:
       response: masks (B, T) and attention (B, 2, S, T).
-      layer: of the model, -1 for the last; a tuple means several layers' weights together.
+      layer: of the model, -1 for the last; "23:4" for head 4 of layer 23, "rollout" for attention
+        rollout (https://arxiv.org/abs/2005.00928); a tuple for the weights of several together.
       fix_sink: in texts of 5 tokens or more, give the first token the mean weight, whatever its
         attention, and scale the others so that the sum stays the number of text tokens. The first
         token soaks up attention for its place, not for what it says.
@@ -49,13 +53,18 @@ def attention(
       order: which order of the answers counts: the `mean` of both, the `first` (chosen at A) or the
         `second` (chosen at B) alone, or the `contrast`: how far a token's two shares are apart,
         scaled to sum 1 (uniform where they agree).
+      renormalize: make the weights of what is left of a truncated response sum to the number of
+        its text tokens. False, as in the public code: shares and the sink fix are those of the
+        response as the judge read it, n is the number of its tokens there, and what is cut off
+        takes its weight along.
 
     Returns:
       Weights (B, T), float32, no gradient flows through them; 0 off `text_mask_BT`, and for a
       response without text.
 
     Raises:
-      RegistryError: a layer that the judge's sources lack.
+      RegistryError: a layer that the judge's sources lack; or, without `renormalize`, whole
+        responses that are not known, or the order `contrast`.
 
     >>> response = ResponseTokens.of(
     ...     [[True, True, True, False]],
@@ -78,13 +87,42 @@ def attention(
     # The judge's attention is data: where the model looked, never something to train.
     judge_B2ST = jax.lax.stop_gradient(response.judge_B2ST)[:, :, list(places)]
     judge_B2ST = jnp.where(text_BT[:, None, None], judge_B2ST.astype(jnp.float32), 0.0)
-
+    together = jnp.mean if layers == "mean" else jnp.sum
+    if not renormalize:
+        whole_B2S4 = response.known("whole_B2S4")[:, :, list(places)]
+        return together(_of_whole(judge_B2ST, whole_B2S4, text_BT, order, fix_sink), axis=1)
     share_B2ST = normalized(judge_B2ST, uniform_shares(text_BT)[:, None, None])
     share_BST = _one_order(share_B2ST, order, uniform_shares(text_BT)[:, None])
     if fix_sink:
         share_BST = fix_sink_shares(share_BST, text_BT)
-    together = jnp.mean if layers == "mean" else jnp.sum
     return together(share_BST, axis=1) * jnp.sum(text_BT, axis=-1, keepdims=True)
+
+
+def _of_whole(judge_B2ST, whole_B2S4, text_BT, order: str, fix_sink: bool):
+    """Weights (B, S, T) of tokens by their shares of the whole response that they are left of."""
+    if order == "contrast":
+        raise RegistryError(
+            "order 'contrast' is scaled by all of a response, which renormalize=False does not "
+            "have; accepted with it: 'mean', 'first', 'second'"
+        )
+    total_B2S1, first_B2S1, count_B2S1, cut_B2S1 = jnp.split(whole_B2S4, 4, axis=-1)
+    count_BS1 = jnp.maximum(count_B2S1[:, 0], 1.0)
+    empty = total_B2S1 < jnp.finfo(jnp.float32).tiny
+    of_whole = jnp.where(empty, 1.0, total_B2S1)
+    uniform = 1.0 / count_BS1[:, None]
+    share_B2ST = jnp.where(empty, uniform, judge_B2ST / of_whole)
+    share_BST = _one_order(jnp.where(text_BT[:, None, None], share_B2ST, 0.0), order, None)
+    if fix_sink:
+        first_BS1 = _one_order(jnp.where(empty, uniform, first_B2S1 / of_whole), order, None)
+        rest_BS1 = 1.0 - first_BS1
+        alone = rest_BS1 < 1e-6  # nothing but the first token was looked at
+        fixed_BST = share_BST * (1.0 - 1.0 / count_BS1) / jnp.where(alone, 1.0, rest_BS1)
+        fixed_BST = jnp.where(alone, 1.0 / count_BS1, fixed_BST)
+        is_first = text_BT & (jnp.cumsum(text_BT, axis=-1) == 1)
+        is_first = is_first[:, None] & (cut_B2S1[:, 0] == 0)
+        fixed_BST = jnp.where(is_first, 1.0 / count_BS1, fixed_BST)
+        share_BST = jnp.where(count_BS1 >= MIN_TOKENS_FOR_SINK_FIX, fixed_BST, share_BST)
+    return jnp.where(text_BT[:, None], share_BST * count_BS1, 0.0)
 
 
 def _one_order(share_B2ST, order: str, uniform_B1T):

@@ -51,7 +51,13 @@ def plugin(tmp_path):
     return name, str(file)
 
 
-ATTENTION = {"layer": -1, "fix_sink": True, "layers": "mean", "order": "mean"}
+ATTENTION = {
+    "layer": -1,
+    "fix_sink": True,
+    "layers": "mean",
+    "order": "mean",
+    "renormalize": True,
+}
 
 
 def with_value(field, value):
@@ -164,8 +170,11 @@ def test_remat_choices_are_the_decoder_s():
         ("data.shuffle", 1, "True or False"),
         ("data.on_bad_row", "ignore", "'error', 'skip'"),
         ("judge.template", "absent.txt", "'default' or an existing file"),
-        ("judge.layers", "half", "'quartiles', 'all', 'none', or a tuple of layer numbers"),
-        ("judge.layers", (), "'quartiles', 'all', 'none', or a tuple of layer numbers"),
+        ("judge.layers", "half", "'none', or 'quartiles', 'all', a layer's number, a head as "),
+        ("judge.layers", (), "'none', or 'quartiles', 'all', a layer's number, a head as '23:4'"),
+        ("judge.layers", (0, "none"), "'none', or 'quartiles', 'all', a layer's number, a head"),
+        ("judge.layers", ("2:",), "a layer's number, a head as '23:4', 'rollout', or a tuple of"),
+        ("judge.heads", 4, "'mean', 'all'"),
         ("optim.learning_rate", float("nan"), "a number above 0"),
         ("optim.learning_rate", 0.0, "a number above 0"),
         ("optim.warmup_ratio", 1.1, "a number from 0 to 1"),
@@ -179,8 +188,8 @@ def test_remat_choices_are_the_decoder_s():
         ("data.max_prompt_length", 2048, "less than config.data.max_length = 2048"),
         ("judge.max_answer_length", 1024, "less than half of config.judge.max_length = 2048"),
         ("parallel.mesh.tensor", -1, "-1 for at most one of them"),
-        ("weighting.layer", 1.5, "int | tuple[int, ...]"),
-        ("weighting.layer", (1, "2"), "int | tuple[int, ...]"),
+        ("weighting.layer", 1.5, "int | str | tuple[int | str, ...]"),
+        ("weighting.layer", (1, 2.5), "int | str | tuple[int | str, ...]"),
         ("weighting.fix_sink", 1, "True or False"),
         ("weighting.tau", 1, "no such hyperparameter; accepted: layer, fix_sink"),
         ("weighting.name", "atention", "accepted: attention, "),
@@ -210,6 +219,11 @@ def test_a_bad_value_is_named_with_what_is_accepted(field, value, accepted):
         ("data.eval", ""),
         ("judge.layers", (0, -1)),
         ("judge.layers", "all"),
+        ("judge.layers", -1),
+        ("judge.layers", "rollout"),
+        ("judge.layers", ("quartiles", "-1:3", 7, "rollout")),
+        ("weighting.layer", "rollout"),
+        ("weighting.layer", ("23:4", -1)),
         ("weighting.layer", (0, -1)),
         ("objective.beta", 1),
         ("objective.wpo", "clamped"),
@@ -555,8 +569,19 @@ def test_source_layers():
     assert source_layers("quartiles", 1) == (0,)
     assert source_layers("all", 4) == (0, 1, 2, 3)
     assert source_layers((-1, 0, 5, 29), 30) == (0, 5, 29)
+    assert source_layers("rollout", 30) == ("rollout",)
+    assert source_layers(("rollout", "-1:10", "29:9", "quartiles"), 30, num_heads=12) == (
+        *(0, 6, 14, 21, 29),
+        *("29:9", "29:10", "rollout"),
+    )
+    assert source_layers((3, "5:0", "rollout"), 30, heads="all", num_heads=2) == (
+        *(3, "3:0", "3:1"),
+        *("5:0", "rollout"),
+    )
     with pytest.raises(ConfigError, match=r"judge.layers = \(0, 30\): no layer 30; .*-30 to 29"):
         source_layers((0, 30), 30)
+    with pytest.raises(ConfigError, match="no layer 3:9; .* -30 to 29, heads 0 to 8"):
+        source_layers("3:9", 30, num_heads=9)
 
 
 def test_check_layers_wants_the_weighting_s_layer_among_the_sources():
@@ -569,6 +594,18 @@ def test_check_layers_wants_the_weighting_s_layer_among_the_sources():
     assert check_layers(config, 30) == (7, 29)
     complete_sections(config, weighting="uniform")
     assert check_layers(config, 30) == (7, 29)
+    config.weighting.name = "attention"
+    for layer in ("rollout", "rolout", "29:0"):
+        config.weighting.layer = layer
+        with pytest.raises(ConfigError, match="config.weighting.layer: .*7, 29"):
+            check_layers(config, 30, num_heads=9)
+    config.weighting.layer, config.weighting.renormalize = -1, False
+    with pytest.raises(ConfigError, match="renormalize = False needs .*whole_responses = True"):
+        check_layers(config, 30)
+    config.judge.whole_responses = True
+    config.judge.layers, config.judge.heads = (-1, "rollout"), "all"
+    config.weighting.layer = ("rollout", "-1:8")
+    assert check_layers(config, 30, num_heads=9)[-2:] == ("29:8", "rollout")
 
 
 def test_quartiles_take_global_layers_where_others_have_a_sliding_window():
@@ -686,7 +723,7 @@ def test_validation_loads_no_model_or_data_library():
 
 
 def test_examples_in_the_docstrings_run():
-    for module, examples in ((checks, 2), (files, 3), (layers, 3), (nested, 2)):
+    for module, examples in ((checks, 2), (files, 3), (layers, 4), (nested, 2)):
         result = doctest.testmod(module)
         assert (result.failed, result.attempted) == (0, examples), module
 

@@ -58,7 +58,7 @@ PAIRS = [
 
 
 def eager(params, ids):
-    """Attention of the last position, mean over heads, (layers, L), and its logits (V,)."""
+    """Attention (layers, N, L, L), and the last position's logits (V,)."""
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
     config, L = TINY, len(ids)
 
@@ -85,13 +85,26 @@ def eager(params, ids):
         scores[:, np.triu(np.ones((L, L), bool), 1)] = -np.inf
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
-        rows.append(weights.mean(0)[-1])
+        rows.append(weights)
         x = x + np.einsum("nqk,knh,nhd->qd", weights, v, layer["output"])
         h = norm(x, layer["mlp_norm"])
         gate = h @ layer["gate"]
         x = x + (gate / (1 + np.exp(-gate)) * (h @ layer["up"])) @ layer["down"]
     unembedding = np.asarray(decoder.unembedding(params), np.float64)
     return np.stack(rows), unembedding @ norm(x[-1], p["final_norm"])
+
+
+def wanted(attention, source):
+    """What a source of the last position's attention is, (L,), of all that there is."""
+    if source == "rollout":
+        rollout = np.eye(attention.shape[-1])
+        for layer in attention.mean(1):
+            rollout = (0.5 * layer + 0.5 * np.eye(len(rollout))) @ rollout
+        return rollout[-1]
+    if isinstance(source, str):
+        layer, head = map(int, source.split(":"))
+        return attention[layer, head, -1]
+    return attention[source].mean(0)[-1]
 
 
 def assert_judged_as_defined(model, judge, pairs, judgements):
@@ -102,7 +115,7 @@ def assert_judged_as_defined(model, judge, pairs, judgements):
         prompt = judge.prompter.build(p)
         for order in (0, 1):
             rows, logits = eager(model.params, prompt.ids[order])
-            rows = rows[list(judge.source_layers)]
+            rows = np.stack([wanted(rows, source) for source in judge.source_layers])
             for side in ("chosen", "rejected"):
                 want = rows[:, getattr(prompt, f"{side}_tokens")[order]]
                 found = getattr(judgement, side)[order]
@@ -113,6 +126,8 @@ def assert_judged_as_defined(model, judge, pairs, judgements):
                 after = found.shape[1] - before - want.shape[1]
                 want = np.pad(want, ((0, 0), (before, after)))
                 np.testing.assert_allclose(found, want, rtol=0, atol=1e-5)
+            if not judge.verdict:
+                continue
             for_a = logits[a] - logits[b]
             np.testing.assert_allclose(
                 judgement.verdict[order], for_a if order == 0 else -for_a, atol=1e-3
@@ -135,11 +150,15 @@ def text_lengths(judgements):
         {"source_layers": (-1, 0), "batch_size": 2, "num_buckets": 1},
         {"source_layers": (1,), "batch_size": 1},
         {"source_layers": (2,), "token_budget": 1},
+        {"source_layers": (0, "1:5", "-1:0", "rollout", "1:2")},
+        {"source_layers": ("rollout",), "batch_size": 2, "verdict": False},
+        {"source_layers": ("0:3", 1), "batch_size": 2, "attention": "xla"},
     ],
 )
 def test_judged_as_defined_however_batched(model, template, settings):
     judge = Judge(model, template=template, **settings)
-    assert judge.source_layers == tuple(layer % 3 for layer in settings["source_layers"])
+    counted = {-1: 2, "-1:0": "2:0"}
+    assert judge.source_layers == tuple(counted.get(x, x) for x in settings["source_layers"])
     judgements = judge.judge(PAIRS, tokenize(model, PAIRS))
     assert_judged_as_defined(model, judge, PAIRS, judgements)
     # As trained on: all bytes of the response, its white space too, without the closing tokens.
@@ -258,5 +277,6 @@ def test_judging_a_handful_of_pairs(model, template):
 
 
 def test_a_layer_that_the_model_lacks(model, template):
-    with pytest.raises(IndexError):
-        Judge(model, template=template, source_layers=(3,))
+    for source, said in ((3, "3 layers"), ("-4:0", "3 layers"), ("2:6", "6 heads")):
+        with pytest.raises(IndexError, match=said):
+            Judge(model, template=template, source_layers=(source,))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnpo_jax.models import decoder
+from attnpo_jax.models import decoder, reading
 from attnpo_jax.models.attention.implementations import BLOCKS
 from attnpo_jax.models.config import ModelConfig, RopeScaling
 from attnpo_jax.models.io import hf_config
@@ -120,7 +120,7 @@ def test_logits_and_attention_rows_equal_transformers(name):
     logits = hidden @ decoder.unembedding(params).T
     np.testing.assert_allclose(logits, want.logits.numpy(), atol=1e-4)
     reads = jnp.array([[39, 7]])
-    got = decoder.read(config, params, *plain_row(tokens), reads, layers=(0, 1, 2))
+    got = reading.read(config, params, *plain_row(tokens), reads, sources=(0, 1, 2))
     rows = np.stack([a.mean(1).numpy()[:, [39, 7]] for a in want.attentions])
     np.testing.assert_allclose(got.rows_SBQL, rows, atol=1e-5)
     np.testing.assert_allclose(got.hidden_BQD, hidden[:, [39, 7]], atol=1e-4)
@@ -176,14 +176,17 @@ def test_past_replaces_a_common_beginning():
     prefix, first, second = (rng.integers(0, 61, n) for n in (9, 4, 6))
     whole = shared_row(prefix, first, second, pad=2)
     reads = jnp.array([[12, 18]])
-    want = decoder.read(TINY, params, *whole, reads, layers=(0, 2))
+    sources = (0, 2, (1, 3), "rollout")
+    want = reading.read(TINY, params, *whole, reads, sources=sources)
     past = decoder.make_past(TINY, params, jnp.asarray(prefix[:6]))
     rest = tuple(a[:, 6:] for a in whole)
-    got = decoder.read(TINY, params, *rest, reads - 6, layers=(0, 2), past=past)
+    # As one CPU reads, row by row.
+    options = {"past": past, "attention": BLOCKS}
+    got = reading.read(TINY, params, *rest, reads - 6, sources=sources, **options)
     np.testing.assert_allclose(got.rows_SBQL, want.rows_SBQL[..., 6:], atol=1e-5)
     np.testing.assert_allclose(got.hidden_BQD, want.hidden_BQD, atol=1e-4)
-    shallow = decoder.read(TINY, params, *whole, reads, layers=(1, 0), with_hidden=False)
-    full = decoder.read(TINY, params, *whole, reads, layers=(1, 0))
+    shallow = reading.read(TINY, params, *whole, reads, sources=(1, 0), with_hidden=False)
+    full = reading.read(TINY, params, *whole, reads, sources=(1, 0))
     assert shallow.hidden_BQD is None
     np.testing.assert_allclose(shallow.rows_SBQL, full.rows_SBQL, atol=1e-6)
 

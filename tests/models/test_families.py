@@ -136,11 +136,18 @@ def models(tmp_path_factory):
 
 
 def run(model, tokens):
-    """Logits (L, V) and attention rows (layers, L, L), mean over heads, in torch."""
+    """Logits (L, V) and attention (layers, N, L, L) in torch."""
     with torch.no_grad():
         output = model(torch.tensor(np.asarray(tokens)[None]), output_attentions=True)
-    rows = np.stack([attention.mean(1)[0].numpy() for attention in output.attentions])
-    return output.logits[0].numpy(), rows
+    return output.logits[0].numpy(), np.concatenate([a.numpy() for a in output.attentions])
+
+
+def rolled_out(attention):
+    """The last position's attention rollout (L,), from the whole matrices of all layers."""
+    rollout = np.eye(attention.shape[-1])
+    for of_heads in attention:
+        rollout = (0.5 * of_heads.mean(0) + 0.5 * np.eye(len(rollout))) @ rollout
+    return rollout[-1]
 
 
 def row_of_two_pairs(rng, pad=5):
@@ -177,7 +184,7 @@ def test_logits_of_packed_rows_equal_those_of_separate_sequences_in_torch(models
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_attention_rows_and_verdicts_equal_those_of_torch(models, name):
+def test_attention_and_verdicts_equal_those_of_torch(models, name):
     m = models(name)
     rng = np.random.default_rng(1)
     common, prefix, pad = 11, 17, 3  # the first tokens run ahead, as a shared past
@@ -190,22 +197,25 @@ def test_attention_rows_and_verdicts_equal_those_of_torch(models, name):
     read = np.array([[29, 45]]) - common
     letters = jnp.array([7, 40])
     layers = tuple(range(m.config.num_layers))
+    heads = ((2, 8), (0, 4), (layers[-1], 0))
     past = jax.jit(decoder.make_past, static_argnums=0)(m.config, m.params, tokens[:common])
     judge_rows = jax.jit(
         functools.partial(
             judge._judge_rows,
             config=m.config,
-            layers=layers,
+            sources=(*layers, *heads, "rollout"),
             dtype=jnp.dtype("float32"),
             attention="xla",
         )
     )
     rows, verdict, answer = judge_rows((m.params, past, letters), (*row, read))
     for order, places in enumerate(orders):
-        logits, want = run(m.theirs, tokens[places])
+        logits, attention = run(m.theirs, tokens[places])
+        of_heads = [attention[layer, head, -1] for layer, head in heads]
+        want = np.stack([*attention.mean(1)[:, -1], *of_heads, rolled_out(attention)])
         own = places >= common
         got = np.asarray(rows)[:, 0, order]
-        np.testing.assert_allclose(got[:, places[own] - common], want[:, -1, own], atol=1e-5)
+        np.testing.assert_allclose(got[:, places[own] - common], want[:, own], atol=1e-5)
         # What the other order holds, and the padding, is not seen.
         others = np.setdiff1d(np.arange(got.shape[1]), places[own] - common)
         np.testing.assert_array_equal(got[:, others], 0.0)

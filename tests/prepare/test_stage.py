@@ -28,6 +28,7 @@ from attnpo_jax.data.manifest import PreparedMismatch
 from attnpo_jax.data.pair import BadExample
 from attnpo_jax.data.prepared import DamagedShard, Prepared, PreparedWriter
 from attnpo_jax.data.sources import load_pairs
+from attnpo_jax.export.weights import export_weights
 from attnpo_jax.judge.figures import JudgeFigures, judge_figures
 from attnpo_jax.judge.judge import Judge, judge_pairs
 from attnpo_jax.judge.language_model import load_model
@@ -143,6 +144,33 @@ def test_rows_hold_what_judge_and_reference_say(inputs, undisturbed):
             places = np.arange(len(row["prompt_ids"]) - 1, len(text) - 1)
             picked = logps[places, row[f"{side}_ids"]]
             np.testing.assert_allclose(row[f"ref_{side}_logps"], picked, rtol=0, atol=1e-4)
+
+
+def test_heads_and_rollout_are_kept_and_published(inputs, undisturbed, tmp_path, caplog):
+    caplog.set_level("INFO")
+    config = tiny.small_config(inputs, data__eval="", judge__heads="all")
+    config.judge.layers = ("rollout", 2)
+    config.weighting.layer = ("-1:1", "rollout")
+    printed = run(config, tmp_path)
+    assert "weights of rollout" in printed and "weights of layer 2 " in printed
+    assert "2:1" not in printed
+    # Both orders of four sources; two layers' queries and keys, three heads of 8 numbers in all.
+    assert "4 layers and heads: 32 bytes a text token" in caplog.text
+    assert f"{2 * 3 * 8 * 4 * 4096 / 1e6:.0f} MB for a batch of 4096 tokens" in caplog.text
+    resolved = Run.resolve(config, tmp_path)
+    dataset = resolved.open_prepared("train")
+    assert dataset.source_layers == (2, "2:0", "2:1", "rollout")
+    plain = Run.resolve(tiny.small_config(inputs), undisturbed[0]).open_prepared("train")
+    for row, without in zip(dataset, plain, strict=True):
+        judge_2ST, mean_2T = row["judge_chosen"], without["judge_chosen"][:, 1]
+        np.testing.assert_allclose(judge_2ST[:, 0], mean_2T, atol=1e-6)
+        np.testing.assert_allclose(judge_2ST[:, 1:3].mean(axis=1), mean_2T, atol=1e-6)
+        assert np.abs(judge_2ST[:, 1] - mean_2T).max() > 1e-4
+    export_weights(resolved, console=Console(file=io.StringIO()))
+    line = json.loads((tmp_path / "weights" / "train.jsonl").read_text().splitlines()[0])
+    names = {name for name in line if name.startswith("chosen_weights_")}
+    published = ("2", "2:0", "2:1", "attention_rollout")
+    assert names == {f"chosen_weights_{name}" for name in published}
 
 
 def test_the_dataset_on_disk(undisturbed):

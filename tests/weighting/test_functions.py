@@ -17,6 +17,7 @@ from attnpo_jax.weighting import (
     positions,
     shaping,
     shares,
+    sources,
 )
 
 # Op-by-op execution compiles every operation for every shape; the tests of values need not wait.
@@ -132,9 +133,56 @@ def test_layer_names_are_resolved_against_the_source_layers():
         weighting.attention(r, layer=(29, -2))
     with pytest.raises(ValueError, match="number of layers is not known"):
         weighting.attention(dataclasses.replace(r, num_layers=None), layer=-1)
-    for bad in ((), True, 1.0, "last"):
-        with pytest.raises(ValueError, match="accepted: a layer number"):
+    for bad in ((), True, 1.0, "last", "3:", (3, "3.0")):
+        with pytest.raises(ValueError, match="accepted: a layer's number, a head as '23:4'"):
             weighting.attention(r, layer=bad)
+
+
+def whole_of(judge_B2ST, lengths, cut=0):
+    """What is known of whole responses with these numbers of tokens, of which some are cut off."""
+    judge = np.asarray(judge_B2ST, np.float64)
+    B, _, S, T = judge.shape
+    judge = judge * (np.arange(T) < np.asarray(lengths)[:, None])[:, None, None]
+    counts = np.broadcast_to(np.asarray(lengths)[:, None, None], (B, 2, S))
+    figures = [judge.sum(-1), judge[..., 0], counts, np.full_like(counts, cut)]
+    return jnp.asarray(np.stack(figures, axis=-1), jnp.float32)
+
+
+@pytest.mark.parametrize("order", ["mean", "first", "second"])
+@pytest.mark.parametrize("fix_sink", [True, False])
+def test_what_truncation_cuts_off_takes_its_weight_along(fix_sink, order):
+    rng = np.random.default_rng(0)
+    judge, lengths = rng.random((4, 2, 2, 12)), [12, 9, 4, 6]
+    judge[1, 1], judge[3, :, :, 1:] = 0.0, 0.0  # nothing looked at, or the first token alone
+    options = {"layer": (0, 1), "layers": "sum", "fix_sink": fix_sink, "order": order}
+    full = weighting.attention(response(judge, lengths, extra=0), **options)
+    whole = whole_of(judge, lengths)
+    for start, stop in ((0, 12), (0, 6), (3, 12)):
+        left = np.clip(np.array(lengths), start, stop) - start
+        of = response(judge[..., start:stop], left, whole_B2S4=whole.at[..., 3].set(start))
+        got = weighting.attention(of, renormalize=False, **options)
+        np.testing.assert_allclose(got, full[:, start:stop], rtol=1e-5, atol=1e-6)
+
+
+def test_weights_are_left_as_they_are_only_where_whole_responses_are_known():
+    r = response(six_tokens(), [6])
+    with pytest.raises(ValueError, match="whole_B2S4 is not known here"):
+        weighting.attention(r, renormalize=False)
+    r = dataclasses.replace(r, whole_B2S4=whole_of(six_tokens(), [6]))
+    with pytest.raises(ValueError, match="'contrast' is scaled by all of a response"):
+        weighting.attention(r, renormalize=False, order="contrast")
+
+
+def test_heads_and_rollout_are_sources_as_layers_are():
+    by_place = response(six_tokens(), [6])
+    r = response(six_tokens(), [6], source_layers=("29:4", "rollout"), num_layers=30)
+    for layer, place in (("-1:4", 0), ("29:4", 0), ("rollout", 1)):
+        np.testing.assert_array_equal(attention(r, layer=layer), attention(by_place, layer=place))
+    both = attention(r, layer=("rollout", "29:4"))
+    np.testing.assert_allclose(both, attention(by_place, layer=(0, 1)), rtol=1e-6)
+    for absent in (29, "29:5", "28:4"):
+        with pytest.raises(ValueError, match=f"layer {absent} .*accepted: 29:4, rollout"):
+            weighting.attention(r, layer=absent)
 
 
 def test_weights_sum_to_the_number_of_text_tokens():
@@ -194,6 +242,7 @@ def test_registry_names_and_hyperparameters():
         "fix_sink": True,
         "layers": "mean",
         "order": "mean",
+        "renormalize": True,
     }
     assert weighting.hyperparameters("uniform") == {}
     with pytest.raises(RegistryError, match="unknown weighting 'atention'; accepted: attention, "):
@@ -239,7 +288,7 @@ def test_plugin_files_register_and_bad_ones_are_named(tmp_path):
 
 
 def test_examples_in_the_docstrings_run():
-    rooms = (contrasts, functions, likelihoods, positions, shaping, shares)
+    rooms = (contrasts, functions, likelihoods, positions, shaping, shares, sources)
     results = [doctest.testmod(room) for room in rooms]
     assert all(result.attempted and not result.failed for result in results)
 

@@ -142,7 +142,7 @@ def attention_rows(
     past: Past | None = None,
 ) -> jax.Array:
     """Attention probabilities (B, N, Q, P + L), float32, of the queries that stand at `read_BQ`."""
-    return jax.nn.softmax(_scores(q_BQNH, k_BLKH, read_BQ, layout, rule, past), axis=-1)
+    return jax.nn.softmax(attention_scores(q_BQNH, k_BLKH, read_BQ, layout, rule, past), axis=-1)
 
 
 def weighted_values(p_BNQL: jax.Array, v_BLKH: jax.Array, *, past: Past | None = None) -> jax.Array:
@@ -164,7 +164,7 @@ def _sums_of_values(p_BNQL, v_BLKH, past: Past | None) -> jax.Array:
 def _attend_block(q_BLNH, k_BLKH, v_BLKH, *, start: int, layout, rule, past: Past | None):
     B, L = q_BLNH.shape[:2]
     query_BL = jnp.broadcast_to(jnp.arange(start, start + L), (B, L))
-    s_BNLL = _scores(q_BLNH, k_BLKH, query_BL, layout, rule, past)
+    s_BNLL = attention_scores(q_BLNH, k_BLKH, query_BL, layout, rule, past)
     # Divided by their sum afterwards: in what they are rounded to for the product, they then do not
     # depend on the order in which a row's length has them summed.
     highest = jax.lax.stop_gradient(jnp.max(s_BNLL, axis=-1, keepdims=True))
@@ -173,10 +173,12 @@ def _attend_block(q_BLNH, k_BLKH, v_BLKH, *, start: int, layout, rule, past: Pas
     return (_sums_of_values(p_BNLL, v_BLKH, past) / sums_BLN1).astype(v_BLKH.dtype)
 
 
-def _scores(
+def attention_scores(
     q_BQNH, k_BLKH, query_BQ, layout: RowLayout, rule: ScoreRule, past: Past | None
 ) -> jax.Array:
-    """Scores (B, N, Q, P + L), float32, those of what a query does not see far below all others."""
+    """Scores (B, N, Q, P + L), float32, of the queries that stand at `query_BQ`; those of what a
+    query does not see are far below all others.
+    """
     B, Q, N, H = q_BQNH.shape
     K = k_BLKH.shape[2]
     scale = H**-0.5 if rule.scale is None else rule.scale

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnpo_jax.models import decoder
+from attnpo_jax.models import decoder, reading
 from attnpo_jax.models.attention import core, implementations
 from attnpo_jax.models.attention.core import Past, RowLayout, ScoreRule
 from attnpo_jax.models.attention.implementations import (
@@ -266,8 +266,8 @@ def test_judge_reads_the_same_through_tokamax(simply_interpreted):
     def read(attention):
         past = decoder.make_past(MODEL, params, tokens[0, :6], attention=attention)
         row = (tokens[:, 6:], layout.positions_BL, layout.branch_BL, reads)
-        common = {"layers": (0, 2), "past": past, "attention": attention}
-        output = decoder.read(MODEL, params, *row, **common)
+        common = {"sources": (0, 2), "past": past, "attention": attention}
+        output = reading.read(MODEL, params, *row, **common)
         return output.rows_SBQL, output.hidden_BQD
 
     want, got = (jax.jit(read, static_argnums=0)(name) for name in ("xla", "tokamax"))

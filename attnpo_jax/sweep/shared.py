@@ -40,10 +40,10 @@ def to_prepare(run: Run, points: Sequence[Point]) -> list[Run]:
     kinds: dict[Any, Run] = {}
     for point in points:
         reads, judge = config_lib.reads(point.config), _judge(point.config)
-        config = point.config.copy_and_resolve_references()
-        with config.unlocked():
-            config.judge.layers = tuple(judges[judge]) or "none"
-            config.prepare.scorers = scorers
+        # A copy, in which fields still take values of all their types.
+        config = config_lib.from_json(config_lib.to_json(point.config))
+        config.judge.layers = tuple(judges[judge]) or "none"
+        config.prepare.scorers = scorers
         one = dataclasses.replace(run, config=config)
         kinds.setdefault((reads, config.reference.source, judge), one)
     # Who reads most comes first, and may leave nothing to do.

@@ -32,8 +32,9 @@ def wanted(
         "max_answer_length": run.config.judge.max_answer_length,
         "verdict": run.config.judge.verdict,
     }
+    reads = tuple(run.reads if reads is None else reads)
     judge = None
-    if run.judge is not None and run.source_layers:
+    if run.judge is not None and "judge" in reads:
         judge = {
             "judge": {**settings, **run.judge.identity},
             "source_layers": list(run.source_layers),
@@ -41,7 +42,7 @@ def wanted(
         }
     return column_sets.Wanted(
         _components(run, split, pairs_digest, weight_columns, settings),
-        tuple(run.reads if reads is None else reads),
+        reads,
         None if run.reference is None else run.reference.identity,
         judge,
         {name: scorer.identity for name, scorer in run.scorers.items()},

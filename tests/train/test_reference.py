@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import json
 import math
+import shutil
 
 import chex
 import jax
@@ -17,7 +19,6 @@ from attnpo_jax.data.batching import RowShape
 from attnpo_jax.models import decoder, lora
 from attnpo_jax.parallel.checkpoint import CheckpointMismatch
 from attnpo_jax.parallel.state import create, create_adapted
-from attnpo_jax.prepare import prepare
 from attnpo_jax.run import Run, run
 from attnpo_jax.runtime import metrics
 from attnpo_jax.train.stage import train
@@ -206,28 +207,34 @@ def config_of(inputs, objective, **changes):
     return config
 
 
-def lines_of(workdir, name):
-    return [line[name] for line in metrics.read(workdir) if name in line]
+def of_run(config, workdir):
+    """Lines of metrics, and the names of what the evaluation of the pairs found."""
+    config.evaluate.names = ("pairs",)
+    run(Run.resolve(config, workdir), console=Console(quiet=True))
+    (file,) = (workdir / "evaluations" / "pairs").glob("step-*[0-9].json")
+    return metrics.read(workdir), json.loads(file.read_text())["figures"].keys()
 
 
 def test_a_run_holds_the_reference_beside_the_policy(inputs, tmp_path):
-    config = config_of(inputs, "tdpo", reference__in_memory=True, train__steps=3)
-    of_run = Run.resolve(config, tmp_path)
-    prepare(of_run, console=Console(quiet=True))
-    train(of_run, console=Console(quiet=True))
-    before, after = lines_of(tmp_path, "eval_loss")
+    config = config_of(inputs, "tdpo", reference__in_memory=True, train__save_every=2)
+    lines, figures = of_run(config, tmp_path)
+    before, after = [line["eval_loss"] for line in lines if "eval_loss" in line]
     assert before == pytest.approx(math.log(2), abs=1e-4) != pytest.approx(after, abs=1e-3)
-    # What a checkpoint goes on with is the same reference, read again.
-    config.train.epochs, config.train.steps = 1, 3
-    (tmp_path / "checkpoints" / "3").rename(tmp_path / "away")
+    assert "KL a token, chosen" in figures
+    # A checkpoint has no reference: it is read again.
+    shutil.rmtree(tmp_path / "checkpoints" / "3")
+    kept = [line for line in lines if line["step"] == 3 and "loss" in line]
     train(Run.resolve(config, tmp_path), console=Console(quiet=True))
+    again = [line for line in metrics.read(tmp_path) if line["step"] == 3 and "loss" in line]
+    assert again[0]["loss"] == pytest.approx(kept[0]["loss"], abs=1e-6)
     config.reference.source = "somewhere/else"
     with pytest.raises(CheckpointMismatch, match="reference.source"):
         train(Run.resolve(config, tmp_path), console=Console(quiet=True))
 
 
 def test_a_run_without_a_reference_reports_its_own_rewards_alone(inputs, tmp_path):
-    run(Run.resolve(config_of(inputs, "simpo"), tmp_path), console=Console(quiet=True))
-    (line, *_) = [line for line in metrics.read(tmp_path) if "loss" in line]
+    lines, figures = of_run(config_of(inputs, "simpo"), tmp_path)
+    (line, *_) = [line for line in lines if "loss" in line]
     assert "rewards/chosen" in line and "logps/chosen" in line
-    assert not any("ref" in name or "ratio" in name for name in line)
+    assert "accuracy" in figures
+    assert not any("ref" in name or "ratio" in name or "KL" in name for name in (*line, *figures))

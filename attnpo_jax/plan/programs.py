@@ -133,13 +133,16 @@ class Setting:
         settings = config_lib.step_settings(config, policy, layers, attention, columns, reference)
         step = train.compile_step(config, settings, backend, total_steps=100)
         batch = lengths.train_batch(at, batching, len(layers), len(columns), reads)
-        needed = batching.pairs * flops.training(self.model, at.prompt, (at.response,) * 2)
+        lengths_of = at.prompt, (at.response,) * 2
+        needed = flops.training(self.model, *lengths_of)
+        if config_lib.reads_distribution(config):
+            needed += flops.response_logps(reference or self.model, *lengths_of)
         return self.compile(
             "train",
             self.topology,
             backend,
             batching,
-            needed,
+            batching.pairs * needed,
             lambda: step.run.lower(step.abstract_state, batch),
         )
 

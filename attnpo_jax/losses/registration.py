@@ -23,7 +23,7 @@ class Traits:
 
     Attributes:
       needs: what has to be computed for it, of `NEEDS`.
-      reference_free: whether it reads nothing of the reference.
+      reference_free: whether it reads none of the reference's log-probs.
       margin: whether it reads the pairs' margins.
       reward: `(scores) -> reward_B` for the metrics; None for the default, beta times the
         log-ratio (times the policy's log-probs, if it is reference-free).
@@ -74,7 +74,7 @@ class Objectives(Registry):
 
         Args:
           needs: what it reads beyond the sums of log-probs, of `NEEDS`.
-          reference_free: whether it reads nothing of the reference.
+          reference_free: whether it reads none of the reference's log-probs.
           margin: whether it reads the pairs' margins, `chosen.margin_B`.
           reward: the reward of a response for the metrics, `(scores, *, ...) -> (B,)`, with
             keyword-only arguments that are hyperparameters of the objective too. The default is

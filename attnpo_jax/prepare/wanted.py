@@ -35,8 +35,9 @@ def wanted(
         # Only where it is asked for, so that what was prepared without stays valid.
         **({"whole_responses": True} if run.config.judge.whole_responses else {}),
     }
+    reads = tuple(run.reads if reads is None else reads)
     judge = None
-    if run.judge is not None and run.source_layers:
+    if run.judge is not None and "judge" in reads:
         judge = {
             "judge": {**settings, **run.judge.identity},
             "source_layers": list(run.source_layers),
@@ -44,7 +45,7 @@ def wanted(
         }
     return column_sets.Wanted(
         _components(run, split, pairs_digest, weight_columns, settings),
-        tuple(run.reads if reads is None else reads),
+        reads,
         None if run.reference is None else run.reference.identity,
         judge,
         {name: scorer.identity for name, scorer in run.scorers.items()},

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from attnpo_jax import weighting
+from attnpo_jax import losses, weighting
 from attnpo_jax.config import default_config, section_for
 from attnpo_jax.models.io import hf_config
 from attnpo_jax.parallel.mesh import MeshError
@@ -167,6 +167,16 @@ def test_memory_is_the_state_and_the_batch_and_what_the_step_needs(trained):
     # In one place before and after the step, beside what the step needs.
     assert state < trained.memory.peak < 2 * state
     assert not trained.unknown_loops
+
+
+def test_a_reference_in_memory_takes_as_much_as_the_parameters(trained):
+    held = setting(**{"reference.in_memory": True})
+    held.config.objective = section_for(losses, "tdpo")
+    found = held.training()
+    parameters = LAYERS * sum(size * n for size, n in MATRICES.items()) + 2 * 4096 * 512
+    copy = 4 * (parameters // CHIPS + (2 * LAYERS + 1) * 512)
+    assert copy < found.memory.arguments - trained.memory.arguments < 1.02 * copy
+    assert 4 / 3 < found.model_flops / trained.model_flops < 1.34  # a forward pass more
 
 
 def test_flops_of_the_step_are_those_counted_from_the_config_and_the_remat(trained, referenced):

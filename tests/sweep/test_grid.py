@@ -72,7 +72,7 @@ def test_a_name_that_no_folder_can_have_is_told_apart_by_a_digest():
         ([], ["a=seed='1"], "No closing quotation"),
         ([], ["a=seed=1 seed=2"], "a field is there twice"),
         ([], ["a=seed=1", "a=seed=2"], "--variant a is there twice"),
-        ([], ["a=judge.layers=all"], "--variant a: judge.layers: all runs"),
+        ([], ["a=judge.verdict=False"], "--variant a: judge.verdict: all runs"),
         (["seed=1,2"], ["a=seed=1"], "--variant a sets seed, which is an axis too"),
     ],
 )

@@ -388,13 +388,8 @@ def load_params(
 
     params = {}
     for path, leaf in shapes.items():
-        read = _parameter_reader(
-            leaf,
-            slots[path].layout,
-            [part for part in wanted if part.path == path],
-            stored,
-            adapter,
-        )
+        of_path = [part for part in wanted if part.path == path]
+        read = _parameter_reader(leaf, slots[path].layout, of_path, stored, adapter)
         if shardings is None:
             params[path] = jax.device_put(read((slice(None),) * len(leaf.shape)))
         else:

@@ -122,12 +122,9 @@ FIELDS: dict[str, Field] = {
         "layers whose attention is kept for weightings to use. `quartiles`: the first, the "
         "last and the last of each quarter (0, 6, 14, 21, 29 of 30), among the global "
         "layers where a model has sliding windows; negative numbers count from the last; "
-<<<<<<< HEAD
         "`23:4`: head 4 of layer 23 alone; `rollout`: attention rollout through all layers "
-        "([method.md](method.md#rollout-and-heads)); `none`: nothing is judged",
-=======
-        "`none`: nothing is judged, as where the weighting reads no judge",
->>>>>>> main
+        "([method.md](method.md#rollout-and-heads)); `none`: nothing is judged, as where the "
+        "weighting reads no judge",
         mixed=True,
     ),
     "judge.heads": Field(

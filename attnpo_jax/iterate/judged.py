@@ -1,55 +1,62 @@
 """Rows that were judged for their labels, as the rows of a round's prepared pairs."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from attnpo_jax.data import prepared
+from attnpo_jax.data import column_sets, manifest, prepared
 from attnpo_jax.data.pair import SIDES
 from attnpo_jax.data.prepared import Prepared, PreparedWriter
 from attnpo_jax.data.sources import load_pairs
+from attnpo_jax.iterate import rounds
 from attnpo_jax.parallel import processes
-
-if TYPE_CHECKING:
-    from attnpo_jax.run import Run
+from attnpo_jax.run import Run
 
 # By judge order, with the chosen answer at A in the first one.
 _BY_ORDER = ("judge_chosen", "judge_rejected")
 _VERDICT = "judge_verdict"
 
 
-def take(run: "Run", judged: Prepared) -> None:
+def take(run: Run, judged: Run) -> None:
     """Writes the prepared dataset of a run's training pairs from pairs that were prepared.
 
-    What is there already is kept, shard by shard. What rows of `judged` lack, `prepare` computes.
+    What is there already is kept, shard by shard. What else the run reads, `prepare` computes.
 
     Args:
       run: whose `data.train` has pairs that are among those of `judged`, either way around.
-      judged: what the same model has prepared with the same settings.
+      judged: a run that has prepared its own training pairs with the same model and judge.
     """
     if processes.is_first():
+        dataset = judged.open_prepared("train")
+        config = rounds.copy_of(judged.config)
+        config.data.train = run.config.data.train
+        # Reads what `judged` does, of the pairs and in the folder of `run`.
+        reader = Run.resolve(config, run.workdir)
         pairs = load_pairs(
-            run.config.data.train,
+            config.data.train,
             columns=run.columns,
-            max_example_bytes=run.config.data.max_example_bytes,
+            max_example_bytes=config.data.max_example_bytes,
         ).pairs
-        path, ids = run.prepared_path("train"), pairs.ids
-        data = run.cache_key("train", pairs.digest)["data"]
-        components = {**judged.meta["components"], "data": data}
-        if prepared.status(path, components) != "complete":
-            per_shard = run.config.prepare.rows_per_shard
-            _write(PreparedWriter(path, components, len(ids), per_shard, ids=ids), judged, ids)
+        wanted = reader.wanted("train", pairs.digest)
+        for path, components in column_sets.parts(run.prepared_path("train"), wanted):
+            if prepared.status(path, components) != "complete":
+                per_shard = config.prepare.rows_per_shard
+                ids = pairs.ids
+                writer = PreparedWriter(path, components, len(ids), per_shard, ids=ids)
+                _write(writer, dataset, ids, list(manifest.features(components)))
     processes.barrier("iterate: judged pairs are prepared")
 
 
-def _write(writer: PreparedWriter, judged: Prepared, ids: Sequence[str]) -> None:
-    places = {row["id"]: place for place, row in enumerate(judged)}
+def _write(
+    writer: PreparedWriter, judged: Prepared, ids: Sequence[str], columns: Sequence[str]
+) -> None:
+    places = {id: place for place, id in enumerate(judged.ids())}
     for shard, start, stop in writer.pending():
         rows = []
         for id in ids[start:stop]:
             row = judged[places[id]] if id in places else turned(judged[places[turned_id(id)]])
-            rows.append(row | {"id": id})
+            rows.append({name: id if name == "id" else row[name] for name in columns})
         writer.write(shard, rows)
     writer.finish({"pairs": len(ids), "bad_rows": 0})
 

@@ -20,7 +20,6 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from attnpo_jax.data.pair import Pair
-from attnpo_jax.data.prepared import Prepared
 from attnpo_jax.data.prompts import Prompt
 from attnpo_jax.registry import Registry
 
@@ -115,13 +114,13 @@ class Labels:
     Attributes:
       labels: one for each group.
       figures: numbers to tell and to log, by name, as a pass rate.
-      judged: a prepared dataset whose pairs, called as `Group.pair` calls them, the round's own
-        judge has judged; those that are trained on are taken from it and not judged again.
+      judged: a run that has prepared pairs, called as `Group.pair` calls them, with the round's own
+        judge; those that are trained on are taken from there and not judged again.
     """
 
     labels: Sequence[Label]
     figures: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    judged: Prepared | None = None
+    judged: "Run | None" = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

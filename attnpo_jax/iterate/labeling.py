@@ -185,6 +185,8 @@ def _unfit(run: Run, groups: Sequence[Group], chosen: Sequence[Chosen]) -> set[s
         run.template,
         vocab_size=run.model.vocab_size,
         on_bad_row="skip",
+        judge=None if run.judge is None else run.judge.tokenizer,
+        judge_vocab_size=None if run.judge is None else run.judge.shape.vocab_size,
     )
     pairs = [
         group.pair(*two) for group, of in zip(groups, chosen, strict=True) for two in of.places

@@ -6,6 +6,7 @@ the next one starts from the model that it has exported.
 
 import dataclasses
 import logging
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,10 +23,10 @@ from attnpo_jax.evaluate.task import Subject
 from attnpo_jax.generate import model as models
 from attnpo_jax.generate.respond import respond
 from attnpo_jax.iterate import answers, figures, labeling
-from attnpo_jax.iterate.rounds import Round
+from attnpo_jax.iterate.rounds import DONE, Round
 from attnpo_jax.parallel import processes
 from attnpo_jax.run import Run
-from attnpo_jax.runtime import atomic
+from attnpo_jax.runtime import atomic, metrics
 from attnpo_jax.runtime.errors import UserError
 from attnpo_jax.runtime.printable import say
 
@@ -51,7 +52,7 @@ def iterate(run: Run, *, console: Console | None = None) -> list[dict[str, Any]]
         raise.
       Preempted: SIGTERM or Ctrl-C came; what is done is kept.
     """
-    console = console or Console()
+    console = (console or Console()) if processes.is_first() else _QUIET
     results: list[dict[str, Any]] = []
     with run.writing():
         _check(run)
@@ -69,13 +70,11 @@ def iterate(run: Run, *, console: Console | None = None) -> list[dict[str, Any]]
                 figures.record(run, results)
                 source = str(_model_of(round))
         except DryRun as error:
-            if processes.is_first():
-                say(console, error)
+            say(console, error)
             return results
-    if processes.is_first():
-        figures.show(console, results)
-        say(console, f"all figures in {run.workdir / 'metrics.jsonl'}")
-        say(console, f"the last round's model: {source}")
+    figures.show(console, results)
+    say(console, f"all figures in {run.workdir / metrics.FILE}")
+    say(console, f"the last round's model: {source}")
     return results
 
 
@@ -91,7 +90,7 @@ def _check(run: Run) -> None:
         find(name)
 
 
-def _model_of(round: Round):
+def _model_of(round: Round) -> pathlib.Path:
     """The folder of the model that a finished round has exported.
 
     Raises:
@@ -101,7 +100,7 @@ def _model_of(round: Round):
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{folder}: the model of round {round.number} is gone; accepted: the folder as it was, "
-            f"or {round.folder / 'round.json'} deleted, and the round is finished again"
+            f"or {round.folder / DONE} deleted, and the round is finished again"
         )
     return folder
 

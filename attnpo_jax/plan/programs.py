@@ -135,17 +135,12 @@ class Setting:
         reference = train.reference_in_memory(config, self.model, self.other_reference)
         settings = config_lib.step_settings(config, policy, layers, attention, columns, reference)
         step = train.compile_step(config, settings, backend, total_steps=100)
-<<<<<<< HEAD
         whole = config.judge.whole_responses and "judge" in reads
         batch = lengths.train_batch(at, batching, len(layers), len(columns), reads, whole)
-        needed = batching.pairs * flops.training(self.model, at.prompt, (at.response,) * 2)
-=======
-        batch = lengths.train_batch(at, batching, len(layers), len(columns), reads)
         lengths_of = at.prompt, (at.response,) * 2
         needed = flops.training(self.model, *lengths_of)
         if config_lib.reads_distribution(config):
             needed += flops.response_logps(reference or self.model, *lengths_of)
->>>>>>> main
         return self.compile(
             "train",
             self.topology,

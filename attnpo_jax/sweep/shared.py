@@ -44,19 +44,12 @@ def to_prepare(run: Run, points: Sequence[Point]) -> list[Run]:
     kinds: dict[Any, Run] = {}
     for point in points:
         reads, judge = config_lib.reads(point.config), _judge(point.config)
-<<<<<<< HEAD
-        config = point.config.copy_and_resolve_references()
-        with config.unlocked():
-            config.judge.layers = tuple(judges[judge]) or "none"
-            config.judge.heads = "mean"  # single heads are among the layers by name
-            config.judge.whole_responses = whole[judge]
-            config.prepare.scorers = scorers
-=======
         # A copy, in which fields still take values of all their types.
         config = config_lib.from_json(config_lib.to_json(point.config))
         config.judge.layers = tuple(judges[judge]) or "none"
+        config.judge.heads = "mean"  # single heads are among the layers by name
+        config.judge.whole_responses = whole[judge]
         config.prepare.scorers = scorers
->>>>>>> main
         one = dataclasses.replace(run, config=config)
         kinds.setdefault((reads, config.reference.source, judge), one)
     # Who reads most comes first, and may leave nothing to do.

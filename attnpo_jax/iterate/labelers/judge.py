@@ -8,7 +8,6 @@ from rich.console import Console
 
 from attnpo_jax import config as config_lib
 from attnpo_jax import losses, prepare, weighting
-from attnpo_jax.data.prepared import Prepared
 from attnpo_jax.iterate import rounds
 from attnpo_jax.iterate.labeler import Group, Labels, Task, contest, register
 from attnpo_jax.run import Run
@@ -22,8 +21,9 @@ def judge(task: Task, groups: Sequence[Group], *, model: str = "round") -> Label
     the model's attention, where it is the one that the round starts from, is there for the weights.
 
     Args:
-      model: `round` for the round's own judge, the model that it starts from; `first` for the one
-        that the first round did; or an HF folder or hub id.
+      model: `round` for the judge of the round's pairs, which is the model that it starts from, or
+        what `config.judge.source` names; `first` for the one that the first round started from; or
+        an HF folder or hub id.
 
     Raises:
       UserError: see `prepare.prepare`; no two answers can be compared.
@@ -32,9 +32,8 @@ def judge(task: Task, groups: Sequence[Group], *, model: str = "round") -> Label
     places = [(group, *two) for group in groups for two in group.candidates()]
     if not places:
         return Labels([contest(group, {})[0] for group in groups])
-    of_round = task.run.config.model.source
-    source = {"round": of_round, "first": task.first}.get(model, model)
-    own = source == of_round
+    source = {"round": task.run.config.model.source, "first": task.first}.get(model, model)
+    own = model == "round" or (source == task.run.config.model.source and task.run.judge is None)
     run = _run(task, source, own)
     rounds.write_pairs(run.config.data.train, places, run.config)
     prepare.prepare(run, splits=("train",), console=Console(quiet=True))
@@ -51,10 +50,7 @@ def judge(task: Task, groups: Sequence[Group], *, model: str = "round") -> Label
         labels.append(label)
         counts = {name: counts[name] + of_group[name] for name in counts}
     told = figures(counts, verdicts.values())
-    # As it lies on the disk: what else training reads, the round's own run prepares.
-    taken = Prepared.open(dataset.path)
-    takes = _is_of_round(task, own) and "judge" in taken.groups
-    return Labels(labels, told, taken if takes else None)
+    return Labels(labels, told, run if _is_of_round(task, own) else None)
 
 
 def figures(counts: dict[str, int], verdicts: Any) -> dict[str, float]:
@@ -80,6 +76,9 @@ def _run(task: Task, source: str, own: bool) -> Run:
     config = rounds.copy_of(task.run.config)
     task.folder.mkdir(parents=True, exist_ok=True)
     config.model.source = source
+    if not own:
+        config.judge.source = ""
+        config.judge.chat_template = config.judge.chat_template_kwargs = None
     config.data.train = str(task.folder / "candidates.jsonl")
     config.data.eval = ""
     config.data.on_bad_row = "skip"
@@ -91,4 +90,5 @@ def _run(task: Task, source: str, own: bool) -> Run:
     # They read the judge, and nothing else that would have to be computed.
     config.weighting = config_lib.section_for(weighting, "attention", layer=layers[-1])
     config.objective = config_lib.section_for(losses, "simpo")
+    config.prepare.scorers = {}
     return Run.resolve(config, task.folder)

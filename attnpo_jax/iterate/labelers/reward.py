@@ -87,7 +87,9 @@ def _run(task: Task, reference: str) -> Run:
     config.model.source, config.reference.source = reference, ""
     config.data.train = config.data.eval = str(task.folder / "answers.jsonl")
     config.data.on_bad_row = "skip"
-    config.judge.layers = "none"
+    config.judge.layers, config.judge.source = "none", ""
+    config.judge.chat_template = config.judge.chat_template_kwargs = None
+    config.prepare.scorers = {}
     config.weighting = config_lib.section_for(weighting, "uniform")
     config.objective = config_lib.section_for(losses, "sigmoid", beta=1.0)
     config.evaluate.pairs.source = config.evaluate.pairs.subset = ""

@@ -14,7 +14,7 @@ from attnpo_jax.parallel import processes
 from attnpo_jax.run import Run
 
 # By judge order, with the chosen answer at A in the first one.
-_BY_ORDER = ("judge_chosen", "judge_rejected")
+_BY_ORDER = tuple(f"judge_{side}{of}" for side in SIDES for of in ("", "_whole"))
 _VERDICT = "judge_verdict"
 
 
@@ -86,6 +86,10 @@ def turned(row: Mapping[str, Any]) -> dict[str, Any]:
             other = rejected if side == chosen else chosen
             name = "_".join(other if word == side else word for word in name.split("_"))
         found[name] = value[::-1] if name in _BY_ORDER else value
+    own = found.pop("chosen_prompt_ids", None)  # the rejected answer's, if it has one of its own
+    if own is not None:
+        prompts = (own, row["prompt_ids"]) if len(own) else (row["prompt_ids"], own)
+        found["prompt_ids"], found["rejected_prompt_ids"] = prompts
     if _VERDICT in found:
         found[_VERDICT] = -np.asarray(found[_VERDICT])[::-1]
     return found

@@ -79,7 +79,7 @@ def style() -> Iterator[None]:
 def new_figure(
     *, width: float = 7.0, height: float = 3.5, rows: int = 1, columns: int = 1, **options: Any
 ) -> tuple["Figure", list["Axes"]]:
-    """An empty figure, laid out so that texts have the room that they need.
+    """An empty figure; when it is first drawn, it is laid out so that texts have room.
 
     Args:
       width, height: inches, of the whole figure.
@@ -216,4 +216,5 @@ def _drawn(figure: "Figure", form: str) -> bytes:
             text.set_parse_math(False)
         content = io.BytesIO()
         figure.savefig(content, format=form, dpi=_DPI)
+        figure.set_layout_engine("none")  # once is enough, and takes longer than drawing
     return content.getvalue()

@@ -177,7 +177,8 @@ class Run:
 
         Args:
           asked: a step, as a number or a text; `best` for the best evaluation by
-            `config.train.keep_best`; None for the newest.
+            `config.train.keep_best`; `newest`. None: the best, where that field names a metric and
+            there is one, else the newest.
 
         Returns:
           A step that has a checkpoint; None for the newest.
@@ -185,20 +186,27 @@ class Run:
         Raises:
           UserError: there is no such checkpoint, or no way to tell the best.
         """
-        if asked is None:
+        if asked == "newest" or (asked is None and not self.config.train.keep_best):
             return None
         folder = self.checkpoint_folder  # all processes look whether it is theirs
-        step = self._saved_step(folder, str(asked)) if processes.is_first() else None
+        step = self._saved_step(folder, asked) if processes.is_first() else None
         return processes.exchange(step, schema.Maybe(schema.Whole()))[0]
 
-    def _saved_step(self, folder: Any, asked: str) -> int:
+    def _saved_step(self, folder: Any, asked: str | int | None) -> int | None:
         from attnpo_jax.parallel import checkpoint
 
         steps = checkpoint.saved_steps(folder)
         listed = f"{folder} has those of {', '.join(map(str, steps)) or 'no step'}"
+        if asked is None:
+            choice = best.Choice.parse(self.config.train.keep_best)
+            step = best.best(choice.scores(metrics.read(self.workdir)))
+            _say_which(self.workdir, self.config.train.keep_best, step, step in steps)
+            return step if step in steps else None
         if asked != "best":
-            if not asked.isdecimal() or int(asked) not in steps:
-                raise UserError(f"no checkpoint {asked!r}: {listed}; accepted: a step, or best")
+            if not str(asked).isdecimal() or int(asked) not in steps:
+                raise UserError(
+                    f"no checkpoint {asked!r}: {listed}; accepted: a step, best, or newest"
+                )
             return int(asked)
         if not self.config.train.keep_best:
             raise UserError(
@@ -388,11 +396,26 @@ class Run:
         return dataset
 
 
-def run(run: Run, *, console: "Console | None" = None) -> None:
+@functools.cache  # once in a process: several stages ask
+def _say_which(workdir: pathlib.Path, metric: str, step: int | None, saved: bool) -> None:
+    """Tells which checkpoint is taken where nobody has said so."""
+    if saved:
+        _LOG.info("the trained model is that of step %d, the best by %s", step, metric)
+    elif step is not None:
+        _LOG.warning(
+            "%s: the best by %s is step %d, which has no checkpoint: the newest is taken",
+            workdir,
+            metric,
+            step,
+        )
+
+
+def run(run: Run, *, step: str | int | None = None, console: "Console | None" = None) -> None:
     """Does everything that a config asks for; what an earlier run has finished is not done again.
 
     Args:
       run: the run.
+      step: the checkpoint that is evaluated and exported, see `Run.checkpoint_step`.
       console: where figures and folders go; None for standard output.
     """
     # Here, so that a command loads its own stage alone.
@@ -402,6 +425,7 @@ def run(run: Run, *, console: "Console | None" = None) -> None:
     from attnpo_jax.evaluate.files import FOLDER
     from attnpo_jax.evaluate.stage import wanted
     from attnpo_jax.export.stage import export_folders
+    from attnpo_jax.generate import model as models
     from attnpo_jax.runtime.printable import say
     from attnpo_jax.train.stage import refuse_changed
 
@@ -413,8 +437,9 @@ def run(run: Run, *, console: "Console | None" = None) -> None:
         prepare.prepare(run, keep_params=True, console=console)
         train.train(run, console=console)
         if wanted(run):
-            evaluate.evaluate(run, console=console)
-        export.export(run, console=console)
+            which = models.TRAINED if step is None else f"{models.TRAINED}@{step}"
+            evaluate.evaluate(run, model=which, console=console)
+        export.export(run, step=step, console=console)
     if not processes.is_first():
         return
     names = {"model": "model (Hugging Face)", "adapter": "adapters (PEFT)"}

@@ -17,6 +17,7 @@ from attnpo_jax.models.io import hf_folder
 from attnpo_jax.parallel.checkpoint_damage import CheckpointMismatch
 from attnpo_jax.run import Run
 from attnpo_jax.runtime import lock
+from attnpo_jax.runtime.errors import UserError
 from tests import tiny
 
 
@@ -121,6 +122,13 @@ def test_a_changed_decisive_field_is_refused_before_anything_is_written(done, st
         stage(Run.resolve(other, workdir), console=Console(quiet=True))
     assert "config.optim.learning_rate: 1e-06 in the checkpoint, 0.5 here" in str(found.value)
     assert contents(workdir) == before
+
+
+def test_another_checkpoint_than_the_usual_one_may_be_asked_for(done):
+    config, workdir = done
+    run_lib.run(Run.resolve(config, workdir), step="newest", console=Console(quiet=True))
+    with pytest.raises(UserError, match="no checkpoint '7': .* has those of 1; accepted"):
+        run_lib.run(Run.resolve(config, workdir), step="7", console=Console(quiet=True))
 
 
 def test_links_to_folders_elsewhere_are_those_folders(done, tmp_path):

@@ -93,12 +93,19 @@ _OF_A_MODEL = {
     "model": Option(
         "model",
         str,
-        "trained (the newest checkpoint), trained@STEP, trained@best (by config.train.keep_best), "
-        "base (what training starts from), or any HF folder or hub id [trained where there is a "
-        "workdir].",
+        "trained (the best checkpoint by config.train.keep_best, if that is set, else the newest), "
+        "trained@STEP, trained@best, trained@newest, base (what training starts from), or any HF "
+        "folder or hub id [trained where there is a workdir].",
     ),
     **_OF_FILES,
 }
+
+_STEP = Option(
+    "step",
+    str,
+    "Which checkpoint: its step, best (by config.train.keep_best), or newest [the best, if that is "
+    "set, else the newest].",
+)
 
 
 COMMANDS = {
@@ -133,6 +140,7 @@ COMMANDS = {
         "attnpo_jax.run",
         "run",
         "prepare, train, evaluate and export, skipping what is done.",
+        {"step": _STEP},
     ),
     "generate": Command(
         "attnpo_jax.generate.stage",
@@ -255,13 +263,7 @@ COMMANDS = {
         "attnpo_jax.export.stage",
         "export",
         "Write a checkpoint as a Hugging Face folder, workdir/export.",
-        {
-            "step": Option(
-                "step",
-                str,
-                "Which checkpoint: its step, or best (by config.train.keep_best) [the newest].",
-            )
-        },
+        {"step": _STEP},
     ),
     "sweep": Command(
         "attnpo_jax.sweep.stage",
@@ -296,6 +298,13 @@ COMMANDS = {
             ),
             "baseline": Option(
                 "baseline", str, "What others are held against, as the table calls it [the first]."
+            ),
+            "metric": Option(
+                "metrics",
+                str,
+                "EVALUATION/FIGURE to compare, in place of the usual ones; any number of these. "
+                "The first orders the variants, the highest first, or the lowest after min:.",
+                repeated=True,
             ),
             "show": Option("only_show", bool, "Run nothing: show what is finished."),
             "json": _JSON,

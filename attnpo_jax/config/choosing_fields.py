@@ -30,8 +30,8 @@ IN_TRAINING = {
         "",
         _CHOICE,
         "the metric of evaluations that says which checkpoint is the best one: it is saved when it "
-        "is evaluated, kept beside the newest ones, and exported by `attnpo export --step=best`; "
-        "`''`: none",
+        "is evaluated, kept beside the newest ones, and evaluated, exported and sampled from in "
+        "the newest one's place; `''`: none",
     ),
     "train.early_stopping.metric": Field(
         "",

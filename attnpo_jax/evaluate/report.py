@@ -16,12 +16,17 @@ from rich.table import Table
 from attnpo_jax.evaluate import files, intervals
 from attnpo_jax.evaluate.evaluator import Figure
 from attnpo_jax.evaluate.files import Evaluation
+from attnpo_jax.evaluate.settings import MODELS
 from attnpo_jax.generate.model import BASE
+from attnpo_jax.runtime import nested
 from attnpo_jax.runtime.errors import UsageError
 from attnpo_jax.runtime.printable import plain, say
 
 if TYPE_CHECKING:
     from attnpo_jax.run import Run
+
+
+_MOST_TOLD = 4  # settings of a model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +39,8 @@ class Line:
       figure: the figure.
       difference: to the baseline, over the rows that both have; None where there is none, or the
         model is the baseline.
+      settings: of the evaluation, by field, those that are others than the baseline's (its, this
+        one's); where that was not evaluated, than the first model's.
     """
 
     evaluation: str
@@ -41,12 +48,14 @@ class Line:
     model: str
     figure: Figure
     difference: Figure | None
+    settings: Mapping[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
 
     def facts(self) -> dict[str, Any]:
         """The line as JSON has it."""
         facts = {"evaluation": self.evaluation, "figure": self.name, "model": self.model}
         difference = self.difference and self.difference.facts()
-        return facts | self.figure.facts() | {"difference": difference}
+        settings = {field: list(pair) for field, pair in self.settings.items()}
+        return facts | self.figure.facts() | {"difference": difference, "settings": settings}
 
 
 def report(
@@ -115,13 +124,36 @@ def compare(
     by_name: dict[str, dict[str, Evaluation]] = collections.defaultdict(dict)
     for model, one in evaluations:
         by_name[one.name][model] = one
+    other = {
+        (name, model): _settings(held.get(baseline) or next(iter(held.values())), one)
+        for name, held in by_name.items()
+        for model, one in held.items()
+    }
     return [
-        Line(evaluation, name, model, figure, _difference(held.get(baseline), one, figure))
+        Line(
+            evaluation,
+            name,
+            model,
+            figure,
+            _difference(held.get(baseline), one, figure),
+            other[evaluation, model],
+        )
         for evaluation, held in by_name.items()
         for name in dict.fromkeys(key for one in held.values() for key in one.result.figures)
         for model, one in held.items()
         if (figure := one.result.figures.get(name)) is not None
     ]
+
+
+def _settings(base: Evaluation, one: Evaluation) -> dict[str, tuple[Any, Any]]:
+    """The settings that differ, but for the model, and for the names of files that are alike."""
+
+    def counts(field: str) -> bool:
+        digests = {of.settings.get(f"sha256 of {field}") for of in (base, one)}
+        return not field.startswith(MODELS) and (len(digests) == 2 or None in digests)
+
+    found = nested.differences(base.settings, one.settings)
+    return {field: pair for field, pair in found.items() if counts(field)}
 
 
 def _difference(base: Evaluation | None, other: Evaluation, figure: Figure) -> Figure | None:
@@ -170,8 +202,23 @@ def show(console: Console, lines: Sequence[Line]) -> None:
                 cells += _marked(line.difference)
             table.add_row(plain(f"  {line.model}"), *cells)
         console.print(table)
+        _say_settings(console, own)
     if differs:
         say(console, "differences are paired, row by row; = where their interval holds 0")
+
+
+def _say_settings(console: Console, lines: Sequence[Line]) -> None:
+    """Tells of models that were evaluated with other settings than what they are held against."""
+    alike: dict[str, list[str]] = {}
+    for line in lines:
+        told = [f"{field} = {own!r}, not {base!r}" for field, (base, own) in line.settings.items()]
+        told[_MOST_TOLD:] = [f"and {len(told) - _MOST_TOLD} more"] * (len(told) > _MOST_TOLD)
+        models = alike.setdefault("; ".join(told), [])
+        if told and line.model not in models:
+            models.append(line.model)
+    for told, models in alike.items():
+        if models:
+            say(console, f"other settings, {', '.join(models)}: {told}")
 
 
 def _marked(difference: Figure | None) -> tuple[str, str]:

@@ -27,6 +27,7 @@ _NEUTRAL = {
     "model.logps_chunk",
     "model.remat",
 }
+MODELS = "sha256 of models"
 _JUDGE = "evaluate.judge.model"
 # Beside an evaluation's own, the fields that name files.
 _NAME_FILES = ("data.eval", "judge.template", "model.chat_template")
@@ -57,7 +58,7 @@ def settings_of(run: "Run", evaluator: Evaluator, subject: Subject | None) -> di
         for which in evaluator.others(run.config):
             if which not in digests:
                 digests[which] = digest_of(run, which)
-        settings["sha256 of models"] = digests
+        settings[MODELS] = digests
     return json.loads(json.dumps(settings))
 
 

@@ -45,7 +45,7 @@ def evaluate(
     Args:
       run: the run; the evaluation's section of its config says how.
       name: the evaluation. None: all that `config.evaluate.names` has, of the model that training
-        starts from and of the trained one.
+        starts from and of `model`.
       model: see `generate.model.load`.
       label: what the files are called, in place of the model's name.
       out: the folder that they go to, in place of the workdir's `evaluations/NAME`.
@@ -63,7 +63,7 @@ def evaluate(
     """
     console = console or Console()
     if name is None:
-        return _all(run, as_json, console)
+        return _all(run, model or models.TRAINED, as_json, console)
     evaluator = find(name)
     folder = pathlib.Path(out).expanduser() if out is not None else None
     if folder is None and run.workdir is not None:
@@ -90,14 +90,14 @@ def evaluate(
     return [found]
 
 
-def _all(run: "Run", as_json: bool, console: Console) -> list[Evaluation]:
+def _all(run: "Run", model: str, as_json: bool, console: Console) -> list[Evaluation]:
     """The evaluations of the config, of both models; each model is loaded once."""
     if run.workdir is None:
         raise UsageError("evaluate needs --workdir=DIR, or the name of an evaluation and --out=DIR")
     evaluators = [one for one in map(find, wanted(run)) if not lacks_pairs(run, one)]
     found: dict[str, list[Evaluation]] = {one.name: [] for one in evaluators}
     with run.writing():
-        for which in (models.BASE, models.TRAINED):
+        for which in (models.BASE, model):
             subject = Subject(run, which)
             for evaluator in evaluators:
                 if evaluator.compares and which == models.BASE:

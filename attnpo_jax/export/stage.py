@@ -49,7 +49,7 @@ def export(
       run: the run.
       out: where to; None for `workdir/export`. An earlier export there is replaced, or left as it
         is if it holds these very parameters, with the same files beside them.
-      step: the checkpoint's, or `best`, see `Run.checkpoint_step`; None for the newest whole one.
+      step: the checkpoint's, see `Run.checkpoint_step`.
       console: where the folders' names go, and what they hold; None for standard output.
 
     Returns:

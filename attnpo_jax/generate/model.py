@@ -26,18 +26,18 @@ TRAINED, BASE = "trained", "base"
 
 
 def is_trained(which: str | None) -> bool:
-    """Whether a checkpoint is meant: `trained`, `trained@40` or `trained@best`."""
+    """Whether a checkpoint is meant: `trained`, or `trained@` a step, `best` or `newest`."""
     return which is not None and which.partition("@")[0] == TRAINED
 
 
 def step_of(run: "Run", which: str) -> int | None:
-    """The step of a trained model that is named so; None for the newest.
+    """The step of a trained model that is named so; None for the newest checkpoint's.
 
     Raises:
       UserError: see `Run.checkpoint_step`.
     """
     _, named, asked = which.partition("@")
-    return run.checkpoint_step(asked) if named else None
+    return run.checkpoint_step(asked if named else None)
 
 
 def load(run: "Run", which: str | None = None) -> SampledModel:
@@ -45,10 +45,9 @@ def load(run: "Run", which: str | None = None) -> SampledModel:
 
     Args:
       run: whose config says how; its workdir has the trained model.
-      which: `trained` for the newest checkpoint, `trained@STEP` or `trained@best` for another (see
-        `Run.checkpoint_step`), `base` for the config's `model.source`, or another
-        HF folder, hub id, or `smollm2-135m-instruct`. None: `trained` where the run has a workdir,
-        else `base`.
+      which: `trained`, or `trained@STEP`, `trained@best` or `trained@newest` (see
+        `Run.checkpoint_step`); `base` for the config's `model.source`, or another HF folder, hub
+        id, or `smollm2-135m-instruct`. None: `trained` where the run has a workdir, else `base`.
 
     Raises:
       FileNotFoundError: there is no checkpoint.

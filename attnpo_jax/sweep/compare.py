@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,13 +16,14 @@ from attnpo_jax.evaluate import intervals
 from attnpo_jax.evaluate.evaluator import Figure
 from attnpo_jax.evaluate.report import by_id
 from attnpo_jax.runtime.errors import UsageError
-from attnpo_jax.runtime.printable import plain, say
+from attnpo_jax.runtime.printable import plain, printable, say
 from attnpo_jax.sweep.running import Outcome
 
 RANKING = "pairs/accuracy"
 # Of a whole table; narrower terminals are rare.
 WIDTH = 80
 _SHOWN_OF_PAIRS = (RANKING, "pairs/margin")
+_LOWEST = "min:"
 
 _BySeed = Mapping[int, Outcome]
 
@@ -34,6 +36,7 @@ class Line:
       name: `EVALUATION/FIGURE`.
       group: what these runs are called.
       mean: over the seeds, with Student's t interval of that, and how many seeds there are.
+      values: by seed.
       difference: the mean difference to the baseline at the same seeds, with how many rows it is
         taken over (None: over seeds alone); None where there is none.
     """
@@ -41,6 +44,7 @@ class Line:
     name: str
     group: str
     mean: Figure
+    values: Mapping[int, float]
     difference: Figure | None
 
     @property
@@ -76,12 +80,15 @@ def figures_of(outcome: Outcome) -> dict[str, Figure]:
     return found if outcome.loss is None else found | {"loss": Figure(outcome.loss)}
 
 
-def compare(outcomes: Sequence[Outcome], baseline: str | None = None) -> list[Line]:
-    """Lines by figure; of each, the groups in the order of their accuracy, best first.
+def compare(
+    outcomes: Sequence[Outcome], baseline: str | None = None, ranking: str = RANKING
+) -> list[Line]:
+    """Lines by figure; of each, the groups in the order of one figure, best first.
 
     Args:
       outcomes: of runs; those that failed are left out.
       baseline: the group that others are held against; None for the grid's first.
+      ranking: the figure that orders them; `min:` before it where lower is better.
 
     Raises:
       UsageError: there is no such group.
@@ -98,19 +105,27 @@ def compare(outcomes: Sequence[Outcome], baseline: str | None = None) -> list[Li
         key for held in groups.values() for o in held.values() for key in figures_of(o)
     )
     lines = [
-        Line(key, group, _mean(values), _difference(key, groups.get(baseline, {}), held))
+        Line(
+            key,
+            group,
+            _mean(list(values.values())),
+            values,
+            _difference(key, groups.get(baseline, {}), held),
+        )
         for key in keys
         for group, held in groups.items()
         if (values := _values(key, held))
     ]
-    ranks = {line.group: -line.mean.value for line in lines if line.name == RANKING}
+    sign = 1 if ranking.startswith(_LOWEST) else -1
+    name = ranking.removeprefix(_LOWEST)
+    ranks = {line.group: sign * line.mean.value for line in lines if line.name == name}
     places = {key: place for place, key in enumerate(keys)}
     return sorted(lines, key=lambda line: (places[line.name], ranks.get(line.group, math.inf)))
 
 
-def _values(key: str, held: _BySeed) -> list[float]:
-    found = (figures_of(outcome).get(key) for outcome in held.values())
-    return [figure.value for figure in found if figure and math.isfinite(figure.value)]
+def _values(key: str, held: _BySeed) -> dict[int, float]:
+    found = {seed: figures_of(outcome).get(key) for seed, outcome in sorted(held.items())}
+    return {seed: one.value for seed, one in found.items() if one and math.isfinite(one.value)}
 
 
 def _mean(values: Sequence[float]) -> Figure:
@@ -151,27 +166,43 @@ def _crossed(key: str, column: str, *sides: Sequence[Outcome]) -> tuple[np.ndarr
     return first, second
 
 
-def show(console: Console, lines: Sequence[Line], baseline: str) -> None:
-    """Prints tables of at most `WIDTH` columns: accuracy and margin of the held-out pairs, and the
-    first figure of each other evaluation.
+def shown(lines: Sequence[Line], metrics: Sequence[str] = ()) -> list[str]:
+    """The figures that tables and plots have.
+
+    Args:
+      lines: of the comparison.
+      metrics: those that are asked for, `min:` before them or not. None of these: accuracy and
+        margin of the held-out pairs, and the first figure of each other evaluation.
+
+    Raises:
+      UsageError: no run has such a figure.
     """
+    there = dict.fromkeys(line.name for line in lines)
+    asked = [metric.removeprefix(_LOWEST) for metric in metrics]
+    for name in asked if there else ():
+        if name not in there:
+            raise UsageError(f"--metric={name}; accepted: {'; '.join(there)}")
     first_of: dict[str, str] = {}
-    for line in lines:
-        first_of.setdefault(line.name.partition("/")[0], line.name)
-    shown = [*_SHOWN_OF_PAIRS, *(v for k, v in first_of.items() if k not in ("pairs", "loss"))]
-    for name in shown:
+    for name in there:
+        first_of.setdefault(name.partition("/")[0], name)
+    others = (name for evaluation, name in first_of.items() if evaluation not in ("pairs", "loss"))
+    return [name for name in asked or (*_SHOWN_OF_PAIRS, *others) if name in there]
+
+
+def show(console: Console, lines: Sequence[Line], baseline: str, names: Sequence[str]) -> None:
+    """Prints tables of at most `WIDTH` columns, one for each figure of these names."""
+    for name in names:
         own = [line for line in lines if line.name == name]
-        if own:
-            console.print(_table(name, own), width=min(WIDTH, console.width))
-    some = [line for line in lines if line.name in shown]
+        console.print(_table(name, own), width=min(WIDTH, console.width))
+    some = [line for line in lines if line.name in names]
     if any(line.difference is not None for line in some):
         one = any(line.difference is not None and line.mean.count == 1 for line in some)
         resampled = "rows" if one else "rows and seeds"
-        say(
-            console,
-            f"differences to {baseline!r}, paired; 95% intervals over {resampled}; = a tie: the\n"
-            "interval holds 0",
+        told = (
+            f"differences to {baseline!r}, paired; 95% intervals over {resampled}; = a tie: the "
+            "interval holds 0"
         )
+        say(console, textwrap.fill(printable(told), WIDTH))
 
 
 def _table(name: str, lines: Sequence[Line]) -> Table:
@@ -193,6 +224,8 @@ def _table(name: str, lines: Sequence[Line]) -> Table:
 
 def _with_half(mean: Figure) -> str:
     half = (mean.high - mean.low) / 2
+    if half < 1e-9 * abs(mean.value):
+        half = 0.0  # of seeds that are alike, rounding is left
     return f"{mean.value:.4g}" + (f" ± {half:.2g}" if math.isfinite(half) else "")
 
 

@@ -1,6 +1,7 @@
 """The runs of a sweep: every combination of axes, which are fields of the config, and variants."""
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import re
@@ -120,14 +121,23 @@ def grid(
                 raise UsageError(f"--variant {name} sets {field}, which is an axis too")
     _check_base(config)
     base = config_lib.to_json(config)
+
+    # Kept, so that what an override says in the log is not said again for each seed.
+    @functools.cache
+    def overridden(settings: tuple[tuple[str, str], ...], base: str = base) -> str:
+        # A copy, in which fields still take values of all their types.
+        changed = config_lib.override(
+            config_lib.from_json(base), [f"--config.{field}={value}" for field, value in settings]
+        )
+        return config_lib.to_json(changed)
+
     points = []
     for (variant, settings), *chosen in itertools.product(of_variants.items(), *of_axes.values()):
         values = dict(zip(of_axes, chosen, strict=True))
-        # A copy, in which fields still take values of all their types.
-        changed = config_lib.override(
-            config_lib.from_json(base),
-            [f"--config.{field}={value}" for field, value in (settings | values).items()],
-        )
+        every = settings | values
+        seed = tuple((field, every[field]) for field in every if field == "seed")
+        others = tuple((field, every[field]) for field in every if field != "seed")
+        changed = config_lib.from_json(overridden(seed, overridden(others)))
         config_lib.validate(changed)
         name = _folder([*([variant] if variant else []), *map("=".join, values.items())])
         points.append(Point(name, _group(variant, values), variant, settings | values, changed))

@@ -146,8 +146,7 @@ def run_point(workdir: pathlib.Path, point: Point) -> Outcome:
 def _train_and_evaluate(run: Run, point: Point) -> None:
     quiet = Console(quiet=True)  # one table at the end has all runs
     train.train(run, console=quiet)
-    which = f"{models.TRAINED}@best" if run.config.train.keep_best else models.TRAINED
-    subject = Subject(run, which)
+    subject = Subject(run, models.TRAINED)  # the best, where the config looks for one
     step = int(subject.name.removeprefix("step-"))
     done = []
     for name in dict.fromkeys(("pairs", *wanted(run))):

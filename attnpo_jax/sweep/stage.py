@@ -4,11 +4,12 @@ The judge's and the reference's passes run once, into WORKDIR/prepared. Each run
 of its own in WORKDIR/runs/NAME, with a link to that dataset.
 """
 
+import contextlib
 import json
 import logging
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 
@@ -22,7 +23,7 @@ from attnpo_jax.runtime.errors import UsageError, UserError
 from attnpo_jax.runtime.lock import LockedError
 from attnpo_jax.runtime.printable import say
 from attnpo_jax.sweep import at_once as at_once_lib
-from attnpo_jax.sweep import compare, results
+from attnpo_jax.sweep import compare, plots, results
 from attnpo_jax.sweep.grid import Point, grid
 from attnpo_jax.sweep.running import (
     CHECKPOINTS,
@@ -33,11 +34,13 @@ from attnpo_jax.sweep.running import (
     run_point,
 )
 from attnpo_jax.sweep.shared import to_prepare
+from attnpo_jax.sweep.worker import PREPARE
 
 _LOG = logging.getLogger(__name__)
 
 LOG = "log.txt"
-_WAIT_SECONDS = 10
+_WAIT_SECONDS = 3
+_MOST_LISTED = 5
 
 
 class RunsFailed(UserError):
@@ -53,6 +56,7 @@ def sweep(
     at_once: int = 1,
     checkpoints: str = "keep",
     baseline: str | None = None,
+    metrics: Sequence[str] = (),
     only_show: bool = False,
     as_json: bool = False,
     console: Console | None = None,
@@ -67,6 +71,7 @@ def sweep(
       at_once: how many runs go on at a time; more than one have processes of their own.
       checkpoints: what finished runs keep: `keep`, `drop`, `best`.
       baseline: the group that others are held against; None for the first.
+      metrics: the figures that are compared, see `compare.shown`; the first one orders the groups.
       only_show: whether nothing is done but to show what is finished.
       as_json: print lines of the comparison as JSON in place of tables.
       console: where figures go; None for standard output.
@@ -82,21 +87,30 @@ def sweep(
     """
     console = console or Console()
     points = grid(run.config, axes, variants)
-    _check(run, points, checkpoints, baseline)
+    _check(run, points, checkpoints, baseline, metrics)
     if index is not None:
         return [_one(run, points, index, checkpoints, console)]
     if only_show:
         outcomes = [found for point in points if (found := outcome_of(run.workdir, point))]
     elif at_once > 1:
-        outcomes = _in_processes(run, points, at_once, (axes, variants, checkpoints), console)
+        options = {"axes": axes, "variants": variants}
+        outcomes = _in_processes(run, points, at_once, checkpoints, options, console)
     else:
         outcomes = _in_turn(run, points, checkpoints, console)
-    _show(run.workdir, outcomes, baseline or points[0].group, as_json, console)
+    _show(run.workdir, outcomes, baseline or points[0].group, metrics, as_json, console)
+    if not as_json:
+        _say_what_is_missing(points, outcomes, console)
     _raise_failures(outcomes)
     return outcomes
 
 
-def _check(run: Run, points: Sequence[Point], checkpoints: str, baseline: str | None) -> None:
+def _check(
+    run: Run,
+    points: Sequence[Point],
+    checkpoints: str,
+    baseline: str | None,
+    metrics: Sequence[str],
+) -> None:
     """All that can be told before anything is computed or written."""
     if checkpoints not in CHECKPOINTS:
         raise UsageError(f"--checkpoints={checkpoints}; accepted: {', '.join(CHECKPOINTS)}")
@@ -119,6 +133,14 @@ def _check(run: Run, points: Sequence[Point], checkpoints: str, baseline: str | 
     to_prepare(run, points)  # tells what the runs can't share
     for name in wanted(run):
         find(name)
+    evaluations = dict.fromkeys(("pairs", *wanted(run)))
+    for metric in metrics:
+        name = metric.removeprefix("min:")
+        if name != "loss" and name.partition("/")[0] not in evaluations:
+            raise UsageError(
+                f"--metric={metric}: no such evaluation; accepted: loss, or a figure of "
+                f"{', '.join(evaluations)} (config.evaluate.names), as pairs/accuracy"
+            )
 
 
 def _one(run: Run, points: Sequence[Point], index: int, checkpoints: str, console: Console):
@@ -187,76 +209,98 @@ def _in_processes(
     run: Run,
     points: Sequence[Point],
     most: int,
-    options: tuple[Sequence[str], Sequence[str], str],
+    checkpoints: str,
+    options: Mapping[str, Sequence[str]],
     console: Console,
 ) -> list[Outcome]:
-    workdir, (axes, variants, checkpoints) = run.workdir, options
-    todo = {k: point for k, point in enumerate(points) if not _finished(workdir, point)}
+    workdir = run.workdir
+    todo = {str(k): point for k, point in enumerate(points) if not _finished(workdir, point)}
     workdir.mkdir(parents=True, exist_ok=True)
     config = workdir / "config.json"
     atomic.write_atomically(config, config_lib.to_json(run.config).encode())
-    common = [f"--config={config}", f"--workdir={workdir}"]
-    first, *_ = to_prepare(run, points)  # the rest is left to the runs that read it
-    if todo and not _is_prepared(first):
-        # Not here: of an accelerator's memory, this process would keep a part.
-        of_first = workdir / "prepare.json"
-        atomic.write_atomically(of_first, config_lib.to_json(first.config).encode())
-        command = at_once_lib.attnpo("prepare", f"--config={of_first}", f"--workdir={workdir}")
-        _run_prepare(workdir, command, console)
-    common += [f"--checkpoints={checkpoints}"]
-    common += [f"--set={text}" for text in axes] + [f"--variant={text}" for text in variants]
-    numbers = {folder_of(workdir, point) / LOG: k for k, point in todo.items()}
-    codes: dict[int, int] = {}
+    setup = at_once_lib.setup_of(config, workdir, options)
+    prepares = bool(todo) and not all(map(_is_prepared, to_prepare(run, points)))
+    # In another process: of an accelerator's memory, this one would keep a part.
+    logs = {PREPARE: workdir / f"{PREPARE}.log"} if prepares else {}
+    logs |= {task: folder_of(workdir, point) / LOG for task, point in todo.items()}
+    tasks = [
+        at_once_lib.Task(name, log, todo[name].group if name in todo else "")
+        for name, log in logs.items()
+    ]
+    failures: dict[str, str] = {}
+    with contextlib.ExitStack() as stack:
+        if prepares:
+            say(console, f"preparing, see {logs[PREPARE]}")
+        else:
+            stack.enter_context(run.writing())
 
-    def ended(log: pathlib.Path, code: int) -> None:
-        codes[numbers[log]] = code
-        state = "done" if code == 0 else f"failed, see {log}"
-        say(console, f"[{len(codes)}/{len(todo)}] {todo[numbers[log]].name}: {state}")
+        def ended(task: str, failed: str | None, code: int | None) -> None:
+            if code is not None:
+                failed = f"its process ended with code {code}, see {logs[task]}"
+            if task == PREPARE:
+                if failed:
+                    raise UserError(f"preparing failed: {failed}")
+                stack.enter_context(run.writing())
+                return
+            if failed:
+                failures[task] = failed
+            done.append(task)
+            remove_checkpoints(workdir, _outcome(workdir, todo[task], failed), checkpoints)  # early
+            told = f"failed: {failed}" if failed else "done"
+            say(console, f"[{len(done)}/{len(todo)}] {todo[task].name}: {told}")
 
-    commands = {
-        log: at_once_lib.attnpo("sweep", *common, f"--index={k}") for log, k in numbers.items()
-    }
-    at_once_lib.run_all(commands, most, ended)
-    outcomes = []
-    for k, point in enumerate(points):
-        found = outcome_of(workdir, point)
-        if found is None or (codes.get(k) and not found.failed):
-            log = folder_of(workdir, point) / LOG
-            found = Outcome(point, failed=f"its process ended with code {codes.get(k)}, see {log}")
-        remove_checkpoints(workdir, found, checkpoints)
-        outcomes.append(found)
+        done: list[str] = []
+        at_once_lib.run_all(setup, tasks, most, ended, PREPARE if prepares else None)
+    outcomes = [_outcome(workdir, point, failures.get(str(k))) for k, point in enumerate(points)]
+    for outcome in outcomes:
+        remove_checkpoints(workdir, outcome, checkpoints)
     return outcomes
 
 
-def _run_prepare(workdir: pathlib.Path, command: Sequence[str], console: Console) -> None:
-    log = workdir / "prepare.log"
-    say(console, f"preparing, see {log}")
-    codes = []
-    at_once_lib.run_all({log: command}, 1, lambda _, code: codes.append(code))
-    if codes != [0]:
-        (*_, last) = ["", *log.read_text(errors="replace").splitlines()]
-        raise UserError(f"preparing failed, see {log}; its last line: {last}")
+def _outcome(workdir: pathlib.Path, point: Point, failed: str | None) -> Outcome:
+    """What came of a run; `failed`, if it says nothing itself."""
+    found = outcome_of(workdir, point)
+    if found is None or (failed and not found.failed):
+        return Outcome(point, failed=failed or "nothing came of it")
+    return found
 
 
 def _show(
     workdir: pathlib.Path,
     outcomes: Sequence[Outcome],
     baseline: str,
+    metrics: Sequence[str],
     as_json: bool,
     console: Console,
 ) -> None:
-    lines = compare.compare(outcomes, baseline) if outcomes else []
+    ranking = metrics[0] if metrics else compare.RANKING
+    lines = compare.compare(outcomes, baseline, ranking) if outcomes else []
     if workdir.is_dir():
         results.write(workdir, outcomes, lines)
+    names = compare.shown(lines, metrics)
+    drawn = plots.write(workdir, outcomes, lines, names, baseline) if lines else None
     if as_json:
         print(json.dumps([line.facts() for line in lines], indent=2), flush=True)
         return
-    compare.show(console, lines, baseline)
+    compare.show(console, lines, baseline, names)
     for outcome in outcomes:
         if outcome.failed:
             say(console, f"{outcome.point.name}: failed: {outcome.failed}")
     if outcomes:
         say(console, f"all figures in {workdir / results.CSV} and {workdir / results.JSON_LINES}")
+    if drawn:
+        say(console, f"plots in {drawn}")
+
+
+def _say_what_is_missing(
+    points: Sequence[Point], outcomes: Sequence[Outcome], console: Console
+) -> None:
+    there = {outcome.point.name for outcome in outcomes}
+    missing = [point.name for point in points if point.name not in there]
+    if missing:
+        listed = "; ".join(missing[:_MOST_LISTED])
+        listed += f"; and {len(missing) - _MOST_LISTED} more" * (len(missing) > _MOST_LISTED)
+        say(console, f"{len(missing)} of {len(points)} runs are not finished: {listed}")
 
 
 def _raise_failures(outcomes: Sequence[Outcome]) -> None:

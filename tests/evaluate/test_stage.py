@@ -249,7 +249,9 @@ def test_a_report_has_paired_differences_of_several_workdirs(folder, tmp_path, c
         of = tmp_path / f"of-{name}" / "evaluations" / "hits"
         of.mkdir(parents=True)
         result = Result(rows, {"hits": figure(rows, "hit")})
-        evaluate.Evaluation("hits", name, {}, result).write(of)
+        settings = {"generate.seed": len(name), "data.eval": name, "sha256 of data.eval": "0"}
+        settings["sha256 of models"] = {name: name}
+        evaluate.Evaluation("hits", name, settings, result).write(of)
     workdirs = f"--workdirs={tmp_path / 'of-base'},{tmp_path / 'of-step-9'}"
     assert cli.main(["evaluate", "report", workdirs, "--json"]) == 0
     first, second = json.loads(capsys.readouterr().out)
@@ -261,7 +263,11 @@ def test_a_report_has_paired_differences_of_several_workdirs(folder, tmp_path, c
     assert (found["value"], found["count"]) == (pytest.approx(1 / 3), 3)
     assert (found["low"], found["high"]) == pytest.approx((0.2 - half, 0.2 + half), abs=1e-6)
     assert cli.main(["evaluate", "report", workdirs]) == 0
-    assert "= +0.333" in capsys.readouterr().out
+    # The files are alike, whatever they are called, and models differ as they must.
+    assert (first["settings"], second["settings"]) == ({}, {"generate.seed": [4, 6]})
+    shown = capsys.readouterr().out
+    assert "= +0.333" in shown
+    assert "other settings, of-step-9/step-9: generate.seed = 6, not 4\n" in shown
     assert cli.main(["evaluate", "report", workdirs, "--baseline=step-9"]) == 2
     assert "accepted: of-base/base, of-step-9/step-9" in capsys.readouterr().err
     assert cli.main(["evaluate", "report", f"--workdirs={folder}"]) == 2

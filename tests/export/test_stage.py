@@ -73,7 +73,7 @@ def test_exports_the_newest_checkpoint_with_the_companions_of_the_source(tmp_pat
     assert json.loads((folder / "tokenizer_config.json").read_text()) == {"chat_template": "hello"}
 
 
-def test_exports_the_checkpoint_that_is_asked_for(tmp_path, capsys):
+def test_exports_the_best_checkpoint_or_that_which_is_asked_for(tmp_path, capsys, caplog):
     config = make_config(write_model(tmp_path))
     config.train.keep_best, config.train.eval_every = "min:eval_loss", 1
     first, _ = (save_checkpoint(tmp_path, config, step) for step in (3, 12))
@@ -81,8 +81,14 @@ def test_exports_the_checkpoint_that_is_asked_for(tmp_path, capsys):
         for step, loss in ((0, 0.1), (3, 0.5), (12, 0.6)):
             metrics.write(step, {"eval_loss": loss})
     run = Run.resolve(config, tmp_path)
-    folder = export(run, step="best")
+    with caplog.at_level("INFO", "attnpo_jax"):
+        folder = export(run)
     assert_same(exported_params(folder), first)
+    assert "the trained model is that of step 3, the best by min:eval_loss" in caplog.messages
+    export(run, step="best")
+    export(run, step="newest")
+    assert "step 12 for transformers" in capsys.readouterr().out
+    export(run, step=3)
     export(run, step=3)
     export(run, step="12")
     out = capsys.readouterr().out
@@ -93,7 +99,8 @@ def test_exports_the_checkpoint_that_is_asked_for(tmp_path, capsys):
     with pytest.raises(UserError, match="no checkpoint '4'.* has those of 3, 12"):
         export(run, step="4")
     # The same of a model that is sampled from.
-    assert models_to_sample.step_of(run, "trained@best") == 3
+    named = ("trained", "trained@best", "trained@newest")
+    assert [models_to_sample.step_of(run, name) for name in named] == [3, 3, None]
     assert [models_to_sample.is_trained(text) for text in ("trained", "trained@12", "base")] == [
         True, True, False,
     ]  # fmt: skip

@@ -15,7 +15,8 @@ from attnpo_jax import config as config_lib
 from attnpo_jax.runtime import exit_codes
 
 LAUNCH = pathlib.Path(__file__).parents[2] / "launch"
-SCRIPTS = sorted(path.name for path in LAUNCH.glob("*.sh"))
+# Those of runs; `test_sweeps` has those of sweeps.
+SCRIPTS = sorted(path.name for path in LAUNCH.glob("*.sh") if "sweep" not in path.name)
 
 
 def shell(*command, **environ):

@@ -46,7 +46,7 @@ def batch_of(rows):
 
 
 @pytest.mark.parametrize("attention", [BLOCKS, "xla"])
-# In what blocks products are summed depends on the processor's caches, so that in bfloat16 a sum may
+# In what blocks products are summed depends on the processor, so that in bfloat16 a sum may
 # be rounded the other way: for one or two of the pairs on an Intel Xeon, for none on an AMD EPYC.
 # Probabilities that are rounded after they were divided have it so for three to six.
 @pytest.mark.parametrize(

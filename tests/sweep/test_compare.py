@@ -3,38 +3,17 @@
 import csv
 import io
 import json
+import re
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from attnpo_jax import config as config_lib
 from attnpo_jax.evaluate import intervals
-from attnpo_jax.evaluate.evaluator import Figure, Result, figure
-from attnpo_jax.evaluate.files import Evaluation
 from attnpo_jax.runtime.errors import UsageError
 from attnpo_jax.sweep import results
-from attnpo_jax.sweep.compare import RANKING, compare, show
-from attnpo_jax.sweep.grid import Point
-from attnpo_jax.sweep.running import Outcome
-
-
-def outcome(group, seed, accuracies, *, checks=None, failed=None):
-    config = config_lib.default_config()
-    config.seed = seed
-    point = Point(f"{group},seed={seed}", group, group, {"seed": str(seed)}, config)
-    if failed:
-        return Outcome(point, failed=failed)
-    rows = [
-        {"id": f"p{k}", "accuracy": float(a), "margin": a - 0.25} for k, a in enumerate(accuracies)
-    ]
-    figures = {name: figure(rows, name) for name in ("accuracy", "margin")}
-    figures["hidden"] = figure(rows, "margin", detail=True)
-    evaluations = {"pairs": Evaluation("pairs", "step-2", {}, Result(rows, figures))}
-    if checks is not None:
-        result = Result([], {"checks, strict": Figure(checks)})
-        evaluations["checks"] = Evaluation("checks", "step-2", {}, result)
-    return Outcome(point, 2, 0.5, evaluations)
+from attnpo_jax.sweep.compare import RANKING, compare, show, shown
+from tests.sweep.outcomes import outcome
 
 
 def by_group(lines, name):
@@ -114,13 +93,37 @@ def test_tables_fit_and_mark_ties():
     outcomes += [outcome(name, s, other, checks=0.5 + s / 7) for s in range(3)]
     console = Console(file=io.StringIO(), width=200)
     lines = compare(outcomes)
-    show(console, lines, "dpo")
+    show(console, lines, "dpo", shown(lines))
     text = console.file.getvalue()
     assert max(map(len, text.splitlines())) <= 80
     assert text.count("= ") >= 3 and "= a tie" in text and "±" in text
     for title in (RANKING, "pairs/margin", "checks/checks, strict"):
         assert title in text
     assert "loss" not in text
+
+
+def test_any_figure_may_be_compared_and_order_the_groups():
+    outcomes = [outcome("a", 0, [1, 0, 0], checks=0.5), outcome("b", 0, [1, 1, 0], checks=0.25)]
+    lines = compare(outcomes)
+    assert shown(lines) == [RANKING, "pairs/margin", "checks/checks, strict"]
+    asked = ["min:checks/checks, strict", "loss"]
+    assert shown(lines, asked) == ["checks/checks, strict", "loss"]
+    orders = {
+        ranking: list(by_group(compare(outcomes, None, ranking), "loss"))
+        for ranking in (RANKING, "checks/checks, strict", "min:checks/checks, strict")
+    }
+    assert list(orders.values()) == [["b", "a"], ["a", "b"], ["b", "a"]]
+    with pytest.raises(UsageError, match="--metric=checks/x; accepted: pairs/accuracy; .*; loss"):
+        shown(lines, ["checks/x"])
+    # Of runs that have all failed there is nothing to choose from.
+    assert shown(compare([outcome("a", 0, [], failed="x")]), ["checks/x"]) == []
+
+
+def test_seeds_that_are_alike_have_no_spread():
+    outcomes = [outcome("a", seed, [0.825]) for seed in range(3)]
+    console = Console(file=io.StringIO(), width=80)
+    show(console, compare(outcomes), "a", [RANKING])
+    assert "0.825 ± 0\n" in re.sub(" *\n", "\n", console.file.getvalue())
 
 
 def test_files_have_a_line_a_run(tmp_path):

@@ -18,8 +18,11 @@ def base(**changes):
     return config
 
 
-def test_every_combination_keeps_what_is_not_swept():
+def test_every_combination_keeps_what_is_not_swept(caplog):
+    caplog.set_level("INFO", "attnpo_jax")
     points = grid(base(train__epochs=3), ["weighting.name=attention,uniform", "seed=1,2"])
+    # What a changed function leaves behind is said once, and not for each seed.
+    assert len([one for one in caplog.messages if "'uniform' in place of" in one]) == 1
     assert [(p.config.weighting.name, p.config.seed) for p in points] == [
         ("attention", 1), ("attention", 2), ("uniform", 1), ("uniform", 2),
     ]  # fmt: skip

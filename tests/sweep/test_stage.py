@@ -5,19 +5,18 @@ import io
 import json
 import os
 import pathlib
-import sys
 
 import pytest
 from rich.console import Console
 
-from attnpo_jax import cli, prepare, train
 from attnpo_jax import config as config_lib
+from attnpo_jax import prepare, train
 from attnpo_jax.config import ConfigError
 from attnpo_jax.evaluate import evaluator
 from attnpo_jax.evaluate.evaluator import Evaluator, Figure, Result
 from attnpo_jax.run import Run
 from attnpo_jax.runtime import exit_codes, metrics
-from attnpo_jax.runtime.errors import UsageError
+from attnpo_jax.runtime.errors import UsageError, UserError
 from attnpo_jax.sweep import at_once, running, stage
 from attnpo_jax.sweep.stage import RunsFailed, sweep
 from attnpo_jax.train.hooks import NonFiniteError
@@ -194,6 +193,7 @@ def test_what_is_wrong_with_a_sweep_is_told_before_anything_is_written(inputs, t
         ({"axes": SEEDS[:1], "variants": ["a=", "b=", "c=x.y=1"]}, UsageError, "c: x.y: all runs"),
         ({"variants": ["a=", "a,b="]}, UsageError, "NAME="),
         ({"axes": ["seed=1,01"]}, UsageError, "has the seed 1 too"),
+        ({"axes": SEEDS, "metrics": ["checks/x"]}, UsageError, "figure of pairs"),
     ):
         with pytest.raises(error, match=message):
             sweep(run, **options, console=quiet())
@@ -203,39 +203,37 @@ def test_what_is_wrong_with_a_sweep_is_told_before_anything_is_written(inputs, t
     assert not (tmp_path / "work").exists()
 
 
-def test_commands_run_some_at_a_time_and_their_ends_are_told(tmp_path):
-    code = "import os, sys; print(os.environ['ATTNPO_DISTRIBUTED']); sys.exit(int(sys.argv[1]))"
-    ended = {}
-    commands = {
-        tmp_path / str(k) / "log.txt": [sys.executable, "-c", code, str(k)] for k in range(3)
-    }
-    at_once.run_all(commands, 2, ended.__setitem__)
-    assert ended == {tmp_path / str(k) / "log.txt": k for k in range(3)}
-    assert (tmp_path / "2" / "log.txt").read_text() == "0\n"
+def test_runs_at_once_are_done_by_processes_after_the_prepared_set(inputs, tmp_path, monkeypatch):
+    asked = {}
 
-
-def test_runs_at_once_are_commands_of_their_own(inputs, tmp_path, monkeypatch):
-    started = {}
-
-    def run_all(commands, most, ended):
-        for log, command in commands.items():
-            started[log.relative_to(tmp_path).as_posix()] = command[3:]
-            ended(log, 0 if "prepare" in command else -9)
+    def run_all(setup, tasks, most, ended, first):
+        asked.update(setup=setup, most=most, first=first, tasks=tasks)
+        for task in tasks:
+            # The set is there, and the runs are not: their processes are killed.
+            ended(task.name, *((None, None) if task.name == "prepare" else ("", -9)))
 
     monkeypatch.setattr(at_once, "run_all", run_all)
-    with pytest.raises(RunsFailed, match=r"ended with code -9, see .*log.txt"):
-        sweep(run_of(inputs, tmp_path), axes=["seed=0,1"], variants=["a="], at_once=2,
-              console=quiet())  # fmt: skip
-    assert list(started) == ["prepare.log", "runs/a,seed=0/log.txt", "runs/a,seed=1/log.txt"]
-    command = started["runs/a,seed=1/log.txt"]
-    options, overrides = cli.parse(command[0], command[1:])
-    assert options == {
-        "config": str(tmp_path / "config.json"), "workdir": str(tmp_path), "checkpoints": "keep",
-        "set": ["seed=0,1"], "variant": ["a="], "index": 1,
+    run, console = run_of(inputs, tmp_path), quiet()
+    with pytest.raises(RunsFailed, match=r"2 of 2 .* ended with code -9, see .*log.txt"):
+        sweep(run, axes=["seed=0,1"], variants=["a="], at_once=2, console=console)
+    assert (asked["most"], asked["first"]) == (2, "prepare")
+    assert [(task.name, task.kind) for task in asked["tasks"]] == [
+        ("prepare", ""), ("0", "a"), ("1", "a"),
+    ]  # fmt: skip
+    assert asked["tasks"][2].log == tmp_path / "runs" / "a,seed=1" / "log.txt"
+    assert asked["setup"] | {"level": ""} == {
+        "config": str(tmp_path / "config.json"), "workdir": str(tmp_path), "level": "",
+        "axes": ["seed=0,1"], "variants": ["a="],
     }  # fmt: skip
-    assert not overrides
-    config = config_lib.load_config(options["config"])
-    assert not config_lib.diff(config, run_of(inputs, tmp_path).config)
+    assert not config_lib.diff(config_lib.load_config(asked["setup"]["config"]), run.config)
+    assert "[2/2] a,seed=1: failed: its process ended" in console.file.getvalue()
+
+    def fails(setup, tasks, most, ended, first):
+        ended("prepare", "the disk is full", None)
+
+    monkeypatch.setattr(at_once, "run_all", fails)
+    with pytest.raises(UserError, match="preparing failed: the disk is full"):
+        sweep(run, axes=["seed=0,1"], at_once=2, console=quiet())
 
 
 def test_what_stops_a_sweep_is_told_as_others_are(inputs, tmp_path, capsys, monkeypatch):

@@ -50,9 +50,10 @@ def test_the_best_checkpoint_stays_beside_the_newest_in_an_interrupted_run_too(
     assert not evaluations
     assert loops.saved_steps(tmp_path) == [2, 6]
     run = Run.resolve(config, tmp_path)
-    assert [run.checkpoint_step(asked) for asked in ("best", "6", 2, None)] == [2, 6, 2, None]
+    asked = ("best", "6", 2, None, "newest")
+    assert [run.checkpoint_step(one) for one in asked] == [2, 6, 2, 2, None]
     for asked, keep_best, message in (
-        ("3", "", r"has those of 2, 6; accepted: a step, or best"),
+        ("3", "", r"has those of 2, 6; accepted: a step, best, or newest"),
         ("best", "", "keep_best names no metric"),
         ("best", f"min:{ACCURACY}", "that of step 3, which has no checkpoint: .* of 2, 6"),
         ("best", "min:eval_x", "no `eval_x` after a training step"),
@@ -60,6 +61,8 @@ def test_the_best_checkpoint_stays_beside_the_newest_in_an_interrupted_run_too(
         other = Run.resolve(config_of(model, train__keep_best=keep_best), tmp_path)
         with pytest.raises(UserError, match=message):
             other.checkpoint_step(asked)
+        # What nobody has asked for by name is no error: the newest is there.
+        assert other.checkpoint_step(None) is None
 
 
 def test_training_stops_early_where_an_interrupted_run_does(tmp_path, model, evaluations):

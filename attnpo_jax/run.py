@@ -19,6 +19,7 @@ from attnpo_jax import config as config_lib
 from attnpo_jax.data import column_sets, mixture, vocabulary
 from attnpo_jax.data.cache_key import naming_fields
 from attnpo_jax.data.columns import Columns
+from attnpo_jax.data.manifest import versions
 from attnpo_jax.data.prepared import METADATA, Prepared
 from attnpo_jax.data.prompts import Prompt
 from attnpo_jax.data.sources import load_pairs
@@ -29,7 +30,7 @@ from attnpo_jax.models.config import ModelConfig
 from attnpo_jax.models.io import hf_folder
 from attnpo_jax.models.io.model_source import ModelSource
 from attnpo_jax.parallel import processes
-from attnpo_jax.runtime import best, lock, metrics, paths, schema
+from attnpo_jax.runtime import best, history, lock, metrics, paths, schema
 from attnpo_jax.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -123,6 +124,26 @@ class Run:
             finally:
                 self._held.discard(folder)
             processes.barrier("a folder is released")
+
+    def recorded(self, stage: str, **about: Any) -> contextlib.AbstractContextManager[None]:
+        """Has the workdir's history tell of a block's work, on what devices, and how it ended.
+
+        Args:
+          stage: what works.
+          **about: JSON values that are worth knowing of it.
+        """
+        if self.workdir is None or not processes.is_first():
+            return contextlib.nullcontext()
+        import jax
+
+        devices = jax.devices()
+        about |= {
+            "devices": f"{len(devices)} {devices[0].device_kind}",
+            "processes": jax.process_count(),
+            "processor": history.processor(),
+            "versions": versions(),
+        }
+        return history.recorded(self.workdir, stage, about)
 
     # --- The data ---------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from attnpo_jax.config import (
     judge_source_fields,
     prepare_fields,
     reference_fields,
+    report_fields,
     rules,
     serve_fields,
     shaping_fields,
@@ -377,6 +378,7 @@ FIELDS: dict[str, Field] = {
     **generate_fields.FIELDS,
     **evaluate_fields.FIELDS,
     **serve_fields.FIELDS,
+    **report_fields.FIELDS,
     "parallel.backend": Field(
         "jit",
         rules.one_of("jit", "pmap"),

@@ -46,6 +46,7 @@ _FAILURE = schema.Table({"config": schema.Mapped(schema.Anything()), "reason": s
 _INDIFFERENT = (
     "log.",
     "parallel.",
+    "report.",
     "serve.",
     "train.keep_checkpoints",
     "train.log_every",

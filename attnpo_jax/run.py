@@ -19,7 +19,6 @@ from attnpo_jax import config as config_lib
 from attnpo_jax.data import column_sets, mixture, vocabulary
 from attnpo_jax.data.cache_key import naming_fields
 from attnpo_jax.data.columns import Columns
-from attnpo_jax.data.manifest import versions
 from attnpo_jax.data.prepared import METADATA, Prepared
 from attnpo_jax.data.prompts import Prompt
 from attnpo_jax.data.sources import load_pairs
@@ -31,7 +30,7 @@ from attnpo_jax.models.io import hf_folder
 from attnpo_jax.models.io.model_source import ModelSource
 from attnpo_jax.parallel import processes
 from attnpo_jax.runtime import best, history, lock, metrics, paths, schema
-from attnpo_jax.runtime.errors import UserError
+from attnpo_jax.runtime.errors import UsageError, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,6 +38,9 @@ if TYPE_CHECKING:
     from attnpo_jax.prepare import readers
 
 _LOG = logging.getLogger(__name__)
+
+CONFIG = "config.json"
+"""Of a workdir, the config that its run was last started with."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,6 +86,20 @@ class Run:
             processes.check_shared(workdir, "workdir")
         return cls(config, workdir, template)
 
+    @classmethod
+    def of_workdir(cls, workdir: str | os.PathLike) -> "Run":
+        """The run whose folder this is, with the config that it was last started with.
+
+        Raises:
+          UsageError: there is no config.json.
+          ConfigError: it is none, or something that it names is not there.
+        """
+        folder = pathlib.Path(workdir).expanduser()
+        file = folder / CONFIG
+        if not file.is_file():
+            raise UsageError(f"{folder}: no {CONFIG} there; accepted: the workdir of a run")
+        return cls.resolve(config_lib.load_file(str(file)), folder)
+
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """Holds the workdir, and a folder of checkpoints elsewhere, for this run alone.
@@ -126,24 +142,12 @@ class Run:
             processes.barrier("a folder is released")
 
     def recorded(self, stage: str, **about: Any) -> contextlib.AbstractContextManager[None]:
-        """Has the workdir's history tell of a block's work, on what devices, and how it ended.
-
-        Args:
-          stage: what works.
-          **about: JSON values that are worth knowing of it.
-        """
+        """Has the workdir's history tell of a block's work: what it is, on what, how it ended."""
         if self.workdir is None or not processes.is_first():
             return contextlib.nullcontext()
-        import jax
+        from attnpo_jax.parallel import machine  # which JAX is needed for
 
-        devices = jax.devices()
-        about |= {
-            "devices": f"{len(devices)} {devices[0].device_kind}",
-            "processes": jax.process_count(),
-            "processor": history.processor(),
-            "versions": versions(),
-        }
-        return history.recorded(self.workdir, stage, about)
+        return history.recorded(self.workdir, stage, about | machine.facts())
 
     # --- The data ---------------------------------------------------------------------------------
 
@@ -416,7 +420,7 @@ def run(run: Run, *, console: "Console | None" = None) -> None:
     # Here, so that a command loads its own stage alone.
     from rich.console import Console
 
-    from attnpo_jax import evaluate, export, prepare, train
+    from attnpo_jax import evaluate, export, prepare, report, train
     from attnpo_jax.evaluate.files import FOLDER
     from attnpo_jax.evaluate.stage import wanted
     from attnpo_jax.export.stage import export_folders
@@ -433,10 +437,12 @@ def run(run: Run, *, console: "Console | None" = None) -> None:
         if wanted(run):
             evaluate.evaluate(run, console=console)
         export.export(run, console=console)
+        page = report.at_end(run) if processes.is_first() else None
     if not processes.is_first():
         return
     names = {"model": "model (Hugging Face)", "adapter": "adapters (PEFT)"}
     for what, path in (
+        *((("report", page),) if page else ()),
         *((names[kind], folder) for kind, folder in export_folders(run).items()),
         *((("evaluations", run.workdir / FOLDER),) if wanted(run) else ()),
         ("metrics", run.workdir / metrics.FILE),

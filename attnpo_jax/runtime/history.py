@@ -10,7 +10,6 @@ import datetime
 import json
 import os
 import pathlib
-import platform
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -111,13 +110,3 @@ def read(workdir: pathlib.Path) -> list[Entry]:
             ended = {key: line[key] for key in ("seconds", "how")}
             first[id] = dataclasses.replace(first[id], **ended)
     return list(first.values())
-
-
-def processor() -> str:
-    """The name of this machine's processor, as far as it tells."""
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        lines = []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()

@@ -16,6 +16,7 @@ _NO_METRICS = ("step", "epoch", "pairs", "tokens")
 _EVAL = "eval_"
 # Points of a curve that a page has room for; more are averaged over neighbours.
 _MOST_POINTS = 240
+_MOST_MARKERS = 40
 # More are listed by name: each takes some 15 KB.
 _MOST_FIGURES = 80
 _FIRST = ("loss", "unweighted_loss", "rewards/weighted_accuracies", "rewards/accuracies")
@@ -101,9 +102,10 @@ def _picture(metric: str, series: Sequence[Series]) -> Picture:
     axes.set_xlabel("step")
     several = len(series) > 1
     for one in series:
-        figures.curve(
-            axes, one.steps, one.values, place=one.place, name=one.name if several else None
-        )
+        name = one.name if several else None
+        figures.curve(axes, one.steps, one.values, place=one.place, name=name)
+        if len(one.steps) > _MOST_MARKERS:
+            axes.lines[-1].set_marker("")
     if several and len(series) <= 6:
         axes.legend()
     told = "; ".join(_told(one) for one in series[:6])

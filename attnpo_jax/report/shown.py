@@ -135,7 +135,7 @@ def common_ends(prompts: Sequence[np.ndarray], share: float = 0.9) -> tuple[list
     ([1, 2], [9])
     """
     opening = _common(prompts, share)
-    closing = _common([prompt[::-1][: len(prompt) - len(opening) - 1] for prompt in prompts], share)
+    closing = _common([prompt[len(opening) :][::-1] for prompt in prompts], share)
     return opening, closing[::-1]
 
 

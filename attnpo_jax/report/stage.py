@@ -32,8 +32,8 @@ _LOG = logging.getLogger(__name__)
 
 FILE = "report.html"
 _PAIRS_IN_TERMINAL = 5
-# What the page takes beside the data of its tokens' view and the other sections.
-_MARGIN = 40_000
+# What the view of tokens takes in the page beside its data.
+_MARGIN = 10_000
 
 
 def report(

@@ -6,7 +6,6 @@ text tokens times their number; `views`, weights by view, null where there are n
 the reference's log-probs, and `ratio`, the trained model's less these.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from attnpo_jax.data.pair import SIDES
 from attnpo_jax.report import codes
 from attnpo_jax.report.facts import SPLITS
 from attnpo_jax.report.numbers import FIGURES, PairNumbers
+from attnpo_jax.report.page import as_json
 from attnpo_jax.report.shown import Shown, TokenTexts, common_ends, spread, without
 from attnpo_jax.report.views import View
 from attnpo_jax.runtime.printable import printable
@@ -63,7 +63,7 @@ def page_data(
       numbers: of each pair.
       texts: what tokens say.
       policy: what the trained model is called; "" where it is not at hand.
-      room: for the pairs' part of the JSON.
+      room: for it in the page.
     """
     vocabulary: dict[str, int] = {}
     rows = [shown[place] for place in range(len(shown))]
@@ -72,9 +72,8 @@ def page_data(
         _entry(split, row, views, of_pair, ends, texts, vocabulary)
         for (split, _), row, of_pair in zip(shown.places, rows, numbers, strict=True)
     ]
-    sizes = np.array([len(json.dumps(one, ensure_ascii=False).encode()) + 2 for one in entries])
     opening, closing = map(texts.joined, ends)
-    return {
+    data = {
         "layers": list(shown.source_layers),
         "sink": MIN_TOKENS_FOR_SINK_FIX,
         "views": [_view(view) for view in views],
@@ -82,8 +81,15 @@ def page_data(
         "opening": opening,
         "closing": closing,
         "vocabulary": list(vocabulary),
-        "pairs": [entries[place] for place in fitting(sizes, room)],
     }
+    sizes = np.array([_size(one) + 1 for one in entries])
+    kept = fitting(sizes, room - _size(data) - len(',"pairs":[]'))
+    return data | {"pairs": [entries[place] for place in kept]}
+
+
+def _size(value: Any) -> int:
+    """The bytes that JSON takes in a page."""
+    return len(as_json(value).encode())
 
 
 def _view(view: View) -> dict[str, Any]:

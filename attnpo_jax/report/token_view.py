@@ -50,8 +50,7 @@ class PairTokens:
     Attributes:
       id: the pair's.
       prompt: the end of the prompt.
-      responses: of the chosen and of the rejected response: (text, weight) by token, closing
-        template tokens included.
+      responses: of the chosen and of the rejected response: (text, weight) by text token.
     """
 
     id: str
@@ -129,7 +128,9 @@ def _on_terminal(text: str, weight: float) -> Text:
 
 
 def _bare(text: str, weight: float) -> Text:
-    return plain(f"{text}({weight:.2f})")
+    breaks = text[len(text.rstrip("\n")) :]
+    shown = text.removesuffix(breaks) + "↵" * len(breaks)
+    return plain(f"{shown}({weight:.2f}){breaks}")
 
 
 def token_view(
@@ -190,7 +191,10 @@ def _pairs(shown: Shown, weights: Sequence[Any], texts: TokenTexts) -> Iterator[
     for row, sides in zip(rows, weights, strict=True):
         prompt = texts.joined(without(row["prompt_ids"].tolist(), opening, closing))
         responses = [
-            [(texts(token), float(w)) for token, w in zip(row[f"{side}_ids"], of, strict=True)]
-            for side, of in zip(SIDES, sides, strict=True)
+            [
+                (texts(int(token)), float(weight))
+                for token, weight in zip(row[f"{side}_ids"], weights_T, strict=True)
+            ][: row[f"{side}_text_length"]]
+            for side, weights_T in zip(SIDES, sides, strict=True)
         ]
         yield PairTokens(row["id"], prompt[-_LONGEST_PROMPT:], tuple(responses))

@@ -39,9 +39,6 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
-CONFIG = "config.json"
-"""Of a workdir, the config that its run was last started with."""
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
@@ -88,17 +85,11 @@ class Run:
 
     @classmethod
     def of_workdir(cls, workdir: str | os.PathLike) -> "Run":
-        """The run whose folder this is, with the config that it was last started with.
-
-        Raises:
-          UsageError: there is no config.json.
-          ConfigError: it is none, or something that it names is not there.
-        """
+        """The run of a folder, as its config.json has it; raises UsageError where there is none."""
         folder = pathlib.Path(workdir).expanduser()
-        file = folder / CONFIG
-        if not file.is_file():
-            raise UsageError(f"{folder}: no {CONFIG} there; accepted: the workdir of a run")
-        return cls.resolve(config_lib.load_file(str(file)), folder)
+        if not (folder / "config.json").is_file():
+            raise UsageError(f"{folder}: no config.json there; accepted: the workdir of a run")
+        return cls.resolve(config_lib.load_file(str(folder / "config.json")), folder)
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:

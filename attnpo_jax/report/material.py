@@ -9,7 +9,10 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from attnpo_jax.data import column_sets
+from attnpo_jax.data.manifest import METADATA, groups, read
 from attnpo_jax.data.prepared import Prepared
+from attnpo_jax.data.shards import GROUPS
 from attnpo_jax.evaluate import files
 from attnpo_jax.evaluate.files import Evaluation
 from attnpo_jax.parallel import checkpoint
@@ -27,7 +30,7 @@ _SOURCES = (
     "config.json",
     metrics.FILE,
     history.FILE,
-    "prepared/*/prepared.json",
+    "prepared/**/prepared.json",
     f"{files.FOLDER}/**/*.json*",
     "samples/*.jsonl",
     "probe/**/*.json*",
@@ -74,7 +77,7 @@ class Material:
             found.evaluations = files.of_workdir(run.workdir)
         for split in reversed(run.splits):
             with found.noting():
-                found.splits[split] = Prepared.open(run.prepared_path(split))
+                found.splits[split] = open_all(run, split)
         return found
 
     @contextlib.contextmanager
@@ -95,6 +98,24 @@ class Material:
         with self.noting():
             return TokenTexts(self.run.tokenizer.tokenizer.backend_tokenizer)
         return TokenTexts(None)
+
+
+def open_all(run: "Run", split: str) -> Prepared:
+    """A split's pairs with all columns that were computed; raises as `Run.open_prepared` does.
+
+    Where the model is not at hand by which they are told from others, with those of the dataset's
+    own folder.
+    """
+    path = run.prepared_path(split)
+    dataset = Prepared.open(path)
+    sets = [read(file) for file in path.glob(f"{column_sets.FOLDER}/*/{METADATA}")]
+    if not sets and not run.config.prepare.scorers:
+        return dataset
+    there = {*dataset.groups, *(name for one in sets for name in groups(one["components"]))}
+    for reads in ([name for name in GROUPS if name in there and name != "scorer"], None):
+        with contextlib.suppress(FileNotFoundError, UserError):
+            return run.open_prepared(split, reads)
+    return dataset
 
 
 def digest(runs: Sequence["Run"], options: Sequence[Any]) -> str:

@@ -123,6 +123,8 @@ def take(
         "settings": settings,
         "weighings": tuple(view.weigh for view in computed),
         "with_figures": _has_losses(settings, first),
+        "knows_loss": not config_lib.reads_distribution(run.config),
+        "begins_as_reference": run.reference is None and first.reference_logps_BG2T is not None,
     }
     if policy.sampled is None:
         numbers = jax.jit(_numbers, static_argnames=tuple(static))
@@ -162,7 +164,7 @@ def _of_batches(
 
 @dataclasses.dataclass(frozen=True)
 class _Shape:
-    """Of a model that is not at hand, what weightings are told."""
+    """Stands for a model that is not at hand."""
 
     num_layers: int
 
@@ -177,8 +179,15 @@ def _settings(
             run.config.model.attention, model, run.config.model.dtype, sampled.backend.devices
         ).implementation
     settings = config_lib.step_settings(
-        run.config, model, shown.source_layers, attention, shown.weight_columns
+        run.config,
+        model,
+        shown.source_layers,
+        attention,
+        shown.columns,
+        num_layers=shown.num_layers,
     )
+    if config_lib.reads_distribution(run.config):  # for which the reference would have to be loaded
+        settings = pair_loss.without_losses(settings)
     needs = dict.fromkeys((*settings.needs, *(need for view in views for need in view.needs)))
     return dataclasses.replace(settings, needs=tuple(needs))
 
@@ -194,6 +203,8 @@ def _numbers(
     settings: StepSettings,
     weighings: tuple[Callable, ...],
     with_figures: bool,
+    knows_loss: bool,
+    begins_as_reference: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Tokens' numbers (B, G, K, 2, T), the policy's log-probs before the weights, and figures
     (B, G, 2, F), with the reference as policy and with the policy; NaN for what is not known.
@@ -206,9 +217,13 @@ def _numbers(
     B, G = shape[:2]
     figures_BG2F = jnp.full((B, G, 2, len(FIGURES)), jnp.nan)
     if with_figures:
-        same = batch.reference_logps_BG2T, unknown[1]
+        # Before the first step the policy is its reference, unless that is another model.
+        same = unknown if not begins_as_reference else (batch.reference_logps_BG2T, unknown[1])
         both = [_figures(settings, *logps, batch) for logps in (same, policy)]
         figures_BG2F = jnp.stack(both, axis=1).reshape(figures_BG2F.shape)
+        if not knows_loss:
+            is_loss_F = jnp.array(["loss" in name for name in FIGURES])
+            figures_BG2F = jnp.where(is_loss_F, jnp.nan, figures_BG2F)
     return jnp.stack(rows, axis=2).astype(jnp.float32), figures_BG2F
 
 
@@ -238,7 +253,7 @@ def _tried(view: View, settings: StepSettings, batch: PairBatch) -> View:
         size = (2 * batch.valid_BG.size, batch.mask_BG2T.shape[-1])
         reason = None if shape == size else f"it gives weights {shape}, not {size}"
     except Exception as error:  # a plugin may raise anything
-        reason = f"{type(error).__name__}: {error}"
+        reason = str(error) if isinstance(error, UserError) else repr(error)
     return view if reason is None else dataclasses.replace(view, weigh=None, missing=reason)
 
 

@@ -20,12 +20,23 @@ class Shown:
     """Some rows of prepared datasets, which batches are made of as of a whole one.
 
     Attributes:
-      datasets: by split, all with the same judged layers and columns of weights; at least one.
+      datasets: by split, all with the same judged layers and columns; at least one.
       places: of each shown pair, its split and its row there.
     """
 
     datasets: Mapping[str, Prepared]
     places: Sequence[tuple[str, int]]
+
+    @classmethod
+    def alike(cls, datasets: Mapping[str, Prepared]) -> dict[str, Prepared]:
+        """Those that have pairs, and the same layers and columns as the first of these."""
+        some = {split: dataset for split, dataset in datasets.items() if len(dataset)}
+        first = next(iter(some.values()), None)
+
+        def has(dataset: Prepared) -> tuple[object, ...]:
+            return dataset.source_layers, dataset.columns, dataset.groups
+
+        return {split: one for split, one in some.items() if has(one) == has(first)}
 
     @classmethod
     def of(cls, datasets: Mapping[str, Prepared], rows: Mapping[str, np.ndarray]) -> "Shown":
@@ -38,8 +49,12 @@ class Shown:
         return self._first.source_layers
 
     @property
-    def weight_columns(self) -> tuple[str, ...]:
-        return self._first.weight_columns
+    def columns(self) -> tuple[str, ...]:
+        return self._first.columns
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        return self._first.groups
 
     @property
     def num_layers(self) -> int:

@@ -14,7 +14,7 @@ from rich.console import Console
 import attnpo_jax
 from attnpo_jax import config as config_lib
 from attnpo_jax import weighting as weightings
-from attnpo_jax.report import curves, facts, page, results, token_data
+from attnpo_jax.report import curves, facts, page, probed, results, token_data
 from attnpo_jax.report.blocks import Paragraph, Section, Tokens
 from attnpo_jax.report.material import Material, digest, resolved
 from attnpo_jax.report.numbers import PairNumbers, Policy, load_policy, take
@@ -152,6 +152,7 @@ def _page(material: Material, most: int, made_of: str) -> bytes:
         Section("held-out", "Held-out pairs", _held_out(material, shown, numbers, policy)),
         Section("evaluations", "Evaluations", results.evaluations(material.evaluations)),
         Section("answers", "Answers before and after", _answers(material)),
+        Section("probe", "Where the judge looks: the probe", _probe(material)),
         Section("curves", "Curves", curves.blocks({"": material.lines})),
         Section("run", "What was run", _facts(material)),
     ]
@@ -169,8 +170,8 @@ def _page(material: Material, most: int, made_of: str) -> bytes:
         texts = material.token_texts()
         data = token_data.page_data(shown, found, numbers, texts, policy.name, room)
         tokens = Section("tokens", "Tokens", [*_tokens_told(material, data, policy), Tokens(data)])
-        places = [section.id for section in sections]
-        sections.insert(places.index("curves") if "curves" in places else len(places), tokens)
+        before = [section.id in ("probe", "curves", "run") for section in sections].index(True)
+        sections.insert(before, tokens)
     if material.notes:
         noted = [Paragraph(note) for note in dict.fromkeys(material.notes)]
         sections.append(Section("notes", "What could not be shown", noted))
@@ -179,16 +180,9 @@ def _page(material: Material, most: int, made_of: str) -> bytes:
 
 def _shown(material: Material, most: int) -> Shown | None:
     """The pairs to show, no more than a page may have room for; None where there are none."""
-    datasets = {split: dataset for split, dataset in material.splits.items() if len(dataset)}
-    first = next(iter(datasets.values()), None)
-    if first is None or not most:
+    same = Shown.alike(material.splits)
+    if not same or not most:
         return None
-    same = {
-        split: dataset
-        for split, dataset in datasets.items()
-        if dataset.source_layers == first.source_layers
-        and dataset.weight_columns == first.weight_columns
-    }
     rows = choose({split: len(dataset) for split, dataset in same.items()}, most)
     shown = Shown.of(same, rows)
     sizes = token_data.estimate(shown, len(weightings.names()))
@@ -210,6 +204,12 @@ def _answers(material: Material) -> list[Any]:
     found, notes = results.answers(material.run.workdir)
     material.notes += notes
     return list(found)
+
+
+def _probe(material: Material) -> list[Any]:
+    with material.noting():
+        return probed.blocks(material.run.workdir)
+    return []
 
 
 def _tokens_told(material: Material, data: Any, policy: Policy) -> list[Paragraph]:

@@ -3,7 +3,8 @@
 `codes` has the form of the numbers. Of a response: `n` tokens, of which the first `text` are its
 text; `tokens`, places in `vocabulary`; `attention`, by order and layer, the judge's shares of the
 text tokens times their number; `views`, weights by view, null where there are none; `reference`,
-the reference's log-probs, and `ratio`, the trained model's less these.
+the reference's log-probs, and `ratio`, the trained model's less these, or, without the reference,
+`policy`, these themselves; null for what is not known.
 """
 
 import math
@@ -139,7 +140,7 @@ def _figures(row: Mapping[str, Any], numbers: PairNumbers) -> dict[str, float | 
 
 def _log_ratios(row: Mapping[str, Any], numbers: PairNumbers) -> list[np.ndarray] | None:
     """The tokens' log-ratios of the trained model to the reference, of both responses."""
-    if numbers.policy is None:
+    if numbers.policy is None or f"ref_{SIDES[0]}_logps" not in row:
         return None
     return [numbers.policy[k] - row[f"ref_{side}_logps"] for k, side in enumerate(SIDES)]
 
@@ -161,15 +162,20 @@ def _response(
     ids = row[f"{name}_ids"].tolist()
     places = [vocabulary.setdefault(texts(token), len(vocabulary)) for token in ids]
     weights = [numbers.weights.get(view.key) for view in views]
-    apart = _log_ratios(row, numbers)
+    reference, apart, policy = (
+        row.get(f"ref_{name}_logps"),
+        _log_ratios(row, numbers),
+        numbers.policy,
+    )
     return {
         "n": len(ids),
         "text": row[f"{name}_text_length"],
         "tokens": codes.indices(np.array(places)),
         "attention": [codes.numbers(x) for x in attention_weights(row.get(f"judge_{name}"))],
         "views": [None if both is None else codes.numbers(both[side]) for both in weights],
-        "reference": codes.numbers(row[f"ref_{name}_logps"]),
+        "reference": None if reference is None else codes.numbers(reference),
         "ratio": None if apart is None else codes.numbers(apart[side]),
+        "policy": None if apart is not None or policy is None else codes.numbers(policy[side]),
     }
 
 

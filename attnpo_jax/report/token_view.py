@@ -159,7 +159,7 @@ def token_view(
         raise UsageError(f"{named}: of no weighting; accepted: these with weighting=NAME")
     run = resolved(run)
     material = Material.read(run)
-    datasets = {split: data for split, data in material.splits.items() if len(data)}
+    datasets = Shown.alike(material.splits)
     if not datasets:
         notes = "; ".join(material.notes) or "no pair is left"
         raise UserError(f"{run.workdir}: no prepared pairs to show ({notes})")
@@ -182,7 +182,7 @@ def _wanted(run: "Run", shown: Shown, name: str | None, given: dict[str, Any]) -
     if name is None:
         return views.views_of(run.config, shown)[0]
     weigh = weightings.bind(name, given)
-    return views.View(name, views.described(name, given), "", weigh, weightings.needs(name))
+    return views.View(name, views.described(name, given), "", weigh, weightings.needs(name, given))
 
 
 def _pairs(shown: Shown, weights: Sequence[Any], texts: TokenTexts) -> Iterator[PairTokens]:

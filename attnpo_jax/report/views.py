@@ -48,7 +48,7 @@ def views_of(config: config_dict.ConfigDict, shown: Shown) -> list[View]:
     name, shaping = config.weighting.name, dict(config.shaping.items())
     plain = config_lib.bind_section(weighting, config.weighting)
     shaped = weighting.shaped(plain, **shaping)
-    whole, needs = described(name, plain.keywords), weighting.needs(name)
+    whole, needs = described(name, plain.keywords), weighting.needs(name, plain.keywords)
     trained = View(TRAINED, f"as trained: {name}", f"The weights of the loss: {whole}.", shaped)
     found = [dataclasses.replace(trained, needs=needs)]
     if shaped is not plain:
@@ -59,7 +59,7 @@ def views_of(config: config_dict.ConfigDict, shown: Shown) -> list[View]:
         found.append(View(UNSHAPED, f"before shaping: {name}", about, plain, needs))
     for other in weighting.names():
         if not (other == _OF_THE_PAGE and shown.source_layers):
-            found.append(_registered(other, shown.weight_columns))
+            found.append(_registered(other, shown.columns))
     return found
 
 
@@ -79,4 +79,4 @@ def _registered(name: str, columns: tuple[str, ...]) -> View:
         weigh = weighting.bind(name, given)
     except RegistryError as error:
         return View(name, name, about, missing=str(error))
-    return View(name, described(name, given), about, weigh, weighting.needs(name))
+    return View(name, described(name, given), about, weigh, weighting.needs(name, given))

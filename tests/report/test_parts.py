@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from attnpo_jax.evaluate.evaluator import Figure, Result
 from attnpo_jax.evaluate.files import Evaluation
-from attnpo_jax.report import codes, curves, facts, page, results, shown, token_data
+from attnpo_jax.report import codes, curves, facts, page, probed, results, shown, token_data
 from attnpo_jax.runtime import history
-from attnpo_jax.runtime.errors import Preempted
+from attnpo_jax.runtime.errors import Preempted, UserError
 from tests import tiny
 
 SIZES = st.floats(2.0**-10, 2.0**10)
@@ -178,3 +178,42 @@ def test_json_in_a_page_is_the_same_json():
     value = {"</script>": ["<!--", "&amp;", "\u2028", "\x7f"]}
     text = str(page.as_json(value))
     assert json.loads(text) == value and not {*"<>&\u2028"} & {*text}
+
+
+def probe_json(**changes):
+    def kind(name, layer=None, auc=0.5, **more):
+        measured = {"auc": [auc, auc - 0.1, auc + 0.1], "lift": [2.0, None, None]}
+        order = "" if layer is None else "mean"
+        kind = {"name": name, "layer": layer, "order": order, "times_diff": False, "subsets": {}}
+        return kind | {"fix_sink": layer is not None, "figures": measured} | more
+
+    kinds = [kind("uniform"), kind("decay", auc=0.8), kind("layer 0", 0, 0.5)]
+    kinds += [kind("layer 23", 23, 0.9), kind("layer 23 x diff", 23, 0.98, times_diff=True)]
+    kinds += [kind("layer 29", 29, 0.75), kind("layer 29, first", 29, 0.1, order="first")]
+    probe = {
+        "model": "tiny",
+        "source": "planted",
+        "pairs": {"marked": 60},
+        "verdict": {"right": [0.5, 0.4, 0.6], "position_bias": [1.85, None, None]},
+        "choice": {"layer": 23, "fix_sink": True, "picked": 23, "halves": [30, 30]},
+        "weights": kinds,
+    }
+    return probe | changes
+
+
+def test_the_probe_in_brief(tmp_path):
+    file = tmp_path / "probe" / "base" / "probe.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(probe_json()))
+    told, picture, table, verdict = probed.blocks(tmp_path)
+    assert "60 pairs of planted" in told.text and "weighting.layer=23, with the sink" in told.text
+    assert [row[0] for row in table.rows] == ["uniform", "decay", "layer 0", "layer 23", "layer 29"]
+    assert table.rows[3] == ("layer 23", "0.9 (0.8 to 1)", "2", "unknown")
+    assert picture.alt.endswith("layer 0 0.5; layer 23 0.9; layer 29 0.75; uniform 0.5; decay 0.8")
+    assert ("position bias, log-odds for A", "1.85") in verdict.rows
+    # Nothing is marked: there are the verdicts alone.
+    file.write_text(json.dumps(probe_json(weights=[], choice=None)))
+    assert [block.kind for block in probed.blocks(tmp_path)] == ["paragraph", "table"]
+    file.write_text("[]")
+    with pytest.raises(UserError, match="probe.json: damaged, or not written by attnpo"):
+        probed.blocks(tmp_path)

@@ -55,11 +55,14 @@
   const reference = (r) => numbers(r.reference, r.n);
   const ratio = (r) => numbers(r.ratio, r.n);
   const policy = (r) => {
+    if (r.policy !== null) return numbers(r.policy, r.n);
     const ratios = ratio(r);
     return reference(r).map((x, i) => x + ratios[i]);
   };
   const unavailable = "the trained model's log-probs are not here";
   const lacksPolicy = data.policy === "" ? unavailable : null;
+  const lacksReference = data.pairs.some((p) => p.responses[0].reference !== null) ? null
+    : "the reference's log-probs are not prepared";
   const lacksJudge = data.layers.length === 0 ? "the data have no judge's attention" : null;
 
   // What the colours can show: `kind` is how numbers become colours; `of` gives a response's.
@@ -77,9 +80,9 @@
       })),
     { key: "ratio", label: "log-ratio, trained to reference", group: "Log-probs", kind: "signed",
       about: "How many nats likelier (warm) or less likely (cold) training has made a token.",
-      missing: lacksPolicy, of: ratio },
+      missing: lacksPolicy || lacksReference, of: ratio },
     { key: "reference", label: "log p, reference", group: "Log-probs", kind: "signed",
-      about: "A token's log-prob under the model that training started from.", missing: null,
+      about: "A token's log-prob under the model that training started from, or of config.reference.", missing: lacksReference,
       of: reference },
     { key: "policy", label: `log p, ${data.policy || "trained"}`, group: "Log-probs", kind: "signed",
       about: "A token's log-prob under the trained model.", missing: lacksPolicy,
@@ -144,6 +147,29 @@
       return nats / Math.log(r.n);
     });
     return (found[0] + found[1]) / 2;
+  }
+
+  // What is chosen stands behind the page's address, so that it can be kept and passed on.
+  const KEPT = ["colour", "beside", "layer", "order", "sort", "split", "query", "figures"];
+  const DEFAULTS = {};
+  const valueOf = (control) => (control.type === "checkbox" ? String(control.checked) : control.value);
+
+  function keep() {
+    const chosen = KEPT.filter((id) => valueOf(at[id]) !== DEFAULTS[id]).map((id) => [id, valueOf(at[id])]);
+    try {
+      history.replaceState(null, "", `#${new URLSearchParams(chosen)}`);
+    } catch {
+      // A page that is shown inside of another one may not.
+    }
+  }
+
+  function restore() {
+    for (const [id, value] of new URLSearchParams(location.hash.slice(1))) {
+      const control = KEPT.includes(id) ? at[id] : null;
+      if (control === null) continue;
+      if (control.type === "checkbox") control.checked = value === "true";
+      else if (!control.options || [...control.options].some((one) => one.value === value && !one.disabled)) control.value = value;
+    }
   }
 
   function find() {
@@ -213,9 +239,9 @@
       if (values) found.set(show.label, Array.from(values, (x) => short(x, show.kind === "signed")));
     }
     const logps = (values, signed) => Array.from(values, (x) => short(x, signed));
-    found.set("log p, reference", logps(reference(response)));
+    if (response.reference !== null) found.set("log p, reference", logps(reference(response)));
+    if (data.policy !== "") found.set(`log p, ${data.policy}`, logps(policy(response)));
     if (response.ratio !== null) {
-      found.set(`log p, ${data.policy}`, logps(policy(response)));
       found.set("log-ratio", logps(ratio(response), true));
     }
     return found;
@@ -336,15 +362,19 @@
   choices(at.sort, SORTS.map(({ key, label, of }) => ({ value: key, label, disabled: of && !has(of) })));
   const splits = [...new Set(data.pairs.map((pair) => pair.split))];
   choices(at.split, [{ value: "all", label: "all" }, ...splits.map((one) => ({ value: one, label: one }))]);
-  for (const select of [at.colour, at.layer, at.order]) {
-    select.addEventListener("change", () => (at.sort.value === "concentrated" || at.sort.value === "even" ? find() : draw()));
+  for (const id of KEPT) DEFAULTS[id] = valueOf(at[id]);
+  restore();
+  for (const id of KEPT) {
+    at[id].addEventListener(id === "query" ? "input" : "change", () => {
+      const finds = ["sort", "split", "query"].includes(id) || ["concentrated", "even"].includes(at.sort.value);
+      keep();
+      if (finds) find();
+      else draw();
+    });
   }
-  for (const control of [at.beside, at.figures]) control.addEventListener("change", draw);
-  for (const control of [at.sort, at.split]) control.addEventListener("change", find);
-  at.query.addEventListener("input", find);
   at.controls.addEventListener("submit", (event) => event.preventDefault());
   at.previous.addEventListener("click", () => turn(-1));
   at.next.addEventListener("click", () => turn(1));
   at.controls.hidden = false;
-  draw();
+  find();
 })();

@@ -70,14 +70,15 @@ def scored(numbers: Sequence[PairNumbers], name: str) -> Table | None:
             continue
         mean = Figure(math.fsum(b) / len(b), *intervals.mean(b))
         change = Figure(mean.value - math.fsum(a) / len(a), *intervals.paired_difference(a, b))
-        cells = f"{math.fsum(a) / len(a):.4f}", *mean.cells(), *_marked(change)
+        cells = f"{math.fsum(a) / len(a):.4f}", *mean.cells(), *marked(change)
         rows.append((_CALLED[figure], *cells))
     heads = ("", "before", name, "95% interval", "difference", "95% interval")
     caption = f"Held-out pairs, the {len(both)} that are shown below, with intervals over pairs"
     return Table(caption, heads, rows)
 
 
-def _marked(difference: Figure | None) -> tuple[str, str]:
+def marked(difference: Figure | None) -> tuple[str, str]:
+    """A difference and its interval as tables show them; = before one whose interval holds 0."""
     if difference is None:
         return "", ""
     value, interval = difference.cells()
@@ -119,7 +120,7 @@ def _by_model(evaluation: str, lines: Sequence[evaluate_report.Line]) -> Table:
             line = by_place.get((name, model))
             row += ["", ""] if line is None else line.figure.cells()
             if model in compared:
-                row += _marked(None if line is None else line.difference)
+                row += marked(None if line is None else line.difference)
         rows.append(row)
     return Table(f"Evaluation {evaluation}", heads, rows)
 

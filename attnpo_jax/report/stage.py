@@ -1,7 +1,6 @@
 """`attnpo report`: what came of a run, or of several, as one page."""
 
 import contextlib
-import datetime
 import logging
 import os
 import pathlib
@@ -13,14 +12,10 @@ from rich.console import Console
 
 import attnpo_jax
 from attnpo_jax import config as config_lib
-from attnpo_jax import weighting as weightings
-from attnpo_jax.report import curves, facts, page, probed, results, token_data
-from attnpo_jax.report.blocks import Paragraph, Section, Tokens
-from attnpo_jax.report.material import Material, digest, resolved
-from attnpo_jax.report.numbers import PairNumbers, Policy, load_policy, take
-from attnpo_jax.report.shown import Shown, choose
+from attnpo_jax.report import runs, sections
+from attnpo_jax.report.material import Material, digest
+from attnpo_jax.report.runs import Source
 from attnpo_jax.report.token_view import token_view
-from attnpo_jax.report.views import views_of
 from attnpo_jax.runtime import atomic
 from attnpo_jax.runtime.errors import UsageError, UserError
 from attnpo_jax.runtime.printable import say
@@ -32,22 +27,23 @@ _LOG = logging.getLogger(__name__)
 
 FILE = "report.html"
 _PAIRS_IN_TERMINAL = 5
-# What the view of tokens takes in the page beside its data.
-_MARGIN = 10_000
+
+_Source = "Run | str | os.PathLike"
 
 
 def report(
-    run: "Run | str | os.PathLike | Sequence[str | os.PathLike]",
+    run_or_workdirs: "_Source | Sequence[_Source]",
     *,
     out: str | os.PathLike | None = None,
     pairs: int | None = None,
     console: Console | None = None,
 ) -> pathlib.Path:
-    """Writes the page of a run.
+    """Writes the page of a run, or of several side by side.
 
     Args:
-      run: a run, or the workdir of one.
-      out: the page's file; None for `report.html` of the workdir.
+      run_or_workdirs: a run, or its workdir, or the workdir of a sweep; or several of these.
+      out: the page's file. None: `report.html` of the workdir, of several of the folder that all
+        are in.
       pairs: how many are shown token by token, at most; None: as `config.report.pairs` says.
       console: where the page's path goes; None for standard output.
 
@@ -59,13 +55,54 @@ def report(
       LockedError: another run writes to the workdir, and `out` is None.
       OSError: the page can't be written; one from before stays.
     """
-    run = resolved(run)
-    path = pathlib.Path(out).expanduser() if out is not None else run.workdir / FILE
-    with run.writing() if out is None else contextlib.nullcontext():
-        is_new = _write(run, path, run.config.report.pairs if pairs is None else pairs)
+    several = isinstance(run_or_workdirs, (list, tuple))
+    given = list(run_or_workdirs) if several else [run_or_workdirs]
+    found = runs.sources(given)
+    if not found:
+        raise UsageError(f"{given[0]}: a sweep without any run; accepted: one with runs")
+    path = pathlib.Path(out).expanduser() if out is not None else _place(given, found)
+    most = found[0].run.config.report.pairs if pairs is None else pairs
+    own = out is None and len(found) == 1
+    with found[0].run.writing() if own else contextlib.nullcontext():
+        is_new = _write(found, path, most)
     size = f"{path.stat().st_size / 1e6:.1f} MB"
     say(console or Console(), f"report: {path} ({size}{'' if is_new else ', as it was before'})")
     return path
+
+
+def _place(given: Sequence[Any], found: Sequence[Source]) -> pathlib.Path:
+    """Where the page goes: to the one folder that is named, or the one that all are in."""
+    if len(given) == 1:
+        is_path = isinstance(given[0], (str, os.PathLike))
+        return pathlib.Path(given[0]).expanduser() / FILE if is_path else given[0].workdir / FILE
+    folders = [os.path.realpath(source.run.workdir) for source in found]
+    return pathlib.Path(os.path.commonpath([os.path.dirname(folder) for folder in folders])) / FILE
+
+
+def _write(found: Sequence[Source], path: pathlib.Path, most: int) -> bool:
+    """Writes the page; whether another one was there, or none."""
+    options = [(one.name, one.group, one.failed, one.run.config.report.policy) for one in found]
+    whole = [attnpo_jax.__version__, most, *options]
+    made_of = digest([source.run for source in found], whole)
+    if _made_of(path) == made_of:
+        return False
+    if len(found) == 1:
+        content = sections.of_run(Material.read(found[0].run), most, made_of)
+    else:
+        content = sections.of_runs(runs.members(found), most, made_of)
+    atomic.write_atomically(path, content)
+    return True
+
+
+def _made_of(path: pathlib.Path) -> str | None:
+    """The digest of what a page shows; None where there is no page."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(4000)
+    except OSError:
+        return None
+    found = re.search(rb'<meta name="made-of" content="([0-9a-f]{64})">', head)
+    return found and found[1].decode()
 
 
 def command(
@@ -96,141 +133,33 @@ def command(
         )
     if workdirs and config_lib.diff(config_lib.default_config(), run.config):
         raise UsageError("report WORKDIR has its config from there; accepted: --workdir=WORKDIR")
-    sources = [*workdirs] or [run]
+    given = [*workdirs] or [run]
     if not tokens:
         if weighting is not None:
             raise UsageError("--weighting is of --tokens; the page can show all weightings")
-        report(sources[0] if len(sources) == 1 else sources, out=out, pairs=pairs, console=console)
+        report(given, out=out, pairs=pairs, console=console)
         return
-    if len(sources) > 1 or out is not None:
+    if len(given) > 1 or out is not None:
         raise UsageError("--tokens takes one WORKDIR, and no --out")
     most = _PAIRS_IN_TERMINAL if pairs is None else pairs
-    (console or Console()).print(token_view(sources[0], weighting=weighting, pairs=most))
+    (console or Console()).print(token_view(given[0], weighting=weighting, pairs=most))
 
 
-def at_end(run: "Run") -> pathlib.Path | None:
-    """The page that a run ends with, where its config wants one; by the first process alone.
+def at_end(run: "Run", *, of_sweep: bool = False) -> pathlib.Path | None:
+    """The page that a run or a sweep ends with, where its config wants one.
 
-    Whatever goes wrong with it is told in a line of warning: what the run has done is done.
+    Whatever goes wrong with it is told in a line of warning: what was done is done. By the first
+    process alone, which holds the workdir.
+
+    Args:
+      run: the run, or what all runs of the sweep have in common.
+      of_sweep: whether its workdir is a sweep's.
     """
     if not run.config.report.enabled:
         return None
     try:
-        return report(run, console=Console(quiet=True))
+        return report(run.workdir if of_sweep else run, console=Console(quiet=True))
     except Exception as error:
         told = str(error) if isinstance(error, (UserError, OSError)) else repr(error)
         _LOG.warning("no report was written: %s", " ".join(told.split()))
         return None
-
-
-def _write(run: "Run", path: pathlib.Path, most: int) -> bool:
-    """Writes the page; whether another one was there, or none."""
-    made_of = digest([run], [attnpo_jax.__version__, most, run.config.report.policy])
-    if _made_of(path) == made_of:
-        return False
-    atomic.write_atomically(path, _page(Material.read(run), most, made_of))
-    return True
-
-
-def _made_of(path: pathlib.Path) -> str | None:
-    """The digest of what a page shows; None where there is no page."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(4000)
-    except OSError:
-        return None
-    found = re.search(rb'<meta name="made-of" content="([0-9a-f]{64})">', head)
-    return found and found[1].decode()
-
-
-def _page(material: Material, most: int, made_of: str) -> bytes:
-    run = material.run
-    policy = load_policy(run) if most else Policy(None, missing="no pairs are shown")
-    shown = _shown(material, most)
-    found, numbers = take(run, shown, views_of(run.config, shown), policy) if shown else ([], [])
-    sections = [
-        Section("held-out", "Held-out pairs", _held_out(material, shown, numbers, policy)),
-        Section("evaluations", "Evaluations", results.evaluations(material.evaluations)),
-        Section("answers", "Answers before and after", _answers(material)),
-        Section("probe", "Where the judge looks: the probe", _probe(material)),
-        Section("curves", "Curves", curves.blocks({"": material.lines})),
-        Section("run", "What was run", _facts(material)),
-    ]
-    sections = [section for section in sections if section.blocks]
-    title = f"attnpo report: {run.workdir.resolve().name}"
-    summary = facts.summary(run.config, material.entries, material.step)
-    now = datetime.datetime.now().astimezone()
-    made = f"Made by attnpo_jax {attnpo_jax.__version__} on {now:%Y-%m-%d %H:%M %Z}."
-
-    def rendered(sections: Sequence[Section]) -> bytes:
-        return page.render(title, summary, sections, made=made, made_of=made_of)
-
-    if shown:
-        room = page.MOST_BYTES - _MARGIN - len(rendered(sections))
-        texts = material.token_texts()
-        data = token_data.page_data(shown, found, numbers, texts, policy.name, room)
-        tokens = Section("tokens", "Tokens", [*_tokens_told(material, data, policy), Tokens(data)])
-        before = [section.id in ("probe", "curves", "run") for section in sections].index(True)
-        sections.insert(before, tokens)
-    if material.notes:
-        noted = [Paragraph(note) for note in dict.fromkeys(material.notes)]
-        sections.append(Section("notes", "What could not be shown", noted))
-    return rendered(sections)
-
-
-def _shown(material: Material, most: int) -> Shown | None:
-    """The pairs to show, no more than a page may have room for; None where there are none."""
-    same = Shown.alike(material.splits)
-    if not same or not most:
-        return None
-    rows = choose({split: len(dataset) for split, dataset in same.items()}, most)
-    shown = Shown.of(same, rows)
-    sizes = token_data.estimate(shown, len(weightings.names()))
-    return shown.some(token_data.fitting(sizes, page.MOST_BYTES))
-
-
-def _held_out(
-    material: Material, shown: Shown | None, numbers: Sequence[PairNumbers], policy: Policy
-) -> list[Any]:
-    places = shown.places if shown else ()
-    held_out = [one for (split, _), one in zip(places, numbers, strict=True) if split == "eval"]
-    scored, logged = results.scored(held_out, policy.name), results.logged(material.lines)
-    everything = scored is not None and len(held_out) == len(material.splits["eval"])
-    tables = [table for table in (None if everything else logged, scored) if table is not None]
-    return [*tables, Paragraph(results.TIES)] if tables else []
-
-
-def _answers(material: Material) -> list[Any]:
-    found, notes = results.answers(material.run.workdir)
-    material.notes += notes
-    return list(found)
-
-
-def _probe(material: Material) -> list[Any]:
-    with material.noting():
-        return probed.blocks(material.run.workdir)
-    return []
-
-
-def _tokens_told(material: Material, data: Any, policy: Policy) -> list[Paragraph]:
-    total = sum(len(dataset) for dataset in material.splits.values())
-    shown = len(data["pairs"])
-    text = f"{shown} of {total} prepared pairs, spread evenly over the held-out and training ones. "
-    text += f"Log-probs of the trained model are of {policy.name}." if policy.sampled else ""
-    if policy.sampled is None:
-        text += f"The trained model's log-probs are not shown: {policy.missing}."
-    told = [Paragraph(text)]
-    if data["opening"] or data["closing"]:
-        ends = f"All prompts begin with “{data['opening']}” and end with “{data['closing']}”"
-        told.append(Paragraph(f"{ends}, which is left out below."))
-    return told
-
-
-def _facts(material: Material) -> list[Any]:
-    found = [
-        facts.settings(material.run.config),
-        *facts.data(material.splits),
-        facts.stages(material.entries),
-        facts.versions(material.splits, material.entries),
-    ]
-    return [block for block in found if block is not None]

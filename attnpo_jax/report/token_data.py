@@ -1,10 +1,15 @@
 """The shown pairs as JSON values, which `assets/page.js` shows token by token.
 
-`codes` has the form of the numbers. Of a response: `n` tokens, of which the first `text` are its
-text; `tokens`, places in `vocabulary`; `attention`, by order and layer, the judge's shares of the
-text tokens times their number; `views`, weights by view, null where there are none; `reference`,
-the reference's log-probs, and `ratio`, the trained model's less these, or, without the reference,
-`policy`, these themselves; null for what is not known.
+`codes` has the form of the numbers. Of a response, null for what is not known:
+
+- `n` tokens, of which the first `text` are its text;
+- `tokens`: their places in `vocabulary`;
+- `attention`, by layer: the judge's shares of the text tokens times their number, with the chosen
+  response first; then how much more they are with it last, so that what sets the orders apart is
+  kept as exactly as they are;
+- `views`: weights by view;
+- `reference`: the reference's log-probs; `ratio`: the trained model's less these, or, without the
+  reference, `policy`: these themselves.
 """
 
 import math
@@ -180,13 +185,15 @@ def _response(
 
 
 def attention_weights(attention_2ST: np.ndarray | None) -> np.ndarray:
-    """Each order's and layer's shares of the raw attention times the number of tokens: (2 S, T).
+    """The shares of the raw attention times the number of tokens, by layer: of order 0, then those
+    of order 1 less these: (2 S, T).
 
     Where a row has no attention, all are 1, as weightings have it.
     """
     if attention_2ST is None:
         return np.zeros((0, 0))
-    attention = attention_2ST.reshape(-1, attention_2ST.shape[-1]).astype(np.float64)
+    attention = attention_2ST.astype(np.float64)
     total = attention.sum(axis=-1, keepdims=True)
     tokens = attention.shape[-1]
-    return np.where(total > 0, attention * tokens / np.where(total > 0, total, 1), 1.0)
+    first, second = np.where(total > 0, attention * tokens / np.where(total > 0, total, 1), 1.0)
+    return np.concatenate([first, second - first])

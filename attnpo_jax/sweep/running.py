@@ -72,6 +72,16 @@ class Outcome:
     evaluations: Mapping[str, Evaluation] = dataclasses.field(default_factory=dict)
     failed: str | None = None
 
+    @property
+    def group(self) -> str:
+        """What it is called together with those that differ from it in their seed."""
+        return self.point.group
+
+    @property
+    def seed(self) -> int:
+        """The run's."""
+        return self.point.config.seed
+
 
 def folder_of(workdir: pathlib.Path, point: Point) -> pathlib.Path:
     """The run's own workdir."""

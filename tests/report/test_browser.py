@@ -16,7 +16,6 @@ from attnpo_jax.data.prepared import Prepared
 from attnpo_jax.runtime.printable import printable
 from attnpo_jax.weighting import ResponseTokens
 from tests.report.hostile import STRINGS
-from tests.report.test_page import few_figures, hostile, plain, run  # noqa: F401
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -32,7 +31,8 @@ class Drawn(html.parser.HTMLParser):
 
     def __init__(self, text):
         super().__init__(convert_charrefs=True)
-        self.tags, self.tokens, self.colours, self.numbers, self.texts = [], [], [], [], []
+        self.tags, self.texts = [("", {})], []
+        self.tokens, self.colours, self.numbers = [], [], []
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
@@ -70,7 +70,7 @@ def drawn(tmp_path):
     return draw
 
 
-def test_hostile_texts_stay_texts(run, hostile, drawn):  # noqa: F811
+def test_hostile_texts_stay_texts(run, hostile, drawn):
     found = drawn(run.workdir / "report.html", "sort=id&figures=true")
     tags = [tag for tag, _ in found.tags]
     assert tags.count("article") == 10 and tags.count("script") == 2 and tags.count("style") == 1
@@ -83,7 +83,7 @@ def test_hostile_texts_stay_texts(run, hostile, drawn):  # noqa: F811
     assert len(heads) == 10 and all(id in text for id in ids[:4])
 
 
-def test_the_script_weighs_as_the_weighting_does(run, hostile, drawn):  # noqa: F811
+def test_the_script_weighs_as_the_weighting_does(run, hostile, drawn):
     row = Prepared.open(run.prepared_path("eval"))[0]
     n, text = len(row["chosen_ids"]), row["chosen_text_length"]
     tokens = ResponseTokens.of(
@@ -103,7 +103,7 @@ def test_the_script_weighs_as_the_weighting_does(run, hostile, drawn):  # noqa: 
     assert said == json.dumps(f"{STRINGS[0]} yes<|im_end|>↵")
 
 
-def test_search_finds_pairs_and_says_how_many(run, hostile, drawn):  # noqa: F811
+def test_search_finds_pairs_and_says_how_many(run, hostile, drawn):
     found = drawn(run.workdir / "report.html", "query=ONERROR&split=training")
     text = "".join(found.texts)
     assert "Pairs 1 to 1 of 1 found, of 58" in text

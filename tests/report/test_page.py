@@ -12,100 +12,24 @@ from rich.console import Console
 
 import attnpo_jax
 from attnpo_jax import config as config_lib
-from attnpo_jax import run as run_lib
 from attnpo_jax.data.prepared import Prepared
-from attnpo_jax.evaluate.evaluator import Figure, Result
-from attnpo_jax.evaluate.files import Evaluation
-from attnpo_jax.report import at_end, codes, curves, page, report, stage
+from attnpo_jax.report import at_end, codes, page, report, stage
 from attnpo_jax.run import Run
-from attnpo_jax.runtime import history, metrics
+from attnpo_jax.runtime import metrics
 from attnpo_jax.runtime.errors import UsageError, UserError
 from attnpo_jax.runtime.printable import printable
-from tests import tiny
+from tests.report.conftest import QUIET, STEPS
 from tests.report.hostile import STRINGS
 from tests.report.test_parts import decoded
 
 pytestmark = pytest.mark.process
 
-QUIET = Console(quiet=True)
-STEPS = 3
 # What a page has of its own, and no text may add to.
 TAGS = (
     "a body br button caption details div em fieldset footer form h1 h2 head header html img input "
     "label legend li link main meta nav noscript p script section select span style summary table "
     "tbody td th thead title tr ul"
 ).split()
-
-
-def rows(strings):
-    """Pairs whose ids, prompts and responses are hostile."""
-    return [
-        {
-            "id": f"{k} {text}",
-            "prompt": text,
-            "chosen": f"{text} yes",
-            "rejected": f"no {text}"[:60],
-        }
-        for k, text in enumerate(strings)
-    ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_figures():
-    """Each takes a sixth of a second."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(curves, "_MOST_FIGURES", 8)
-        yield
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A finished run."""
-    folder = tmp_path_factory.mktemp("report")
-    tiny.write_small_inputs(folder, rows(STRINGS), rows(STRINGS[:8]))
-    config = tiny.small_config(
-        folder,
-        report__enabled=True,
-        prepare__rows_per_shard=64,
-        train__steps=STEPS,
-        train__batch_size=8,
-        train__microbatch_size=8,
-        optim__learning_rate=1e-2,
-        optim__warmup_ratio=0.0,
-    )
-    found = Run.resolve(config, folder / "work <b>&amp;")
-    run_lib.run(found, console=QUIET)
-    return found
-
-
-@pytest.fixture(scope="module")
-def hostile(run):
-    """The same with hostile names of metrics, evaluations, figures, models, stages and prompts."""
-    workdir = run.workdir
-    with metrics.MetricsWriter(workdir, STEPS) as writer:
-        for name in STRINGS:
-            writer.write(STEPS, {name: 1.0})
-    for k, name in enumerate(STRINGS[:12]):
-        result = Result([{"id": name, "x": 1.0}], {name: Figure(1.0, 0.5, 1.0, 1, "x")})
-        folder = workdir / "evaluations" / f"e{k}"
-        folder.mkdir(parents=True)
-        for model in ("base", "step-3"):
-            Evaluation(name, model, {}, result).write(folder)
-            prompt = [{"role": name, "content": name}]
-            sample = {"id": name, "sample": 0, "prompt": prompt, "response": f"{model} {name}"}
-            tiny.write_lines(folder / f"{model}.samples.jsonl", [sample])
-    for name in STRINGS:
-        with history.recorded(
-            workdir, name, {"devices": name, "model": name, "versions": {name: name}}
-        ):
-            pass
-    return report(run, console=QUIET).read_text()
-
-
-@pytest.fixture(scope="module")
-def plain(run):
-    """The page that the run itself has written; before `hostile` changes what it is of."""
-    return (run.workdir / stage.FILE).read_text()
 
 
 class Parsed(html.parser.HTMLParser):
@@ -291,9 +215,10 @@ def test_attention_is_by_order_and_layer(run, plain):
     row = Prepared.open(run.prepared_path("eval"))[0]
     attention = row["judge_chosen"]
     T = attention.shape[-1]
-    wanted = [a / a.sum() * T for order in attention for a in order]
+    first, second = ([a / a.sum() * T for a in order] for order in attention)
+    apart = [b - a for a, b in zip(first, second, strict=True)]
     found = [decoded(text, T) for text in pair["responses"][0]["attention"]]
-    np.testing.assert_allclose(found, wanted, rtol=0.004, atol=0.001)
+    np.testing.assert_allclose(found, [*first, *apart], rtol=0.004, atol=0.001)
 
 
 def test_what_was_run_is_told(run, plain):

@@ -90,7 +90,7 @@ def test_a_prompt_that_lacks_what_most_begin_with_stays_whole():
 
 def test_long_curves_are_averaged_and_numbers_alone_are_drawn():
     lines = [{"step": k, "loss": float(k), "epoch": 1.0, "note": "x"} for k in range(1, 1001)]
-    text, picture = curves.blocks({"": lines})
+    text, picture = curves.blocks({"": [lines]})
     assert text.text == "Of long curves a point is the mean of up to 5 logged steps."
     # The first mean is of 1 to 5, the last of 996 to 1000.
     assert "from 3 to 998, within 3 to 998" in picture.alt and "steps 5 to 1000" in picture.alt
@@ -99,7 +99,7 @@ def test_long_curves_are_averaged_and_numbers_alone_are_drawn():
 
 def test_curves_say_what_is_not_finite():
     lines = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": float("nan")}]
-    (picture,) = curves.blocks({"": lines})
+    (picture,) = curves.blocks({"": [lines]})
     assert picture.alt == (
         "loss by step: training, steps 1 to 2: from 2 to nan, within 2 to 2, 1 not finite"
     )

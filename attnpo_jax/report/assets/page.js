@@ -34,11 +34,11 @@
   // Weights by the judge's attention, as attnpo_jax/weighting/shares.py has them.
   function attention(response, layer, order, fixes) {
     const count = response.text, layers = data.layers.length;
-    const [first, second] = [0, 1].map((k) => numbers(response.attention[k * layers + layer], count));
-    let weights = first.map((x, i) => (x + second[i]) / 2);
+    const [first, more] = [0, 1].map((k) => numbers(response.attention[k * layers + layer], count));
+    let weights = first.map((x, i) => x + more[i] / 2);
     if (order === "first") weights = first;
-    if (order === "second") weights = second;
-    if (order === "contrast") weights = scaled(first.map((x, i) => Math.abs(x - second[i])), count);
+    if (order === "second") weights = first.map((x, i) => x + more[i]);
+    if (order === "contrast") weights = scaled(more.map(Math.abs), count);
     if (fixes && count >= data.sink) {
       weights = Float64Array.of(1, ...scaled(weights.slice(1), count - 1));
     }

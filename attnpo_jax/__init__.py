@@ -47,9 +47,11 @@ __all__ = [
     "make_eval_step",
     "make_train_step",
     "prepare",
+    "report",
     "response_logps",
     "run",
     "section_for",
+    "token_view",
     "token_weights",
     "tokenize_pair",
     "train",
@@ -59,7 +61,18 @@ __all__ = [
 
 # What type checkers and editors read; a test keeps it in step with `_HOMES`.
 if TYPE_CHECKING:
-    from attnpo_jax import config, evaluate, export, judge, losses, prepare, run, train, weighting
+    from attnpo_jax import (
+        config,
+        evaluate,
+        export,
+        judge,
+        losses,
+        prepare,
+        report,
+        run,
+        train,
+        weighting,
+    )
     from attnpo_jax.config import ConfigError, default_config, section_for, validate
     from attnpo_jax.data.batching import EvalBatches, PairBatch, TrainBatches
     from attnpo_jax.data.pair import BadExample, Pair
@@ -75,6 +88,7 @@ if TYPE_CHECKING:
     from attnpo_jax.models.scoring import response_logps
     from attnpo_jax.pair_loss import StepSettings
     from attnpo_jax.parallel.state import TrainState
+    from attnpo_jax.report.token_view import token_view
     from attnpo_jax.run import Run
     from attnpo_jax.train.step import make_eval_step, make_train_step
     from attnpo_jax.weighting import ResponseTokens
@@ -86,6 +100,7 @@ _MODULES = (
     "judge",
     "losses",
     "prepare",
+    "report",
     "run",
     "train",
     "weighting",
@@ -101,6 +116,7 @@ _HOMES = {
     "judge_pairs": "judge.judge",
     "JudgeTemplate": "judge.prompt",
     "token_weights": "judge.token_weights",
+    "token_view": "report.token_view",
     # Pairs, from files to batches.
     "BadExample": "data.pair",
     "Pair": "data.pair",

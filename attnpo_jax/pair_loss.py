@@ -160,14 +160,38 @@ def losses_of_logps(
     batch: PairBatch,
 ) -> tuple[jax.Array, Metrics]:
     """As `batch_losses`, of what `policy_logps` gives."""
+    kl_BG2T = statistics.get("reference_kl")
+    return pair_losses(
+        settings.weighting,
+        settings.objective,
+        _by_response(policy_BG2T),
+        response_tokens(settings, policy_BG2T, statistics, batch),
+        batch.valid_BG.reshape(-1),
+        beta=settings.beta,
+        resolution=resolution(settings.dtype),
+        weight_P=batch.weight_BG.reshape(-1),
+        margin_P=batch.margin_BG.reshape(-1) if traits(settings.objective).margin else None,
+        kl_BT=None if kl_BG2T is None else _by_response(kl_BG2T),
+    )
 
-    def by_response(x):
-        """(B, G, 2, ...) -> (2P, ...): the responses of a pair in turn."""
-        return x.reshape(math.prod(x.shape[:3]), *x.shape[3:])
+
+def response_tokens(
+    settings: StepSettings,
+    policy_BG2T: jax.Array,
+    statistics: Mapping[str, jax.Array],
+    batch: PairBatch,
+) -> ResponseTokens:
+    """What a weighting sees of a batch's 2P responses, those of a pair in turn.
+
+    Args:
+      settings: its layers and columns are those that the batch has.
+      policy_BG2T, statistics: as `policy_logps` gives them; no gradient flows through the former.
+      batch: rows without a microbatch axis.
+    """
 
     def declared(x, field, need):
         if x is not None:
-            return by_response(x)
+            return _by_response(x)
         declares = f'@weighting.register(needs=("{need}",))'
         return NotComputed(
             field, f"nothing declares that it reads it; a weighting does so by {declares}"
@@ -175,14 +199,12 @@ def losses_of_logps(
 
     judged = bool(settings.source_layers)
     verdict = jnp.repeat(batch.verdict_BG2[..., None, :], 2, axis=2) if judged else None
-    statistics = {name: by_response(x) for name, x in statistics.items()}
-    kl_BT = statistics.pop("reference_kl", None)
-    mask, policy = by_response(batch.mask_BG2T), by_response(policy_BG2T)
-    tokens = by_response(_tokens(batch))
+    mask = _by_response(batch.mask_BG2T)
+    tokens = _by_response(_tokens(batch))
     lengths = jnp.sum(mask, axis=-1)
-    responses = ResponseTokens(
+    return ResponseTokens(
         mask_BT=mask,
-        text_mask_BT=by_response(batch.text_mask_BG2T),
+        text_mask_BT=_by_response(batch.text_mask_BG2T),
         judge_B2ST=declared(batch.judge_BG22ST if judged else None, "judge_B2ST", "judge"),
         verdict_B2=declared(verdict, "verdict_B2", "judge"),
         reference_logps_BT=declared(
@@ -191,30 +213,27 @@ def losses_of_logps(
         reference_entropy_BT=declared(
             batch.reference_entropy_BG2T, "reference_entropy_BT", "reference_entropy"
         ),
-        policy_logps_BT=jax.lax.stop_gradient(policy),
+        policy_logps_BT=jax.lax.stop_gradient(_by_response(policy_BG2T)),
         is_chosen=jnp.tile(jnp.array([True, False]), mask.shape[0] // 2),
         source_layers=settings.source_layers,
         num_layers=settings.num_layers or settings.model.num_layers,
-        ready_BKT=None if batch.ready_BG2KT is None else by_response(batch.ready_BG2KT),
+        ready_BKT=None if batch.ready_BG2KT is None else _by_response(batch.ready_BG2KT),
         weight_columns=settings.weight_columns,
-        whole_B2S4=None if batch.whole_BG22S4 is None else by_response(batch.whole_BG22S4),
+        whole_B2S4=None if batch.whole_BG22S4 is None else _by_response(batch.whole_BG22S4),
         tokens_BT=tokens,
         partner_tokens_BT=_partners(tokens),
         partner_length_B=_partners(lengths),
-        **{f"policy_{name}_BT": x for name, x in statistics.items()},
+        **{
+            f"policy_{name}_BT": _by_response(x)
+            for name, x in statistics.items()
+            if name != "reference_kl"
+        },
     )
-    return pair_losses(
-        settings.weighting,
-        settings.objective,
-        policy,
-        responses,
-        batch.valid_BG.reshape(-1),
-        beta=settings.beta,
-        resolution=resolution(settings.dtype),
-        weight_P=batch.weight_BG.reshape(-1),
-        margin_P=batch.margin_BG.reshape(-1) if traits(settings.objective).margin else None,
-        kl_BT=kl_BT,
-    )
+
+
+def _by_response(x: jax.Array) -> jax.Array:
+    """(B, G, 2, ...) -> (2P, ...): the responses of a pair in turn."""
+    return x.reshape(math.prod(x.shape[:3]), *x.shape[3:])
 
 
 def _tokens(batch: PairBatch) -> jax.Array:

@@ -29,8 +29,8 @@ from attnpo_jax.models.config import ModelConfig
 from attnpo_jax.models.io import hf_folder
 from attnpo_jax.models.io.model_source import ModelSource
 from attnpo_jax.parallel import processes
-from attnpo_jax.runtime import best, lock, metrics, paths, schema
-from attnpo_jax.runtime.errors import UserError
+from attnpo_jax.runtime import best, history, lock, metrics, paths, schema
+from attnpo_jax.runtime.errors import UsageError, UserError
 from attnpo_jax.weighting import Source
 
 if TYPE_CHECKING:
@@ -84,6 +84,14 @@ class Run:
             processes.check_shared(workdir, "workdir")
         return cls(config, workdir, template)
 
+    @classmethod
+    def of_workdir(cls, workdir: str | os.PathLike) -> "Run":
+        """The run of a folder, as its config.json has it; raises UsageError where there is none."""
+        folder = pathlib.Path(workdir).expanduser()
+        if not (folder / "config.json").is_file():
+            raise UsageError(f"{folder}: no config.json there; accepted: the workdir of a run")
+        return cls.resolve(config_lib.load_file(str(folder / "config.json")), folder)
+
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """Holds the workdir, and a folder of checkpoints elsewhere, for this run alone.
@@ -124,6 +132,14 @@ class Run:
             finally:
                 self._held.discard(folder)
             processes.barrier("a folder is released")
+
+    def recorded(self, stage: str, **about: Any) -> contextlib.AbstractContextManager[None]:
+        """Has the workdir's history tell of a block's work: what it is, on what, how it ended."""
+        if self.workdir is None or not processes.is_first():
+            return contextlib.nullcontext()
+        from attnpo_jax.parallel import machine  # which JAX is needed for
+
+        return history.recorded(self.workdir, stage, about | machine.facts())
 
     # --- The data ---------------------------------------------------------------------------------
 
@@ -421,7 +437,7 @@ def run(run: Run, *, step: str | int | None = None, console: "Console | None" = 
     # Here, so that a command loads its own stage alone.
     from rich.console import Console
 
-    from attnpo_jax import evaluate, export, prepare, train
+    from attnpo_jax import evaluate, export, prepare, report, train
     from attnpo_jax.evaluate.files import FOLDER
     from attnpo_jax.evaluate.stage import wanted
     from attnpo_jax.export.stage import export_folders
@@ -440,10 +456,12 @@ def run(run: Run, *, step: str | int | None = None, console: "Console | None" = 
             which = models.TRAINED if step is None else f"{models.TRAINED}@{step}"
             evaluate.evaluate(run, model=which, console=console)
         export.export(run, step=step, console=console)
+        page = report.at_end(run) if processes.is_first() else None
     if not processes.is_first():
         return
     names = {"model": "model (Hugging Face)", "adapter": "adapters (PEFT)"}
     for what, path in (
+        *((("report", page),) if page else ()),
         *((names[kind], folder) for kind, folder in export_folders(run).items()),
         *((("evaluations", run.workdir / FOLDER),) if wanted(run) else ()),
         ("metrics", run.workdir / metrics.FILE),

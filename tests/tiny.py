@@ -133,6 +133,7 @@ def write_inputs(folder):
     config.train.eval_batch_size = 2
     config.train.epochs = 2
     config.evaluate.names = ()
+    config.report.enabled = False
     return config
 
 
@@ -179,6 +180,7 @@ def small_config(inputs, **changes):
     config.prepare.rows_per_shard = 2
     config.log.progress = False
     config.evaluate.names = ()
+    config.report.enabled = False
     return changed(config, changes)
 
 

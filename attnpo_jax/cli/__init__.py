@@ -93,6 +93,8 @@ def _main(argv: list[str]) -> int:
     cache.keep_compiled_programs()
     own = {option.keyword: options[k] for k, option in command.options.items() if k in options}
     own |= command.given
+    if command.folders and options.get("folders"):
+        own[command.folders] = options["folders"]
     getattr(importlib.import_module(command.module), command.function)(run, **own)
     return 0
 
@@ -160,12 +162,19 @@ def parse(name: str, arguments: Sequence[str]) -> tuple[dict[str, Any], list[str
         options, unknown = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise UsageError(_reason(error)) from error
+    folders = [text for text in unknown if not text.startswith("-")]
+    if command_of(name).folders is None:
+        folders = []
     for text in unknown:
+        if text in folders:
+            continue
         if not text.startswith("-") or not text.lstrip("-"):
             raise UsageError(f"unexpected argument {text!r}; options start with --")
         flag = text.partition("=")[0]
         raise UsageError(f"unknown option {flag}{_similar_option(flag.lstrip('-'), name)}")
     named = {key.replace("_", "-"): value for key, value in vars(options).items()}
+    if folders:
+        named["folders"] = folders
     for option, field in field_options(command_of(name)).items():
         if option in named:
             overrides.append(f"--config.{field}={named.pop(option)}")
@@ -246,6 +255,8 @@ def _completion(arguments: list[str]) -> int:
         if any(other.startswith(f"{name} ") for other in COMMANDS):
             groups[name] = parser.add_subparsers()
         add_options(parser, command)
+        if command.folders:
+            parser.add_argument("WORKDIR", nargs="*").complete = shtab.DIRECTORY
         for field, entry in FIELDS.items():
             parser.add_argument(f"--config.{field}", help=entry.rule.accepted.replace("%", "%%"))
         for action in parser._actions:

@@ -42,6 +42,8 @@ class Command:
       example: what its help shows as an example.
       given: further arguments of the function.
       alone: whether it has a workdir, but runs in a single process all the same.
+      folders: the argument of the function that takes folders named without an option; None where
+        there are none.
     """
 
     module: str
@@ -54,6 +56,7 @@ class Command:
     example: str | None = None
     given: Mapping[str, str] = dataclasses.field(default_factory=dict)
     alone: bool = False
+    folders: str | None = None
 
 
 def _evaluation(
@@ -264,6 +267,26 @@ COMMANDS = {
         "export",
         "Write a checkpoint as a Hugging Face folder, workdir/export.",
         {"step": _STEP},
+    ),
+    "report": Command(
+        "attnpo_jax.report.stage",
+        "command",
+        "Write a page of a run, WORKDIR/report.html, or of several; or show weights in colour.",
+        {
+            "out": Option("out", str, "The page's file, in place of that."),
+            "pairs": Option(
+                "pairs", int, "Pairs shown token by token, at most [config.report.pairs].", least=0
+            ),
+            "tokens": Option("tokens", bool, "Write no page: show pairs' weights in the terminal."),
+            "weighting": Option(
+                "weighting", str, "With --tokens: a registered weighting [the run's own]."
+            ),
+        },
+        workdir="optional",
+        needs_config=False,
+        alone=True,
+        folders="workdirs",
+        example="attnpo report runs/quickstart",
     ),
     "sweep": Command(
         "attnpo_jax.sweep.stage",

@@ -53,9 +53,10 @@ def parser_of(name: str) -> argparse.ArgumentParser:
     metavars = {"config": "FILE", "workdir": "DIR"}
     needed = "".join(f" --{key}={metavars.get(key, key.upper())}" for key in needed_by(command))
     example = "" if command.example is None else f"\n\nexample:\n  {command.example}"
+    folders = " [WORKDIR ...]" if command.folders else ""
     parser = _Parser(
         f"attnpo {name}",
-        usage=f"attnpo {name}{needed} [--config.SECTION.FIELD=VALUE ...]{example}",
+        usage=f"attnpo {name}{folders}{needed} [--config.SECTION.FIELD=VALUE ...]{example}",
         description=command.summary,
         epilog=_variants_of(name),
         formatter_class=_Formatter,

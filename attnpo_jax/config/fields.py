@@ -18,6 +18,7 @@ from attnpo_jax.config import (
     log_fields,
     prepare_fields,
     reference_fields,
+    report_fields,
     rules,
     serve_fields,
     shaping_fields,
@@ -300,6 +301,7 @@ FIELDS: dict[str, Field] = {
     **evaluate_fields.FIELDS,
     **serve_fields.FIELDS,
     **iterate_fields.FIELDS,
+    **report_fields.FIELDS,
     "parallel.backend": Field(
         "jit",
         rules.one_of("jit", "pmap"),

@@ -36,7 +36,7 @@ def show(run: "Run", *, changed_only: bool = False, as_json: bool = False) -> No
 def commented(config: config_dict.ConfigDict) -> str:
     """Lines `field = value`, each under a comment that says what the field means."""
     values = flatten(config)
-    parts = [_entry(name, values[name], _plain(field.help)) for name, field in FIELDS.items()]
+    parts = [_entry(name, values[name], plain_help(field.help)) for name, field in FIELDS.items()]
     for section in SECTIONS:
         meanings = meanings_of(section, config[section].name)
         names = [name for name in values if name.split(".")[0] == section]
@@ -75,7 +75,7 @@ def _entry(name: str, value: Any, meaning: str) -> str:
     return f"{comment}\n{name} = {value!r}\n" if meaning else f"{name} = {value!r}\n"
 
 
-def _plain(text: str) -> str:
+def plain_help(text: str) -> str:
     """A text of the documentation without its links and backticks."""
     without_links = re.sub(r" \(\[[^]]*\]\([^)]*\)\)", "", text)
     return without_links.replace("`", "")

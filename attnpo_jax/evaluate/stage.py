@@ -165,7 +165,8 @@ def evaluate_one(
         _LOG.info("evaluating %s: %s", subject.name, evaluator.name)
     result = ended = None
     try:
-        result = evaluator.run(task)
+        with run.recorded(f"evaluate {evaluator.name}", model=task.model):
+            result = evaluator.run(task)
     except (DryRun, Preempted) as error:
         ended = error
     # Of several processes, the first one may have asked a judge for long, and alone been told to

@@ -87,10 +87,12 @@ def _export_all(
     )
     if preemption.agreed(there):
         step = origin["step"] if first else None
-    elif run.config.lora.rank:
-        step = _export_adapted(run, folders, wanted)
     else:
-        step = _export(run, folders["model"], wanted)
+        with run.recorded("export") if out is None else contextlib.nullcontext():
+            if run.config.lora.rank:
+                step = _export_adapted(run, folders, wanted)
+            else:
+                step = _export(run, folders["model"], wanted)
     processes.barrier("export: written")
     if first:
         console = console or Console()

@@ -87,7 +87,7 @@ def _prepare(run: "Run", splits: Sequence[str], keep_params: bool, console: Cons
     # All splits are checked before any of them is computed.
     todo = _todo(run, loaded)
     if any(split.status != "complete" for split in todo):
-        with run.preparing():
+        with run.preparing(), run.recorded("prepare"):
             # Another workdir's run may have finished what both share.
             todo = _todo(run, loaded)
             _fill_all(run, todo, keep_params)

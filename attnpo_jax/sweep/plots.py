@@ -13,9 +13,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from attnpo_jax.evaluate import intervals
-from attnpo_jax.runtime import figures, metrics
-from attnpo_jax.sweep.compare import Line
+from attnpo_jax.evaluate.compare import Line
+from attnpo_jax.runtime import figures, intervals, metrics
 from attnpo_jax.sweep.running import Outcome, folder_of
 
 FOLDER = "plots"

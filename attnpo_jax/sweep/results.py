@@ -6,8 +6,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from attnpo_jax.evaluate.compare import Line, figures_of
 from attnpo_jax.runtime import atomic
-from attnpo_jax.sweep.compare import Line, figures_of
 from attnpo_jax.sweep.running import RUNS, Outcome
 
 CSV, JSON_LINES, COMPARISON = "results.csv", "results.jsonl", "comparison.jsonl"

@@ -46,6 +46,7 @@ _FAILURE = schema.Table({"config": schema.Mapped(schema.Anything()), "reason": s
 _INDIFFERENT = (
     "log.",
     "parallel.",
+    "report.",
     "serve.",
     "train.keep_checkpoints",
     "train.log_every",
@@ -70,6 +71,16 @@ class Outcome:
     loss: float | None = None
     evaluations: Mapping[str, Evaluation] = dataclasses.field(default_factory=dict)
     failed: str | None = None
+
+    @property
+    def group(self) -> str:
+        """What it is called together with those that differ from it in their seed."""
+        return self.point.group
+
+    @property
+    def seed(self) -> int:
+        """The run's."""
+        return self.point.config.seed
 
 
 def folder_of(workdir: pathlib.Path, point: Point) -> pathlib.Path:

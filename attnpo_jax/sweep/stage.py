@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 
 from attnpo_jax import config as config_lib
-from attnpo_jax import prepare
+from attnpo_jax import prepare, report
+from attnpo_jax.evaluate import compare
 from attnpo_jax.evaluate.evaluator import find
 from attnpo_jax.evaluate.stage import wanted
 from attnpo_jax.run import Run
@@ -23,7 +24,7 @@ from attnpo_jax.runtime.errors import UsageError, UserError
 from attnpo_jax.runtime.lock import LockedError
 from attnpo_jax.runtime.printable import say
 from attnpo_jax.sweep import at_once as at_once_lib
-from attnpo_jax.sweep import compare, plots, results
+from attnpo_jax.sweep import plots, results
 from attnpo_jax.sweep.grid import Point, grid
 from attnpo_jax.sweep.running import (
     CHECKPOINTS,
@@ -100,6 +101,9 @@ def sweep(
     _show(run.workdir, outcomes, baseline or points[0].group, metrics, as_json, console)
     if not as_json:
         _say_what_is_missing(points, outcomes, console)
+    page = report.at_end(run, of_sweep=True) if outcomes else None
+    if page and not as_json:
+        say(console, f"report: {page}")
     _raise_failures(outcomes)
     return outcomes
 

@@ -1,5 +1,6 @@
 """`attnpo train`: sets up what the loop needs from a run, and starts it where it left off."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -145,6 +146,7 @@ def _train(run: "Run") -> None:
             ) as metrics,
             preemption.watch_steps(start) as notice,
             TrainProgress(len(batches), start, bar=bar) as progress,
+            _recorded(run, start, len(batches)),
         ):
             loop = TrainLoop(
                 state=state,
@@ -204,6 +206,13 @@ def _beta_at_first(run: "Run", settings: StepSettings) -> float | None:
     """The rewards' scale, where they are of a policy that is its reference to begin with."""
     of_itself = run.reference is None and traits(settings.objective).of_log_ratios
     return settings.beta if of_itself else None
+
+
+def _recorded(run: "Run", start: int, total: int) -> contextlib.AbstractContextManager[None]:
+    """Has the workdir's history tell of the steps, if there are any left to do."""
+    if start >= total:
+        return contextlib.nullcontext()
+    return run.recorded("train", step=start, steps=total)
 
 
 def _attention(run: "Run", backend: backends.Backend, reference: ModelConfig | None = None) -> str:

@@ -17,12 +17,12 @@ from rich.console import Console
 
 from attnpo_jax import Run
 from attnpo_jax.config import from_json, load_file, to_json
-from attnpo_jax.evaluate import evaluate, files, intervals
+from attnpo_jax.evaluate import evaluate, files
 from attnpo_jax.evaluate.checks.rows import Check
 from attnpo_jax.evaluate.files import FOLDER
 from attnpo_jax.generate.stage import generate
 from attnpo_jax.iterate import iterate
-from attnpo_jax.runtime import atomic
+from attnpo_jax.runtime import atomic, intervals
 from experiments.iterate import prompts
 
 HERE = pathlib.Path(__file__).parent

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from attnpo_jax.evaluate import intervals
+from attnpo_jax.runtime import intervals
 from experiments.where_the_weight_lies.arms import ARMS, PRIMARY, SECONDARY, SEEDS
 from experiments.where_the_weight_lies.results import Results, write_json
 

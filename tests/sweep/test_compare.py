@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from attnpo_jax.evaluate import intervals
+from attnpo_jax.evaluate.compare import RANKING, compare, show, shown
+from attnpo_jax.runtime import intervals
 from attnpo_jax.runtime.errors import UsageError
 from attnpo_jax.sweep import results
-from attnpo_jax.sweep.compare import RANKING, compare, show, shown
 from tests.sweep.outcomes import outcome
 
 

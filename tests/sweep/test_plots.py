@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
+from attnpo_jax.evaluate.compare import RANKING, Line, compare, shown
 from attnpo_jax.runtime import figures
 from attnpo_jax.sweep import plots
-from attnpo_jax.sweep.compare import RANKING, Line, compare, shown
 from attnpo_jax.sweep.running import folder_of
 from tests.sweep.outcomes import outcome
 

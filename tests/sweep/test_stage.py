@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from attnpo_jax import config as config_lib
-from attnpo_jax import prepare, train
+from attnpo_jax import prepare, report, train
 from attnpo_jax.config import ConfigError
 from attnpo_jax.evaluate import evaluator
 from attnpo_jax.evaluate.evaluator import Evaluator, Figure, Result
@@ -132,6 +132,19 @@ def test_runs_that_fail_are_told_of_and_tried_again_and_the_others_go_on(
         stage._one(run, stage.grid(run.config, axes), 1, "keep", quiet())
     failures.clear()
     assert [one.failed for one in sweep(run, axes=axes, console=quiet())] == [None] * 3
+
+
+def test_the_page_of_all_runs_is_told_of(inputs, tmp_path, monkeypatch):
+    def at_end(run, of_sweep):
+        assert of_sweep and (run.workdir / "results.jsonl").is_file()
+        return run.workdir / "report.html"
+
+    outcome = running.Outcome(stage.grid(run_of(inputs, tmp_path).config, ["seed=0"])[0], 2, 0.5)
+    monkeypatch.setattr(report, "at_end", at_end)
+    monkeypatch.setattr(stage, "outcome_of", lambda *_: outcome)
+    console = quiet()
+    sweep(run_of(inputs, tmp_path), axes=["seed=0"], only_show=True, console=console)
+    assert f"report: {tmp_path / 'report.html'}\n" in console.file.getvalue()
 
 
 def sweep_shown(run, axes):

@@ -1,29 +1,48 @@
-"""What runs of a sweep come to: means over seeds, and paired differences to one of them."""
+"""What several runs come to: means over seeds, and paired differences to one of them."""
 
 import collections
 import dataclasses
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from attnpo_jax.evaluate import intervals
 from attnpo_jax.evaluate.evaluator import Figure
+from attnpo_jax.evaluate.files import Evaluation
 from attnpo_jax.evaluate.report import by_id
+from attnpo_jax.runtime import intervals
 from attnpo_jax.runtime.errors import UsageError
 from attnpo_jax.runtime.printable import plain, printable, say
-from attnpo_jax.sweep.running import Outcome
 
 RANKING = "pairs/accuracy"
 # Of a whole table; narrower terminals are rare.
 WIDTH = 80
 _SHOWN_OF_PAIRS = (RANKING, "pairs/margin")
 _LOWEST = "min:"
+
+
+class Outcome(Protocol):
+    """What came of a run.
+
+    Attributes:
+      group: what it is called together with those that differ from it in their seed.
+      seed: the run's.
+      loss: on the held-out pairs; None where it is not known.
+      evaluations: of the trained model, by name.
+      failed: why there is none; None for a finished run.
+    """
+
+    group: str
+    seed: int
+    loss: float | None
+    evaluations: Mapping[str, Evaluation]
+    failed: str | None
+
 
 _BySeed = Mapping[int, Outcome]
 
@@ -93,14 +112,14 @@ def compare(
     Raises:
       UsageError: there is no such group.
     """
-    names = list(dict.fromkeys(outcome.point.group for outcome in outcomes))
+    names = list(dict.fromkeys(outcome.group for outcome in outcomes))
     baseline = baseline or names[0]
     if baseline not in names:
         raise UsageError(f"--baseline={baseline}; accepted: {', '.join(names)}")
     groups: dict[str, dict[int, Outcome]] = collections.defaultdict(dict)
     for outcome in outcomes:
         if outcome.failed is None:
-            groups[outcome.point.group][outcome.point.config.seed] = outcome
+            groups[outcome.group][outcome.seed] = outcome
     keys = dict.fromkeys(
         key for held in groups.values() for o in held.values() for key in figures_of(o)
     )

@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from attnpo_jax.evaluate import intervals
+from attnpo_jax.runtime import intervals
 from attnpo_jax.runtime.errors import UsageError
 
 if TYPE_CHECKING:

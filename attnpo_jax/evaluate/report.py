@@ -13,10 +13,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from attnpo_jax.evaluate import files, intervals
+from attnpo_jax.evaluate import files
 from attnpo_jax.evaluate.evaluator import Figure
 from attnpo_jax.evaluate.files import Evaluation
 from attnpo_jax.generate.model import BASE
+from attnpo_jax.runtime import intervals
 from attnpo_jax.runtime.errors import UsageError
 from attnpo_jax.runtime.printable import plain, say
 

@@ -11,9 +11,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from attnpo_jax.evaluate import intervals
 from attnpo_jax.evaluate.evaluator import Figure
 from attnpo_jax.evaluate.report import by_id
+from attnpo_jax.runtime import intervals
 from attnpo_jax.runtime.errors import UsageError
 from attnpo_jax.runtime.printable import plain, say
 from attnpo_jax.sweep.running import Outcome

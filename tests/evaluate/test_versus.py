@@ -11,13 +11,14 @@ from rich.console import Console
 from attnpo_jax import cli, evaluate
 from attnpo_jax.data.pair import Pair
 from attnpo_jax.data.sources import load_pairs
-from attnpo_jax.evaluate import intervals, versus
+from attnpo_jax.evaluate import versus
 from attnpo_jax.evaluate.versus import outcomes
 from attnpo_jax.evaluate.versus.judges import Verdicts
 from attnpo_jax.judge.judge import judge_pairs
 from attnpo_jax.judge.language_model import load_model
 from attnpo_jax.models.io import hf_folder
 from attnpo_jax.run import Run
+from attnpo_jax.runtime import intervals
 from attnpo_jax.runtime.errors import UserError
 from tests import tiny
 from tests.evaluate import faulty

@@ -9,9 +9,9 @@ import pytest
 from rich.console import Console
 
 from attnpo_jax import config as config_lib
-from attnpo_jax.evaluate import intervals
 from attnpo_jax.evaluate.evaluator import Figure, Result, figure
 from attnpo_jax.evaluate.files import Evaluation
+from attnpo_jax.runtime import intervals
 from attnpo_jax.runtime.errors import UsageError
 from attnpo_jax.sweep import results
 from attnpo_jax.sweep.compare import RANKING, compare, show

@@ -20,7 +20,8 @@ import pathlib
 import numpy as np
 from scipy.special import expit
 
-from attnpo_jax.evaluate import intervals, logistic
+from attnpo_jax.evaluate import logistic
+from attnpo_jax.runtime import intervals
 from attnpo_jax.runtime.errors import UserError
 
 FILE = "df_gamed.csv"

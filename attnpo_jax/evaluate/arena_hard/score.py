@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from attnpo_jax.evaluate import intervals, pooled
+from attnpo_jax.evaluate import pooled
 from attnpo_jax.evaluate.arena_hard import style
 from attnpo_jax.evaluate.arena_hard.files import Answer, Judgment
 from attnpo_jax.evaluate.arena_hard.style import Battles
 from attnpo_jax.evaluate.evaluator import Figure, Result
+from attnpo_jax.runtime import intervals
 
 # By label, how A does, and how often the verdict counts.
 _V01 = {

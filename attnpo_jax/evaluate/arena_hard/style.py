@@ -14,9 +14,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy.special import expit
 
-from attnpo_jax.evaluate import intervals, logistic
+from attnpo_jax.evaluate import logistic
 from attnpo_jax.evaluate.arena_hard.files import Answer, Judgment, Style
 from attnpo_jax.evaluate.evaluator import Figure
+from attnpo_jax.runtime import intervals
 from attnpo_jax.runtime.errors import UserError
 
 NAMES = ("length", "headers", "lists", "bold")

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from attnpo_jax.evaluate import intervals
 from attnpo_jax.evaluate.checks.rows import CheckedPrompt, load
 from attnpo_jax.evaluate.evaluator import Evaluator, Figure, Result, Row, figure
+from attnpo_jax.runtime import intervals
 
 if TYPE_CHECKING:
     from attnpo_jax.evaluate.task import Task

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from attnpo_jax.evaluate import intervals
 from attnpo_jax.evaluate.evaluator import Figure, Result, Row, figure
 from attnpo_jax.evaluate.pairs import rewardbench
+from attnpo_jax.runtime import intervals
 
 BINS = 10
 _DETAIL = {"column": None, "detail": True}

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from attnpo_jax.evaluate import intervals
 from attnpo_jax.evaluate.evaluator import Figure
+from attnpo_jax.runtime import intervals
 
 SECTIONS = {
     "Chat": {

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from attnpo_jax.data.pair import Pair
-from attnpo_jax.evaluate import intervals
 from attnpo_jax.evaluate.evaluator import Evaluator, Figure, Result, figure
 from attnpo_jax.evaluate.task import Task
 from attnpo_jax.evaluate.versus import answers, judges, outcomes
 from attnpo_jax.evaluate.versus.judges import Verdicts
 from attnpo_jax.generate import model as models
 from attnpo_jax.parallel import processes
+from attnpo_jax.runtime import intervals
 from attnpo_jax.runtime.errors import UserError
 
 _ENDPOINT = "endpoint"

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy import special
 
-from attnpo_jax.evaluate import intervals, logistic
+from attnpo_jax.evaluate import logistic
+from attnpo_jax.runtime import intervals
 
 # Keeps the fit finite where length alone tells wins from losses, as it may among few pairs; of 200
 # pairs of ordinary lengths it takes less than a thousandth off the coefficients.

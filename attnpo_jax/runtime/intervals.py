@@ -111,6 +111,44 @@ def bootstrap(
     return float(low), float(high)
 
 
+def bootstrap_means(
+    values_RC: np.ndarray, *, draws: int = 2000, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """The percentile intervals of columns' means over resampled rows, as `bootstrap` has them.
+
+    All columns are resampled alike, so those of differences of columns are paired.
+
+    Args:
+      values_RC: one row a prompt, (rows, columns); NaN where a row has no value, which is left out.
+      draws: how many times.
+      seed: of the draws.
+
+    Returns:
+      Low and high ends (columns,); NaN for columns of fewer than two values, or where half of the
+      draws have none.
+
+    >>> low, high = bootstrap_means(np.array([[1.0, 0.5], [0.0, 0.5], [1.0, 0.5]]))
+    >>> low.tolist(), high.tolist()
+    ([0.0, 0.5], [1.0, 0.5])
+    """
+    values_RC = np.asarray(values_RC, np.float64)
+    rows, columns = values_RC.shape
+    none = np.full(columns, math.nan)
+    if not rows or not columns:
+        return none, none
+    known_RC = np.isfinite(values_RC)
+    # How often each draw has each row.
+    counts_DR = np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), draws)
+    sums_DC = counts_DR @ np.where(known_RC, values_RC, 0.0)
+    number_DC = counts_DR @ known_RC.astype(np.float64)
+    means_DC = np.where(number_DC > 0, sums_DC / np.maximum(number_DC, 1), math.nan)
+    enough_C = (known_RC.sum(axis=0) > 1) & (2 * (number_DC > 0).sum(axis=0) >= draws)
+    low, high = none.copy(), none.copy()
+    ends = np.nanquantile(means_DC[:, enough_C], [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    low[enough_C], high[enough_C] = ends
+    return low, high
+
+
 def crossed_difference(
     first: np.ndarray, second: np.ndarray, *, draws: int = 2000, seed: int = 0
 ) -> Interval:

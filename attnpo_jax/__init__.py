@@ -47,6 +47,7 @@ __all__ = [
     "make_eval_step",
     "make_train_step",
     "prepare",
+    "probe",
     "response_logps",
     "run",
     "section_for",
@@ -59,7 +60,18 @@ __all__ = [
 
 # What type checkers and editors read; a test keeps it in step with `_HOMES`.
 if TYPE_CHECKING:
-    from attnpo_jax import config, evaluate, export, judge, losses, prepare, run, train, weighting
+    from attnpo_jax import (
+        config,
+        evaluate,
+        export,
+        judge,
+        losses,
+        prepare,
+        probe,
+        run,
+        train,
+        weighting,
+    )
     from attnpo_jax.config import ConfigError, default_config, section_for, validate
     from attnpo_jax.data.batching import EvalBatches, PairBatch, TrainBatches
     from attnpo_jax.data.pair import BadExample, Pair
@@ -86,6 +98,7 @@ _MODULES = (
     "judge",
     "losses",
     "prepare",
+    "probe",
     "run",
     "train",
     "weighting",

@@ -304,7 +304,7 @@ class _Shards:
                 forms, bad_rows = _of_all(team, *following.result())
                 if k + 1 < len(pending):
                     following = read(*pending[k + 1])
-                rows = _shard_rows(self.columns, forms, progress, preempted)
+                rows = shard_rows(self.columns, forms, progress, preempted)
                 if rows is not None:
                     wanted = features(self.split.components)
                     rows = [{name: row[name] for name in wanted} for row in rows]
@@ -352,13 +352,20 @@ def _of_all(
     )
 
 
-def _shard_rows(
+def shard_rows(
     columns: Sequence[Columns],
     forms: Sequence[PairForms],
     progress: CountProgress,
     preempted: Callable[[], bool],
 ) -> list[dict[str, Any]] | None:
-    """The rows of a shard, with what may not be kept of them; None if notice came before all."""
+    """The rows of a shard, with what may not be kept of them; None if notice came before all.
+
+    Args:
+      columns: what is computed.
+      forms: the pairs.
+      progress: counts pairs.
+      preempted: whether notice has come.
+    """
     computed: list[dict[str, Any]] = [{} for _ in forms]
     for of_pass in columns:
         for done in of_pass(forms):

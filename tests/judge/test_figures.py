@@ -100,4 +100,7 @@ def test_lines_say_figures_with_intervals():
     low, high = (f"{100 * x:.0f}" for x in intervals.mean([1, 1]))
     assert lines["by both orders together"] == f"right in 100% ({low} to {high})"
     assert lines["position bias, log-odds for A"] == "+1.50 (+1.50 to +1.50)"
-    assert lines["layer 7"] == "effective share 100%, first token 50%, apart on shared starts 0%"
+    assert (
+        lines["weights of layer 7"]
+        == "effective share 100%, first token 50%, apart on shared starts 0%"
+    )

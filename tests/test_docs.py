@@ -15,8 +15,10 @@ from attnpo_jax import config as config_lib
 from attnpo_jax.config import docs as config_docs
 from attnpo_jax.config.fields import FIELDS
 from attnpo_jax.data import shards, sources
-from attnpo_jax.data.pair import NUMBERS
+from attnpo_jax.data.columns import AS_THEY_ARE
+from attnpo_jax.data.pair import NUMBERS, SIDES
 from attnpo_jax.data.prepared import PreparedWriter
+from attnpo_jax.probe import pairs as marked_pairs
 from attnpo_jax.sweep.grid import grid
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -99,9 +101,18 @@ def test_data_page_s_rows_are_all_the_same_pair(tmp_path):
 
 def test_data_page_counts_the_builtin_pairs():
     counts = re.findall(r"`builtin:(\w+)` \((\d+)", (DOCS / "data.md").read_text())
-    assert [split for split, _ in counts] == ["train", "eval"]
+    assert [split for split, _ in counts] == ["train", "eval", "planted"]
     for split, count in counts:
         assert len(sources.load_pairs(f"builtin:{split}").pairs) == int(count)
+
+
+def test_probe_page_s_row_marks_the_words_that_differ(tmp_path):
+    (text,) = blocks("probe.md", "json")
+    file = tmp_path / "marked.jsonl"
+    file.write_text(text)
+    (found,) = marked_pairs.load(str(file), AS_THEY_ARE, on_bad_row="error", limit=1 << 20).pairs
+    words = [getattr(found.pair, side)[slice(*found.spans[side][0])] for side in SIDES]
+    assert words == ["eight", "six"]
 
 
 def test_data_page_reads_a_prepared_dataset(tmp_path, monkeypatch, capsys):

@@ -129,6 +129,31 @@ COMMANDS = {
         {"json": Option("as_json", bool, "Print JSON.")},
         workdir="none",
     ),
+    "probe": Command(
+        "attnpo_jax.probe.stage",
+        "probe",
+        "Show where the model looks as it judges, on pairs whose differences are marked; resumes.",
+        {
+            "model": Option(
+                "model",
+                str,
+                "base (what training starts from), trained, trained@STEP, trained@best, or any HF "
+                "folder or hub id [base].",
+            ),
+            "pairs": Option(
+                "pairs", str, "Marked pairs of your own: a file or hub id [builtin:planted]."
+            ),
+            "by": Option(
+                "by", str, "Column of the pairs; figures are also given for each value [subset]."
+            ),
+            "out": Option("out", str, "Folder of figures and plot [WORKDIR/probe/MODEL]."),
+            "json": _JSON,
+        },
+        workdir="optional",
+        needs_config=False,
+        alone=True,
+        example="attnpo probe --model=smollm2-135m-instruct",
+    ),
     "prepare": Command(
         "attnpo_jax.prepare.stage",
         "prepare",

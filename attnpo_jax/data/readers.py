@@ -26,15 +26,15 @@ from attnpo_jax.runtime.paths import searched
 from attnpo_jax.runtime.team import Team, check_alike
 
 ACCEPTED_SOURCES = (
-    "builtin:train, builtin:eval, a .json, .jsonl, .csv or .tsv file (or one of these and .gz or "
-    ".zst), a .parquet or .arrow file, a pattern of files (data/*.jsonl), a folder saved by "
-    "datasets (FOLDER or FOLDER@split) or copied from the hub (FOLDER@split), or a hub id "
-    "owner/name@split, owner/name:config@split or owner/name/folder@split"
+    "builtin:train, builtin:eval, builtin:planted, a .json, .jsonl, .csv or .tsv file (or one of "
+    "these and .gz or .zst), a .parquet or .arrow file, a pattern of files (data/*.jsonl), a "
+    "folder saved by datasets (FOLDER or FOLDER@split) or copied from the hub (FOLDER@split), or a "
+    "hub id owner/name@split, owner/name:config@split or owner/name/folder@split"
 )
 
 _BUILTIN = pathlib.Path(__file__).parent / "builtin"
 # Those of checks are prompts alone.
-_BUILTIN_NAMES = ("train", "eval", "checks-train", "checks-eval")
+_BUILTIN_NAMES = ("train", "eval", "planted", "checks-train", "checks-eval")
 _TEXT_ENDINGS = (".json", ".jsonl", ".csv", ".tsv")
 _PACKED_ENDINGS = tuple(a + b for a in _TEXT_ENDINGS for b in text_files.PACKED)
 _FILE_ENDINGS = (*_TEXT_ENDINGS, ".parquet", ".arrow", *_PACKED_ENDINGS)

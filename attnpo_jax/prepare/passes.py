@@ -54,6 +54,11 @@ def of_judge(
         attention=passes.attention,
     )
     judge.fit([forms.prompt for forms in sample])
+    return judged_by(judge)
+
+
+def judged_by(judge: Judge) -> Columns:
+    """A judge's columns."""
 
     def columns(forms: Sequence[PairForms]) -> Iterator[Done]:
         prompts, tokenized = [form.prompt for form in forms], [form.tokenized for form in forms]

@@ -22,6 +22,7 @@ from attnpo_jax.data.sources import LoadedPairs, Pairs, load_pairs
 from attnpo_jax.judge.figures import judge_figures
 from attnpo_jax.judge.judge import SAMPLE
 from attnpo_jax.judge.language_model import LanguageModel
+from attnpo_jax.judge.summary import summary_lines
 from attnpo_jax.models import int8
 from attnpo_jax.models.attention import implementations
 from attnpo_jax.models.io.model_source import ModelSource
@@ -38,7 +39,6 @@ from attnpo_jax.runtime.errors import Preempted, UserError
 from attnpo_jax.runtime.printable import plain, say
 from attnpo_jax.runtime.progress import CountProgress
 from attnpo_jax.runtime.team import ALONE, Team
-from attnpo_jax.weighting.sources import ROLLOUT, head_of
 
 if TYPE_CHECKING:
     from attnpo_jax.run import Run
@@ -304,7 +304,7 @@ class _Shards:
                 forms, bad_rows = _of_all(team, *following.result())
                 if k + 1 < len(pending):
                     following = read(*pending[k + 1])
-                rows = _shard_rows(self.columns, forms, progress, preempted)
+                rows = shard_rows(self.columns, forms, progress, preempted)
                 if rows is not None:
                     wanted = features(self.split.components)
                     rows = [{name: row[name] for name in wanted} for row in rows]
@@ -352,13 +352,20 @@ def _of_all(
     )
 
 
-def _shard_rows(
+def shard_rows(
     columns: Sequence[Columns],
     forms: Sequence[PairForms],
     progress: CountProgress,
     preempted: Callable[[], bool],
 ) -> list[dict[str, Any]] | None:
-    """The rows of a shard, with what may not be kept of them; None if notice came before all."""
+    """The rows of a shard, with what may not be kept of them; None if notice came before all.
+
+    Args:
+      columns: what is computed.
+      forms: the pairs.
+      progress: counts pairs.
+      preempted: whether notice has come.
+    """
     computed: list[dict[str, Any]] = [{} for _ in forms]
     for of_pass in columns:
         for done in of_pass(forms):
@@ -401,18 +408,6 @@ def summary(split: str, dataset: prepared.Prepared) -> Table:
         table.add_row("precomputed weights", plain(", ".join(dataset.weight_columns)))
     if not dataset.source_layers:
         return table
-    figures = judge_figures(dataset)
-    if figures.agreement is not None:
-        both, one, none = (f"{share:.1%}" for share in figures.agreement)
-        agrees = f"both orders {both}, one {one}, none {none}"
-        table.add_row("verdict agrees with the label", agrees)
-        table.add_row("position bias", f"{figures.position_bias:+.3f} log-odds for A")
-    for source, entropy, first in zip(
-        dataset.source_layers, figures.entropy, figures.first_token, strict=False
-    ):
-        if head_of(source) is None:  # of heads, there may be hundreds
-            table.add_row(
-                "weights of " + ("rollout" if source == ROLLOUT else f"layer {source}"),
-                f"entropy {entropy:.1%} of uniform, first token {first:.1%}",
-            )
+    for name, value in summary_lines(judge_figures(dataset), dataset.source_layers):
+        table.add_row(name, value)
     return table

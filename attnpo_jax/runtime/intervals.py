@@ -5,6 +5,7 @@ All are of the mean over a population that the rows are drawn from independently
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple, Self
 
 import numpy as np
 from scipy import special
@@ -14,6 +15,29 @@ _Z = float(special.ndtri((1 + LEVEL) / 2))
 
 _DRAWN_AT_ONCE = 1 << 17  # rows, of all draws together: they stay in the cache
 Interval = tuple[float, float]
+
+
+class Estimate(NamedTuple):
+    """A value with its interval; NaN where there is none."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of_mean(cls, values: Sequence[float]) -> Self:
+        """The mean of those values that are no NaN, with the interval that `mean` gives.
+
+        >>> Estimate.of_mean([0.5, 0.5, math.nan]).value
+        0.5
+        """
+        x = np.asarray(values, np.float64)
+        x = x[~np.isnan(x)]
+        return cls(float(x.mean()), *mean(x)) if len(x) else cls(math.nan, math.nan, math.nan)
+
+    def facts(self) -> list[float | None]:
+        """The three as JSON has them, to six decimals; null for NaN."""
+        return [round(float(x), 6) if math.isfinite(x) else None for x in self]
 
 
 def mean(values: Sequence[float]) -> Interval:
@@ -112,12 +136,10 @@ def bootstrap(
     return float(low), float(high)
 
 
-def bootstrap_means(
-    values_RC: np.ndarray, *, draws: int = 2000, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    """The percentile intervals of columns' means over resampled rows, as `bootstrap` has them.
+def bootstrap_means(values_RC: np.ndarray, *, draws: int = 2000, seed: int = 0) -> list[Estimate]:
+    """Columns' means with their percentile intervals over resampled rows, as `bootstrap` has them.
 
-    All columns are resampled alike, so those of differences of columns are paired.
+    All columns are resampled alike.
 
     Args:
       values_RC: one row a prompt, (rows, columns); NaN where a row has no value, which is left out.
@@ -125,29 +147,28 @@ def bootstrap_means(
       seed: of the draws.
 
     Returns:
-      Low and high ends (columns,); NaN for columns of fewer than two values, or where half of the
-      draws have none.
+      By column. There is no interval for fewer than two values, or where half of the draws have
+      none.
 
-    >>> low, high = bootstrap_means(np.array([[1.0, 0.5], [0.0, 0.5], [1.0, 0.5]]))
-    >>> low.tolist(), high.tolist()
-    ([0.0, 0.5], [1.0, 0.5])
+    >>> bootstrap_means(np.array([[1.0, 0.5], [0.0, 0.5], [0.5, 0.5]]))[1]
+    Estimate(value=0.5, low=0.5, high=0.5)
     """
     values_RC = np.asarray(values_RC, np.float64)
     rows, columns = values_RC.shape
-    none = np.full(columns, math.nan)
-    if not rows or not columns:
-        return none, none
     known_RC = np.isfinite(values_RC)
-    # How often each draw has each row.
-    counts_DR = np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), draws)
-    sums_DC = counts_DR @ np.where(known_RC, values_RC, 0.0)
-    number_DC = counts_DR @ known_RC.astype(np.float64)
-    means_DC = np.where(number_DC > 0, sums_DC / np.maximum(number_DC, 1), math.nan)
-    enough_C = (known_RC.sum(axis=0) > 1) & (2 * (number_DC > 0).sum(axis=0) >= draws)
-    low, high = none.copy(), none.copy()
-    ends = np.nanquantile(means_DC[:, enough_C], [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-    low[enough_C], high[enough_C] = ends
-    return low, high
+    values_RC = np.where(known_RC, values_RC, 0.0)
+    number_C = known_RC.sum(axis=0)
+    mean_C = np.where(number_C > 0, values_RC.sum(axis=0) / np.maximum(number_C, 1), math.nan)
+    ends_2C = np.full((2, columns), math.nan)
+    if rows > 1:
+        # How often each draw has each row.
+        counts_DR = np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), draws)
+        number_DC = counts_DR @ known_RC.astype(np.float64)
+        means_DC = counts_DR @ values_RC / np.where(number_DC > 0, number_DC, math.nan)
+        enough_C = (number_C > 1) & (2 * (number_DC > 0).sum(axis=0) >= draws)
+        ends = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
+        ends_2C[:, enough_C] = np.nanquantile(means_DC[:, enough_C], ends, axis=0)
+    return [Estimate(*map(float, one)) for one in zip(mean_C, *ends_2C, strict=True)]
 
 
 def crossed_difference(

@@ -33,7 +33,7 @@ from attnpo_jax.weighting.likelihoods import (
 )
 from attnpo_jax.weighting.positions import d2po, diff, in_common, ld_dpo
 from attnpo_jax.weighting.shaping import shaped
-from attnpo_jax.weighting.shares import attention, column
+from attnpo_jax.weighting.shares import attention, attention_shares, column
 from attnpo_jax.weighting.sources import ROLLOUT, Source, select_sources
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "Source",
     "annotations",
     "attention",
+    "attention_shares",
     "bind",
     "column",
     "confpo",

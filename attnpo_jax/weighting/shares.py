@@ -86,16 +86,29 @@ def attention(
 
     # The judge's attention is data: where the model looked, never something to train.
     judge_B2ST = jax.lax.stop_gradient(response.judge_B2ST)[:, :, list(places)]
-    judge_B2ST = jnp.where(text_BT[:, None, None], judge_B2ST.astype(jnp.float32), 0.0)
     together = jnp.mean if layers == "mean" else jnp.sum
     if not renormalize:
+        judge_B2ST = jnp.where(text_BT[:, None, None], judge_B2ST.astype(jnp.float32), 0.0)
         whole_B2S4 = response.known("whole_B2S4")[:, :, list(places)]
         return together(_of_whole(judge_B2ST, whole_B2S4, text_BT, order, fix_sink), axis=1)
+    share_BST = attention_shares(judge_B2ST, text_BT, fix_sink=fix_sink, order=order)
+    return together(share_BST, axis=1) * jnp.sum(text_BT, axis=-1, keepdims=True)
+
+
+def attention_shares(
+    judge_B2ST: jax.Array, text_BT: jax.Array, *, fix_sink: bool = True, order: str = "mean"
+) -> jax.Array:
+    """Each layer's shares (B, S, T) of raw attention, those of a response sum to 1.
+
+    Args:
+      judge_B2ST: raw attention by order, layer and token; what is off `text_BT` is not read.
+      text_BT: bool, the tokens of the responses' texts.
+      fix_sink, order: see `attention`.
+    """
+    judge_B2ST = jnp.where(text_BT[:, None, None], judge_B2ST.astype(jnp.float32), 0.0)
     share_B2ST = normalized(judge_B2ST, uniform_shares(text_BT)[:, None, None])
     share_BST = _one_order(share_B2ST, order, uniform_shares(text_BT)[:, None])
-    if fix_sink:
-        share_BST = fix_sink_shares(share_BST, text_BT)
-    return together(share_BST, axis=1) * jnp.sum(text_BT, axis=-1, keepdims=True)
+    return fix_sink_shares(share_BST, text_BT) if fix_sink else share_BST
 
 
 def _of_whole(judge_B2ST, whole_B2S4, text_BT, order: str, fix_sink: bool):

@@ -29,7 +29,7 @@ from attnpo_jax.data.pair import BadExample
 from attnpo_jax.data.prepared import DamagedShard, Prepared, PreparedWriter
 from attnpo_jax.data.sources import load_pairs
 from attnpo_jax.export.weights import export_weights
-from attnpo_jax.judge.figures import JudgeFigures, judge_figures
+from attnpo_jax.judge.figures import judge_figures
 from attnpo_jax.judge.judge import Judge, judge_pairs
 from attnpo_jax.judge.language_model import load_model
 from attnpo_jax.models import decoder
@@ -633,36 +633,20 @@ def test_nothing_is_prepared_where_every_row_is_refused(few_fit, tmp_path):
 # --- Figures ------------------------------------------------------------------------------------
 
 
-def test_judge_figures_by_hand(undisturbed):
-    def row(verdict, chosen, rejected):
-        return {
-            "judge_verdict": np.array(verdict, np.float32),
-            "judge_chosen": np.array(chosen, np.float32)[:, None],
-            "judge_rejected": np.array(rejected, np.float32)[:, None],
-        }
-
-    even = [[0.1, 0.1], [0.2, 0.2]]
-    rows = [
-        row([1.0, 2.0], even, even),  # right in both orders
-        row([3.0, -1.0], even, [[0.2], [0.1]]),  # prefers A both times
-        row([-1.0, -2.0], [[0.0, 0.0], [0.3, 0.0]], even),  # wrong in both
-        row([-1.0, 0.0], even, even),  # an even verdict does not agree
-    ]
-    figures = judge_figures(rows)
-    # Towards A: order 0 as it is, order 1 the other way round.
-    bias = (1 - 2 + 3 + 1 - 1 + 2 - 1 - 0) / 8
-    # Row 3's chosen response: uniform (no attention) and all on the first; so 3/4 and 1/4.
-    entropy = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25)) / np.log(2)
-    assert isinstance(figures, JudgeFigures)
-    np.testing.assert_allclose(figures.agreement, (1 / 4, 1 / 4, 2 / 4))
-    np.testing.assert_allclose(figures.position_bias, bias)
-    np.testing.assert_allclose(figures.entropy, [(6 + entropy) / 7])
-    np.testing.assert_allclose(figures.first_token, [(6 * 0.5 + 1 + 0.75) / 8])
-
+def test_a_prepared_set_s_judge_is_summed_up(undisturbed):
     dataset = Prepared.open(undisturbed[0] / "prepared" / "train")
     figures = judge_figures(dataset)
-    assert sum(figures.agreement) == pytest.approx(1)
-    assert all(0 < value < 1 for value in (*figures.entropy, *figures.first_token))
+    verdict = figures.verdict
+    assert verdict.both.value + verdict.one.value + verdict.none.value == pytest.approx(1)
+    assert len(figures.layers) == len(dataset.source_layers)
+    for layer in figures.layers:
+        assert 0 < layer.effective_share.low <= layer.effective_share.value < 1
+        assert 0 < layer.first_token.value < 1
+    console = Console(file=io.StringIO(), width=80)
+    console.print(prepare_module.summary("train", dataset))
+    shown = console.file.getvalue()
+    assert f"right in {verdict.right.value:.0%}" in shown
+    assert f"effective share {figures.layers[-1].effective_share.value:.0%}" in shown
 
 
 def _prepare_and_die(inputs, workdir):

@@ -79,21 +79,24 @@ def test_sign_test():
 
 def test_means_of_columns_have_scipys_percentile_intervals():
     values = np.random.default_rng(0).normal(size=(60, 2)) * [1.0, 5.0]
-    found = intervals.bootstrap_means(values, draws=4000)
-    for column in (0, 1):
+    for column, found in enumerate(intervals.bootstrap_means(values, draws=4000)):
         expected = stats.bootstrap(
             (values[:, column],), np.mean, method="percentile", rng=1, n_resamples=4000
         ).confidence_interval
-        low, high = (ends[column] for ends in found)
-        np.testing.assert_allclose((low, high), expected, atol=0.05 * (high - low))
+        atol = 0.05 * (found.high - found.low)
+        np.testing.assert_allclose(found[1:], expected, atol=atol)
+        assert found.value == pytest.approx(values[:, column].mean())
 
 
 def test_columns_are_resampled_alike_and_what_is_missing_is_left_out():
     one = np.array([0.0, 1.0, 4.0, 2.0])
     missing = np.where([True, True, False, True], 3.0, np.nan)
     alone = np.array([np.nan, np.nan, 5.0, np.nan])
-    low, high = intervals.bootstrap_means(np.stack([one, one + 1, missing, alone], 1))
-    assert low[1] == pytest.approx(low[0] + 1) and high[1] == pytest.approx(high[0] + 1)
-    assert (low[2], high[2]) == (3.0, 3.0)
-    assert math.isnan(low[3]) and math.isnan(high[3])
-    assert all(np.isnan(ends).all() for ends in intervals.bootstrap_means(np.zeros((0, 2))))
+    first, shifted, of_three, of_one = intervals.bootstrap_means(
+        np.stack([one, one + 1, missing, alone], 1)
+    )
+    np.testing.assert_allclose(np.subtract(shifted, first), 1.0)
+    assert of_three == (3.0, 3.0, 3.0)
+    assert of_one.value == 5.0 and math.isnan(of_one.low) and math.isnan(of_one.high)
+    (of_none,) = intervals.bootstrap_means(np.zeros((0, 1)))
+    assert np.isnan(of_none).all()

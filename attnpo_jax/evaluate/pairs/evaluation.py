@@ -8,8 +8,8 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from attnpo_jax import config as config_lib
+from attnpo_jax.data.other_columns import other_columns
 from attnpo_jax.data.prepared import Prepared
-from attnpo_jax.data.readers import open_source
 from attnpo_jax.data.sources import load_pairs
 from attnpo_jax.evaluate.evaluator import Evaluator, Result
 from attnpo_jax.evaluate.pairs import figures
@@ -19,7 +19,6 @@ from attnpo_jax.pair_loss import StepSettings
 from attnpo_jax.parallel import preemption
 from attnpo_jax.prepare import prepare
 from attnpo_jax.runtime.errors import UserError
-from attnpo_jax.runtime.team import ALONE
 
 if TYPE_CHECKING:
     from attnpo_jax.evaluate.task import Task
@@ -137,34 +136,16 @@ def _subsets(run: "Run", column: str) -> dict[str, str]:
         max_example_bytes=data.max_example_bytes,
     ).pairs
     wanted = column or _SUBSET
-    by_source: dict[str, dict[int, Any]] = {}
     found = {}
-    for pair in pairs:
-        source, number = pair.origin
-        if source not in by_source:
-            by_source[source] = _column(source, wanted, data.max_example_bytes)
-        value = by_source[source].get(number)
-        if value is not None:
-            found[pair.id] = str(value)
+    for pair, beside in other_columns(pairs, [wanted], data.max_example_bytes):
+        if beside.get(wanted) is not None:
+            found[pair.id] = str(beside[wanted])
         elif column:
+            source, number = pair.origin
             raise UserError(
                 f"{source}, example {number}: no `{column}`, which evaluate.pairs.subset names"
             )
     return found
-
-
-def _column(source: str, column: str, limit: int) -> dict[int, Any]:
-    """By an example's number, what it has in a column."""
-
-    def select(names: list[str], _: str) -> list[str]:
-        return [column] if column in names else names[:1]
-
-    _, examples = open_source(source, select, ALONE, limit)
-    return {
-        number: example[column]
-        for number, example in examples.read(range(len(examples)))
-        if isinstance(example, dict) and example.get(column) is not None
-    }
 
 
 EVALUATOR = Evaluator(

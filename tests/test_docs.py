@@ -267,7 +267,7 @@ def test_launching_page_names_scripts_and_parameters_that_exist():
     scripts = {
         path: (DOCS.parent / path).read_text() for path in re.findall(r"launch/\w+\.\w+", text)
     }
-    assert len(scripts) == 5
+    assert len(scripts) == 7
     parameters = "\n".join(scripts.values())
     for name in re.findall(r"(?<![\w$])([A-Z]{3,})=", text.replace("ATTNPO_DISTRIBUTED=", "")):
         assert re.search(rf"^ *{name}(=|:)", parameters, re.MULTILINE), name

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pathlib
+import re
 
 import pytest
 from rich.console import Console
@@ -247,6 +248,25 @@ def test_runs_at_once_are_done_by_processes_after_the_prepared_set(inputs, tmp_p
     monkeypatch.setattr(at_once, "run_all", fails)
     with pytest.raises(UserError, match="preparing failed: the disk is full"):
         sweep(run, axes=["seed=0,1"], at_once=2, console=quiet())
+
+
+@pytest.mark.process
+def test_a_process_prepares_and_does_a_run(inputs, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(prepare, "prepare", None)
+    monkeypatch.setattr(train, "train", None)  # it is not this one that does anything
+    caplog.set_level("INFO", "attnpo_jax")  # of the process too
+    console = quiet()
+    run = run_of(inputs, tmp_path, train__steps=1)
+    (outcome,) = sweep(run, axes=["seed=3"], at_once=2, checkpoints="drop", console=console)
+    assert (outcome.failed, outcome.step) == (None, 1)
+    assert "[1/1] seed=3: done" in console.file.getvalue()
+    folder = tmp_path / "runs" / "seed=3"
+    assert re.search(r"^\d\d:\d\d:\d\d INFO step 1/1 ", (folder / "log.txt").read_text(), re.M)
+    assert "prepared: train" in (tmp_path / "prepare.log").read_text()
+    assert not list((folder / "checkpoints").glob("[0-9]*"))
+    assert not list(tmp_path.rglob(".attnpo.lock"))
+    # What is kept of finished runs may be asked for later.
+    assert sweep(run, axes=["seed=3"], at_once=2, console=quiet()) == [outcome]
 
 
 def test_what_stops_a_sweep_is_told_as_others_are(inputs, tmp_path, capsys, monkeypatch):

@@ -10,6 +10,7 @@ Nothing compiled before is there for either.
 import argparse
 import os
 import pathlib
+import resource
 import signal
 import subprocess
 import sys
@@ -84,6 +85,8 @@ def main(argv: list[str] | None = None) -> int:
     began = time.monotonic()
     assert start(config, undisturbed, options.at_once).wait() == 0
     took = time.monotonic() - began
+    cpu = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(f"undisturbed: {took:.0f} s, of CPU {cpu.ru_utime + cpu.ru_stime:.0f} s", flush=True)
 
     began = time.monotonic()
     sweep = start(config, killed, options.at_once)
@@ -101,6 +104,8 @@ def main(argv: list[str] | None = None) -> int:
     assert start(config, killed, options.at_once).wait() == 0
     in_two = time.monotonic() - began
 
+    cpu = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(f"CPU seconds of both: {cpu.ru_utime + cpu.ru_stime:.0f}")
     same = all((undisturbed / f).read_bytes() == (killed / f).read_bytes() for f in FILES)
     print(
         f"undisturbed {took:.0f} s, killed and resumed {in_two:.0f} s; "

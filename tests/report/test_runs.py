@@ -92,6 +92,8 @@ def test_the_page_of_a_sweep(folder):
     # Named one by one, their page goes to the folder that all are in.
     workdirs = [folder / "runs" / f"uniform,seed={seed}" for seed in range(2)]
     assert report(workdirs, pairs=0, console=QUIET) == folder / "runs" / "report.html"
-    (folder / "results.jsonl").write_text(json.dumps({"folder": "../x", "group": "a"}))
+    (folder / "results.jsonl").write_text(
+        json.dumps({"folder": "../x", "group": "a", "failed": None})
+    )
     with pytest.raises(UserError, match="line 1: folder is '../x'; accepted: the folder of a run"):
         report(folder, console=QUIET)

@@ -163,9 +163,11 @@ def test_what_the_weights_come_from_is_part_of_what_was_prepared(judged, read_ba
     with pytest.raises(ValueError, match=r'weight_columns: on disk \["0", "2"\], config \["2"\]'):
         Run.resolve(one, workdir).open_prepared("train")
     missing = unjudged(judged[1], weighting__column=1)
-    with pytest.raises(ConfigError, match="weighting.column: column 1 is not .* accepted: 0, 2"):
+    with pytest.raises(ConfigError, match="column 1 is neither .* accepted: 0, 2"):
         Run.resolve(missing, workdir).open_prepared("train")
-    with pytest.raises(ConfigError, match="weighting.column: .*data.weight_columns names none"):
+    with pytest.raises(
+        ConfigError, match="weighting.column: .*data.weight_columns and .* name none"
+    ):
         prepare(Run.resolve(unjudged(judged[1], data__weight_columns=()), tmp_path))
     with pytest.raises(ConfigError, match="judge.layers = 'none': the weighting 'attention' reads"):
         prepare(Run.resolve(tiny.small_config(judged[1].parent, judge__layers="none"), tmp_path))

@@ -136,5 +136,5 @@ def test_columns_by_name():
     assert list(r.columns) == ["mine", "3", "7"]
     np.testing.assert_array_equal(r.columns["3"], r.ready_BKT[:, 1])
     np.testing.assert_array_equal(weighting.read_column(r, 7), r.ready_BKT[:, 2])
-    with pytest.raises(ValueError, match="column 'yours' is not among .*accepted: mine, 3, 7"):
+    with pytest.raises(ValueError, match="column 'yours' is neither a .*accepted: mine, 3, 7"):
         weighting.read_column(r, "yours")

@@ -6,6 +6,14 @@ This file also holds what `llama3_8b_instruct.py` shares with it. Its argument n
 `--config=configs/llama3_8b_base.py:v5e-64` for 64 TPU v5e chips, `:v5p-16` for 16 TPU v5p chips
 (2x2x4, which Google Cloud calls v5p-32), `:8x80gb` or none for 8 GPUs of 80 GB.
 
+With `:paper`, or `:v5e-64,paper`, it follows the paper's public code where this project differs by
+default: in how rows are cut, in the tokens at their ends, in weights after a cut (docs/method.md,
+"The paper's way", has all differences). The judge's prompt of that code is not ours to ship. With a
+file of it, or of any other, that has the slots {question}, {answer_a} and {answer_b}:
+
+    attnpo run --config=configs/llama3_8b_base.py:paper --workdir=runs/llama3_8b_base \\
+        --config.judge.template=template.txt
+
 From the paper (Huang et al. 2026, arXiv 2605.21883): beta 0.005; the judge's last layer with the
 sink fix; AdamW, learning rate 1e-6, cosine after 10% of warm-up, gradients clipped at 1.0; 32 pairs
 a step, one epoch, 2048 tokens at most, 1800 of the prompt; bfloat16. Parameters stay in float32:
@@ -27,10 +35,14 @@ MACHINES = {
 }
 
 
-def get_config(machine="8x80gb"):
-    if machine not in MACHINES:
-        raise ValueError(f"machine {machine!r}; accepted: {', '.join(MACHINES)}")
-    mesh, microbatch_size, token_budget = MACHINES[machine]
+def get_config(argument="8x80gb"):
+    named = [part for part in argument.split(",") if part != "paper"]
+    if len(named) > 1 or not set(named) <= set(MACHINES):
+        raise ValueError(
+            f"argument {argument!r}; accepted: {', '.join(MACHINES)}, paper, or a machine and "
+            "paper, as v5e-64,paper"
+        )
+    mesh, microbatch_size, token_budget = MACHINES[named[0] if named else "8x80gb"]
     config = default_config()
     config.model.source = "princeton-nlp/Llama-3-Base-8B-SFT"
     config.model.dtype = "bfloat16"
@@ -58,4 +70,17 @@ def get_config(machine="8x80gb"):
     config.train.eval_batch_size = 32
     config.train.save_every = 200
     config.parallel.mesh.update(mesh)
+    if "paper" in argument.split(","):
+        as_in_the_public_code(config)
     return config
+
+
+def as_in_the_public_code(config):
+    """What the paper's public code does otherwise than this project by default."""
+    config.data.truncation = "keep_end"
+    config.data.empty_response = "space"
+    config.data.extra_end_token = True
+    config.data.empty_system_message = True
+    config.judge.whole_responses = True
+    config.weighting.renormalize = False
+    config.weighting.layers = "sum"  # of several, where weighting.layer names them

@@ -157,6 +157,25 @@ def test_llama_configs_have_the_papers_settings_on_every_machine(name, machine, 
     assert config_lib.check_layers(config, 32) == (31,)
 
 
+@pytest.mark.parametrize("name", LLAMAS)
+def test_the_papers_way_differs_in_these_fields_alone(name):
+    usual = config_lib.load_file(f"{FOLDER / name}.py:v5e-64")
+    paper = config_lib.load_file(f"{FOLDER / name}.py:v5e-64,paper")
+    config_lib.validate(paper)
+    assert config_lib.check_layers(paper, 32) == (31,)
+    assert set(config_lib.diff(usual, paper)) == {
+        "data.truncation",
+        "data.empty_response",
+        "data.extra_end_token",
+        "data.empty_system_message",
+        "judge.whole_responses",
+        "weighting.renormalize",
+        "weighting.layers",
+    }
+    alone = config_lib.load_file(f"{FOLDER / name}.py:paper")
+    assert alone.data.truncation == "keep_end" and alone.parallel.mesh.fsdp == 8
+
+
 def test_llama_configs_differ_in_model_and_data_alone():
     base, instruct = (config_lib.load_file(f"{FOLDER / name}.py") for name in LLAMAS)
     assert set(config_lib.diff(base, instruct)) == {"model.source", "data.train", "data.eval"}

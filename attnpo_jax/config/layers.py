@@ -216,7 +216,7 @@ def _warn_of_window(
 
 
 def columns(config: config_dict.ConfigDict) -> "Columns":
-    """How `data.fields`, `data.ignored_columns` and `data.ranked` have examples read."""
+    """How `data.fields`, `ignored_columns`, `ranked` and `empty_response` have examples read."""
     # Here, since a config is checked without the libraries that read data.
     from attnpo_jax.data.columns import Columns
 
@@ -224,6 +224,7 @@ def columns(config: config_dict.ConfigDict) -> "Columns":
         names={field: column for field, column in config.data.fields.items() if column},
         ignored=as_tuple(config.data.ignored_columns),
         ranked=config.data.ranked,
+        empty_responses=config.data.empty_response != "refuse",
     )
 
 

@@ -76,11 +76,13 @@ class Columns:
       names: by field, one of `FIELDS`, the column that holds it, where that has another name.
       ignored: columns that are left out, whatever they hold.
       ranked: which pairs are made of several answers, see `ranking.CHOICES`.
+      empty_responses: whether a response may be without text.
     """
 
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     ranked: str = ranking.BEST_WORST
+    empty_responses: bool = False
 
     def select(self, found: Sequence[str], source: str) -> list[str]:
         """Of the columns that a table has, those to read.

@@ -24,13 +24,16 @@ _SPEECH = ("tool_calls", "reasoning_content", "reasoning", "thinking")
 _NOT_TEXT = ("images", "image", "audios", "audio", "videos", "video")
 
 
-def pair_of_example(example: Any, fallback_id: str, origin: tuple[str, int]) -> Pair:
+def pair_of_example(
+    example: Any, fallback_id: str, origin: tuple[str, int], *, empty_responses: bool = False
+) -> Pair:
     """The pair in an example, in any of the forms that `sources` describes.
 
     Args:
       example: whatever a source holds; a BadExample in place of one that could not be parsed.
       fallback_id: the id of an example that has none of its own.
       origin: see `Pair`.
+      empty_responses: whether a response may be without text.
 
     Raises:
       BadExample: the example is no pair; its reason and nothing else is set.
@@ -61,8 +64,10 @@ def pair_of_example(example: Any, fallback_id: str, origin: tuple[str, int]) -> 
         if message["role"] not in ("system", "tool") and not _says_something(message):
             raise BadExample(f"message {number} of the prompt ({message['role']}) is empty")
     for field, response in (("chosen", chosen), ("rejected", rejected)):
-        if not _says_something(response):
-            raise BadExample(f"`{field}` is empty or white space only")
+        if not (empty_responses or _says_something(response)):
+            raise BadExample(
+                f"`{field}` is empty or white space only (data.empty_response = 'space' takes it)"
+            )
     if _stripped([chosen]) == _stripped([rejected]):
         raise BadExample("`chosen` equals `rejected`")
 

@@ -18,7 +18,8 @@ One row a pair:
 
 - `judge_chosen_whole`, `judge_rejected_whole`, where they were asked for: float32 (2, S, 4), of the
   response as the judge read it, whatever training cuts off: the sum of its attention, that of its
-  first token, how many tokens it has, and how many of its first ones training lacks;
+  first token, how many tokens it has, and the place of its first one among those trained on, below
+  0 where that is cut off;
 - `rejected_prompt_ids`, where responses may have prompts of their own: int32, the rejected one's,
   empty where `prompt_ids` is the prompt of both.
 

@@ -252,7 +252,10 @@ class _Source:
         for one in plain:
             try:
                 pair = pair_of_example(
-                    one.example, f"{self.short_name}:{number}", (self.name, number)
+                    one.example,
+                    f"{self.short_name}:{number}",
+                    (self.name, number),
+                    empty_responses=self.columns.empty_responses,
                 )
                 pair = one.completed(pair)
                 if self.weights is not None:

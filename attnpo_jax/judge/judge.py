@@ -55,7 +55,8 @@ class Judgement:
       num_layers: how many layers the judge has.
       chosen_whole, rejected_whole: float32 (2, S, 4), of the response as the judge read it,
         whatever training cuts off: the sum of its attention, that of its first token, how many
-        tokens it has, and how many of its first ones training lacks. None where not known.
+        tokens it has, and the place of its first one among those trained on, below 0 where that is
+        cut off. None where not known.
     """
 
     id: str
@@ -254,6 +255,8 @@ class Judge:
         shift = len(prompt.ids[0]) - prompt.prefix_length
         cut_spans, spans = getattr(pair, f"{side}_cut_spans"), getattr(pair, f"{side}_spans")
         cut, spans = len(cut_spans), np.concatenate([cut_spans, spans])
+        # White space before the text is trained on, and not judged.
+        first = int((spans[:, 1] > spans[:, 0]).argmax()) - cut
         text_ids = getattr(pair, f"{side}_ids")[: getattr(pair, f"{side}_text_length")]
         judged = (getattr(prompt, f"{side}_{name}") for name in ("tokens", "spans"))
         orders, wholes = [], []
@@ -264,7 +267,7 @@ class Judge:
             # Those of tokens that were cut off are not known here; other tokenizers' mean nothing.
             both_ids = (ids[at], text_ids) if self._same_ids and not cut else ()
             orders.append(align(mass_ST, its_spans, spans, *both_ids)[:, cut:])
-            counts = np.full((2, len(mass_ST)), [[len(places)], [cut]])
+            counts = np.full((2, len(mass_ST)), [[len(places)], [first]])
             wholes.append(
                 np.stack([mass_ST.sum(axis=-1), mass_ST[:, :1].sum(axis=-1), *counts], axis=-1)
             )

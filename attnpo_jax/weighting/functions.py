@@ -76,7 +76,8 @@ class ResponseTokens:
       weight_columns: the names of the columns on the K axis.
       whole_B2S4: float32, of the response as the judge read it, whatever training cuts off, by
         order and source: the sum of its attention, that of its first token, how many tokens it has,
-        and how many of its first ones are cut off here. None unless `judge.whole_responses`.
+        and the place of its first one on the T axis, below 0 where it is cut off. None unless
+        `judge.whole_responses`.
       tokens_BT: int32, the tokens' ids; -1 off `mask_BT`. None where they are not known.
       partner_tokens_BT: int32, the ids of the other response of the row's pair, -1 behind its end.
         None where they are not known.

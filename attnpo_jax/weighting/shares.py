@@ -118,7 +118,7 @@ def _of_whole(judge_B2ST, whole_B2S4, text_BT, order: str, fix_sink: bool):
             "order 'contrast' is scaled by all of a response, which renormalize=False does not "
             "have; accepted with it: 'mean', 'first', 'second'"
         )
-    total_B2S1, first_B2S1, count_B2S1, cut_B2S1 = jnp.split(whole_B2S4, 4, axis=-1)
+    total_B2S1, first_B2S1, count_B2S1, place_B2S1 = jnp.split(whole_B2S4, 4, axis=-1)
     count_BS1 = jnp.maximum(count_B2S1[:, 0], 1.0)
     empty = total_B2S1 < jnp.finfo(jnp.float32).tiny
     of_whole = jnp.where(empty, 1.0, total_B2S1)
@@ -131,9 +131,8 @@ def _of_whole(judge_B2ST, whole_B2S4, text_BT, order: str, fix_sink: bool):
         alone = rest_BS1 < 1e-6  # nothing but the first token was looked at
         fixed_BST = share_BST * (1.0 - 1.0 / count_BS1) / jnp.where(alone, 1.0, rest_BS1)
         fixed_BST = jnp.where(alone, 1.0 / count_BS1, fixed_BST)
-        is_first = text_BT & (jnp.cumsum(text_BT, axis=-1) == 1)
-        is_first = is_first[:, None] & (cut_B2S1[:, 0] == 0)
-        fixed_BST = jnp.where(is_first, 1.0 / count_BS1, fixed_BST)
+        is_first_BST = jnp.arange(text_BT.shape[1]) == place_B2S1[:, 0]
+        fixed_BST = jnp.where(is_first_BST, 1.0 / count_BS1, fixed_BST)
         share_BST = jnp.where(count_BS1 >= MIN_TOKENS_FOR_SINK_FIX, fixed_BST, share_BST)
     return jnp.where(text_BT[:, None], share_BST * count_BS1, 0.0)
 

@@ -8,6 +8,7 @@ import pytest
 
 from attnpo_jax.data.pair import Pair
 from attnpo_jax.data.tokenize import ChatTokenizer
+from attnpo_jax.data.trained import TrainedForm
 from attnpo_jax.judge.prompt import JudgePrompter, JudgeTemplate
 from attnpo_jax.prepare import wire
 from attnpo_jax.prepare.pair_forms import PairTokenizer
@@ -23,12 +24,20 @@ def forms(tmp_path_factory):
     template.write_text("{question} A {answer_a} B {answer_b} Which?")
     tokenizer = ChatTokenizer(tiny.byte_tokenizer(), origin="tiny")
     prompter = JudgePrompter(tokenizer, JudgeTemplate.load(str(template)), 200, 60)
-    tokenize = PairTokenizer(tokenizer, prompter, max_length=200, max_prompt_length=100)
+    # Each response with what is left of its own prompt, and the first of its beginning.
+    form = TrainedForm(truncation="keep_end")
+    lengths = {"max_length": 16, "max_prompt_length": 15}
+    tokenize = PairTokenizer(tokenizer, prompter, form=form, **lengths)
     weights = tuple(np.array([[0.1, -2.5e-30]], np.float32) for _ in range(2))
     numbers = {"weight": 2.0, "margin": -0.5}
     forms = dataclasses.replace(tokenize.forms(PAIR), precomputed=weights, numbers=numbers)
     own = dataclasses.replace(forms.tokenized, prompt_ids=forms.tokenized.prompt_ids[::-1])
     return dataclasses.replace(forms, own=own)
+
+
+def test_forms_of_all_parts(forms):
+    pair = forms.tokenized
+    assert len(pair.chosen_cut_spans) == 5 and len(pair.rejected_prompt_ids) == 7
 
 
 def sent(forms):

@@ -138,13 +138,13 @@ def test_layer_names_are_resolved_against_the_source_layers():
             weighting.attention(r, layer=bad)
 
 
-def whole_of(judge_B2ST, lengths, cut=0):
-    """What is known of whole responses with these numbers of tokens, of which some are cut off."""
+def whole_of(judge_B2ST, lengths):
+    """What is known of whole responses with these numbers of tokens."""
     judge = np.asarray(judge_B2ST, np.float64)
     B, _, S, T = judge.shape
     judge = judge * (np.arange(T) < np.asarray(lengths)[:, None])[:, None, None]
     counts = np.broadcast_to(np.asarray(lengths)[:, None, None], (B, 2, S))
-    figures = [judge.sum(-1), judge[..., 0], counts, np.full_like(counts, cut)]
+    figures = [judge.sum(-1), judge[..., 0], counts, np.zeros_like(counts)]
     return jnp.asarray(np.stack(figures, axis=-1), jnp.float32)
 
 
@@ -159,7 +159,7 @@ def test_what_truncation_cuts_off_takes_its_weight_along(fix_sink, order):
     whole = whole_of(judge, lengths)
     for start, stop in ((0, 12), (0, 6), (3, 12)):
         left = np.clip(np.array(lengths), start, stop) - start
-        of = response(judge[..., start:stop], left, whole_B2S4=whole.at[..., 3].set(start))
+        of = response(judge[..., start:stop], left, whole_B2S4=whole.at[..., 3].set(-start))
         got = weighting.attention(of, renormalize=False, **options)
         np.testing.assert_allclose(got, full[:, start:stop], rtol=1e-5, atol=1e-6)
 

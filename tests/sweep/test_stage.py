@@ -183,7 +183,7 @@ def test_an_array_s_task_does_its_run_alone(inputs, tmp_path, monkeypatch):
         stage, "run_point", lambda _, point: done.append(point.name) or running.Outcome(point, 1)
     )
     states = iter([False, False, True])
-    monkeypatch.setattr(stage, "_is_prepared", lambda _: next(states))
+    monkeypatch.setattr(stage, "_is_prepared", lambda _: next(states, True))
     monkeypatch.setattr(stage, "_WAIT_SECONDS", 0)
 
     def locked(*_, **__):

@@ -6,7 +6,6 @@ Shapes: R responses, K kinds of weights, T a response's text tokens.
 from collections.abc import Hashable, Sequence
 
 import numpy as np
-from scipy import stats
 
 # Unmarked tokens that a marked one is held against at its place, at least.
 LEAST = 20
@@ -24,6 +23,8 @@ def auc(weights_KT: np.ndarray, marked_T: np.ndarray) -> np.ndarray:
     marked, others = int(marked_T.sum()), int((~marked_T).sum())
     if not marked or not others:
         return np.full(len(weights_KT), np.nan)
+    from scipy import stats
+
     ranks_KT = stats.rankdata(weights_KT, axis=1)
     wins = ranks_KT[:, marked_T].sum(axis=1) - marked * (marked + 1) / 2
     return wins / (marked * others)

@@ -13,6 +13,7 @@ from attnpo_jax.config.files import ABSENT
 from attnpo_jax.config.show import meanings_of, plain_help
 from attnpo_jax.data.prepared import Prepared
 from attnpo_jax.judge.figures import judge_figures
+from attnpo_jax.judge.summary import summary_lines
 from attnpo_jax.report.blocks import Paragraph, Table
 from attnpo_jax.report.shown import Shown, spread
 from attnpo_jax.runtime.history import Entry
@@ -77,18 +78,8 @@ def _sources(dataset: Prepared) -> str:
 
 def _judged(split: str, dataset: Prepared) -> list[tuple[str, str, str]]:
     some = Shown.of({split: dataset}, {split: spread(len(dataset), _LOOKED_AT)})
-    found, rows = judge_figures(some), []
-    if found.agreement is not None:
-        named = ("both orders", "one order", "no order")
-        for order, share in zip(named, found.agreement, strict=True):
-            rows.append((f"verdict agrees with the label in {order}", f"{share:.1%}"))
-        rows.append(("position bias, log-odds for A", f"{found.position_bias:+.3f}"))
-    for layer, entropy, first in zip(
-        dataset.source_layers, found.entropy, found.first_token, strict=False
-    ):
-        rows.append((f"layer {layer}: entropy of the weights, of uniform", f"{entropy:.1%}"))
-        rows.append((f"layer {layer}: weight on the first token", f"{first:.1%}"))
-    return [(SPLITS[split], *row) for row in rows]
+    lines = summary_lines(judge_figures(some), dataset.source_layers)
+    return [(SPLITS[split], *line) for line in lines]
 
 
 def versions(splits: Mapping[str, Prepared], history: Sequence[Entry]) -> Table | None:

@@ -34,7 +34,8 @@ class Shown:
         first = next(iter(some.values()), None)
 
         def has(dataset: Prepared) -> tuple[object, ...]:
-            return dataset.source_layers, dataset.columns, dataset.groups
+            more = dataset.whole_responses
+            return dataset.source_layers, dataset.columns, dataset.groups, more
 
         return {split: one for split, one in some.items() if has(one) == has(first)}
 
@@ -45,7 +46,7 @@ class Shown:
         return cls(datasets, places)
 
     @property
-    def source_layers(self) -> tuple[int, ...]:
+    def source_layers(self) -> tuple[int | str, ...]:
         return self._first.source_layers
 
     @property
@@ -55,6 +56,10 @@ class Shown:
     @property
     def groups(self) -> tuple[str, ...]:
         return self._first.groups
+
+    @property
+    def whole_responses(self) -> bool:
+        return self._first.whole_responses
 
     @property
     def num_layers(self) -> int:

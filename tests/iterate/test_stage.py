@@ -34,6 +34,14 @@ SMALL = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_programs_are_kept():
+    """Compiled once for all rounds, which takes less time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage.jax, "clear_caches", lambda: None)
+        yield
+
+
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")

@@ -238,6 +238,24 @@ def test_a_response_that_is_cut_for_training_is_scored_as_far(
     np.testing.assert_allclose(scores, spread[kept], atol=1e-4)
 
 
+def test_a_scorer_reads_the_empty_messages_that_are_trained_on(inputs, tmp_path):
+    tiny.write_lines(tmp_path / "empty.jsonl", [tiny.ROWS[3] | {"rejected": ""}])
+    config = config_with(
+        inputs,
+        {"asked": {"prefix": "Be kind.", "prefix_role": "user"}},
+        data__train=str(tmp_path / "empty.jsonl"),
+        data__empty_response="space",
+        data__empty_system_message=True,
+    )
+    (found,) = run(config, tmp_path / "work")
+    model = load_model(str(inputs / "model"))
+    turns = ("system", ""), ("user", f"Be kind.\n\n{tiny.ROWS[3]['prompt']}")
+    prompt = chatml(*turns) + "<|im_start|>assistant\n"
+    for side, text in (("chosen", tiny.ROWS[3]["chosen"]), ("rejected", " ")):
+        _, want = logps_of(model, prompt, text + "<|im_end|>\n")
+        np.testing.assert_allclose(found[f"scores_{side}"][0], want[: len(text) + 2], atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("template", "scorer", "message"),
     [

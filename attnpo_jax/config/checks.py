@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import config_dict
 
 from attnpo_jax import losses
-from attnpo_jax.config import iterate_fields, layers, rules, scoring
+from attnpo_jax.config import iterate_fields, rules, scoring
 from attnpo_jax.config.errors import ConfigError
 from attnpo_jax.config.fields import FIELDS, flatten
 from attnpo_jax.config.reading import reads_distribution
@@ -91,8 +91,7 @@ def problems(config: config_dict.ConfigDict) -> list[str]:
             found.append(f"config.{section}: missing (a section with a name)")
         else:
             found += _section_problems(section, registry, config[section])
-    of_all = (_margin_problems, _distribution_problems, _form_problems)
-    return found or [problem for problems in of_all for problem in problems(config)]
+    return found or [*_margin_problems(config), *_distribution_problems(config)]
 
 
 def _entry(section: Any, name: str) -> Any:
@@ -285,19 +284,6 @@ def _distribution_problems(config: config_dict.ConfigDict) -> list[str]:
         "a second set of parameters beside the policy's (as many bytes, split over the same "
         "devices; `attnpo plan` counts them), or adapters (config.lora.rank) on a reference that "
         "is model.source, whose parameters are there anyway, or another objective"
-    ]
-
-
-def _form_problems(config: config_dict.ConfigDict) -> list[str]:
-    """Models that score pairs of another form than the usual one, which they would not read."""
-    changed = layers.trained_form(config).changes()
-    models = [name for name, of in config.prepare.scorers.items() if "function" not in of]
-    return [
-        f"config.data.{field} = {value!r}: config.prepare.scorers.{models[0]} is a model, which "
-        "reads pairs as they are trained on by default; accepted: the default, or scorers that are "
-        "functions"
-        for field, value in changed.items()
-        if models
     ]
 
 

@@ -133,6 +133,7 @@ class NamedScorer:
             prefix=prefix,
             model=reader.shape,
             max_prompt_length=self.run.config.data.max_prompt_length,
+            form=config_lib.trained_form(self.run.config),
         )
 
 

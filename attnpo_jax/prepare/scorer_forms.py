@@ -17,6 +17,7 @@ from attnpo_jax.data.align import align
 from attnpo_jax.data.chat_template import ChatTemplate, Conversation
 from attnpo_jax.data.pair import SIDES, BadExample, Message, Pair
 from attnpo_jax.data.tokenize import ChatTokenizer, TokenizedPair, tokenize_pair
+from attnpo_jax.data.trained import AS_USUAL, TrainedForm
 from attnpo_jax.data.vocabulary import check_ids
 from attnpo_jax.models.config import ModelConfig
 from attnpo_jax.runtime.errors import UserError
@@ -59,6 +60,7 @@ class ScorerTokenizer:
       model: the shape of its model.
       max_prompt_length: tokens that a prompt keeps, as `data.tokenize.tokenize_pair` has it; those
         of the prefix, and of what the template writes before it, come on top.
+      form: likewise.
     """
 
     def __init__(
@@ -70,12 +72,14 @@ class ScorerTokenizer:
         prefix: Prefix | None,
         model: ModelConfig,
         max_prompt_length: int,
+        form: TrainedForm = AS_USUAL,
     ):
         self._field = f"prepare.scorers.{name}"
         self._tokenizer = tokenizer
         self._prefix = prefix
         self._model = model
         self._max_prompt_length = max_prompt_length
+        self._form = form
         self.is_the_same = prefix is None and tokenizer.digest() == trained.digest()
         """Whether its tokens are those that are trained on."""
         self._same_ids = tokenizer.same_ids(trained)
@@ -86,8 +90,8 @@ class ScorerTokenizer:
     def requests(self, pairs: Sequence[Pair]) -> tuple[ChatTemplate, list[Conversation]]:
         """What the chat template will be asked for these pairs."""
         conversations: list[Conversation] = []
-        for pair in () if self.is_the_same else map(self._with_prefix, pairs):
-            asked = Conversation(pair.prompt, pair.tools, generation_prompt=True)
+        for pair in () if self.is_the_same else pairs:
+            asked = self._asked(pair)
             conversations += [asked, *(asked.and_answer(pair.response(side)) for side in SIDES)]
         return self._tokenizer.template, conversations
 
@@ -102,7 +106,7 @@ class ScorerTokenizer:
         if not self.is_the_same:
             try:
                 self._check_prefix(pair)
-                own = self._tokenized(self._with_prefix(pair), trained)
+                own = self._tokenized(pair, trained)
             except UserError as error:
                 reason = getattr(error, "reason", str(error))
                 raise UserError(f"config.{self._field}: {BadExample.of(pair, reason)}") from error
@@ -113,15 +117,21 @@ class ScorerTokenizer:
         self._warn_of_length(own)
         return own
 
-    def _with_prefix(self, pair: Pair) -> Pair:
+    def _read(self, pair: Pair) -> Pair:
+        """The pair as the scorer reads it."""
         if self._prefix is None:
             return pair
         return dataclasses.replace(pair, prompt=self._prefix.put_before(pair.prompt))
 
+    def _asked(self, pair: Pair) -> Conversation:
+        """The prompt as the scorer reads it, and the generation prompt."""
+        pair = self._form.asked(self._read(pair), self._tokenizer.template.text)
+        return Conversation(pair.prompt, pair.tools, generation_prompt=True)
+
     def _warn_of_length(self, own: TokenizedPair) -> None:
         """Says, once a scorer, that a pair takes more positions than its model was made for."""
-        longest = max(len(own.chosen_ids), len(own.rejected_ids))
-        positions, limit = len(own.prompt_ids) + longest, self._model.positions
+        sides = [(own.prompt_of(side), getattr(own, f"{side}_ids")) for side in SIDES]
+        positions, limit = max(sum(map(len, both)) for both in sides), self._model.positions
         if positions > limit and not self._warned:
             self._warned = True
             _LOG.warning(
@@ -134,18 +144,20 @@ class ScorerTokenizer:
             )
 
     def _tokenized(self, pair: Pair, trained: TokenizedPair) -> TokenizedPair:
-        kept = {side: int(getattr(trained, f"{side}_spans")[-1, 1]) for side in SIDES}
         texts = {side: trained.text(pair, side) for side in SIDES}
+        kept = {side: _characters(trained, side) for side in SIDES}
         # No tokenizer has more tokens for a text than this, but for what it would normalize.
-        room = 2 * max(len(texts[side][: kept[side]].encode()) for side in SIDES) + _SPARE
+        room = 2 * max(len(texts[s][slice(*kept[s])].encode()) for s in SIDES) + _SPARE
         most = self._max_prompt_length
         own = self._of_lengths(pair, most, room)
         head = self._head(pair) if own.prompt_truncated else np.zeros(0, np.int32)
         if len(head):
             own = self._of_lengths(pair, most + len(head), room)
-            if own.prompt_truncated:
-                ids = np.concatenate([head, own.prompt_ids[-most:]])
-                own = dataclasses.replace(own, prompt_ids=ids)
+        if len(head) and own.prompt_truncated:
+            names = ("prompt_ids", "rejected_prompt_ids")
+            prompts = {name: getattr(own, name) for name in names if len(getattr(own, name))}
+            with_head = {n: np.concatenate([head, ids[-most:]]) for n, ids in prompts.items()}
+            own = dataclasses.replace(own, **with_head)
         changes = {}
         for side in SIDES:
             if (text := own.text(pair, side)) != texts[side]:
@@ -160,33 +172,37 @@ class ScorerTokenizer:
 
     def _of_lengths(self, pair: Pair, prompt: int, response: int) -> TokenizedPair:
         return tokenize_pair(
-            self._tokenizer, pair, max_length=prompt + response, max_prompt_length=prompt
+            self._tokenizer,
+            self._read(pair),
+            max_length=prompt + response,
+            max_prompt_length=prompt,
+            form=self._form,
         )
 
     def _head(self, pair: Pair) -> np.ndarray:
         """The tokens up to the prefix's end, int32 (n,); none without a prefix."""
         if self._prefix is None:
             return np.zeros(0, np.int32)
-        asked = Conversation(pair.prompt, pair.tools, generation_prompt=True)
+        asked = self._asked(pair)
         opening = self._tokenizer.template.render(asked)
         written = self._prefix.text.strip()
         end = opening.index(written) + len(written)
         return self._tokenizer.encode_conversation(asked, opening[:end])[0]
 
     def _up_to(
-        self, own: TokenizedPair, side: str, kept: int, length: int
+        self, own: TokenizedPair, side: str, kept: tuple[int, int], length: int
     ) -> dict[str, np.ndarray | int]:
         """A response's fields, without tokens behind what is trained on of its text."""
-        spans = getattr(own, f"{side}_spans")
-        text_length = getattr(own, f"{side}_text_length")
-        if spans[-1, 1] < kept:
+        spans, (start, end) = getattr(own, f"{side}_spans"), kept
+        first, last = _characters(own, side)
+        if first > start or last < end:
             raise BadExample(
-                f"`{side}` is trained on up to character {kept}, of which "
-                f"{self._tokenizer.origin} reads {int(spans[-1, 1])} in {text_length} tokens",
+                f"`{side}` is trained on from character {start} to {end}, of which "
+                f"{self._tokenizer.origin} reads {first} to {last} in {len(spans)} tokens",
             )
-        if kept == length:
+        if end >= length:
             return {}
-        count = int(np.searchsorted(spans[:, 0], kept))
+        count = int(np.searchsorted(spans[:, 0], end))
         return {
             f"{side}_ids": getattr(own, f"{side}_ids")[:count],
             f"{side}_spans": spans[:count],
@@ -199,7 +215,7 @@ class ScorerTokenizer:
         """
         if self._prefix is None:
             return
-        asked = Conversation(self._prefix.put_before(pair.prompt), pair.tools, True)
+        asked = self._asked(pair)
         roles = (*(message["role"] for message in asked.messages), "tools" if pair.tools else "")
         if roles in self._seen:
             return
@@ -223,11 +239,25 @@ class ScorerTokenizer:
         ids, own_ids = (getattr(pair, f"{side}_ids") for pair in (trained, own))
         text, own_text = (getattr(pair, f"{side}_text_length") for pair in (trained, own))
         out = np.zeros(len(ids), np.float32)
-        known = (own_ids[:own_text], ids[:text]) if self._same_ids else (None, None)
-        spans = (getattr(pair, f"{side}_spans") for pair in (own, trained))
-        out[:text] = align(values[:own_text], *spans, *known)
+        # Of tokens that were cut off at a response's beginning the ids are not known.
+        cut, own_cut = (getattr(pair, f"{side}_cut_spans") for pair in (trained, own))
+        known = ()
+        if self._same_ids and not len(cut) and not len(own_cut):
+            known = own_ids[:own_text], ids[:text]
+        mass = np.concatenate([np.zeros(len(own_cut)), values[:own_text]])
+        spans = (
+            np.concatenate([of_cut, getattr(pair, f"{side}_spans")])
+            for of_cut, pair in ((own_cut, own), (cut, trained))
+        )
+        out[:text] = align(mass, *spans, *known)[len(cut) :]
         closing, own_closing = ids[text:], own_ids[own_text:]
         common = min(len(closing), len(own_closing))
         if self._same_ids and np.array_equal(closing[:common], own_closing[:common]):
             out[text : text + common] = values[own_text : own_text + common]
         return out
+
+
+def _characters(pair: TokenizedPair, side: str) -> tuple[int, int]:
+    """The [start, end) characters of a response's text that its tokens have."""
+    cut, spans = getattr(pair, f"{side}_cut_spans"), getattr(pair, f"{side}_spans")
+    return int(spans[0, 0]) if len(cut) else 0, int(spans[-1, 1])

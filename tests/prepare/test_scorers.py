@@ -205,26 +205,55 @@ def test_a_long_prompt_keeps_the_prefix_and_its_last_tokens(inputs, tmp_path):
     np.testing.assert_allclose(found["scores_chosen"][0], want, atol=1e-4)
 
 
-def test_a_response_that_is_cut_for_training_is_scored_as_far(inputs, tmp_path):
+@pytest.mark.parametrize(
+    ("truncation", "lengths", "kept"),
+    [
+        # 23 tokens of the prompt and 12 of the response.
+        ("keep_start", (35, 30), slice(0, 12)),
+        # The last 27 of the text and two that close the turn, behind one of the text.
+        ("keep_end", (30, 29), slice(6, 33)),
+    ],
+)
+def test_a_response_that_is_cut_for_training_is_scored_as_far(
+    inputs, tmp_path, truncation, lengths, kept
+):
     row = tiny.ROWS[0] | {"chosen": "Because of the clouds and the key"}
     tiny.write_lines(tmp_path / "long.jsonl", [row])
+    changes = dict(zip(("data__max_length", "data__max_prompt_length"), lengths, strict=True))
     named = {"coarse": {"model": str(inputs / "coarse" / "model")}}
-    # 23 tokens of the prompt and 12 of the response, which end in "Because of t".
     config = config_with(
         inputs,
         named,
         data__train=str(tmp_path / "long.jsonl"),
-        data__max_length=35,
-        data__max_prompt_length=30,
+        data__truncation=truncation,
+        **changes,
     )
     (found,) = run(config, tmp_path / "work")
-    text = "Because of t"
-    assert len(found["chosen_ids"]) == len(text)
+    assert found["chosen_text_length"] == kept.stop - kept.start
     model = load_model(named["coarse"]["model"])
     prompt = chatml(("user", row["prompt"])) + "<|im_start|>assistant\n"
-    tokens, logps = logps_of(model, prompt, text)
+    tokens, logps = logps_of(model, prompt, row["chosen"])
     spread = [logp / len(t) for t, logp in zip(tokens, logps, strict=True) for _ in t]
-    np.testing.assert_allclose(found["scores_chosen"][0], spread, atol=1e-4)
+    scores = found["scores_chosen"][0][: found["chosen_text_length"]]
+    np.testing.assert_allclose(scores, spread[kept], atol=1e-4)
+
+
+def test_a_scorer_reads_the_empty_messages_that_are_trained_on(inputs, tmp_path):
+    tiny.write_lines(tmp_path / "empty.jsonl", [tiny.ROWS[3] | {"rejected": ""}])
+    config = config_with(
+        inputs,
+        {"asked": {"prefix": "Be kind.", "prefix_role": "user"}},
+        data__train=str(tmp_path / "empty.jsonl"),
+        data__empty_response="space",
+        data__empty_system_message=True,
+    )
+    (found,) = run(config, tmp_path / "work")
+    model = load_model(str(inputs / "model"))
+    turns = ("system", ""), ("user", f"Be kind.\n\n{tiny.ROWS[3]['prompt']}")
+    prompt = chatml(*turns) + "<|im_start|>assistant\n"
+    for side, text in (("chosen", tiny.ROWS[3]["chosen"]), ("rejected", " ")):
+        _, want = logps_of(model, prompt, text + "<|im_end|>\n")
+        np.testing.assert_allclose(found[f"scores_{side}"][0], want[: len(text) + 2], atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,9 @@ def blocks(workdir: pathlib.Path) -> list[Any]:
 
 def _of(probe: Mapping[str, Any]) -> list[Any]:
     found: list[Any] = [Paragraph(_told(probe))]
-    usual = [one for one in probe["weights"] if one["order"] in ("", "mean")]
+    usual = [
+        one for one in probe["weights"] if one["order"] in ("", "mean") and not one.get("heads")
+    ]
     baselines = [one for one in usual if one["layer"] is None]
     layers = [one for one in usual if one["layer"] is not None and one["fix_sink"]]
     plain = [one for one in layers if not one["times_diff"]]

@@ -189,6 +189,7 @@ def probe_json(**changes):
 
     kinds = [kind("uniform"), kind("decay", auc=0.8), kind("layer 0", 0, 0.5)]
     kinds += [kind("layer 23", 23, 0.9), kind("layer 23 x diff", 23, 0.98, times_diff=True)]
+    kinds += [kind("layer 23, heads 0-2", 23, 0.95, heads=[0, 1, 2])]
     kinds += [kind("layer 29", 29, 0.75), kind("layer 29, first", 29, 0.1, order="first")]
     probe = {
         "model": "tiny",

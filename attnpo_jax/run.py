@@ -7,7 +7,6 @@ below the stages takes plain values.
 import contextlib
 import dataclasses
 import functools
-import logging
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -29,16 +28,14 @@ from attnpo_jax.models.config import ModelConfig
 from attnpo_jax.models.io import hf_folder
 from attnpo_jax.models.io.model_source import ModelSource
 from attnpo_jax.parallel import processes
-from attnpo_jax.runtime import best, history, lock, metrics, paths, schema
-from attnpo_jax.runtime.errors import UsageError, UserError
+from attnpo_jax.runtime import history, lock, metrics, paths, schema
+from attnpo_jax.runtime.errors import UsageError
 from attnpo_jax.weighting import Source
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from attnpo_jax.prepare import readers
-
-_LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -205,43 +202,13 @@ class Run:
         if asked == "newest" or (asked is None and not self.config.train.keep_best):
             return None
         folder = self.checkpoint_folder  # all processes look whether it is theirs
-        step = self._saved_step(folder, asked) if processes.is_first() else None
+        step = None
+        if processes.is_first():
+            from attnpo_jax.parallel import checkpoint_choice
+
+            keep_best = self.config.train.keep_best
+            step = checkpoint_choice.saved_step(folder, self.workdir, keep_best, asked)
         return processes.exchange(step, schema.Maybe(schema.Whole()))[0]
-
-    def _saved_step(self, folder: Any, asked: str | int | None) -> int | None:
-        from attnpo_jax.parallel import checkpoint
-
-        steps = checkpoint.saved_steps(folder)
-        listed = f"{folder} has those of {', '.join(map(str, steps)) or 'no step'}"
-        if asked is None:
-            choice = best.Choice.parse(self.config.train.keep_best)
-            step = best.best(choice.scores(metrics.read(self.workdir)))
-            _say_which(self.workdir, self.config.train.keep_best, step, step in steps)
-            return step if step in steps else None
-        if asked != "best":
-            if not str(asked).isdecimal() or int(asked) not in steps:
-                raise UserError(
-                    f"no checkpoint {asked!r}: {listed}; accepted: a step, best, or newest"
-                )
-            return int(asked)
-        if not self.config.train.keep_best:
-            raise UserError(
-                "the best checkpoint is asked for, but config.train.keep_best names no metric; "
-                "accepted: one there, or a step"
-            )
-        choice = best.Choice.parse(self.config.train.keep_best)
-        step = best.best(choice.scores(metrics.read(self.workdir)))
-        if step is None:
-            raise UserError(
-                f"{self.workdir / metrics.FILE} has no `{choice.metric}` after a training step, "
-                "which config.train.keep_best names; accepted: a metric that it has, or a step"
-            )
-        if step not in steps:
-            raise UserError(
-                f"the best evaluation is that of step {step}, which has no checkpoint: {listed}; "
-                "accepted: one of these steps"
-            )
-        return step
 
     # --- The model --------------------------------------------------------------------------------
 
@@ -410,20 +377,6 @@ class Run:
         config_lib.check_columns(self.config, dataset.columns)
         vocabulary.check_rows(self.tokenizer, self.model.vocab_size, dataset, str(path))
         return dataset
-
-
-@functools.cache  # once in a process: several stages ask
-def _say_which(workdir: pathlib.Path, metric: str, step: int | None, saved: bool) -> None:
-    """Tells which checkpoint is taken where nobody has said so."""
-    if saved:
-        _LOG.info("the trained model is that of step %d, the best by %s", step, metric)
-    elif step is not None:
-        _LOG.warning(
-            "%s: the best by %s is step %d, which has no checkpoint: the newest is taken",
-            workdir,
-            metric,
-            step,
-        )
 
 
 def run(run: Run, *, step: str | int | None = None, console: "Console | None" = None) -> None:

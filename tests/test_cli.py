@@ -204,7 +204,8 @@ def test_a_command_line_that_is_not_understood_exits_with_2(override, message, c
     [
         (
             ["prepar"],
-            "unknown command 'prepar' (did you mean prepare?); commands: config, data, probe, prepare",
+            "unknown command 'prepar' (did you mean prepare?); commands: config, data, probe, "
+            "prepare",
         ),
         (["run", "--workdir=w"], "run needs --config=configs/quickstart.py"),
         (["run", "--config=x.py"], "run needs --workdir=DIR"),

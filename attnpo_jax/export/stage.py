@@ -88,7 +88,9 @@ def _export_all(
     if preemption.agreed(there):
         step = origin["step"] if first else None
     else:
-        with run.recorded("export") if out is None else contextlib.nullcontext():
+        # Where there is no checkpoint, nothing is begun.
+        begun = run.recorded("export") if origin and out is None else contextlib.nullcontext()
+        with begun:
             if run.config.lora.rank:
                 step = _export_adapted(run, folders, wanted)
             else:

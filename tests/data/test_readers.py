@@ -105,9 +105,9 @@ def test_each_of_a_team_looks_at_its_part_only(tmp_path, monkeypatch, kind):
     file = write(tmp_path, kind)
     looked = []
 
-    def pair_of_example(example, fallback_id, origin):
+    def pair_of_example(example, fallback_id, origin, **options):
         looked.append((threading.current_thread().name, origin[1]))
-        return formats.pair_of_example(example, fallback_id, origin)
+        return formats.pair_of_example(example, fallback_id, origin, **options)
 
     monkeypatch.setattr(sources, "pair_of_example", pair_of_example)
     pairs = of_team(3, lambda team: load_pairs(file, team=team))[0].pairs

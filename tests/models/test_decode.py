@@ -242,5 +242,6 @@ def test_on_a_mesh_as_on_one_device(axis, quantized):
     cache = jax.device_put(kv_cache.empty(shape), split)
     with jax.set_mesh(mesh):
         logits, cache = decoded(GEMMA, placed, sequences, LENGTHS, shape, common, cache)
-    np.testing.assert_allclose(logits, wanted, atol=1e-4 if quantized else 2e-5)
+    # Of int8, a number may be rounded the other way.
+    np.testing.assert_allclose(logits, wanted, atol=5e-3 if quantized else 2e-5)
     assert all(x.sharding.is_equivalent_to(split, x.ndim) for x in jax.tree.leaves(cache))

@@ -130,7 +130,7 @@ def _while_preparing(told, last):
     from attnpo_jax.data.prepared import PreparedWriter
     from attnpo_jax.prepare import stage as prepare
 
-    compute, write, begun = prepare._shard_rows, PreparedWriter.write, []
+    compute, write, begun = prepare.shard_rows, PreparedWriter.write, []
 
     def compute_and_signal(*arguments):
         begun.append(None)
@@ -144,7 +144,7 @@ def _while_preparing(told, last):
         if told.at("sigterm-after-shard", shard):
             terminate()
 
-    prepare._shard_rows = compute_and_signal
+    prepare.shard_rows = compute_and_signal
     PreparedWriter.write = write_and_signal
 
 

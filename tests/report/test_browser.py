@@ -60,11 +60,14 @@ class Drawn(html.parser.HTMLParser):
 
 @pytest.fixture
 def drawn(tmp_path):
-    """A function of a page and of what is chosen there: what a browser makes of it."""
+    """A function of a page, of what is chosen there, and of a file for the browser's log of all
+    requests: what it makes of the page.
+    """
 
-    def draw(page: pathlib.Path, chosen: str = "") -> Drawn:
+    def draw(page: pathlib.Path, chosen: str = "", log: pathlib.Path | None = None) -> Drawn:
         command = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom"]
         command += ["--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path}/profile"]
+        command += [f"--log-net-log={log}"] if log else []
         ended = subprocess.run(
             [*command, f"{page.as_uri()}#{chosen}"],
             capture_output=True,
@@ -88,6 +91,15 @@ def test_hostile_texts_stay_texts(run, hostile, drawn):
     assert "Pairs 1 to 10 of 58" in text
     heads = [one["id"] for tag, one in found.tags if tag == "h3"]
     assert len(heads) == 10 and all(id in text for id in ids[:4])
+
+
+def test_no_request_leaves(run, hostile, drawn, tmp_path):
+    log, image = tmp_path / "log.json", "<img src=https://evil.example/a.png>"
+    drawn(run.workdir / "report.html", "sort=id", log)
+    assert "report.html" in (told := log.read_text()) and "evil.example" not in told
+    (tmp_path / "page.html").write_text(image)
+    drawn(tmp_path / "page.html", log=log)
+    assert "evil.example" in log.read_text()  # where one leaves, it is seen
 
 
 def test_the_script_weighs_as_the_weighting_does(run, hostile, drawn):

@@ -54,3 +54,16 @@ def test_the_tables_are_those_of_the_results():
         figures = weights[name.replace("`", "")]["figures"]
         assert [float(x) for x in shown] == pytest.approx(figures["auc"], abs=0.0051), name
         assert float(lift) == round(figures["lift"][0], 1)
+
+
+def test_the_layers_that_the_page_names_are_above_chance_and_baselines():
+    probe = files.read(ROOT / "experiments" / "probe" / "results")
+    of = {one["name"]: one["figures"] for one in probe["weights"]}
+    layers = {k: of[f"layer {k}"] for k in range(30)}
+    assert "layers 12 to 29 but for 25" in PAGE and "layers 19 to 24, 28 and 29" in PAGE
+    above = [k for k, figures in layers.items() if figures["auc_at_place"][1] > 0.5]
+    assert above == [k for k in range(12, 30) if k != 25]
+    baseline = max(of[name]["auc"][0] for name in ("decay", "surprisal"))
+    for least, named in ((0.01, []), (0.0, [16, 27])):
+        better = [k for k, figures in layers.items() if figures["auc"][0] > baseline + least]
+        assert better == sorted([*range(19, 25), 28, 29, *named])

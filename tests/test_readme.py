@@ -67,9 +67,13 @@ def test_every_block_is_covered_here():
 
 def test_two_commands_set_up_a_fresh_machine(checkout):
     assert INSTALL.startswith(SETUP + ". && ")
-    quickstart = INSTALL.rpartition(" && ")[2]
+    parts = [part.strip() for part in INSTALL.replace("\\\n", "").split(" && ")]
+    probe, quickstart = parts[2:]
     assert quickstart.startswith(".venv/bin/attnpo run ")
     assert resolved(quickstart).model.source == "smollm2-135m-instruct"
+    # The probe is of the same workdir, so that the report that the run ends with has it.
+    assert probe == quickstart.replace("attnpo run", "attnpo probe")
+    assert resolved(quickstart).report.enabled and resolved(probe) == resolved(quickstart)
     assert TEST == SETUP + "-e '.[test]' && .venv/bin/python -m pytest -n 2 --dist loadfile"
 
 

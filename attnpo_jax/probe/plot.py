@@ -20,6 +20,7 @@ def draw(probe: Probe, path: pathlib.Path) -> None:
             _lifts(axes[1], probe)
         _lies(axes[-1], probe)
         axes[-1].set_xlabel("layer")
+        axes[-1].xaxis.get_major_locator().set_params(integer=True)
         for one in axes:
             one.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
         figures.save(figure, path)

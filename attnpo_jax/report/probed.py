@@ -128,6 +128,7 @@ def _picture(probe: Mapping[str, Any], layers: _Kinds, baselines: _Kinds) -> Pic
     figure, (axes,) = figures.new_figure(height=2.8)
     axes.set_title(figures.label(f"{probe['model']}: AUC of the marked tokens, by layer"))
     axes.set_xlabel("layer")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     places = [one["layer"] for one in known]
     columns = zip(*(one["figures"]["auc"] for one in known), strict=True) if known else ((),) * 3
     figures.curve(axes, places, *columns, place=0, name="judge's attention")

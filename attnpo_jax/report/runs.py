@@ -131,7 +131,7 @@ def members(found: Sequence[Source]) -> list[Member]:
 def _groups(found: Sequence[Source]) -> list[str]:
     """Of each run its group, by what its config has that others have not."""
     configs = [config_lib.flatten(source.run.config) for source in found]
-    fields = [field for field in differing(configs) if field != "seed"]
+    fields = [field for field in _telling(configs) if field != "seed"]
     names = []
     for source, config in zip(found, configs, strict=True):
         told = ", ".join(f"{field}={config[field]}" for field in fields if field in config)
@@ -158,6 +158,26 @@ def differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
         for field in fields
         if any(config.get(field, missing) != configs[0].get(field, missing) for config in configs)
     ]
+
+
+def _telling(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The differing fields, without those that a section has for its `name` alone: these go first.
+
+    >>> plain, shifted = {"w.name": "a"}, {"w.layer": 3, "w.name": "b"}
+    >>> _telling([plain, shifted]), _telling([plain, shifted, shifted | {"w.layer": 4}])
+    (['w.name'], ['w.name', 'w.layer'])
+    """
+    fields = differing(configs)
+
+    def is_implied(field: str) -> bool:
+        name = f"{field.rpartition('.')[0]}.name"
+        values: dict[Any, list[Any]] = {}
+        for config in configs:
+            values.setdefault(config.get(name), []).append(config.get(field))
+        return field != name and all(value == same[0] for same in values.values() for value in same)
+
+    told = [field for field in fields if not is_implied(field)]
+    return sorted(told, key=lambda field: not field.endswith(".name"))
 
 
 def blocks(made: Sequence[Member]) -> list[Any]:

@@ -5,12 +5,18 @@ import io
 import json
 import shutil
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from rich.console import Console
+from safetensors.numpy import load_file
 
 from attnpo_jax import cli, export, prepare, train
 from attnpo_jax.iterate import figures, iterate, labeling, stage
 from attnpo_jax.iterate.rounds import Round, RoundMismatch
+from attnpo_jax.judge.language_model import load_model
+from attnpo_jax.models import decoder
 from attnpo_jax.run import Run
 from attnpo_jax.runtime import metrics
 from attnpo_jax.runtime.errors import UserError
@@ -154,6 +160,63 @@ def test_a_run_that_is_killed_at_each_boundary_comes_to_the_same(inputs, tmp_pat
     iterate(run_of(inputs, tmp_path), console=quiet())
     assert contents(tmp_path) == contents(undisturbed[0])
     assert metrics.read(tmp_path) == metrics.read(undisturbed[0])
+
+
+@pytest.fixture(scope="module")
+def adapted(inputs, tmp_path_factory):
+    """Two rounds of adapters, held against the first model: the config, and the workdir."""
+    run = run_of(
+        inputs,
+        tmp_path_factory.mktemp("adapted"),
+        iterate__reference="first",
+        lora__rank=2,
+        lora__alpha=32.0,
+    )
+    iterate(run, console=quiet())
+    return run
+
+
+def test_the_reference_of_the_second_round_may_be_the_first_model(adapted):
+    """Each answer by itself, by a plain forward pass of both models that it might be."""
+    first, second = (Round(adapted, k, adapted.config.model.source) for k in (1, 2))
+    dataset = Run.of_workdir(second.folder).open_prepared("train")
+    models = [load_model(str(m)) for m in (adapted.config.model.source, first.folder / "export")]
+
+    def logps(model, prompt, answer):
+        tokens = np.concatenate([prompt, answer])
+        padded = jnp.asarray(np.pad(tokens, (0, 128 - len(tokens))))[None]
+        places, part = jnp.arange(128)[None], jnp.ones((1, 128), jnp.int32)
+        hidden = decoder.forward(model.config, model.params, padded, places, part)
+        logits = np.asarray(jax.nn.log_softmax(hidden[0] @ decoder.unembedding(model.params).T))
+        at = np.arange(len(prompt), len(tokens))
+        return logits[at - 1, tokens[at]]
+
+    row = dataset[0]
+    for side in ("chosen", "rejected"):
+        found = row[f"ref_{side}_logps"]
+        of_first, of_round = (logps(m, row["prompt_ids"], row[f"{side}_ids"]) for m in models)
+        np.testing.assert_allclose(found, of_first, atol=1e-4)
+        assert np.abs(found - of_round).max() > 1e-2
+
+
+def test_each_round_has_adapters_of_its_own_and_passes_on_the_merged_model(adapted):
+    source = adapted.config.model.source
+    exports = [adapted.workdir / "rounds" / k / "export" for k in "12"]
+    files = [f"{folder}/model.safetensors" for folder in (source, *exports)]
+    start, one, two = map(load_file, files)
+
+    def rank(change):
+        sizes = np.linalg.svd(change.astype(np.float64), compute_uv=False)
+        return int((sizes > 1e-3 * sizes[0]).sum())
+
+    for name, weight in start.items():
+        if "_proj." not in name:
+            assert np.array_equal(weight, one[name]) and np.array_equal(weight, two[name]), name
+    name = "model.layers.1.mlp.up_proj.weight"
+    # Each round adds a product of rank 2 to what it starts from, and both are not the same two.
+    changes = one[name] - start[name], two[name] - one[name], two[name] - start[name]
+    assert [rank(change) for change in changes] == [2, 2, 4]
+    assert not any((folder / "adapter_config.json").exists() for folder in exports)
 
 
 def test_what_is_done_is_not_done_again_and_more_rounds_go_on(inputs, tmp_path, undisturbed):

@@ -3,7 +3,7 @@
 import functools
 import logging
 import operator
-import pathlib
+import os
 import re
 from collections.abc import Container, Sequence
 
@@ -129,7 +129,7 @@ def _split(config: config_dict.ConfigDict, override: str) -> None:
         return
     *parents, last = field.split(".")
     section = functools.reduce(operator.getitem, parents, config)
-    if as_tuple(section[last]) != (text,) or pathlib.Path(text).exists():
+    if as_tuple(section[last]) != (text,) or os.path.exists(text):
         return
     names = [name.strip() for name in text.removesuffix(",").split(",")]
     rule = rule_of(config, field)

@@ -508,6 +508,8 @@ def test_a_mistyped_field_of_a_plugin_that_is_not_loaded_yet_is_reported(simpo):
         ("data.weight_columns=31,rollout", (31, "rollout")),
         ("judge.layers=-1,23:4,rollout", (-1, "23:4", "rollout")),
         ("weighting.layer=-1,rollout", (-1, "rollout")),
+        # Longer than the name of a file may be.
+        (f"evaluate.names={'x' * 5000},checks", ("x" * 5000, "checks")),
         # One text each, whatever is in it.
         ("model.source=a,b", "a,b"),
         ("generate.stop=a,b", "a,b"),

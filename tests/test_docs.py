@@ -84,7 +84,9 @@ def test_config_page_lists_every_weighting_and_objective_with_its_hyperparameter
 
 def test_data_page_lists_the_prepared_columns():
     listed = [name for row in rows("data.md", 3) for name in re.findall(r"`(\w+)`", row[0])]
-    every = shards.features(1, 1, numbers=NUMBERS, groups=shards.GROUPS)
+    every = shards.features(
+        1, 1, numbers=NUMBERS, groups=shards.GROUPS, whole_responses=True, own_prompts=True
+    )
     assert sorted(listed) == sorted(every)
 
 
@@ -273,6 +275,25 @@ def test_launching_page_names_scripts_and_parameters_that_exist():
         assert re.search(rf"^ *{name}(=|:)", parameters, re.MULTILINE), name
     for command in re.findall(r"^launch/tpu_pod.sh (\w+)$", text, re.MULTILINE):
         assert re.search(rf"^{command}\)", scripts["launch/tpu_pod.sh"], re.MULTILINE), command
+
+
+def anchors(text: str) -> set[str]:
+    """What a link to a place on a page may name: its headings, and the places it marks itself."""
+    heads = re.findall(r"^#+ (.*)$", text, re.M)
+    found = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+    return found | set(re.findall(r'<a id="([^"]+)"', text))
+
+
+def test_links_lead_to_places_that_exist():
+    pages = [*DOCS.glob("*.md"), ROOT / "README.md"]
+    texts = {page: page.read_text() for page in pages}
+    followed = 0
+    for page, text in texts.items():
+        for path, place in re.findall(r"\]\(([\w./-]*\.md)?#([\w-]+)\)", text):
+            target = (page.parent / path).resolve() if path else page
+            assert place in anchors(texts[target]), f"{page.name}: {path}#{place}"
+            followed += 1
+    assert followed > 50
 
 
 def test_index_lists_every_page():

@@ -97,6 +97,21 @@ def test_judge_weights_alone(model, pairs, tokenized):
     assert_weights_are_golden(model, tokenized, judge.judge(pairs, tokenized), places)
 
 
+def test_rollout_is_that_of_whole_attention_matrices(model, pairs, tokenized):
+    """`rollout.json` says how its figures were made."""
+    golden = json.loads((GOLDENS / "rollout.json").read_text())["weights"]
+    places = [row["pair"] for row in golden]
+    judge = Judge(model, source_layers=("rollout", 29))
+    found = judge.judge([pairs[i] for i in places], [tokenized[i] for i in places])
+    for judgement, row in zip(found, golden, strict=True):
+        for side in ("chosen", "rejected"):
+            # By order and source; sources are layers first.
+            attention = getattr(judgement, side)[:, judge.source_layers.index("rollout")]
+            weights = (attention / attention.sum(axis=-1, keepdims=True)).mean(axis=0)
+            wanted = row[f"{side}_weights_attention_rollout"]
+            np.testing.assert_allclose(weights, wanted, rtol=0, atol=1e-5)
+
+
 def test_judge_weights_padded_to_2048(model, pairs, tokenized):
     places = (1, 10)  # the longest and the shortest
     judge = Judge(model, source_layers=LAYERS, batch_size=1)

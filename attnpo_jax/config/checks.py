@@ -325,6 +325,25 @@ def accepted_words(config: config_dict.ConfigDict, field: str) -> str:
     section, _, key = field.partition(".")
     if section in SECTIONS and key == "name":
         return ", ".join(SECTIONS[section].names())
+    return rule_of(config, field).accepted
+
+
+def takes_several(config: config_dict.ConfigDict, field: str) -> bool:
+    """Whether a field of a config takes several names, which commas part on a command line.
+
+    >>> from attnpo_jax.config import default_config
+    >>> takes_several(default_config(), "evaluate.names")
+    True
+    >>> takes_several(default_config(), "model.source")
+    False
+    """
+    named = field in {f"{section}.name" for section in SECTIONS}
+    return field in flatten(config) and not named and rule_of(config, field).is_list
+
+
+def rule_of(config: config_dict.ConfigDict, field: str) -> rules.Rule:
+    """What a field of a config accepts; of hyperparameters the strictest rule."""
+    section, _, key = field.partition(".")
     if section in SECTIONS:
-        return _hyperparameter_rules(section, config[section].name, key)[0].accepted
-    return FIELDS[field].rule.accepted
+        return _hyperparameter_rules(section, config[section].name, key)[0]
+    return FIELDS[field].rule

@@ -58,7 +58,7 @@ FIELDS: dict[str, Field] = {
         (),
         rules.columns(),
         "token weights to read from the pairs' rows for the weighting `column` "
-        "([data.md](data.md#ready-made-weights))",
+        "([data.md](data.md#precomputed-weights))",
         mixed=True,
     ),
     "data.weights_tokenizer": Field(

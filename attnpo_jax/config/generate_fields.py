@@ -36,7 +36,10 @@ FIELDS = {
         "min_new_tokens", "tokens of a response before one that ends it"
     ),
     "generate.stop": Field(
-        (), rules.texts("a text", empty=True), "texts that end a response", mixed=True
+        (),
+        rules.texts("a text", empty=True, names=False),
+        "texts that end a response",
+        mixed=True,
     ),
     "generate.stop_token_ids": Field(
         (),

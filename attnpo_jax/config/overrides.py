@@ -1,6 +1,9 @@
 """Overrides of a config's fields, as a command line gives them: --config.section.field=value."""
 
+import functools
 import logging
+import operator
+import os
 import re
 from collections.abc import Container, Sequence
 
@@ -8,14 +11,16 @@ from absl import flags
 from ml_collections import config_dict, config_flags
 
 from attnpo_jax.config import scoring
-from attnpo_jax.config.checks import accepted_words, suggest
+from attnpo_jax.config.checks import accepted_words, rule_of, suggest, takes_several
 from attnpo_jax.config.default import default_config
 from attnpo_jax.config.fields import flatten
 from attnpo_jax.config.files import load_file
+from attnpo_jax.config.rules import as_tuple
 from attnpo_jax.config.sections import SECTIONS, complete_sections, former_name
 from attnpo_jax.runtime.errors import UsageError
 
 _LOG = logging.getLogger(__name__)
+_WHOLE = re.compile(r"-?[0-9]{1,9}")
 
 
 def load_config(spec: str | None, overrides: Sequence[str] = ()) -> config_dict.ConfigDict:
@@ -24,6 +29,7 @@ def load_config(spec: str | None, overrides: Sequence[str] = ()) -> config_dict.
     Overrides of `weighting.name` and `objective.name` come first, whatever their place: another
     name than the file's resets the section to that function's defaults, which others may then set.
     Where file or command line switch a function, a line of log says what its section comes to.
+    `a,b` are two names in a field that takes several; `"'a,b'"` is one.
 
     Args:
       spec: path of a config file, or `path:argument`, see `load_file`; None for the defaults.
@@ -110,7 +116,26 @@ def _apply(config: config_dict.ConfigDict, overrides: list[str]) -> config_dict.
             for override in overrides:
                 _apply(config, [override])
         raise UsageError(_refused(config, overrides[0], str(error))) from error
-    return values["config"].value
+    config = values["config"].value
+    for override in overrides:
+        _split(config, override)
+    return config
+
+
+def _split(config: config_dict.ConfigDict, override: str) -> None:
+    """Makes several names of a text with commas that was set as it stands and is no file's."""
+    field, text = _field(override), override.partition("=")[2]
+    if "," not in text or not takes_several(config, field):
+        return
+    *parents, last = field.split(".")
+    section = functools.reduce(operator.getitem, parents, config)
+    if as_tuple(section[last]) != (text,) or os.path.exists(text):
+        return
+    names = [name.strip() for name in text.removesuffix(",").split(",")]
+    rule = rule_of(config, field)
+    section[last] = tuple(
+        int(name) if _WHOLE.fullmatch(name) and rule.accepts(int(name)) else name for name in names
+    )
 
 
 def _refused(config: config_dict.ConfigDict, override: str, reason: str) -> str:

@@ -38,10 +38,17 @@ _LARGEST = 3e38
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A test of one value, and the words for what passes it."""
+    """A test of one value, and the words for what passes it.
+
+    Attributes:
+      accepts: the test.
+      accepted: the words.
+      is_list: whether names with commas between them are several values on a command line.
+    """
 
     accepts: Callable[[Any], bool]
     accepted: str
+    is_list: bool = False
 
 
 def _is_int(value: Any) -> bool:
@@ -146,12 +153,13 @@ def optional_text() -> Rule:
     return Rule(lambda v: v is None or given.accepts(v), f"None or {given.accepted}")
 
 
-def texts(what: str, *, empty: bool) -> Rule:
+def texts(what: str, *, empty: bool, names: bool = True) -> Rule:
     def accepts(value):
         values = as_tuple(value)
         return all(_is_text(v) and v for v in values) and (empty or bool(values))
 
-    return Rule(accepts, f"{what} or a tuple of them" + (", or none" if empty else ""))
+    words = f"{what} or a tuple of them" + (", or none" if empty else "")
+    return Rule(accepts, words, is_list=names)
 
 
 def sources(*, empty: bool) -> Rule:
@@ -162,7 +170,7 @@ def sources(*, empty: bool) -> Rule:
             return False
         return (bool(parsed) or empty) and all(_is_text(source) for source, _ in parsed)
 
-    return Rule(accepts, mixture.ACCEPTED + (", or none" if empty else ""))
+    return Rule(accepts, mixture.ACCEPTED + (", or none" if empty else ""), is_list=True)
 
 
 def file_or(word: str | None) -> Rule:
@@ -211,6 +219,7 @@ def layers() -> Rule:
         accepts,
         "'none', or 'quartiles', 'all', a layer's number, a head as '23:4', 'rollout', or a tuple "
         "of these",
+        is_list=True,
     )
 
 
@@ -218,7 +227,7 @@ def columns() -> Rule:
     def accepts(value):
         return all((_is_int(v) and v >= 0) or (_is_text(v) and v) for v in as_tuple(value))
 
-    return Rule(accepts, "'all', a column's name or a tuple of them, or none")
+    return Rule(accepts, "'all', a column's name or a tuple of them, or none", is_list=True)
 
 
 def projections() -> Rule:
@@ -227,13 +236,14 @@ def projections() -> Rule:
         return bool(names) and all(isinstance(n, str) and n in PROJECTIONS for n in names)
 
     names = ", ".join(map(repr, (*LORA_GROUPS, *PROJECTIONS)))
-    return Rule(accepts, f"{names}, or a tuple of projections")
+    return Rule(accepts, f"{names}, or a tuple of projections", is_list=True)
 
 
 def of_hyperparameter(default: Any, *hints: Any) -> Rule:
     """The rule that a signature gives: its type hint if it has one, else the default's type."""
     if hints:
-        return Rule(lambda v: _fits(v, hints[0]), _words(hints[0]))
+        several = _fits(("a", "b"), hints[0]) and not _fits(object(), hints[0])
+        return Rule(lambda v: _fits(v, hints[0]), _words(hints[0]), is_list=several)
     return Rule(lambda v: _fits_default(v, default), _words(type(default)))
 
 

@@ -4,13 +4,14 @@ import glob
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from attnpo_jax import config as config_lib
 from attnpo_jax.data import mixture
 from attnpo_jax.evaluate.evaluator import Evaluator
-from attnpo_jax.evaluate.task import Subject, digest_of
+from attnpo_jax.evaluate.task import Subject, digest_of, resolved
+from attnpo_jax.runtime import nested
 
 if TYPE_CHECKING:
     from attnpo_jax.run import Run
@@ -40,7 +41,7 @@ _ENDINGS = {
 
 def settings_of(run: "Run", evaluator: Evaluator, subject: Subject | None) -> dict[str, Any]:
     """By field, JSON values; `sha256 of FIELD` for what a field names, `sha256 of models` for the
-    models that take part by what they are called.
+    models that take part by what they are called, see `task.resolved`.
     """
     own = f"evaluate.{evaluator.section}."
     settings: dict[str, Any] = {"version": evaluator.version}
@@ -54,12 +55,21 @@ def settings_of(run: "Run", evaluator: Evaluator, subject: Subject | None) -> di
             if is_own or field in _NAME_FILES:
                 settings |= _digest(field, value)
     if subject is not None:
-        digests = {subject.which: subject.digest}
+        digests = {subject.resolved: subject.digest}
         for which in evaluator.others(run.config):
-            if which not in digests:
-                digests[which] = digest_of(run, which)
+            if (name := resolved(run, which)) not in digests:
+                digests[name] = digest_of(run, which)
         settings[MODELS] = digests
     return json.loads(json.dumps(settings))
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Where two evaluations' settings differ, by field; a model by another name is the same one."""
+    names = {digest: name for name, digest in now.get(MODELS, {}).items()}
+    if MODELS in before:
+        called = {names.get(digest, name): digest for name, digest in before[MODELS].items()}
+        before = {**before, MODELS: called}
+    return nested.differences(before, now)
 
 
 def _digest(field: str, value: Any) -> dict[str, str]:

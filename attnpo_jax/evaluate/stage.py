@@ -16,11 +16,10 @@ from attnpo_jax.evaluate.endpoint import DryRun
 from attnpo_jax.evaluate.evaluator import Evaluator, find
 from attnpo_jax.evaluate.files import FOLDER, Evaluation, EvaluationMismatch
 from attnpo_jax.evaluate.report import compare, show
-from attnpo_jax.evaluate.settings import settings_of
+from attnpo_jax.evaluate.settings import differences, settings_of
 from attnpo_jax.evaluate.task import Subject, Task
 from attnpo_jax.generate import model as models
 from attnpo_jax.parallel import preemption, processes
-from attnpo_jax.runtime import nested
 from attnpo_jax.runtime.errors import Preempted, UsageError, UserError
 from attnpo_jax.runtime.printable import say
 
@@ -203,7 +202,7 @@ def _kept(
 
 
 def _check(file: pathlib.Path, kept: Evaluation, settings: Mapping[str, Any]) -> None:
-    if found := nested.differences(kept.settings, settings):
+    if found := differences(kept.settings, settings):
         field, (before, now) = next(iter(found.items()))
         raise EvaluationMismatch(
             f"{file}: evaluated with {field} = {before!r}, now {now!r}; accepted: the same, "

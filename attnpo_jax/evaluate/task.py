@@ -61,6 +61,11 @@ class Subject:
         self._checkpoint = checkpoint
         self.name = name or _name_of(self.which, checkpoint and checkpoint[0])
 
+    @property
+    def resolved(self) -> str:
+        """See `resolved`."""
+        return resolved(self._run, self.which, self._checkpoint)
+
     def sampled(self) -> SampledModel:
         """The model; raises as `generate.model.load` does."""
         if self._sampled is None:
@@ -77,6 +82,21 @@ class Subject:
         if not self._given:
             self._sampled = None
         self._run.drop_params()
+
+
+def resolved(
+    run: "Run", which: str, checkpoint: tuple[int, Mapping[str, Any]] | None = None
+) -> str:
+    """What a model is called wherever it is recorded: a trained one by its step, `trained@40`,
+    however it was asked for.
+
+    Args:
+      which, checkpoint: see `Subject`.
+    """
+    if not models.is_trained(which):
+        return which
+    step, _ = checkpoint or _checkpoint(run, which)
+    return f"{models.TRAINED}@{step}"
 
 
 def digest_of(

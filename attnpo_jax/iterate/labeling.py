@@ -20,6 +20,7 @@ from attnpo_jax.iterate.pairing import Chosen, pairs_of
 from attnpo_jax.iterate.rounds import LABELS, Round, write_pairs
 from attnpo_jax.parallel import preemption, processes
 from attnpo_jax.prepare.pair_forms import PairTokenizer
+from attnpo_jax.prepare.readers import not_read_by_scorers
 from attnpo_jax.run import Run
 from attnpo_jax.runtime import atomic, json_files, schema
 from attnpo_jax.runtime.errors import Preempted, UserError
@@ -178,7 +179,9 @@ def _paired(
 
 
 def _unfit(run: Run, groups: Sequence[Group], chosen: Sequence[Chosen]) -> set[str]:
-    """The ids of the pairs that the model's tokenizer and the lengths do not let be trained on."""
+    """The ids of the pairs that the model's tokenizer and the lengths do not let be trained on, or
+    that a scorer can't read.
+    """
     tokenize = PairTokenizer.from_config(
         run.config,
         run.tokenizer,
@@ -193,8 +196,9 @@ def _unfit(run: Run, groups: Sequence[Group], chosen: Sequence[Chosen]) -> set[s
     ]
     found = set()
     for start in range(0, len(pairs), _AT_A_TIME):
-        _, bad = tokenize(pairs[start : start + _AT_A_TIME])
-        for one in bad:
+        some = pairs[start : start + _AT_A_TIME]
+        forms, bad = tokenize(some)
+        for one in (*bad, *not_read_by_scorers(run, some, forms)):
             _LOG.warning("a pair is left out: %s", one)
             found.add(one.id)
     return found

@@ -80,7 +80,7 @@ def sppo(chosen: ResponseScores, rejected: ResponseScores, *, beta: float = 0.1)
     loss = (lc - 1 / (2 beta))^2 + (lr + 1 / (2 beta))^2. Where policy and reference agree, it is
     1 / (2 beta^2).
 
-    "Self-Play Preference Optimization for Language Model Alignment".8 with hard labels
+    "Self-Play Preference Optimization for Language Model Alignment" with hard labels
     (https://arxiv.org/abs/2405.00675), whose 1 / eta is `beta`.
 
     Args:

@@ -23,16 +23,20 @@ class Plan:
     lengths: Lengths  # the pair that all pairs are taken to be like
     # The training step and, where something reads them, the reference's pass and the judge's.
     programs: tuple[Compiled, ...]
-    pairs: int | None  # training pairs; None where nobody said and they can't be counted here
+    # Pairs to prepare for training; None where nobody said and they can't be counted here.
+    pairs: int | None
+    trained_on: int | None  # how many of them training draws; None where that is unknown
     # Optimizer steps of the run; None where the number of pairs is needed and unknown.
     steps: int | None
     evaluates: bool = False  # whether there are pairs to evaluate on
+    scorers: tuple[str, ...] = ()  # those that are models, whose passes are not planned
 
     @property
     def left_out(self) -> list[str]:
         """What the hours do not contain."""
         evaluation = ["preparing data.eval", "evaluation passes"] if self.evaluates else []
-        return [*evaluation, "compiling", "reading and writing files"]
+        scoring = [f"passes of the scorers {', '.join(self.scorers)}"] if self.scorers else []
+        return [*scoring, *evaluation, "compiling", "reading and writing files"]
 
     def hours(self) -> dict[str, float]:
         """Hours of each program over the dataset, at the roofline; empty where it is unknown."""
@@ -57,6 +61,8 @@ class Plan:
             "chips": self.topology.size,
             "lengths": {**dataclasses.asdict(self.lengths), "row": self.lengths.row},
             "pairs": self.pairs,
+            "trained_on": self.trained_on,
+            "scorers_not_planned": list(self.scorers),
             "steps": self.steps,
             "hours_at_roofline": self.hours(),
             "hours_leave_out": self.left_out,
@@ -115,6 +121,11 @@ def table(plan: Plan) -> Group:
     head.add_row(
         "pairs", "unknown, so no hours; give --pairs=N" if plan.pairs is None else f"{plan.pairs:,}"
     )
+    if plan.trained_on not in (None, plan.pairs):
+        head.add_row("trained on", f"{plan.trained_on:,} pairs, drawn: train.pairs")
+    if plan.scorers:
+        like = "each takes a pass like the reference's, of its own model, over all pairs"
+        head.add_row("scorers", plain(f"not planned: {', '.join(plan.scorers)}; {like}"))
     if plan.steps is not None:
         head.add_row("steps", f"{plan.steps:,}")
     for name, hours in plan.hours().items():

@@ -38,7 +38,7 @@ def plan(
 
     Args:
       topology: name of the slice, e.g. "v5e:8x8".
-      pairs: training pairs. None: see `pairs.count`.
+      pairs: training pairs, of which `train.pairs` may draw fewer. None: see `pairs.count`.
       row_length, response_length: see `lengths.Lengths.of`.
       search_over: whether to try meshes, microbatch sizes and remat policies, in place of the
         config's own, and print a ranking.
@@ -89,8 +89,10 @@ def plan(
         setting.lengths,
         tuple(programs),
         pairs,
+        _trained_on(config, pairs),
         _steps(config, pairs),
         bool(mixture.parse(config.data.eval)),
+        tuple(one.name for one in config_lib.scorers(config) if one.function is None),
     )
     if as_json:
         _print_json(console, made.as_json())
@@ -102,9 +104,21 @@ def _print_json(console: Console, content: Any) -> None:
     console.print(json.dumps(content, indent=2), markup=False, highlight=False, soft_wrap=True)
 
 
+def _trained_on(config: config_dict.ConfigDict, pairs: int | None) -> int | None:
+    """How many of the pairs are trained on; None where that is unknown."""
+    drawn = config.train.pairs
+    if pairs is not None and drawn > pairs:
+        raise PlanError(
+            f"config.train.pairs = {drawn}: there are {pairs} pairs; accepted: at most as many, or "
+            "0 for all"
+        )
+    return drawn or pairs
+
+
 def _steps(config: config_dict.ConfigDict, pairs: int | None) -> int | None:
     if config.train.steps:
         return config.train.steps
-    if pairs is None:
+    number = _trained_on(config, pairs)
+    if number is None:
         return None
-    return max(1, round(config.train.epochs * -(-pairs // config.train.batch_size)))
+    return max(1, round(config.train.epochs * -(-number // config.train.batch_size)))

@@ -17,6 +17,8 @@ from attnpo_jax.data.sources import load_pairs
 from attnpo_jax.data.tokenize import ChatTokenizer
 from attnpo_jax.prepare.look_ahead import Beyond
 from attnpo_jax.prepare.pair_forms import PairForms, PairTokenizer
+from attnpo_jax.prepare.readers import not_read_by_scorers
+from attnpo_jax.prepare.scorer_forms import NotRead
 from attnpo_jax.runtime.errors import UserError
 from attnpo_jax.runtime.printable import plain
 from attnpo_jax.runtime.progress import CountProgress
@@ -41,6 +43,8 @@ class SplitReport:
       pairs: how many are left to train or evaluate on.
       by_source: these pairs by source.
       bad_rows: records of those left out: file, row, reason, and id if there is one.
+      not_read: likewise, of those that another judge or a scorer can't read, at which `prepare`
+        stops.
       lengths: tokens by part: `prompt`, `chosen`, `rejected`, `row` (all three), as trained on, and
         `judge` (the longer order of the judge prompt), each at the `PERCENTILES`.
       truncated: pairs that lost tokens, by part: `prompt`, `chosen`, `rejected`, `judge`.
@@ -55,6 +59,7 @@ class SplitReport:
     pairs: int
     by_source: dict[str, int]
     bad_rows: list[dict[str, Any]]
+    not_read: list[dict[str, Any]]
     lengths: dict[str, list[int]]
     truncated: dict[str, int]
     positions: int | None
@@ -76,6 +81,12 @@ def show(run: "Run", *, as_json: bool = False) -> None:
         raise UserError(
             f"{len(bad)} bad rows, where prepare stops (data.on_bad_row = 'error'), the first: "
             f"{first}"
+        )
+    if not_read := [row for report in reports for row in report.not_read]:
+        first = BadExample(not_read[0]["reason"], not_read[0]["file"], not_read[0]["row"])
+        raise UserError(
+            f"{len(not_read)} pairs can't be read by another judge or a scorer, where prepare "
+            f"stops, whatever data.on_bad_row says, the first: {first}"
         )
     for report in reports:
         if not report.pairs:
@@ -133,7 +144,7 @@ def data_report(
     for split in splits:
         pairs = loaded[split].pairs
         forms: list[_Figures] = []
-        bad_rows = list(loaded[split].bad_rows)
+        bad_rows, not_read = list(loaded[split].bad_rows), []
         beyond = None if model is None else Beyond(model.positions)
         with CountProgress(
             f"tokenize {split}", len(pairs), "pairs", bar=config.log.progress
@@ -141,6 +152,12 @@ def data_report(
             for start in range(0, len(pairs), _AT_A_TIME):
                 some = pairs[start : start + _AT_A_TIME]
                 done, refused = tokenize(some)
+                unread = [one for one in refused if isinstance(one, NotRead)]
+                unread += not_read_by_scorers(run, some, done)
+                not_read += [one.as_record() for one in unread]
+                refused = [one for one in refused if not isinstance(one, NotRead)]
+                ids = {one.id for one in unread}
+                done = [form for form in done if form.tokenized.id not in ids]
                 forms += map(_figures, done)
                 if beyond is not None:
                     beyond.add(done)
@@ -155,6 +172,7 @@ def data_report(
                 pairs=len(forms),
                 by_source=dict(collections.Counter(origins[form.id] for form in forms)),
                 bad_rows=bad_rows,
+                not_read=not_read,
                 weight_columns=loaded[split].weight_columns,
                 **_summed(forms),
                 positions=None if beyond is None else beyond.limit,
@@ -240,6 +258,8 @@ def render(report: SplitReport) -> Group:
     for source, count in report.by_source.items():
         counts.add_row(plain(source), str(count))
     counts.add_row("bad rows", str(len(report.bad_rows)))
+    if report.not_read:
+        counts.add_row("not read by a judge or scorer", str(len(report.not_read)))
     if report.weight_columns:
         counts.add_row("precomputed weights", plain(", ".join(report.weight_columns)))
     for part, count in report.beyond_positions.items():
@@ -258,12 +278,14 @@ def render(report: SplitReport) -> Group:
             share = "" if cut is None else f"{cut} ({cut / report.pairs:.1%})"
             lengths.add_row(part, *map(str, values), share)
         parts.append(lengths)
-    if report.bad_rows:
-        bad = Table("source", "row", "reason", title="bad rows")
-        for record in report.bad_rows[:_LISTED]:
+    for title, rows in (("bad rows", report.bad_rows), ("not read", report.not_read)):
+        if not rows:
+            continue
+        bad = Table("source", "row", "reason", title=title)
+        for record in rows[:_LISTED]:
             bad.add_row(plain(record["file"]), str(record["row"]), plain(record["reason"]))
-        if len(report.bad_rows) > _LISTED:
-            bad.add_row("", "", f"and {len(report.bad_rows) - _LISTED} more (--json lists all)")
+        if len(rows) > _LISTED:
+            bad.add_row("", "", f"and {len(rows) - _LISTED} more (--json lists all)")
         parts.append(bad)
     for example in report.examples:
         for part, title in (

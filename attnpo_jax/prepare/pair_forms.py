@@ -17,7 +17,7 @@ from attnpo_jax.data.tokenizer_files import load_backend
 from attnpo_jax.data.trained import AS_USUAL, TrainedForm
 from attnpo_jax.data.vocabulary import check_ids
 from attnpo_jax.judge.prompt import JudgePrompt, JudgePrompter, JudgeTemplate
-from attnpo_jax.prepare.scorer_forms import ScorerTokenizer
+from attnpo_jax.prepare.scorer_forms import NotRead, ScorerTokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +52,10 @@ class PairForms:
 
 # Pairs, and characters of them, that the chat template is given at once.
 _AT_ONCE, _CHARACTERS = 64, 1 << 22
+_IN_ROWS = (
+    "; data.on_bad_row can't leave it out, since it is a row of the prepared dataset already; "
+    "accepted: data without such pairs, which attnpo data lists"
+)
 
 
 class PairTokenizer:
@@ -66,6 +70,10 @@ class PairTokenizer:
       max_length, max_prompt_length, form: as in `data.tokenize.tokenize_pair`.
       on_bad_row: `error` or `skip`.
       scorer: what has the tokens as a scorer reads them; None without one.
+      has_own_judge: whether the judge is another model than the tokenizer's, or has another
+        template: what it can't read, the dataset has nevertheless.
+      in_rows: whether the pairs are rows that are prepared already, for which columns are wanted:
+        none of them can be left out.
     """
 
     def __init__(
@@ -81,6 +89,8 @@ class PairTokenizer:
         form: TrainedForm = AS_USUAL,
         on_bad_row: str = "error",
         scorer: ScorerTokenizer | None = None,
+        has_own_judge: bool = False,
+        in_rows: bool = False,
     ):
         self._tokenizer = tokenizer
         self._prompter = prompter
@@ -91,7 +101,9 @@ class PairTokenizer:
         self._rendered = RenderedTexts.of(tokenizer)
         self._lengths = {"max_length": max_length, "max_prompt_length": max_prompt_length}
         self._form = form
-        self._skip = on_bad_row == "skip"
+        self._skip = on_bad_row == "skip" and not in_rows
+        self._has_own_judge = has_own_judge
+        self._in_rows = in_rows
 
     @classmethod
     def from_config(
@@ -106,6 +118,7 @@ class PairTokenizer:
         judge_vocab_size: int | None = None,
         judges: bool | None = None,
         scorer: ScorerTokenizer | None = None,
+        in_rows: bool = False,
     ) -> "PairTokenizer":
         """The tokenizer of a config's pairs, given the one of its model and the judge's template.
 
@@ -113,7 +126,7 @@ class PairTokenizer:
           on_bad_row: in place of the config's.
           judge: the tokenizer of the judge, if that is another model.
           judges: whether judge prompts are wanted; None: where the config keeps layers.
-          vocab_size, judge_vocab_size, scorer: as of the class.
+          vocab_size, judge_vocab_size, scorer, in_rows: as of the class.
 
         Raises:
           UserError, OSError: `data.weights_tokenizer` can't be used.
@@ -144,13 +157,15 @@ class PairTokenizer:
             max_prompt_length=config.data.max_prompt_length,
             form=config_lib.trained_form(config),
             on_bad_row=on_bad_row or config.data.on_bad_row,
+            has_own_judge=judge is not None,
+            in_rows=in_rows,
         )
 
     def __call__(self, pairs: Sequence[Pair]) -> tuple[list[PairForms], list[BadExample]]:
         """The forms of the pairs that fit, in order, and the others.
 
         Raises:
-          BadExample: a pair does not fit, and `on_bad_row` is `error`.
+          BadExample: a pair does not fit, and `on_bad_row` is `error`; or it is a row already.
           UserError: a token is beyond the model's vocabulary.
         """
         forms, bad_examples = [], []
@@ -162,7 +177,8 @@ class PairTokenizer:
                 try:
                     forms.append(self.forms(pair))
                 except BadExample as error:
-                    bad = BadExample.of(pair, error.reason)
+                    kind = NotRead if isinstance(error, NotRead) else BadExample
+                    bad = kind.of(pair, error.reason + (_IN_ROWS if self._in_rows else ""))
                     if not self._skip:
                         raise bad from error
                     bad_examples.append(bad)
@@ -202,11 +218,19 @@ class PairTokenizer:
             precomputed = self._weight_reader.carry(
                 pair.precomputed, *(tokenized.text(pair, side) for side in SIDES), tokenized
             )
-        prompt = None if self._prompter is None else self._prompter.build(pair)
+        prompt = None if self._prompter is None else self._prompt(pair)
         own = None if self._scorer is None else self._scorer(pair, tokenized)
         forms = PairForms(tokenized, prompt, precomputed, pair.numbers, own)
         self._check_ids(pair, forms)
         return forms
+
+    def _prompt(self, pair: Pair) -> JudgePrompt:
+        try:
+            return self._prompter.build(pair)
+        except BadExample as error:
+            if not self._has_own_judge:
+                raise
+            raise NotRead(f"config.judge.source: {error.reason}") from error
 
     def _check_ids(self, pair: Pair, forms: PairForms) -> None:
         parts = ("prompt", "chosen", "rejected")

@@ -3,17 +3,20 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from attnpo_jax import config as config_lib
 from attnpo_jax import scorers as functions
 from attnpo_jax.config.scoring import Scorer
+from attnpo_jax.data.chat_template import announce
 from attnpo_jax.data.manifest import canonical
+from attnpo_jax.data.pair import Pair
 from attnpo_jax.data.tokenize import ChatTokenizer
 from attnpo_jax.models.config import ModelConfig
 from attnpo_jax.models.io.model_source import ModelSource
-from attnpo_jax.prepare.scorer_forms import Prefix, ScorerTokenizer
+from attnpo_jax.prepare.pair_forms import PairForms
+from attnpo_jax.prepare.scorer_forms import NotRead, Prefix, ScorerTokenizer
 from attnpo_jax.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -147,3 +150,28 @@ def scorers(run: "Run") -> dict[str, NamedScorer]:
             reader = Reader(run, scorer.field, scorer.model, scorer.adapter, **template)
         found[scorer.name] = NamedScorer(run, scorer, reader)
     return found
+
+
+def not_read_by_scorers(
+    run: "Run", pairs: Sequence[Pair], forms: Sequence[PairForms]
+) -> list[NotRead]:
+    """What scorers can't read of some pairs, each pair once.
+
+    Args:
+      pairs: the pairs, and perhaps others.
+      forms: theirs.
+
+    Raises:
+      UserError: a token is beyond the vocabulary of a scorer's model.
+    """
+    by_id, found = {pair.id: pair for pair in pairs}, {}
+    for scorer in run.scorers.values() if forms else ():
+        if scorer.reader is None:
+            continue
+        announce(scorer.tokenizer.requests([by_id[form.tokenized.id] for form in forms]))
+        for form in forms:
+            try:
+                scorer.tokenizer(by_id[form.tokenized.id], form.tokenized)
+            except NotRead as error:
+                found.setdefault(form.tokenized.id, error)
+    return list(found.values())

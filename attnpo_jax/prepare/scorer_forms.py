@@ -27,6 +27,10 @@ _LOG = logging.getLogger(__name__)
 _SPARE = 64
 
 
+class NotRead(BadExample):
+    """A pair that another judge or a scorer can't read; its reason says which of them."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Prefix:
     """A text that a scorer reads before the conversation.
@@ -99,8 +103,9 @@ class ScorerTokenizer:
         """A pair's tokens as the scorer reads them: of the responses, what is trained on.
 
         Raises:
-          UserError: the pair can't be written by the scorer's template or read by its model, or has
-            other texts there than it is trained on.
+          NotRead: the pair can't be written by the scorer's template, or has other texts there than
+            it is trained on.
+          UserError: a token is beyond the vocabulary of the scorer's model.
         """
         own = trained
         if not self.is_the_same:
@@ -109,7 +114,7 @@ class ScorerTokenizer:
                 own = self._tokenized(pair, trained)
             except UserError as error:
                 reason = getattr(error, "reason", str(error))
-                raise UserError(f"config.{self._field}: {BadExample.of(pair, reason)}") from error
+                raise NotRead.of(pair, f"config.{self._field}: {reason}") from error
         parts = ("prompt", "chosen", "rejected")
         sequences = {part: getattr(own, f"{part}_ids") for part in parts}
         where = f"config.{self._field}: pair {pair.id}"

@@ -252,11 +252,11 @@ def _tokenizer(run: "Run", split: Split) -> PairTokenizer:
         run.tokenizer,
         run.template,
         vocab_size=reads.vocab_size,
-        on_bad_row="error" if split.is_set else None,
         judge=None if judge is None else judge.tokenizer,
         judge_vocab_size=None if judge is None else judge.shape.vocab_size,
         judges=split.has_judge_prompts,
         scorer=None if scorer is None else scorer.tokenizer,
+        in_rows=split.is_set,
     )
 
 

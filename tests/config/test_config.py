@@ -493,6 +493,58 @@ def test_a_mistyped_field_of_a_plugin_that_is_not_loaded_yet_is_reported(simpo):
         validate(config)
 
 
+@pytest.mark.parametrize(
+    "override, value",
+    [
+        ("evaluate.names=pairs,checks", ("pairs", "checks")),
+        ("evaluate.names=pairs, checks,", ("pairs", "checks")),
+        ("evaluate.names=('pairs','checks')", ("pairs", "checks")),
+        ("evaluate.names=pairs", "pairs"),
+        ("evaluate.names='a,b'", "a,b"),
+        ("train.evaluations.names=pairs,versus", ("pairs", "versus")),
+        ("evaluate.harness.tasks=arc_easy,piqa", ("arc_easy", "piqa")),
+        ("lora.targets=q_proj,v_proj", ("q_proj", "v_proj")),
+        ("data.train=a.jsonl*0.7,b.jsonl*0.3", ("a.jsonl*0.7", "b.jsonl*0.3")),
+        ("data.weight_columns=31,rollout", (31, "rollout")),
+        ("judge.layers=-1,23:4,rollout", (-1, "23:4", "rollout")),
+        ("weighting.layer=-1,rollout", (-1, "rollout")),
+        # Longer than the name of a file may be.
+        (f"evaluate.names={'x' * 5000},checks", ("x" * 5000, "checks")),
+        # One text each, whatever is in it.
+        ("model.source=a,b", "a,b"),
+        ("generate.stop=a,b", "a,b"),
+        ("iterate.prompts=a,b", "a,b"),
+    ],
+)
+def test_names_with_commas_between_them_are_several(override, value):
+    field = override.partition("=")[0]
+    config = load_config(None, [f"--config.{override}"])
+    assert config_lib.flatten(config)[field] == value
+
+
+def test_commas_part_plugins_but_not_a_file_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("one.py", "two.py", "a,b.py"):
+        (tmp_path / name).write_text("")
+    for given, found in [("one.py,two.py", ("one.py", "two.py")), ("a,b.py", ("a,b.py",))]:
+        assert tuple(load_config(None, [f"--config.plugins={given}"]).plugins) == found
+
+
+def test_names_of_a_plugin_s_hyperparameter_may_have_commas_between_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(weighting.registry, "_functions", dict(weighting.registry._functions))
+    plugin = tmp_path / "several.py"
+    plugin.write_text(
+        "from attnpo_jax import weighting\n"
+        "@weighting.register\n"
+        "def of_several(response, *, columns: tuple[str, ...] = (), mode: str = 'a'):\n"
+        "    return response.mask_BT\n"
+    )
+    given = ["plugins=" + str(plugin), "weighting.name=of_several", "weighting.columns=a,b"]
+    config = load_config(None, [f"--config.{one}" for one in (*given, "weighting.mode=a,b")])
+    assert config.weighting.columns == ("a", "b")
+    assert config.weighting.mode == "a,b"
+
+
 def test_a_run_s_config_json_is_a_config(tmp_path):
     config = default_config()
     config.objective.name = "ipo"
@@ -723,7 +775,7 @@ def test_validation_loads_no_model_or_data_library():
 
 
 def test_examples_in_the_docstrings_run():
-    for module, examples in ((checks, 2), (files, 3), (layers, 4), (nested, 2)):
+    for module, examples in ((checks, 5), (files, 3), (layers, 4), (nested, 2)):
         result = doctest.testmod(module)
         assert (result.failed, result.attempted) == (0, examples), module
 

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from attnpo_jax.evaluate import Evaluator, Subject, find
-from attnpo_jax.evaluate.settings import settings_of
+from attnpo_jax.evaluate.settings import differences, settings_of
 from attnpo_jax.evaluate.task import digest_of
 from attnpo_jax.run import Run
 from attnpo_jax.runtime import nested
@@ -129,6 +129,15 @@ def test_a_checkpoint_counts_by_its_step_and_run(folder):
         for checkpoint in ((3, {"config": {"seed": 0}}), (4, {"config": {"seed": 0}}), (3, {}))
     )
     assert one.name == later.name and len({one.digest, later.digest, other.digest}) == 3
+
+
+def test_a_model_by_another_name_is_the_same_one():
+    before = {"version": 1, "sha256 of models": {"trained": "a", "base": "b"}}
+    now = {"version": 1, "sha256 of models": {"trained@3": "a", "base": "b"}}
+    assert differences(before, now) == differences({"version": 1}, {"version": 1}) == {}
+    # The name alone does not make it so.
+    other = {"version": 1, "sha256 of models": {"trained@3": "c", "base": "b"}}
+    assert list(differences(now, other)) == ["sha256 of models.trained@3"]
 
 
 def test_an_evaluation_that_looks_at_no_model_depends_on_none(folder):

@@ -125,6 +125,12 @@ def test_what_is_finished_is_not_done_again_and_says_when_settings_differ(folder
     [again] = evaluate.evaluate(run, name="letters", console=QUIET)
     assert len(plugin.calls) == before
     assert again.model == "step-3" and again.result.rows
+    # By another name it is the same model, which the file calls by its step.
+    for name in ("trained@3", "trained@newest"):
+        [same] = evaluate.evaluate(run, name="letters", model=name, console=QUIET)
+        assert (same.model, same.settings) == ("step-3", again.settings)
+    assert list(same.settings["sha256 of models"]) == ["trained@3"]
+    assert len(plugin.calls) == before
     hot = Run.resolve(config_of(folder, generate__temperature=0.5), folder / "work")
     with pytest.raises(evaluate.EvaluationMismatch, match="generate.temperature = None, now 0.5"):
         evaluate.evaluate(hot, name="letters", console=QUIET)

@@ -113,3 +113,51 @@ def test_losses_are_those_of_trl(loss_type, settings, name, ours, beta):
         ours = {"beta": beta, **ours}
     found = losses.bind(name, ours)(scores(0), scores(1))
     np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("beta", [0.1, 2.0])
+def test_losses_free_of_a_reference_are_those_of_trl_s_other_trainers(beta, smoothing):
+    """Of CPO the preference term and SimPO, of ORPO the odds ratio; their likelihoods by hand."""
+    cpo = pytest.importorskip("trl.experimental.cpo.cpo_trainer").CPOTrainer
+    orpo = pytest.importorskip("trl.experimental.orpo.orpo_trainer").ORPOTrainer
+    policy, reference, _, mask = random_pairs(beta)
+    sums, counts = policy.sum(axis=-1), mask.sum(axis=-1)
+    trainer = types.SimpleNamespace(
+        accelerator=types.SimpleNamespace(device="cpu"),
+        alpha=0.0,
+        beta=beta,
+        label_smoothing=smoothing,
+        simpo_gamma=0.7,
+    )
+
+    def of_trl(loss, values, **settings):
+        vars(trainer).update(settings)
+        both = (torch.from_numpy(np.ascontiguousarray(x, np.float32)) for x in values.T)
+        return loss(trainer, *both)[0].numpy()
+
+    def ours(name, **settings):
+        pair = (
+            losses.ResponseScores(
+                policy_B=jnp.asarray(sums[:, side]),
+                reference_B=jnp.asarray(reference[:, side].sum(axis=-1)),
+                weight_B=jnp.asarray(counts[:, side], jnp.float32),
+                length_B=jnp.asarray(counts[:, side], jnp.float32),
+            )
+            for side in (0, 1)
+        )
+        return losses.bind(name, {"beta": beta, **settings})(*pair)
+
+    likelihood = -sums[:, 0] / counts[:, 0]
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    want = of_trl(cpo.cpo_loss, sums, loss_type="sigmoid")
+    found = ours("cpo", label_smoothing=smoothing, nll_weight=0.0)
+    np.testing.assert_allclose(found, want, **close)
+    found = ours("cpo", label_smoothing=smoothing, nll_weight=0.5)
+    np.testing.assert_allclose(found, want + 0.5 * likelihood, **close)
+    want = of_trl(cpo.cpo_loss, sums / counts, loss_type="simpo")
+    found = ours("simpo", label_smoothing=smoothing, gamma=0.7)
+    np.testing.assert_allclose(found, want, **close)
+    # What TRL calls the loss there is what its trainer takes off the likelihood.
+    want = likelihood - of_trl(orpo.odds_ratio_loss, sums / counts)
+    np.testing.assert_allclose(ours("orpo"), want, **close)

@@ -111,6 +111,40 @@ def test_json_adds_up(arguments, compiled, capsys):
     assert train["memory"]["hbm"] == 2**34
 
 
+def test_pairs_that_training_draws_count_for_its_steps_alone(arguments, compiled, capsys):
+    def planned(*extra):
+        code, out, err = run([*arguments, "--json", *extra], capsys)
+        assert code == 0, err
+        return json.loads(out)
+
+    found = planned("--pairs=3600", "--config.train.pairs=400", "--config.train.epochs=2")
+    # 25 batches of 16 an epoch; judge and reference read all pairs, 4 at a time.
+    assert (found["pairs"], found["trained_on"], found["steps"]) == (3600, 400, 50)
+    assert found["hours_at_roofline"] == {"train": 50 / 3600, "reference": 0.25, "judge": 0.25}
+    assert planned("--pairs=3600")["trained_on"] == 3600
+    _, out, _ = run([*arguments, "--pairs=3600", "--config.train.pairs=400"], capsys)
+    assert "400 pairs, drawn" in " ".join(out.split())
+    code, _, err = run([*arguments, "--pairs=300", "--config.train.pairs=400"], capsys)
+    assert code == 1 and "config.train.pairs = 400: there are 300 pairs; accepted: at most" in err
+
+
+def test_scorers_are_said_not_to_be_planned(arguments, compiled, capsys):
+    scorers = [
+        "--config.prepare.scorers.kind.prefix=Be kind.",
+        "--config.prepare.scorers.apart.function=diff",
+    ]
+    code, out, err = run([*arguments, *scorers, "--json"], capsys)
+    assert code == 0, err
+    found = json.loads(out)
+    # A function takes no pass.
+    assert found["scorers_not_planned"] == ["kind"]
+    assert "passes of the scorers kind" in found["hours_leave_out"]
+    code, out, _ = run([*arguments, *scorers], capsys)
+    assert code == 0 and "not planned: kind; each takes a pass" in " ".join(out.split())
+    code, out, _ = run([*arguments, "--json"], capsys)
+    assert json.loads(out)["scorers_not_planned"] == []
+
+
 def test_table_has_what_the_json_has(arguments, compiled, capsys, monkeypatch):
     wide = Console(width=200)
     monkeypatch.setattr(command, "Console", lambda: wide)
@@ -192,5 +226,7 @@ def test_a_search_needs_no_mesh_that_fits_the_chips(arguments, monkeypatch, caps
 def test_without_pairs_there_are_no_hours(compiled):
     config = default_config()
     assert command._steps(config, None) is None
-    plan = report.Plan("m", topologies.parse("v5e:2x2"), None, (made("judge", 4),), None, None)
+    plan = report.Plan(
+        "m", topologies.parse("v5e:2x2"), None, (made("judge", 4),), None, None, None
+    )
     assert plan.hours() == {}

@@ -9,9 +9,10 @@ from rich.console import Console
 from attnpo_jax import cli, weighting
 from attnpo_jax import config as config_lib
 from attnpo_jax.config import section_for
-from attnpo_jax.prepare.data_report import data_report
+from attnpo_jax.prepare.data_report import data_report, show
 from attnpo_jax.run import Run
 from attnpo_jax.runtime import exit_codes
+from attnpo_jax.runtime.errors import UserError
 from tests import tiny
 
 TEMPLATE = (
@@ -103,6 +104,43 @@ def test_rows_refused_by_the_judge_prompt_and_no_judge(config):
         config.weighting = section_for(weighting, "uniform")
     (report,) = data_report(Run.resolve(config), console=Console(file=io.StringIO()))
     assert report.pairs == 4 and "judge" not in report.lengths and "judge" not in report.examples[0]
+
+
+def test_what_a_scorer_or_another_judge_can_not_read_is_listed_and_stops(config, tmp_path):
+    """Rows of the dataset are none the less, so that `prepare` stops whatever the config says."""
+    config.data.on_bad_row = "skip"
+    refuses = "{% if 'def' in messages[-1]['content'] %}{{ raise_exception('no def') }}{% endif %}"
+    (tmp_path / "other.jinja").write_text(refuses + TEMPLATE)
+    tiny.write_model(tmp_path / "scorer", tiny.HF_CONFIG, tiny.byte_tokenizer())
+    model = {"model": str(tmp_path / "scorer" / "model")}
+    config.prepare.scorers = {
+        "as_it_is": {**model, "chat_template": str(tmp_path / "as.jinja")},
+        "other": {**model, "chat_template": str(tmp_path / "other.jinja")},
+        "new": {"function": "diff"},
+    }
+    (tmp_path / "as.jinja").write_text(TEMPLATE)
+    (report,) = data_report(Run.resolve(config), console=Console(file=io.StringIO()))
+    assert report.pairs == 3 and sum(report.by_source.values()) == 3
+    assert [row["id"] for row in report.bad_rows] == ["no prompt"]
+    ((row, id, reason),) = [(r["row"], r["id"], r["reason"]) for r in report.not_read]
+    assert (row, id) == (3, "judged short")
+    assert reason.startswith("config.prepare.scorers.other: ") and "no def" in reason
+    with pytest.raises(UserError, match="1 pairs can't be read by another judge or a scorer"):
+        show(Run.resolve(config), as_json=True)
+    config.prepare.scorers = {"as_it_is": config.prepare.scorers["as_it_is"]}
+    (report,) = data_report(Run.resolve(config), console=Console(file=io.StringIO()))
+    assert report.pairs == 4 and report.not_read == []
+
+    # Likewise of a judge with a template of its own, that has no room for an answer.
+    config.prepare.scorers = {}
+    config.judge.source = model["model"]
+    config.judge.layers = (-1,)
+    config.judge.chat_template = str(tmp_path / "as.jinja")
+    config.judge.max_length, config.judge.max_answer_length = 14, 6
+    (report,) = data_report(Run.resolve(config), console=Console(file=io.StringIO()))
+    assert [row["id"] for row in report.bad_rows] == ["no prompt"]
+    assert {"judged short"} <= {row["id"] for row in report.not_read}
+    assert all(r["reason"].startswith("config.judge.source: the judge") for r in report.not_read)
 
 
 def test_the_command(config, tmp_path, capsys):

@@ -137,7 +137,8 @@ def test_what_it_can_not_hold_or_have_is_told(inputs, tmp_path):
     config = config_of(
         inputs, data__on_bad_row="skip", judge__max_length=50, judge__max_answer_length=24
     )
-    with pytest.raises(BadExample, match="train.jsonl, example 1: the judge prompt takes"):
+    told = "example 1: config.judge.source: the judge prompt takes .*data.on_bad_row can't leave"
+    with pytest.raises(BadExample, match=told):
         run(config, tmp_path)
     with pytest.raises(ConfigError, match="judge.layers = .2,.*this model of 2 layers: -2 to 1"):
         Run.resolve(tiny.changed(config_of(inputs), {"judge__layers": (2,)})).source_layers  # noqa: B018

@@ -262,12 +262,13 @@ def test_a_scorer_reads_the_empty_messages_that_are_trained_on(inputs, tmp_path)
         (
             PLAIN.replace("m['content']", "m['content'] | replace('Because', 'As')"),
             {},
-            "config.prepare.scorers.x: .*train.jsonl, example 1: `chosen`: the chat template of",
+            "train.jsonl, example 1: config.prepare.scorers.x: `chosen`: the chat template of .*"
+            "data.on_bad_row can't leave it out.*accepted: data without such pairs",
         ),
         (
             "{% for m in messages if m['role'] != 'system' %}" + PLAIN.split("%}", 1)[1],
             {"prefix": "Be kind."},
-            "example 1: .* does not write the prefix .*prefix_role",
+            "example 1: config.prepare.scorers.x: .* does not write the prefix .*prefix_role",
         ),
     ],
 )
@@ -275,7 +276,43 @@ def test_what_can_not_be_aligned_is_refused_by_name(inputs, tmp_path, template, 
     (tmp_path / "other.jinja").write_text(template)
     named = {"x": {"chat_template": str(tmp_path / "other.jinja"), **scorer}}
     with pytest.raises(UserError, match=message):
-        run(config_with(inputs, named), tmp_path / "work")
+        run(config_with(inputs, named, data__on_bad_row="skip"), tmp_path / "work")
+
+
+def test_the_extra_end_token_is_scored_where_it_is_the_same_token(inputs, tmp_path):
+    """Here the template's end is the tokenizer's end token, which comes once more behind it."""
+    tiny.write_lines(tmp_path / "one.jsonl", [tiny.ROWS[3]])
+    for name, merges in (("model", ()), ("coarse", MERGES)):
+        tokenizer = tiny.byte_tokenizer(merges=merges, eos_token="<|im_end|>")
+        shape = tiny.HF_CONFIG | {"vocab_size": len(tokenizer), "num_hidden_layers": 2}
+        tiny.write_model(tmp_path / name, shape, tokenizer, lambda p: tiny.larger(p, 4.0))
+    named = {
+        "asked": {"prefix": "Be kind.", "prefix_role": "user"},
+        "coarse": {"model": str(tmp_path / "coarse" / "model")},
+    }
+    config = config_with(
+        inputs,
+        named,
+        model__source=str(tmp_path / "model" / "model"),
+        data__train=str(tmp_path / "one.jsonl"),
+        data__extra_end_token=True,
+    )
+    (found,) = run(config, tmp_path / "work")
+    own, coarse = (load_model(str(tmp_path / name / "model")) for name in ("model", "coarse"))
+    question, end = tiny.ROWS[3]["prompt"], "<|im_end|>\n<|im_end|>"
+    prompt = chatml(("user", question)) + "<|im_start|>assistant\n"
+    asked = prompt.replace(question, f"Be kind.\n\n{question}")
+    for side in SIDES:
+        text, ids = tiny.ROWS[3][side], found[f"{side}_ids"]
+        assert ids.tolist() == own.tokenizer.encode(text + end)[0]
+        scores = dict(zip(("asked", "coarse"), found[f"scores_{side}"], strict=True))
+        np.testing.assert_allclose(scores["asked"], logps_of(own, asked, text + end)[1], atol=1e-4)
+        # Another vocabulary: what closes has no number there, and the text keeps its sum.
+        of_text, closing = np.split(scores["coarse"], [len(text)])
+        np.testing.assert_allclose(
+            of_text.sum(), logps_of(coarse, prompt, text)[1].sum(), rtol=1e-4
+        )
+        assert len(closing) == 3 and not closing.any()
 
 
 def test_diff_is_the_weighting_of_that_name():

@@ -98,13 +98,15 @@ def test_d2po_counts_from_one_and_covers_closing_tokens():
     np.testing.assert_array_equal(weighting.d2po(response, gamma=1.0), np.array(mask))
 
 
-def test_reference_surprisal_and_policy_entropy_are_shares_of_the_length():
+def test_surprisal_and_entropies_are_shares_of_the_length():
     mask = [[True, True, True, False], [True, True, False, False], [False] * 4]
     values = np.array([[3.0, 0, 3, 9], [0, 0, 0, 0], [0] * 4])
     expected = [[1.5, 0, 1.5, 0], [1, 1, 0, 0], [0] * 4]
     response = ResponseTokens.of(mask, reference_logps_BT=-values, policy_entropy_BT=values)
     np.testing.assert_allclose(weighting.reference_surprisal(response), expected)
     np.testing.assert_allclose(weighting.policy_entropy(response), expected)
+    of_reference = ResponseTokens.of(mask, reference_entropy_BT=values)
+    np.testing.assert_allclose(weighting.reference_entropy(of_reference), expected)
     with pytest.raises(ValueError, match="policy_entropy_BT is not known here.*declares"):
         weighting.policy_entropy(ResponseTokens.of(mask))
 

@@ -23,8 +23,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--only",
         metavar="NAME,...",
-        help=f"what to measure, of {', '.join(suite_lib.MEASUREMENTS)}; all but policies, "
-        "int8 and generate_many if not given",
+        help=f"what to measure, of {', '.join(suite_lib.MEASUREMENTS)}; all but "
+        f"{', '.join(suite_lib.BY_NAME)} if not given",
     )
     parser.add_argument(
         "--peer",

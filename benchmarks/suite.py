@@ -215,6 +215,28 @@ def int8(suite: Suite) -> Measurement:
     return {"figures": figures | changed["figures"], "points": changed["points"]}
 
 
+def rollout(suite: Suite) -> Measurement:
+    """Judging for attention rollout beside judging for the last layer's attention, in turns."""
+    layers = {"last_layer": (-1,), "rollout": ("rollout",)}
+    with contextlib.ExitStack() as stack:
+        workers = {
+            side: stack.enter_context(suite.worker("judge", f"judge-{side}", layers=of_side))
+            for side, of_side in layers.items()
+        }
+        seconds: dict[str, list[float]] = {side: [] for side in workers}
+        for repeat in range(suite.repeats):
+            for side, worker in workers.items():
+                seconds[side].append(worker.repeat()["seconds"])
+            took = ", ".join(f"{side} {of_side[-1]:.2f} s" for side, of_side in seconds.items())
+            suite.say(f"  {repeat + 1}/{suite.repeats}: {took}")
+        peaks = {side: worker.finish()["peak_resident_bytes"] for side, worker in workers.items()}
+    median = {side: statistics.median(of_side) for side, of_side in seconds.items()}
+    figures = {f"{side}_seconds": of_side for side, of_side in median.items()}
+    figures["time_growth"] = median["rollout"] / median["last_layer"]
+    figures["memory_growth"] = peaks["rollout"] / peaks["last_layer"]
+    return {"figures": figures, "repeats": seconds}
+
+
 def first_step(suite: Suite) -> Measurement:
     """From starting `attnpo train` to its first line of metrics, compile cache empty and filled.
 
@@ -365,8 +387,10 @@ MEASUREMENTS: dict[str, Callable[[Suite], Measurement]] = {
     "memory": memory,
     "policies": policies,
     "int8": int8,
+    "rollout": rollout,
 }
-DEFAULT = tuple(name for name in MEASUREMENTS if name not in ("policies", "int8", "generate_many"))
+BY_NAME = ("policies", "int8", "generate_many", "rollout")
+DEFAULT = tuple(name for name in MEASUREMENTS if name not in BY_NAME)
 """What runs when nothing is asked for; `policies` and `generate_many` each take as long as all of
 it, and what int8 changes is no matter of the machine."""
 

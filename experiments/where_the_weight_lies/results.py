@@ -1,5 +1,7 @@
-"""The committed results: `runs.jsonl`, one line a run and split, and what is chosen from them."""
+"""The committed results: `runs.jsonl`, one line a run and split, what is chosen from them, and the
+pairs that the runs share, `pairs-TASK.jsonl.gz`."""
 
+import gzip
 import json
 import os
 import pathlib
@@ -56,16 +58,28 @@ class Results:
         lines = [json.dumps(self.rows[key]) + "\n" for key in ordered]
         write(self._path, "".join(lines))
 
+    def pairs(self, task: str) -> str | None:
+        """The text of the file of pairs that a task's runs trained on, if it is there."""
+        path = self._pairs_path(task)
+        return gzip.decompress(path.read_bytes()).decode() if path.exists() else None
+
+    def add_pairs(self, task: str, text: str) -> None:
+        """Keeps a task's pairs, so that runs elsewhere train on the same."""
+        write(self._pairs_path(task), gzip.compress(text.encode(), mtime=0))
+
+    def _pairs_path(self, task: str) -> pathlib.Path:
+        return self.folder / f"pairs-{task}.jsonl.gz"
+
     @staticmethod
     def _key(row: Mapping[str, Any]) -> tuple:
         return tuple(row[name] for name in _KEY)
 
 
-def write(path: pathlib.Path, text: str) -> None:
+def write(path: pathlib.Path, content: str | bytes) -> None:
     """Writes a file; it appears under its name when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    part.write_text(text)
+    part.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(part, path)
 
 

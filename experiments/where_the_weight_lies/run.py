@@ -86,8 +86,8 @@ class Lab:
             if row["task"] == self.task and of != self.pairs_digest():
                 raise SystemExit(
                     f"{self.results.folder} has runs on pairs {of}, {self.pairs} is "
-                    f"{self.pairs_digest()}: the base model's answers were others; accepted: the "
-                    "workdir of those runs, or another folder of --results"
+                    f"{self.pairs_digest()}: the base model's answers were others; accepted: a "
+                    "workdir without pairs, or another folder of --results"
                 )
 
     def row(self, arm: str, beta: float, rate: float, seed: int, split: str) -> dict:
@@ -103,8 +103,14 @@ class Lab:
 
 
 def make_pool(lab: Lab) -> None:
-    """The base model's answers, the pairs made of them, and the judge's and reference's passes."""
+    """The base model's answers, the pairs made of them, and the judge's and reference's passes.
+
+    Pairs that the results have are taken from there.
+    """
     config = arms_lib.shared_config(lab.pairs)
+    kept = lab.results.pairs(lab.task)
+    if kept is not None and not lab.pairs.exists():
+        write(lab.pairs, kept)
     if not lab.pairs.exists():
         # Until there are pairs, nothing reads them: the samples need none.
         run = Run.resolve(config, lab.pool)
@@ -117,6 +123,8 @@ def make_pool(lab: Lab) -> None:
         row = lab.row("base", 0.0, 0.0, 0, "train") | base
         lab.results.add(row | {"pairs": len(made), "pairs_sha256": lab.pairs_digest()})
     lab.refuse_other_pairs()
+    if kept is None:
+        lab.results.add_pairs(lab.task, lab.pairs.read_text())
     prepare.prepare(Run.resolve(config, lab.pool), console=lab.quiet)
 
 

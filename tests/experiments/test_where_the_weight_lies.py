@@ -147,3 +147,14 @@ def test_a_rerun_is_held_to_the_committed_figures(tmp_path, capsys):
     other.add(row | {"passes": [0]})
     assert not analyse.same(one, other)
     assert not analyse.same(one, results.Results(tmp_path / "none"))
+
+
+def test_results_keep_the_pairs_of_a_task(tmp_path):
+    of = results.Results(tmp_path)
+    assert of.pairs("no_the") is None
+    of.add_pairs("no_the", '{"id": "ü"}\n')
+    first = (tmp_path / "pairs-no_the.jsonl.gz").read_bytes()
+    of.add_pairs("no_the", '{"id": "ü"}\n')
+    assert results.Results(tmp_path).pairs("no_the") == '{"id": "ü"}\n'
+    assert (tmp_path / "pairs-no_the.jsonl.gz").read_bytes() == first
+    assert of.pairs("no_commas") is None

@@ -17,7 +17,7 @@ from attnpo_jax.config.fields import FIELDS
 from attnpo_jax.data import shards, sources
 from attnpo_jax.data.columns import AS_THEY_ARE
 from attnpo_jax.data.pair import NUMBERS, SIDES
-from attnpo_jax.data.prepared import PreparedWriter
+from attnpo_jax.data.prepared_writer import PreparedWriter
 from attnpo_jax.probe import pairs as marked_pairs
 from attnpo_jax.sweep.grid import grid
 

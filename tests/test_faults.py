@@ -28,7 +28,8 @@ import safetensors.numpy
 
 from attnpo_jax import cli
 from attnpo_jax import config as config_lib
-from attnpo_jax.data.prepared import Prepared, PreparedWriter
+from attnpo_jax.data.prepared import Prepared
+from attnpo_jax.data.prepared_writer import PreparedWriter
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.parallel import checkpoint
 from attnpo_jax.prepare import stage as prepare

@@ -15,7 +15,8 @@ import pytest
 from attnpo_jax import losses, weighting
 from attnpo_jax.config import default_config
 from attnpo_jax.data.batching import Example, RowShape, TrainBatches, fill_rows
-from attnpo_jax.data.prepared import Prepared, PreparedWriter
+from attnpo_jax.data.prepared import Prepared
+from attnpo_jax.data.prepared_writer import PreparedWriter
 from attnpo_jax.data.sources import load_pairs
 from attnpo_jax.data.tokenize import tokenize_pair
 from attnpo_jax.judge.judge import Judge

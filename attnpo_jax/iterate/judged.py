@@ -7,7 +7,8 @@ import numpy as np
 
 from attnpo_jax.data import column_sets, manifest, prepared
 from attnpo_jax.data.pair import SIDES
-from attnpo_jax.data.prepared import Prepared, PreparedWriter
+from attnpo_jax.data.prepared import Prepared
+from attnpo_jax.data.prepared_writer import PreparedWriter
 from attnpo_jax.data.sources import load_pairs
 from attnpo_jax.iterate import rounds
 from attnpo_jax.parallel import processes

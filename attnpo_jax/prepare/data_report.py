@@ -13,8 +13,9 @@ from rich.table import Table
 
 from attnpo_jax import config as config_lib
 from attnpo_jax.data.pair import BadExample, Pair
-from attnpo_jax.data.sources import load_pairs
+from attnpo_jax.data.sources import LoadedPairs, load_pairs
 from attnpo_jax.data.tokenize import ChatTokenizer
+from attnpo_jax.models.config import ModelConfig
 from attnpo_jax.prepare.look_ahead import Beyond
 from attnpo_jax.prepare.pair_forms import PairForms, PairTokenizer
 from attnpo_jax.prepare.readers import not_read_by_scorers
@@ -140,48 +141,54 @@ def data_report(
         judge=None if run.judge is None else run.judge.tokenizer,
         judge_vocab_size=None if run.judge is None else run.judge.shape.vocab_size,
     )
-    reports = []
-    for split in splits:
-        pairs = loaded[split].pairs
-        forms: list[_Figures] = []
-        bad_rows, not_read = list(loaded[split].bad_rows), []
-        beyond = None if model is None else Beyond(model.positions)
-        with CountProgress(
-            f"tokenize {split}", len(pairs), "pairs", bar=config.log.progress
-        ) as progress:
-            for start in range(0, len(pairs), _AT_A_TIME):
-                some = pairs[start : start + _AT_A_TIME]
-                done, refused = tokenize(some)
-                unread = [one for one in refused if isinstance(one, NotRead)]
-                unread += not_read_by_scorers(run, some, done)
-                not_read += [one.as_record() for one in unread]
-                refused = [one for one in refused if not isinstance(one, NotRead)]
-                ids = {one.id for one in unread}
-                done = [form for form in done if form.tokenized.id not in ids]
-                forms += map(_figures, done)
-                if beyond is not None:
-                    beyond.add(done)
-                bad_rows += [bad_row.as_record() for bad_row in refused]
-                progress.add(len(some))
-        if beyond is not None:
-            beyond.warn(split, len(pairs))
-        origins = {pair.id: pair.origin[0] for pair in pairs}
-        reports.append(
-            SplitReport(
-                split=split,
-                pairs=len(forms),
-                by_source=dict(collections.Counter(origins[form.id] for form in forms)),
-                bad_rows=bad_rows,
-                not_read=not_read,
-                weight_columns=loaded[split].weight_columns,
-                **_summed(forms),
-                positions=None if beyond is None else beyond.limit,
-                beyond_positions={} if beyond is None else beyond.counts,
-                examples=_examples(run, tokenize, pairs, forms),
-            )
-        )
+    reports = [_of_split(run, split, loaded[split], tokenize, model) for split in splits]
     _print(reports, as_json, console or Console())
     return reports
+
+
+def _of_split(
+    run: "Run",
+    split: str,
+    loaded: LoadedPairs,
+    tokenize: PairTokenizer,
+    model: ModelConfig | None,
+) -> SplitReport:
+    """What comes of a split's pairs when they are tokenized."""
+    pairs = loaded.pairs
+    figures: list[_Figures] = []
+    bad_rows, not_read = list(loaded.bad_rows), []
+    beyond = None if model is None else Beyond(model.positions)
+    with CountProgress(
+        f"tokenize {split}", len(pairs), "pairs", bar=run.config.log.progress
+    ) as progress:
+        for start in range(0, len(pairs), _AT_A_TIME):
+            some = pairs[start : start + _AT_A_TIME]
+            done, refused = tokenize(some)
+            unread = [one for one in refused if isinstance(one, NotRead)]
+            unread += not_read_by_scorers(run, some, done)
+            not_read += [one.as_record() for one in unread]
+            bad_rows += [one.as_record() for one in refused if not isinstance(one, NotRead)]
+            ids = {one.id for one in unread}
+            done = [forms for forms in done if forms.tokenized.id not in ids]
+            figures += map(_figures, done)
+            if beyond is not None:
+                beyond.add(done)
+            progress.add(len(some))
+    if beyond is not None:
+        beyond.warn(split, len(pairs))
+    origins = {pair.id: pair.origin[0] for pair in pairs}
+    return SplitReport(
+        split=split,
+        pairs=len(figures),
+        by_source=dict(collections.Counter(origins[of_pair.id] for of_pair in figures)),
+        bad_rows=bad_rows,
+        not_read=not_read,
+        weight_columns=loaded.weight_columns,
+        **_summed(figures),
+        positions=None if beyond is None else beyond.limit,
+        beyond_positions={} if beyond is None else beyond.counts,
+        examples=_examples(run, tokenize, pairs, figures),
+    )
 
 
 def _print(reports: Sequence[SplitReport], as_json: bool, console: Console) -> None:

@@ -18,6 +18,7 @@ from rich.table import Table
 from attnpo_jax.data import prepared
 from attnpo_jax.data.manifest import features, refused_ids
 from attnpo_jax.data.pair import BadExample
+from attnpo_jax.data.prepared_writer import PreparedWriter
 from attnpo_jax.data.sources import LoadedPairs, Pairs, load_pairs
 from attnpo_jax.judge.figures import judge_figures
 from attnpo_jax.judge.judge import SAMPLE
@@ -202,7 +203,7 @@ def _fill(run: "Run", passes: _Passes | None, split: Split) -> None:
         split = dataclasses.replace(split, pairs=split.pairs.without(refused), bad_rows=[])
     devices = () if passes is None else passes.backend.devices
     together = any(device.process_index != everyone.index for device in devices)
-    writer = prepared.PreparedWriter(
+    writer = PreparedWriter(
         split.path,
         split.components,
         len(split.pairs),
@@ -270,7 +271,7 @@ class _Shards:
     """
 
     split: Split
-    writer: prepared.PreparedWriter
+    writer: PreparedWriter
     tokenize: PairTokenizer
     columns: Sequence[Columns]
     together: bool

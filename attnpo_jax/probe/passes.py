@@ -11,7 +11,8 @@ import numpy as np
 from attnpo_jax.data.cache_key import cache_key
 from attnpo_jax.data.manifest import features, groups, with_groups
 from attnpo_jax.data.pair import SIDES, BadExample, Pair
-from attnpo_jax.data.prepared import Prepared, PreparedWriter, status
+from attnpo_jax.data.prepared import Prepared, status
+from attnpo_jax.data.prepared_writer import PreparedWriter
 from attnpo_jax.data.tokenize import tokenize_pair
 from attnpo_jax.data.vocabulary import check_ids
 from attnpo_jax.judge.judge import Judge

@@ -116,34 +116,19 @@ def _train(run: "Run") -> None:
     )
     compiled = compile_step(config, settings, backend, len(batches))
     eval_step = backend.eval_step(make_eval_step(settings, backend.axis_name), reference)
-    first = processes.is_first()
     samples = sampling_hooks(run, backend)
     is_of = identity(config, run.model, data["train"])
     evaluations = evaluation_hooks(run, backend, is_of)
 
-    with Checkpoints(
-        checkpoint_folder,
-        is_of,
-        keep=config.train.keep_checkpoints,
-    ) as checkpoints:
+    with Checkpoints(checkpoint_folder, is_of, keep=config.train.keep_checkpoints) as checkpoints:
         state, restored = _start(run, backend, compiled, checkpoints)
         state = _with_reference(run, backend, reference, state)
         start = int(state.step)
-        if first:
-            atomic.write_atomically(
-                run.workdir / "config.json", config_lib.to_json(config).encode()
-            )
+        _keep_config(run)
         _say_where_it_begins(run, start if restored else None, len(batches))
-        bar = config.log.progress and first and start < len(batches)
+        bar = config.log.progress and processes.is_first() and start < len(batches)
         with (
-            MetricsWriter(
-                run.workdir,
-                start,
-                log=config.log,
-                config=config.to_dict(),
-                log_every=config.train.log_every,
-                writes=first,
-            ) as metrics,
+            _metrics(run, start) as metrics,
             preemption.watch_steps(start) as notice,
             TrainProgress(len(batches), start, bar=bar) as progress,
             _recorded(run, start, len(batches)),
@@ -185,6 +170,24 @@ def _train(run: "Run") -> None:
                 ],
                 checkpoints,
             )
+
+
+def _keep_config(run: "Run") -> None:
+    """Keeps the config with what comes of it."""
+    if processes.is_first():
+        path = run.workdir / "config.json"
+        atomic.write_atomically(path, config_lib.to_json(run.config).encode())
+
+
+def _metrics(run: "Run", start: int) -> MetricsWriter:
+    return MetricsWriter(
+        run.workdir,
+        start,
+        log=run.config.log,
+        config=run.config.to_dict(),
+        log_every=run.config.train.log_every,
+        writes=processes.is_first(),
+    )
 
 
 def _show_summary(run: "Run", console: Console) -> None:

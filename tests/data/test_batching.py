@@ -8,7 +8,8 @@ import pytest
 
 from attnpo_jax.data.batching import EvalBatches, Example, RowShape, TrainBatches, fill_rows
 from attnpo_jax.data.packing import choose_buckets, pack, plan_batches
-from attnpo_jax.data.prepared import Prepared, PreparedWriter
+from attnpo_jax.data.prepared import Prepared
+from attnpo_jax.data.prepared_writer import PreparedWriter
 from attnpo_jax.runtime.errors import UserError
 
 NUM_SOURCES = 2

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from attnpo_jax.data import manifest
-from attnpo_jax.data.prepared import Prepared, PreparedWriter, status
+from attnpo_jax.data.prepared import Prepared, status
+from attnpo_jax.data.prepared_writer import PreparedWriter
 from attnpo_jax.runtime.errors import UserError
 from tests.data.test_prepared import COMPONENTS, prepare
 

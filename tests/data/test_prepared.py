@@ -14,7 +14,8 @@ import pytest
 from attnpo_jax.data import shards
 from attnpo_jax.data.batching import Example, RowShape, fill_rows
 from attnpo_jax.data.manifest import PreparedMismatch, fingerprint
-from attnpo_jax.data.prepared import DamagedShard, Prepared, PreparedWriter, status
+from attnpo_jax.data.prepared import DamagedShard, Prepared, status
+from attnpo_jax.data.prepared_writer import PreparedWriter
 from attnpo_jax.runtime import atomic
 
 COMPONENTS = {

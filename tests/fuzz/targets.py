@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from attnpo_jax import config as config_lib
 from attnpo_jax.data.chat_template import Conversation
-from attnpo_jax.data.prepared import Prepared, PreparedWriter
+from attnpo_jax.data.prepared import Prepared
+from attnpo_jax.data.prepared_writer import PreparedWriter
 from attnpo_jax.data.sources import load_pairs
 from attnpo_jax.data.tokenize import ChatTokenizer
 from attnpo_jax.evaluate import alpaca_eval, arena_hard, mt_bench

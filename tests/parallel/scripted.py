@@ -127,7 +127,7 @@ def terminate(number=signal.SIGTERM):
 
 
 def _while_preparing(told, last):
-    from attnpo_jax.data.prepared import PreparedWriter
+    from attnpo_jax.data.prepared_writer import PreparedWriter
     from attnpo_jax.prepare import stage as prepare
 
     compute, write, begun = prepare.shard_rows, PreparedWriter.write, []

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from attnpo_jax import config as config_lib
 from attnpo_jax import losses, weighting
-from attnpo_jax.data.prepared import Prepared, PreparedWriter
+from attnpo_jax.data.prepared import Prepared
+from attnpo_jax.data.prepared_writer import PreparedWriter
 from attnpo_jax.judge.judge import Judge
 from attnpo_jax.judge.language_model import load_model
 from attnpo_jax.models import decoder

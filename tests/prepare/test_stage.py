@@ -26,7 +26,8 @@ from attnpo_jax.config import ConfigError
 from attnpo_jax.data.batching import EvalBatches
 from attnpo_jax.data.manifest import PreparedMismatch
 from attnpo_jax.data.pair import BadExample
-from attnpo_jax.data.prepared import DamagedShard, Prepared, PreparedWriter
+from attnpo_jax.data.prepared import DamagedShard, Prepared
+from attnpo_jax.data.prepared_writer import PreparedWriter
 from attnpo_jax.data.sources import load_pairs
 from attnpo_jax.export.weights import export_weights
 from attnpo_jax.judge.figures import judge_figures

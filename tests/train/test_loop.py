@@ -8,7 +8,8 @@ import pytest
 
 from attnpo_jax import config as config_lib
 from attnpo_jax import losses
-from attnpo_jax.data.prepared import Prepared, PreparedWriter
+from attnpo_jax.data.prepared import Prepared
+from attnpo_jax.data.prepared_writer import PreparedWriter
 from attnpo_jax.parallel.checkpoint import CheckpointMismatch
 from attnpo_jax.run import Run
 from attnpo_jax.runtime import metrics

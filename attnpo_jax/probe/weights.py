@@ -21,7 +21,7 @@ from attnpo_jax.weighting import ResponseTokens, Source
 ORDERS = ("mean", "first", "second", "contrast")
 DECAY = 0.98  # `weighting.d2po`'s own; what AUC it has does not depend on it
 BASELINES = ("uniform", "decay", "surprisal", "diff")
-_AT_ONCE = 128  # responses whose attention is padded to one length
+_AT_ONCE = 128  # responses of a batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,43 +113,54 @@ def weigh(
       family: one of `families`.
       sources: the judge's, as the dataset has them.
     """
-    first, places = family[0], ()
-    if first.layer is not None:
-        at = {source: place for place, source in enumerate(sources)}
-        places = tuple(tuple(at[source] for source in kind.sources) for kind in family)
+    first = family[0]
+    at = {source: place for place, source in enumerate(sources)}
+    places = [at[s] for kind in family for s in kind.sources if kind.layer is not None]
+    # All batches have one shape: less is compiled than padding costs.
+    length = round_up(max(row[f"{side}_text_length"] for row in rows for side in SIDES))
     found: list[np.ndarray] = []
     for start in range(0, len(rows), _AT_ONCE // 2):
         some = rows[start : start + _AT_ONCE // 2]
-        weights_RKT = _without_rounding(np.asarray(_family(first, places, _responses(some))))
+        responses = _responses(some, places, length)
+        if first.layer is None:
+            weights_RKT = _baselines(responses)
+        else:
+            weights_RKT = _of_attention(
+                responses, len(family), first.order, first.fix_sink, first.times_diff
+            )
+        weights_RKT = _without_rounding(np.asarray(weights_RKT))
         lengths = [row[f"{side}_text_length"] for row in some for side in SIDES]
         found += [weights_RKT[r, :, :n] for r, n in enumerate(lengths)]
     return found
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _family(first: Kind, places: tuple[tuple[int, ...], ...], batch: ResponseTokens) -> jax.Array:
-    """The family's weights (B, K, T); `places` of each kind's sources on the axis S."""
-    text_BT = batch.text_mask_BT
-    if first.layer is None:
-        kinds = (
-            weighting.uniform(batch),
-            weighting.d2po(batch, gamma=DECAY),
-            weighting.reference_surprisal(batch),
-            weighting.diff(batch),
-        )
-        return jnp.stack([weighting.to_length(x_BT, text_BT) for x_BT in kinds], axis=1)
-    shares_BST = weighting.attention_shares(
-        batch.judge_B2ST[:, :, sum(places, ())],
-        text_BT,
-        fix_sink=first.fix_sink,
-        order=first.order,
+@jax.jit
+def _baselines(responses: ResponseTokens) -> jax.Array:
+    """Weights (R, K, T) by the `BASELINES`."""
+    kinds = (
+        weighting.uniform(responses),
+        weighting.d2po(responses, gamma=DECAY),
+        weighting.reference_surprisal(responses),
+        weighting.diff(responses),
     )
-    shares_BST = shares_BST.reshape(len(text_BT), len(places), -1, text_BT.shape[1]).mean(axis=2)
-    if first.times_diff:
-        kept_BST = shares_BST * weighting.diff(batch)[:, None]
+    return jnp.stack([weighting.to_length(x, responses.text_mask_BT) for x in kinds], axis=1)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _of_attention(
+    responses: ResponseTokens, kinds: int, order: str, fix_sink: bool, times_diff: bool
+) -> jax.Array:
+    """Weights (R, K, T) of so many kinds, each the mean of as many sources, one after the other."""
+    text_RT = responses.text_mask_BT
+    shares_RST = weighting.attention_shares(
+        responses.judge_B2ST, text_RT, fix_sink=fix_sink, order=order
+    )
+    shares_RKT = shares_RST.reshape(len(text_RT), kinds, -1, text_RT.shape[1]).mean(axis=2)
+    if times_diff:
+        kept_RKT = shares_RKT * weighting.diff(responses)[:, None]
         each = jax.vmap(weighting.to_length, in_axes=(1, None), out_axes=1)
-        return each(kept_BST, text_BT)
-    return shares_BST * jnp.sum(text_BT, axis=-1)[:, None, None]
+        return each(kept_RKT, text_RT)
+    return shares_RKT * jnp.sum(text_RT, axis=-1)[:, None, None]
 
 
 def _without_rounding(x: np.ndarray) -> np.ndarray:
@@ -158,18 +169,19 @@ def _without_rounding(x: np.ndarray) -> np.ndarray:
     return np.ldexp(np.round(mantissa * 2**18), exponent - 18)
 
 
-def _responses(rows: Sequence[Mapping[str, Any]]) -> ResponseTokens:
-    """The rows' responses, text tokens alone, padded to few lengths."""
+def _responses(
+    rows: Sequence[Mapping[str, Any]], places: Sequence[int], length: int
+) -> ResponseTokens:
+    """The rows' responses, text tokens alone, with some of the judge's sources."""
     texts = [row[f"{side}_ids"][: row[f"{side}_text_length"]] for row in rows for side in SIDES]
-    R, T = _AT_ONCE, round_up(max(map(len, texts)))
-    S = rows[0]["judge_chosen"].shape[1]
+    R, S, T = _AT_ONCE, len(places), length
     tokens, partners = (np.full((R, T), -1, np.int32) for _ in range(2))
     judge, logps = np.zeros((R, 2, S, T), np.float32), np.zeros((R, T), np.float32)
     for r, text in enumerate(texts):
         row, side, n = rows[r // 2], SIDES[r % 2], len(text)
         other = texts[r ^ 1]
         tokens[r, :n], partners[r, : len(other)] = text, other
-        judge[r, :, :, :n] = row[f"judge_{side}"]
+        judge[r, :, :, :n] = row[f"judge_{side}"][:, places]
         # Of answers against themselves there are none, and nobody weighs by them.
         logps[r, :n] = row.get(f"ref_{side}_logps", logps[r])[:n]
     return ResponseTokens.of(

@@ -175,7 +175,8 @@ class Judging:
 
     def __init__(self, spec: Spec):
         config, self._pairs = _config(spec), _pairs(spec)
-        config.judge.layers = tuple(spec.get("layers", config.judge.layers))
+        if "layers" in spec:
+            config.judge.layers = tuple(spec["layers"])
         model = _model(config)
         self._judge = _judge(config, model)
         self._prompts = [self._judge.prompter.build(pair) for pair in self._pairs]

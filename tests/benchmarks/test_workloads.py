@@ -50,9 +50,18 @@ def test_a_worker_answers_and_says_what_memory_it_had(scratch):
         assert worker.finish()["peak_resident_bytes"] > 2**20
 
 
-@pytest.mark.parametrize("name", ["judge", "reference", "train", "tokenize"])
-def test_a_pass_over_the_pairs(run, name):
-    info, done = run(name)
+@pytest.mark.parametrize(
+    "name, spec",
+    [
+        ("judge", {}),
+        ("judge", {"layers": ["rollout"]}),
+        ("reference", {}),
+        ("train", {}),
+        ("tokenize", {}),
+    ],
+)
+def test_a_pass_over_the_pairs(run, name, spec):
+    info, done = run(name, **spec)
     assert info["pairs"] == PAIRS
     # Both responses of a pair have 60 characters at least.
     assert info["tokens"] > PAIRS * 2 * 10

@@ -57,7 +57,9 @@ def settings_of(run: "Run", evaluator: Evaluator, subject: Subject | None) -> di
     if subject is not None:
         digests = {subject.resolved: subject.digest}
         for which in evaluator.others(run.config):
-            if (name := resolved(run, which)) not in digests:
+            # While it is trained, there is no checkpoint of it yet.
+            is_itself = which == subject.which
+            if not is_itself and (name := resolved(run, which)) not in digests:
                 digests[name] = digest_of(run, which)
         settings[MODELS] = digests
     return json.loads(json.dumps(settings))

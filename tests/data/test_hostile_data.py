@@ -201,6 +201,7 @@ def test_the_report_on_hostile_data_prints_plain_text(name):
         pairs=1,
         by_source={text: 1},
         bad_rows=[{"file": text, "row": 1, "reason": text}],
+        not_read=[{"file": text, "row": 1, "reason": text}],
         lengths={},
         truncated={},
         positions=None,

@@ -18,8 +18,8 @@ from attnpo_jax.data.pair import BadExample, Message, extra_fields
 from attnpo_jax.data.template_process import Refused, StuckTemplate, process
 from attnpo_jax.runtime.errors import UserError
 
-# Private-use characters, which templates neither trim nor branch on, around what no text holds.
-_NONCE = uuid.uuid4().hex
+# Private-use characters, in an order that no text holds; templates neither trim nor look for them.
+_NONCE = "".join(chr(0xE100 + byte) for byte in uuid.uuid4().bytes)
 MARK = f"\ue000{_NONCE}\ue001"
 _NUMBERED = f"\ue000{_NONCE}.{{}}\ue001"
 _NUMBERED_RE = re.compile(_NUMBERED.format("([0-9]+)"))

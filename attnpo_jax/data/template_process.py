@@ -7,6 +7,7 @@ go and rendered while this process is at work on those before.
 
 import atexit
 import collections
+import contextlib
 import json
 import os
 import pathlib
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from attnpo_jax.runtime.errors import UserError
@@ -93,7 +94,7 @@ class TemplateProcess:
           conversations: by template; each as JSON: [messages, tools or null, whether the generation
             prompt is wanted, variables].
         """
-        with self._lock:
+        with self._to_its_end():
             self._done, self._older, self._kept = {}, self._done, 0
             for template, texts in conversations.items():
                 if self._strikes[template] < _STRIKES:
@@ -106,7 +107,7 @@ class TemplateProcess:
           StuckTemplate: the template had the process ended several times in a row.
         """
         request = (template, conversation)
-        with self._lock:
+        with self._to_its_end():
             if request in self._older:
                 return self._older[request]
             while request not in self._done and request in self._waiting:
@@ -123,6 +124,20 @@ class TemplateProcess:
                 self._send([request])
                 self._receive()
             return self._done[request]
+
+    @contextlib.contextmanager
+    def _to_its_end(self) -> Iterator[None]:
+        """Holds the lock. What is cut off in between (Ctrl-C in a notebook) ends the process: its
+        answers would be taken for those to other requests.
+        """
+        with self._lock:
+            try:
+                yield
+            except UserError:
+                raise
+            except BaseException:
+                self.stop()
+                raise
 
     def _forget(self) -> None:
         self._pending.clear()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import transformers
 
+from attnpo_jax.data import chat_template
 from attnpo_jax.data.formats import pair_of_example
 from attnpo_jax.data.pair import BadExample
 from attnpo_jax.data.tokenize import ChatTokenizer, tokenize_pair
@@ -205,3 +206,9 @@ def without_marks(message):
     for mark in MARKS:
         content = content.replace(mark, "x")
     return message | {"content": content}
+
+
+def test_marks_hold_nothing_that_a_template_looks_for():
+    """With hex digits in it, one in 140 programs had a mark with "def" inside."""
+    assert all("\ue000" <= character <= "\uf8ff" for character in chat_template.MARK)
+    assert len(set(chat_template.MARK)) > 8

@@ -124,6 +124,28 @@ def test_ctrl_c_leaves_it_alone(limited):
     assert template("b").render(ASKED) == "b"
 
 
+@pytest.mark.parametrize("at", range(12))
+def test_who_is_interrupted_takes_no_answer_for_another_s(limited, monkeypatch, at):
+    """Ctrl-C in a notebook, where the process lives on: after so many lines are read."""
+    plain = template("{{ messages[0].content }}")
+    asked = [Conversation(({"role": "user", "content": str(i)},)) for i in range(20)]
+    line, calls = limited._line, []
+
+    def interrupted():
+        found = line()
+        calls.append(found)
+        if len(calls) == at + 1:
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(limited, "_line", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        plain.announce(asked)
+        for conversation in asked:
+            plain.render(conversation)
+    assert [plain.render(c) for c in reversed(asked)] == [str(i) for i in reversed(range(20))]
+
+
 def test_conversations_that_are_announced_take_one_message_each(limited, monkeypatch):
     sent = []
     send = limited._send

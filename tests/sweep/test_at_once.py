@@ -80,12 +80,16 @@ def test_processes_keep_to_a_kind_and_out_of_each_other_s(tmp_path):
 
 
 def test_what_an_end_raises_ends_the_processes(tmp_path, stands_in):
+    tasks = tasks_of(tmp_path, "a", "lasts")
+    log = tasks[1].log
+
     def ended(task, failed, code):
+        _wait_for(log)
         raise ValueError(task)
 
     with pytest.raises(ValueError, match="a"):
-        at_once.run_all({"config": "x"}, tasks_of(tmp_path, "a", "lasts"), 2, ended)
-    assert not _lives(int((tmp_path / "lasts" / "log.txt").read_text().split()[0]))
+        at_once.run_all({"config": "x"}, tasks, 2, ended)
+    assert not _lives(int(log.read_text().split()[0]))
 
 
 def test_who_is_told_to_stop_tells_the_processes(tmp_path, stands_in):
@@ -93,14 +97,18 @@ def test_who_is_told_to_stop_tells_the_processes(tmp_path, stands_in):
     log = tasks[0].log
 
     def stop():
-        while not (log.exists() and log.read_text().endswith("\n")):
-            time.sleep(0.02)
+        _wait_for(log)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop, daemon=True).start()
     with pytest.raises(Preempted):
         at_once.run_all({"config": "x"}, tasks, 1, print)
     assert not _lives(int(log.read_text().split()[0]))
+
+
+def _wait_for(log):
+    while not (log.exists() and log.read_text().endswith("\n")):
+        time.sleep(0.02)
 
 
 def _lives(pid):

@@ -155,16 +155,27 @@ def show(found: Mapping[str, Any]) -> None:
 
 
 def same(mine: Results, theirs: Results) -> bool:
-    """Prints which runs both have; whether there are any, and all their figures are the same."""
-    both = sorted(set(mine.rows) & set(theirs.rows), key=str)
-    equal = bool(both)
-    for key in both:
+    """Prints how the runs that both have compare.
+
+    Logits round otherwise on another kind of processor, so that runs of two kinds are shown and
+    decide nothing.
+
+    Returns:
+      Whether there are runs of the same device, and all their figures are the same.
+    """
+    held = []
+    for key in sorted(set(mine.rows) & set(theirs.rows), key=str):
         one, other = mine.rows[key], theirs.rows[key]
         agree = one["passes"] == other["passes"] and all(one[n] == other[n] for n in _SHOWN)
-        equal &= agree
         shown = "the same" if agree else f"pass {one['pass']} here, {other['pass']} there"
+        if one.get("device") == other.get("device"):
+            held.append(agree)
+        else:
+            shown += f", on {one.get('device')} here and {other.get('device')} there"
         print(*key, shown, sep="  ")
-    return equal
+    if not held:
+        print("no run of the same device to hold against each other")
+    return bool(held) and all(held)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -120,7 +120,7 @@ def make_pool(lab: Lab) -> None:
         write(lab.pairs, "".join(json.dumps(row) + "\n" for row in made))
         base = scores(records, TASKS[lab.task])
         lab.refuse_other_pairs()
-        row = lab.row("base", 0.0, 0.0, 0, "train") | base
+        row = lab.row("base", 0.0, 0.0, 0, "train") | base | {"device": _device()}
         lab.results.add(row | {"pairs": len(made), "pairs_sha256": lab.pairs_digest()})
     lab.refuse_other_pairs()
     if kept is None:
@@ -134,7 +134,8 @@ def base_figures(lab: Lab) -> None:
     for split in ("validation", "test"):
         if lab.results.find(**lab.row("base", 0.0, 0.0, 0, split)) is None:
             records = lab.sample(Run.resolve(config, lab.pool), split, "base")
-            lab.results.add(lab.row("base", 0.0, 0.0, 0, split) | scores(records, TASKS[lab.task]))
+            row = lab.row("base", 0.0, 0.0, 0, split) | scores(records, TASKS[lab.task])
+            lab.results.add(row | {"device": _device()})
 
 
 def do_run(
@@ -168,6 +169,15 @@ def do_run(
 
 def _about(lab: Lab, training: float, sampling: float) -> dict:
     """How long it took, where, and of which pairs."""
+    return {
+        "pairs_sha256": lab.pairs_digest(),
+        "training_seconds": round(training, 1),
+        "sampling_seconds": round(sampling, 1),
+        "device": _device(),
+    }
+
+
+def _device() -> str:
     cpu = next(
         (
             line.partition(":")[2].strip()
@@ -176,12 +186,7 @@ def _about(lab: Lab, training: float, sampling: float) -> dict:
         ),
         "",
     )
-    return {
-        "pairs_sha256": lab.pairs_digest(),
-        "training_seconds": round(training, 1),
-        "sampling_seconds": round(sampling, 1),
-        "device": f"{os.cpu_count()} x {cpu}, {jax.devices()[0].platform}, jax {jax.__version__}",
-    }
+    return f"{os.cpu_count()} x {cpu}, {jax.devices()[0].platform}, jax {jax.__version__}"
 
 
 def best_setting(lab: Lab, arm: str) -> tuple[float, float]:

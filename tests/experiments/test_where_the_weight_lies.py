@@ -147,6 +147,13 @@ def test_a_rerun_is_held_to_the_committed_figures(tmp_path, capsys):
     other.add(row | {"passes": [0]})
     assert not analyse.same(one, other)
     assert not analyse.same(one, results.Results(tmp_path / "none"))
+    elsewhere = results.Results(tmp_path / "elsewhere")
+    elsewhere.add(row | {"device": "another", "passes": [0]})
+    assert not analyse.same(one, elsewhere)  # nothing to hold against each other
+    elsewhere.add(row | {"seed": 1, "device": "another"})
+    one.add(row | {"seed": 1, "device": "another"})
+    assert analyse.same(one, elsewhere)
+    assert "there, on None here and another there" in capsys.readouterr().out
 
 
 def test_results_keep_the_pairs_of_a_task(tmp_path):

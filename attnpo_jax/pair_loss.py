@@ -287,38 +287,16 @@ def pair_losses(
     """
     # The reference is frozen, and a weighting that reads the policy is not differentiated through.
     weights, reference = jax.lax.stop_gradient((weigh(responses), responses.reference_logps_BT))
-    mask, T = responses.mask_BT, policy_BT.shape[-1]
-    free = traits(objective).reference_free
-
-    def score(weights, side):
-        def of_side(x_BT):
-            return x_BT.reshape(-1, 2, T)[:, side]
-
-        def total(x_BT, where=None):
-            return None if x_BT is None else jnp.sum(of_side(x_BT), axis=-1, where=where)
-
-        w, pi, m = of_side(weights), of_side(policy_BT), of_side(mask)
-        if free:
-            remedy = "the objective declares reference_free=True, so it is to read none"
-            reference_B, reference_sum_B = (
-                NotComputed(name, remedy) for name in ("reference_B", "reference_sum_B")
-            )
-        else:
-            reference_B = jnp.sum(w * of_side(reference), axis=-1)
-            reference_sum_B = total(reference, m)
-        return ResponseScores(
-            policy_B=jnp.sum(w * pi, axis=-1),
-            reference_B=reference_B,
-            # An objective may divide by these. For empty slots they are 1: a NaN there would get
-            # into the gradient, although the slot's loss is left out.
-            weight_B=jnp.where(valid_P, jnp.sum(w, axis=-1), 1),
-            length_B=jnp.where(valid_P, jnp.sum(m, axis=-1), 1),
-            policy_sum_B=total(policy_BT, m),
-            reference_sum_B=reference_sum_B,
-            collision_sum_B=total(responses.policy_collision_BT),
-            kl_B=total(kl_BT),
-            margin_B=margin_P if side == 0 else None,
-        )
+    mask = responses.mask_BT
+    score = functools.partial(
+        _score,
+        policy_BT=policy_BT,
+        reference_BT=None if traits(objective).reference_free else reference,
+        responses=responses,
+        valid_P=valid_P,
+        margin_P=margin_P,
+        kl_BT=kl_BT,
+    )
 
     def rounding(weights):
         """What rounding makes of the pairs' margins of log-ratios (P,)."""
@@ -344,6 +322,50 @@ def pair_losses(
     }
     return loss_P, jax.tree.map(
         lambda x: jnp.where(valid_P, x, 0.0), jax.lax.stop_gradient(metrics)
+    )
+
+
+def _score(
+    weights_BT: jax.Array,
+    side: int,
+    *,
+    policy_BT: jax.Array,
+    reference_BT: jax.Array | None,
+    responses: ResponseTokens,
+    valid_P: jax.Array,
+    margin_P: jax.Array | None,
+    kl_BT: jax.Array | None,
+) -> ResponseScores:
+    """What an objective reads of the chosen responses (side 0) or the rejected ones (side 1)."""
+    T = policy_BT.shape[-1]
+
+    def of_side(x_BT):
+        return x_BT.reshape(-1, 2, T)[:, side]
+
+    def total(x_BT, where=None):
+        return None if x_BT is None else jnp.sum(of_side(x_BT), axis=-1, where=where)
+
+    w, pi, m = of_side(weights_BT), of_side(policy_BT), of_side(responses.mask_BT)
+    if reference_BT is None:
+        remedy = "the objective declares reference_free=True, so it is to read none"
+        reference_B, reference_sum_B = (
+            NotComputed(name, remedy) for name in ("reference_B", "reference_sum_B")
+        )
+    else:
+        reference_B = jnp.sum(w * of_side(reference_BT), axis=-1)
+        reference_sum_B = total(reference_BT, m)
+    return ResponseScores(
+        policy_B=jnp.sum(w * pi, axis=-1),
+        reference_B=reference_B,
+        # An objective may divide by these. For empty slots they are 1: a NaN there would get
+        # into the gradient, although the slot's loss is left out.
+        weight_B=jnp.where(valid_P, jnp.sum(w, axis=-1), 1),
+        length_B=jnp.where(valid_P, jnp.sum(m, axis=-1), 1),
+        policy_sum_B=total(policy_BT, m),
+        reference_sum_B=reference_sum_B,
+        collision_sum_B=total(responses.policy_collision_BT),
+        kl_B=total(kl_BT),
+        margin_B=margin_P if side == 0 else None,
     )
 
 

@@ -10,8 +10,8 @@ With a mask, such a kernel computes all of a row's square, and reads the mask be
 Branch 2 is in two of them; what its queries get there is weighed by the parts' sums of exponentials
 (Dao et al. 2022, arXiv 2205.14135, section 3.1). A shared past is a part of its own. In the
 backward pass a part's gradient is what a flash kernel gives for it, were it told the output and the
-log-sum-exp of the whole in place of the part's own: with p = exp(score - log-sum-exp), the
-gradient of a score is p * (d_out . value - d_out . out) in whichever part it is (algorithm 4 there).
+log-sum-exp of the whole in place of the part's own: with p = exp(score - log-sum-exp), the gradient
+of a score is p * (d_out . value - d_out . out), whichever part it is in (algorithm 4 there).
 
 Where a pair's pieces stand is data: every row has its own lengths, and may hold several pairs. A
 kernel is told for each row how many queries and how many keys count, from the start of its arrays
@@ -216,12 +216,11 @@ def _backward(scale, part, residuals, d_out_BLNH):
     d_past = None
     if past is not None:
         run = _over_past(part.backward, B * L, past, scale)
-        of_out = map(_as_one, (out_BLNH, log_sums_BLN, d_out_BLNH))
-        out, log_sums, d_out = of_out
-        keys_values = past.keys[None], past.values[None]
-        found = run(_as_one(q_BLNH), *keys_values, out, log_sums.swapaxes(1, 2), d_out)
+        q, out, log_sums, d_out = map(_as_one, (q_BLNH, out_BLNH, log_sums_BLN, d_out_BLNH))
+        of_out = out, log_sums.swapaxes(1, 2), d_out
+        found = run(q, past.keys[None], past.values[None], *of_out)
         d_q.append(found[0].reshape(q_BLNH.shape).astype(jnp.float32))
-        d_past = Past(*(d[0].astype(p.dtype) for d, p in zip(found[1:], (past.keys, past.values))))
+        d_past = Past(found[1][0], found[2][0])
     totals = (sum(d).astype(x.dtype) for d, x in zip((d_q, d_k, d_v), residuals, strict=False))
     return *totals, d_past, None
 
@@ -266,7 +265,7 @@ def _cut(x_BL: jax.Array, piece: _Piece, length: int) -> jax.Array:
 
 
 def _paste(x_BT: jax.Array, piece: _Piece, L: int, fill: float = 0.0) -> jax.Array:
-    """x (B, T, ...) back at the piece's place in rows (B, L, ...), float32, and `fill` elsewhere."""
+    """x (B, T, ...) at the piece's place in rows (B, L, ...), float32, and `fill` elsewhere."""
     places_BL = jnp.arange(L)[None]
     if piece.start_B is not None:
         places_BL = places_BL - piece.start_B[:, None]

@@ -61,6 +61,7 @@ def backward(q, k, v, query_count, key_count, out, log_sums, d_out, *, causal, s
 
 
 XLA = split.Part(forward, backward)
+PLAIN = ScoreRule()
 
 # --- Rows -----------------------------------------------------------------------------------------
 
@@ -102,31 +103,35 @@ def random(seed, *shape, dtype=jnp.float32):
     return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
 
 
-def check(layout, *, rule=ScoreRule(), past_length=0, heads=(4, 2), dtype=jnp.float32, tolerance):
+def parts(q, k, v, past, layout, rule):
+    return split.attend(q, k, v, past, split.Pieces.of(layout), rule=rule, part=XLA)
+
+
+def whole(q, k, v, past, layout, rule):
+    return core.attend(q, k, v, layout, rule=rule, past=past)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def run(compute, rule, layout, d_out, *arrays):
+    """Outputs, 0 where there is padding, and the gradients of all arrays."""
+    real = (layout.branch_BL > 0)[..., None, None]
+    out, pull = jax.vjp(lambda *arrays: compute(*arrays, layout, rule), *arrays)
+    return jnp.where(real, out, 0), *pull(jnp.where(real, d_out, 0).astype(out.dtype))
+
+
+def check(layout, *, rule=PLAIN, past_length=0, heads=(4, 2), dtype=jnp.float32, tolerance=1e-5):
     """Outputs and all gradients, the past's too, are those of `core.attend` in float32."""
     (B, L), (N, K) = layout.branch_BL.shape, heads
-    qkv = [random(i, B, L, n, 16, dtype=dtype) for i, n in enumerate((N, K, K))]
+    q, k, v = (random(i, B, L, n, 16, dtype=dtype) for i, n in enumerate((N, K, K)))
     past = Past(*(random(i, past_length, K, 16, dtype=dtype) for i in (3, 4)))
-    past = past if past_length else None
-    d_out = jnp.where((layout.branch_BL > 0)[..., None, None], random(5, B, L, N, 16), 0)
+    arrays = (q, k, v, past if past_length else None)
     assert split.serves(layout, rule, past_length)
-
-    def run(compute, *arrays):
-        out, pull = jax.vjp(compute, *arrays)
-        return jnp.where(d_out == 0, 0, out), *pull(d_out.astype(out.dtype))
-
-    def ours(q, k, v, past):
-        pieces = split.Pieces.of(layout)
-        return split.attend(q, k, v, past, pieces, rule=rule, part=XLA)
-
-    def theirs(q, k, v, past):
-        return core.attend(q, k, v, layout, rule=rule, past=past)
-
-    exact = jax.tree.map(lambda x: x.astype(jnp.float32), (*qkv, past))
-    want = jax.jit(functools.partial(run, theirs))(*exact)
-    got = jax.jit(functools.partial(run, ours))(*qkv, past)
-    assert jax.tree.map(lambda x: x.dtype, got[1:]) == jax.tree.map(lambda _: dtype, want[1:])
-    for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+    d_out = random(5, B, L, N, 16)
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32), arrays)
+    want = jax.tree.leaves(run(whole, rule, layout, d_out, *exact))
+    got = jax.tree.leaves(run(parts, rule, layout, d_out, *arrays))
+    for a, b in zip(want, got, strict=True):
+        assert b.dtype == dtype
         a, b = np.asarray(a), np.asarray(b, np.float32)
         assert np.abs(a).max() > 0.1
         np.testing.assert_allclose(b, a, atol=tolerance * np.abs(a).max(), rtol=0)
@@ -136,4 +141,164 @@ def check(layout, *, rule=ScoreRule(), past_length=0, heads=(4, 2), dtype=jnp.fl
 @pytest.mark.parametrize("name", [*LONE, *PACKED])
 def test_parts_equal_the_whole(name, past_length):
     rows = {**LONE, **PACKED}[name]
-    check(layout_of(rows, name in PACKED, past_length), past_length=past_length, tolerance=1e-5)
+    check(layout_of(rows, name in PACKED, past_length), past_length=past_length)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_parts_equal_the_whole_for_any_lengths(packed):
+    """Three cuts of a row are three pieces of a pair; half of the cuts are at a few places."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        rows = []
+        for _ in range(2):
+            pairs = int(rng.integers(1, 4)) if packed else 1
+            cuts = np.sort(rng.choice([0, 1, 31, 32, L, *rng.integers(0, L + 1, 5)], 3 * pairs))
+            lengths = np.diff(cuts, prepend=0).reshape(pairs, 3)
+            rows.append([tuple(pair) for pair in lengths.tolist() if sum(pair)])
+        if any(sum(map(sum, row)) > 20 for row in rows):
+            check(layout_of(rows, packed))
+
+
+@pytest.mark.parametrize(
+    "rule, heads",
+    [
+        (ScoreRule(scale=0.1), (4, 2)),
+        (ScoreRule(window=L + 7), (4, 2)),  # hides nothing
+        (PLAIN, (3, 3)),
+        (PLAIN, (4, 1)),
+    ],
+)
+def test_parts_equal_the_whole_with_rules_and_heads(rule, heads):
+    check(layout_of(PACKED["packed"], True, 7), rule=rule, heads=heads, past_length=7)
+
+
+@pytest.mark.parametrize("past_length", [0, 7])
+def test_parts_in_bfloat16_are_off_by_rounding(past_length):
+    """Outputs are off by their rounding, 2^-9 and once more for parts; gradients read them."""
+    layout = layout_of(PACKED["packed"], True, past_length)
+    check(layout, past_length=past_length, dtype=jnp.bfloat16, tolerance=2**-7)
+
+
+def test_long_pairs_of_a_row_have_arrays_of_their_own_length():
+    """Three packed pairs of a row of 600: of 600, 384 (300 in tiles of 128) and 256 (of 200)."""
+    branch = np.tile(np.repeat([1, 2, 3], [20, 30, 50]), 6)[None]
+    segment = np.repeat([1, 2, 3], [100, 300, 200])[None]
+    branch[0, 100:400] = np.repeat([1, 2, 3], [100, 150, 50])
+    branch[0, 400:] = np.repeat([1, 3], [150, 50])
+    layout = RowLayout(jnp.asarray(branch), jnp.asarray(segment), None, 3)
+    pieces = split.Pieces.of(layout)
+    assert [pair.length for pair in pieces.pairs(600)] == [600, 384, 256]
+    assert pieces.start_BG.tolist() == [[100, 400, 0]]
+    assert pieces.prefix_BG.tolist() == [[100, 150, 20]]
+    assert pieces.first_BG.tolist() == [[250, 150, 50]]
+    assert pieces.second_BG.tolist() == [[50, 50, 50]]
+    check(layout)
+
+
+def test_windows_and_unknown_pairs_take_a_mask():
+    packed = layout_of(PACKED["packed"], True)
+    assert split.serves(packed, PLAIN)
+    assert split.serves(packed, ScoreRule(window=L + 7), past_length=7)
+    assert not split.serves(packed, ScoreRule(window=L), past_length=7)
+    assert not split.serves(packed, ScoreRule(window=jnp.asarray(L)))
+    assert not split.serves(packed, ScoreRule(softcap=30.0))
+    assert not split.serves(dataclasses.replace(packed, most_segments=None), PLAIN)
+
+
+# --- Models that run through it -------------------------------------------------------------------
+
+MODEL = ModelConfig(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=40,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+)
+
+
+@pytest.fixture
+def on_xla(monkeypatch):
+    """The implementation `cudnn`, its parts by XLA; a mask is an error."""
+    monkeypatch.setattr(implementations, "PART", XLA)
+    monkeypatch.setitem(implementations._MASKS, "cudnn", None)
+
+
+@pytest.mark.parametrize("remat", list(decoder.REMAT_POLICIES))
+def test_decoder_in_parts_equals_decoder_with_xla(on_xla, remat):
+    params = decoder.init_params(MODEL, jax.random.key(0))
+    layout = layout_of(PACKED["packed"], True)
+    tokens = jax.random.randint(jax.random.key(1), layout.branch_BL.shape, 0, 61)
+    row = (tokens, layout.positions_BL, layout.branch_BL)
+    real = (layout.branch_BL > 0)[..., None]
+
+    def loss(params, attention):
+        packed = {"segment_BL": layout.segment_BL, "most_segments": layout.most_segments}
+        hidden = decoder.forward(MODEL, params, *row, remat=remat, attention=attention, **packed)
+        return jnp.sum(jnp.where(real, jnp.sin(hidden), 0))
+
+    want = jax.jit(jax.grad(functools.partial(loss, attention="xla")))(params)
+    got = jax.jit(jax.grad(functools.partial(loss, attention="cudnn")))(params)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-4), got, want)
+
+
+def test_judge_reads_the_same_in_parts(on_xla):
+    params = decoder.init_params(MODEL, jax.random.key(0))
+    layout = layout_of(LONE["plain"], False, past_length=6)
+    tokens = jax.random.randint(jax.random.key(1), (2, 6 + L), 0, 61)
+    reads = jnp.asarray([[50, 67], [13, 63]])
+
+    def read(attention):
+        past = decoder.make_past(MODEL, params, tokens[0, :6], attention=attention)
+        row = (tokens[:, 6:], layout.positions_BL, layout.branch_BL, reads)
+        common = {"sources": (0, 1), "past": past, "attention": attention}
+        output = reading.read(MODEL, params, *row, **common)
+        return output.rows_SBQL, output.hidden_BQD
+
+    want, got = (jax.jit(read, static_argnums=0)(name) for name in ("xla", "cudnn"))
+    np.testing.assert_allclose(got[0], want[0], atol=1e-5)
+    np.testing.assert_allclose(got[1], want[1], atol=1e-4)
+
+
+# --- What cuDNN is given --------------------------------------------------------------------------
+
+
+def gradients(layout, past_length=0):
+    """Attention's gradients through cuDNN, as a function of queries, keys and values."""
+
+    def of(q, k, v):
+        masks = implementations.make_masks("cudnn", layout, PLAIN, past_length)
+        past = Past(k[0, :past_length], v[0, :past_length]) if past_length else None
+        common = {"rule": PLAIN, "implementation": "cudnn", "masks": masks, "past": past}
+        attended = functools.partial(implementations.attend, layout=layout, **common)
+        return jax.grad(lambda *qkv: attended(*qkv).astype(jnp.float32).sum(), (0, 1, 2))(q, k, v)
+
+    return of
+
+
+ARRAYS = [jax.ShapeDtypeStruct((2, L, heads, 16), jnp.bfloat16) for heads in (4, 2, 2)]
+
+
+@pytest.mark.parametrize("name, calls", [("plain", 3), ("packed", 9)])
+def test_parts_lower_for_cuda_without_a_mask(name, calls):
+    """Three fused calls a pair, and one for the past, each way; nothing is as large as a mask."""
+    layout = layout_of({**LONE, **PACKED}[name], name in PACKED)
+    traced = jax.jit(gradients(layout, past_length=7)).trace(*ARRAYS)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("__cudnn$fmhaSoftmax(") == calls + 1
+    assert text.count("__cudnn$fmhaSoftmaxBackward(") == calls + 1
+    assert "Bias" not in text and "dot_general" not in text
+    assert f"{L}x{L}x" not in text and f"{L}x{L + 7}x" not in text
+
+
+def test_another_jax_takes_a_mask(monkeypatch):
+    """Where JAX's internals are not as expected, as with a name of theirs gone."""
+    assert cudnn.lacking() is None
+    gone = cudnn._internals()
+    monkeypatch.delattr(gone, "_dot_product_attention_bwd_p_wrapper")
+    monkeypatch.setattr(cudnn, "lacking", cudnn.lacking.__wrapped__)
+    assert "not in jax" in cudnn.lacking()
+    layout = layout_of(LONE["plain"], False)
+    masks = implementations.make_masks("cudnn", layout, PLAIN)
+    assert masks.shape == (2, 1, L, L)

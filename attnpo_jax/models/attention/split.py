@@ -58,7 +58,7 @@ class Part:
         (B, T, N, H), log-sum-exps of the scores, float32 (B, N, T).
       backward: (the same, outputs, log-sum-exps, gradient of the outputs, *, causal, scale) ->
         gradients of queries, keys and values. The outputs and log-sum-exps need not be those that
-        `forward` gave.
+        `forward` gave: queries that do not count come with sums that make their probabilities 0.
     """
 
     forward: Callable[..., tuple[jax.Array, jax.Array]]

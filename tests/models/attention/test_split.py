@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnpo_jax.models import decoder, reading
+from attnpo_jax.models import decoder, reading, scoring
 from attnpo_jax.models.attention import core, cudnn, implementations, split
 from attnpo_jax.models.attention.core import Past, RowLayout, ScoreRule
 from attnpo_jax.models.config import ModelConfig
+from tests import tiny
 
 # --- A part as cuDNN computes it, by XLA ----------------------------------------------------------
 
@@ -45,10 +46,9 @@ def forward(q, k, v, query_count, key_count, *, causal, scale):
 
 
 def backward(q, k, v, query_count, key_count, out, log_sums, d_out, *, causal, scale):
-    """Algorithm 4 of Dao et al. 2022, of the queries that count."""
+    """Algorithm 4 of Dao et al. 2022. Queries that do not count get no mask here: their sums do."""
     G = q.shape[2] // k.shape[2]
     p, _ = probabilities(q, k, query_count, key_count, log_sums, causal, scale)
-    p = jnp.where((jnp.arange(q.shape[1]) < query_count[:, None])[:, None, :, None], p, 0.0)
     out, d_out, q32 = (x.astype(jnp.float32) for x in (out, d_out, q))
     k32, v32 = (jnp.repeat(x, G, axis=2).astype(jnp.float32) for x in (k, v))
     d_p = jnp.einsum("btnh,bsnh->bnts", d_out, v32)
@@ -62,6 +62,13 @@ def backward(q, k, v, query_count, key_count, out, log_sums, d_out, *, causal, s
 
 XLA = split.Part(forward, backward)
 PLAIN = ScoreRule()
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """As small beside rows of these tests as 128 is beside long ones."""
+    monkeypatch.setattr(split, "_TILE", 8)
+
 
 # --- Rows -----------------------------------------------------------------------------------------
 
@@ -180,14 +187,14 @@ def test_parts_in_bfloat16_are_off_by_rounding(past_length):
 
 
 def test_long_pairs_of_a_row_have_arrays_of_their_own_length():
-    """Three packed pairs of a row of 600: of 600, 384 (300 in tiles of 128) and 256 (of 200)."""
+    """Three packed pairs of a row of 600: of 600, 304 (300 in tiles of 8) and 200 tokens."""
     branch = np.tile(np.repeat([1, 2, 3], [20, 30, 50]), 6)[None]
     segment = np.repeat([1, 2, 3], [100, 300, 200])[None]
     branch[0, 100:400] = np.repeat([1, 2, 3], [100, 150, 50])
     branch[0, 400:] = np.repeat([1, 3], [150, 50])
     layout = RowLayout(jnp.asarray(branch), jnp.asarray(segment), None, 3)
     pieces = split.Pieces.of(layout)
-    assert [pair.length for pair in pieces.pairs(600)] == [600, 384, 256]
+    assert [pair.length for pair in pieces.pairs(600)] == [600, 304, 200]
     assert pieces.start_BG.tolist() == [[100, 400, 0]]
     assert pieces.prefix_BG.tolist() == [[100, 150, 20]]
     assert pieces.first_BG.tolist() == [[250, 150, 50]]
@@ -241,6 +248,17 @@ def test_decoder_in_parts_equals_decoder_with_xla(on_xla, remat):
     want = jax.jit(jax.grad(functools.partial(loss, attention="xla")))(params)
     got = jax.jit(jax.grad(functools.partial(loss, attention="cudnn")))(params)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-4), got, want)
+
+
+def test_log_probs_of_packed_batches_are_the_same_in_parts(on_xla):
+    """Rows as training has them: with two pairs each, the last with one."""
+    batch = jax.tree.map(lambda x: x[0], tiny.batch(microbatches=1, rows=3, pairs=5))
+    assert batch.valid_BG.tolist() == [[True, True], [True, True], [True, False]]
+    of_model = tiny.MODEL, tiny.params(), batch
+    want = jax.jit(functools.partial(scoring.response_logps, *of_model))()
+    got = jax.jit(functools.partial(scoring.response_logps, *of_model, attention="cudnn"))()
+    assert np.abs(want).max() > 1
+    np.testing.assert_allclose(got, want, atol=2e-5)
 
 
 def test_judge_reads_the_same_in_parts(on_xla):

@@ -21,7 +21,8 @@ the number of query heads (github.com/jax-ml/jax/pull/39521), and cuDNN before 9
 pieces without a token (github.com/NVIDIA/cudnn-frontend/issues/943), of which rows have many.
 
 The g-th longest of pairs that share a row of L tokens has at most L / g of them: with the pairs
-sorted by length, all copies together are at most 1 + 1/2 + ... + 1/G times as long as the row.
+sorted by length, arrays for all of them are 1 + 1/2 + ... + 1/G times as long as the row, once for
+prefixes with first branches and once for second branches.
 
 Shapes: as in `core`; T queries and S keys of a part, G pairs a row.
 """

@@ -98,10 +98,12 @@ class Decoder(nnx.Module):
         return rms_norm(x_BLD, self.final_norm[...], c.rms_norm_eps, c.norm_style)
 
 
-def row_layout(config: ModelConfig, branch_BL, positions_BL, segment_BL=None) -> RowLayout:
+def row_layout(
+    config: ModelConfig, branch_BL, positions_BL, segment_BL=None, most_segments: int | None = None
+) -> RowLayout:
     """The rows' layout, with positions where the model has windows to count in them."""
     positions = None if config.layer_windows is None else positions_BL
-    return RowLayout(branch_BL, segment_BL, positions)
+    return RowLayout(branch_BL, segment_BL, positions, most_segments)
 
 
 @functools.lru_cache(maxsize=32)
@@ -145,6 +147,7 @@ def forward(
     branch_BL: jax.Array,
     *,
     segment_BL: jax.Array | None = None,
+    most_segments: int | None = None,
     dtype=jnp.float32,
     remat: str = "none",
     attention: str = "xla",
@@ -156,11 +159,12 @@ def forward(
       positions_BL: int32 positions (B, L); those of a branch continue the prefix's.
       branch_BL: int32 (B, L); 0 padding, 1 prefix, 2 and 3 the branches.
       segment_BL: int32 (B, L), which packed pair a token belongs to; None for one pair a row.
+      most_segments: how many packed pairs a row has at most, where that is known.
       dtype: what activations are computed in; norms and softmax stay in float32.
       remat: what the backward pass recomputes, a key of `REMAT_POLICIES`.
     """
     model = as_module(config, params)
-    layout = row_layout(config, branch_BL, positions_BL, segment_BL)
+    layout = row_layout(config, branch_BL, positions_BL, segment_BL, most_segments)
     x_BLD, _ = _run(model, tokens_BL, positions_BL, layout, dtype, remat, attention)
     return model.final(x_BLD)
 

@@ -71,6 +71,8 @@ def response_scores(
       The log-probs and the statistics by name, all float32 (B, G, 2, T), 0 where there is no token.
     """
 
+    pairs = batch.valid_BG.shape[1]
+
     def hidden_of(config, params, remat):
         hidden_BLD = decoder.forward(
             config,
@@ -78,7 +80,8 @@ def response_scores(
             batch.tokens_BL,
             batch.positions_BL,
             batch.branch_BL,
-            segment_BL=batch.segment_BL if batch.valid_BG.shape[1] > 1 else None,
+            segment_BL=batch.segment_BL if pairs > 1 else None,
+            most_segments=pairs,
             dtype=dtype,
             remat=remat,
             attention=attention,

@@ -24,6 +24,9 @@ class RowLayout:
 
     Token q sees token k iff k stands no later than q in the row, both are real, both belong to the
     same segment, and k is in the prefix or in q's own branch.
+
+    In the rows that models run on, segments stand one after the other, in each its prefix, branch 2
+    and branch 3, and padding stands behind all of them. `attention.split` relies on it.
     """
 
     branch_BL: jax.Array  # int32; 0 padding, 1 prefix, 2 and 3 the branches
@@ -32,6 +35,8 @@ class RowLayout:
     # int32 positions, which sliding windows are counted in: those of a branch continue the
     # prefix's. None where no layer has a window.
     positions_BL: jax.Array | None = None
+    # How many segments a row has at most, where that is known.
+    most_segments: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     def visible(
         self,

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from attnpo_jax.models import placement
-from attnpo_jax.models.attention import blocks, core, strips
+from attnpo_jax.models.attention import blocks, core, cudnn, split, strips
 from attnpo_jax.models.attention.core import Past, RowLayout, ScoreRule
 from attnpo_jax.models.config import ModelConfig
 from attnpo_jax.runtime.errors import UserError
@@ -31,6 +31,9 @@ _PREFERRED = {"gpu": "cudnn", "tpu": "tokamax"}
 # What tokamax's kernel needs to keep for its backward pass, as rematerialisation policies know it.
 ATTENDED = "attended"
 RESIDUALS = (ATTENDED, *blocks.RESIDUALS)
+
+# What computes the parts of rows that are split.
+PART = cudnn.PART
 
 
 class AttentionError(UserError):
@@ -70,14 +73,28 @@ def choose(
                 f"config.model.attention = {wanted!r}: {obstacle}; accepted otherwise: "
                 "'auto', 'xla'"
             )
-        return Choice(wanted, f"{device.device_kind}; as model.attention says")
+        return Choice(wanted, f"{device.device_kind}; as model.attention says{_how(wanted, model)}")
     preferred = _PREFERRED.get(device.platform)
     if preferred is None:
         return Choice(xla, f"{device.device_kind}; other implementations are for GPU and TPU")
     obstacle = _obstacle(preferred, model, jnp.dtype(dtype), device)
     if obstacle is not None:
         return Choice("xla", f"{device.device_kind}; not {preferred}: {obstacle}")
-    return Choice(preferred, f"{device.device_kind}; fastest there")
+    return Choice(preferred, f"{device.device_kind}; fastest there{_how(preferred, model)}")
+
+
+def _how(implementation: str, model: ModelConfig) -> str:
+    """What cuDNN computes of a row, as the end of a sentence; "" for another."""
+    if implementation != "cudnn":
+        return ""
+    windows = set(model.layer_windows or (None,))
+    if cudnn.lacking() is not None:
+        return f"; with a dense mask: {cudnn.lacking()}"
+    if windows == {None}:
+        return "; rows in parts, without a mask"
+    if len(windows) == 1:
+        return f"; rows in parts up to {min(windows)} tokens, the window; longer with a dense mask"
+    return "; with a dense mask: layers differ in their windows"
 
 
 def _obstacle(implementation: str, model: ModelConfig, dtype, device: jax.Device) -> str | None:
@@ -130,6 +147,16 @@ def attend(
         if masks is None:
             masks = row_masks(layout, rule.window, 0 if past is None else past.keys.shape[0])
         return strips.attend(q_BLNH, k_BLKH, v_BLKH, masks, rule=rule, past=past)
+    # Kernels are no business of the partitioner's: every device runs them on what it has.
+    headed, whole = placement.BY_ROWS_AND_HEADS, placement.BY_HEADS
+    if isinstance(masks, split.Pieces):
+        run_everywhere = placement.per_device(
+            functools.partial(split.attend, rule=rule, part=PART),
+            (headed, headed, headed, whole, placement.BY_ROWS),
+            headed,
+            rows=q_BLNH.shape[0],
+        )
+        return run_everywhere(q_BLNH, k_BLKH, v_BLKH, past, masks)
     if past is None:
         past = Past(k_BLKH[0, :0], v_BLKH[0, :0])
     run = functools.partial(_KERNELS[implementation], rule=dataclasses.replace(rule, window=None))
@@ -137,8 +164,6 @@ def attend(
     def on_device(q, k, v, past, masks):
         return run(q, *core.after(past, k, v), masks)
 
-    # Kernels are no business of the partitioner's: every device runs them on what it has.
-    headed, whole = placement.BY_ROWS_AND_HEADS, placement.BY_HEADS
     run_everywhere = placement.per_device(
         on_device, (headed, headed, headed, whole, placement.BY_ROWS), headed, rows=q_BLNH.shape[0]
     )
@@ -165,6 +190,9 @@ def make_masks(
     """
     if implementation == BLOCKS and past_length + layout.branch_BL.shape[1] > strips.MOST_KEYS:
         return blocks.Blocks.of(layout, past_length)
+    if implementation == "cudnn" and cudnn.lacking() is None:
+        if split.serves(layout, rule, past_length):
+            return split.Pieces.of(layout)
     if implementation == "xla" or isinstance(rule.window, jax.Array):
         return None
     if implementation == BLOCKS:

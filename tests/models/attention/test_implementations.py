@@ -72,6 +72,21 @@ def test_auto_takes_the_fastest_that_can_serve(installed):
     )
 
 
+@pytest.mark.parametrize(
+    "windows, words",
+    [
+        (None, "rows in parts, without a mask"),
+        ((9, 9, 9), "rows in parts up to 9 tokens, the window; longer with a dense mask"),
+        ((9, None, 9), "with a dense mask: layers differ in their windows"),
+    ],
+)
+def test_says_what_cudnn_computes_of_a_row(windows, words):
+    model = dataclasses.replace(MODEL, layer_windows=windows)
+    for wanted, why in (("auto", "fastest there"), ("cudnn", "as model.attention says")):
+        chosen = choose(wanted, model, "bfloat16", [H100])
+        assert str(chosen) == f"cudnn (NVIDIA H100; {why}; {words})"
+
+
 CAPPED = dataclasses.replace(MODEL, attn_logit_softcapping=50.0)
 WIDE = dataclasses.replace(MODEL, head_dim=260)
 

@@ -27,6 +27,15 @@ WORKDIR=${WORKDIR:-$PWD/runs/attnpo}         # on a disk all nodes can write
 CONFIG=${CONFIG:-configs/quickstart.py}
 OPTIONS=${OPTIONS:---config.parallel.mesh.data=1 --config.parallel.mesh.fsdp=-1}
 PORT=${PORT:-29400}                          # free on the first node
+# XLA's flags for GPUs. Those in XLA_FLAGS come behind them and win; GPU_FLAGS= is for none.
+GPU_FLAGS=${GPU_FLAGS---xla_gpu_enable_latency_hiding_scheduler=true \
+--xla_gpu_enable_pipelined_all_gather=true --xla_gpu_all_gather_combine_threshold_bytes=1073741824}
+
+# Slurm hands these to the step with the job's environment.
+export XLA_FLAGS="$GPU_FLAGS${XLA_FLAGS:+ $XLA_FLAGS}"
+if [ -z "${XLA_PYTHON_CLIENT_MEM_FRACTION:-}" ]; then  # its old name; JAX refuses both
+  export XLA_CLIENT_MEM_FRACTION=${XLA_CLIENT_MEM_FRACTION:-0.9}
+fi
 
 # One process a node, with all of its GPUs: prepare then splits the model over a node, and a node
 # reads it once. (Left to itself, JAX would take one GPU a process under Slurm.)

@@ -34,6 +34,9 @@ if [ -z "${SLURM_ARRAY_TASK_ID:-}" ]; then
 fi
 
 export ATTNPO_DISTRIBUTED=0                  # each job is alone, whatever Slurm says of its step
+if [ -z "${XLA_PYTHON_CLIENT_MEM_FRACTION:-}" ]; then  # its old name; JAX refuses both
+  export XLA_CLIENT_MEM_FRACTION=${XLA_CLIENT_MEM_FRACTION:-0.9}
+fi
 run=(
   # Slurm does not hand a job's CPUs on to its steps by itself.
   srun --ntasks=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-8}"

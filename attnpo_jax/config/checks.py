@@ -12,6 +12,7 @@ from attnpo_jax import losses
 from attnpo_jax.config import iterate_fields, rules, scoring
 from attnpo_jax.config.errors import ConfigError
 from attnpo_jax.config.fields import FIELDS, flatten
+from attnpo_jax.config.profiling import profiled
 from attnpo_jax.config.reading import reads_distribution
 from attnpo_jax.config.sections import SECTIONS
 from attnpo_jax.losses.mixture import parse as parse_terms
@@ -150,6 +151,9 @@ def _between_fields(values: Mapping[str, Any]) -> list[str]:
             f"{named('train.samples.every')}: there are no prompts; accepted: a source in "
             "config.train.samples.prompts, or held-out pairs in config.data.eval"
         )
+    profile = profiled(values["log.profile"])
+    if profile and 0 < values["train.steps"] < profile.start:
+        found.append(f"{named('log.profile')}: accepted: a START of at most {named('train.steps')}")
     found += _of_choosing(values) + iterate_fields.problems(values)
     axes = {f: v for f, v in values.items() if f.startswith("parallel.mesh.")}
     if list(axes.values()).count(-1) > 1:

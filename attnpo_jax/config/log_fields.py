@@ -1,7 +1,21 @@
 """The fields of the section `log`: what a run shows, and whom it reports to."""
 
+from typing import Any
+
 from attnpo_jax.config import rules
 from attnpo_jax.config.field import Field
+from attnpo_jax.config.profiling import ACCEPTED, profiled
+
+
+def _is_profiled(value: Any) -> bool:
+    if not isinstance(value, str):
+        return False
+    try:
+        profiled(value)
+    except ValueError:
+        return False
+    return True
+
 
 FIELDS: dict[str, Field] = {
     "log.progress": Field(
@@ -23,5 +37,11 @@ FIELDS: dict[str, Field] = {
         "attnpo_jax",
         rules.text(),
         "the project there",
+    ),
+    "log.profile": Field(
+        "",
+        rules.Rule(_is_profiled, ACCEPTED),
+        "training steps that JAX's profiler traces, into `WORKDIR/profile`: START is the first, "
+        "STOP the first that is not ([performance.md](performance.md#profiles)); `''`: none",
     ),
 }

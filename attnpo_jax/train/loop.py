@@ -85,9 +85,11 @@ class TrainLoop:
             # Of a run that has ended early, nothing is left to do.
             ahead = read_ahead(batches, self.step) if self.step < self.total_steps else ()
             for host_batch in ahead:
-                batch = put_batch(host_batch)
-                with jax.transfer_guard("disallow"):
-                    self.state, of_step = train_step(self.state, batch)
+                # By which a profile tells the steps apart.
+                with jax.profiler.StepTraceAnnotation("train", step_num=self.step + 1):
+                    batch = put_batch(host_batch)
+                    with jax.transfer_guard("disallow"):
+                        self.state, of_step = train_step(self.state, batch)
                 if self.step == first:  # before it, a signal may end the process as it is
                     lasting.enter_context(interrupts.work_to_save())
                 if unreported is not None:

@@ -33,6 +33,7 @@ from attnpo_jax.runtime.metrics import read as read_metrics
 from attnpo_jax.train import choosing, hooks, optim
 from attnpo_jax.train.evaluations import evaluation_hooks
 from attnpo_jax.train.loop import TrainLoop
+from attnpo_jax.train.profile import Begin, End, Profile, steps_of
 from attnpo_jax.train.progress import TrainProgress
 from attnpo_jax.train.samples import sampling_hooks
 from attnpo_jax.train.step import make_eval_step, make_train_step
@@ -105,6 +106,7 @@ def _train(run: "Run") -> None:
     attention = _attention(run, backend, reference)
     data = {split: run.open_prepared(split) for split in run.splits}
     batches, eval_batches = _batches(config, backend, data)
+    profiled = steps_of(config.log.profile, len(batches))
     settings = config_lib.step_settings(
         config,
         run.policy,
@@ -132,6 +134,7 @@ def _train(run: "Run") -> None:
             preemption.watch_steps(start) as notice,
             TrainProgress(len(batches), start, bar=bar) as progress,
             _recorded(run, start, len(batches)),
+            Profile(profiled, run.workdir) as profile,
         ):
             loop = TrainLoop(
                 state=state,
@@ -163,10 +166,12 @@ def _train(run: "Run") -> None:
                 ),
                 # In this order.
                 [
+                    End(profile),
                     *before,
                     *choosing.hooks_of(config.train, before, checkpoints),
                     saves,
                     hooks.Stop(checkpoints),
+                    Begin(profile),
                 ],
                 checkpoints,
             )

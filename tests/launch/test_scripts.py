@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 
 import pytest
 import yaml
@@ -292,6 +293,80 @@ def test_slurm_starts_a_process_a_node_and_requeues_what_was_told_to_stop(tmp_pa
     )
 
 
+def slurm_environment(tmp_path, **environ):
+    """What attnpo's processes have of XLA's variables, with stand-ins for Slurm's commands."""
+    (tmp_path / "bin").mkdir()
+    for name, text in {
+        "scontrol": "echo n1",
+        "srun": 'while [[ $1 == --* ]]; do shift; done\n"$@"',
+        "bin/attnpo": "env | grep ^XLA_",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    of_slurm = {"VENV": str(tmp_path), "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_ID": "1"}
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    printed = shell(LAUNCH / "slurm.sh", **of_slurm, **{"PATH": path} | environ)
+    return dict(line.split("=", 1) for line in printed.splitlines())
+
+
+def gpu_flags():
+    """Those of the scripts for GPUs, and of the docs."""
+    (of_slurm,) = re.findall(
+        r"^GPU_FLAGS=\$\{GPU_FLAGS-(.*?)\}$", (LAUNCH / "slurm.sh").read_text(), re.M | re.S
+    )
+    of_skypilot = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())["envs"]["GPU_FLAGS"]
+    docs = (LAUNCH.parent / "docs" / "launching.md").read_text()
+    (table,) = re.findall(r"^\| flag \|.*\n((?:\|.*\n)+)", docs, re.M)
+    return (
+        of_slurm.replace("\\\n", "").split(),
+        of_skypilot.split(),
+        re.findall(r"^\| `(--xla\S+)` \|", table, re.M),
+    )
+
+
+def test_the_scripts_for_gpus_and_the_docs_have_the_same_flags_of_xla():
+    of_slurm, of_skypilot, of_docs = gpu_flags()
+    assert len(of_slurm) == 3 and of_slurm == of_skypilot == of_docs
+
+
+def test_the_installed_jaxlib_knows_the_flags():
+    """XLA ends a program that has a flag which it does not know, on CPU as on GPUs."""
+
+    def start(flags):
+        return subprocess.run(
+            [sys.executable, "-c", "import jax; jax.devices()"],
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)},
+            capture_output=True,
+            text=True,
+        )
+
+    done = start(gpu_flags()[0])
+    assert done.returncode == 0, done.stderr
+    done = start(["--xla_gpu_enable_pipelined_all_gathers=true"])
+    assert done.returncode != 0 and "Unknown flag in XLA_FLAGS" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "given, found",
+    [
+        ({}, {"XLA_FLAGS": "ours", "XLA_CLIENT_MEM_FRACTION": "0.9"}),
+        (
+            {"XLA_FLAGS": "--theirs=1 --more", "XLA_CLIENT_MEM_FRACTION": "0.5"},
+            {"XLA_FLAGS": "ours --theirs=1 --more", "XLA_CLIENT_MEM_FRACTION": "0.5"},
+        ),
+        (
+            {"XLA_FLAGS": "--theirs", "GPU_FLAGS": "", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"},
+            {"XLA_FLAGS": " --theirs", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"},
+        ),
+    ],
+)
+def test_what_a_user_sets_of_xla_comes_behind_what_the_script_sets(tmp_path, given, found):
+    """XLA takes the last of several values of a flag; JAX refuses both names of the fraction."""
+    ours = " ".join(gpu_flags()[0])
+    found["XLA_FLAGS"] = found["XLA_FLAGS"].replace("ours", ours)
+    assert slurm_environment(tmp_path, **given) == found
+
+
 def test_skypilot(tmp_path):
     task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
     # The fields of a task, in SkyPilot's reference of its YAML.
@@ -315,6 +390,7 @@ def test_skypilot(tmp_path):
     fake.write_text(
         "#!/bin/bash\n"
         'echo "$ATTNPO_COORDINATOR $ATTNPO_NUM_PROCESSES $ATTNPO_PROCESS_ID"; echo attnpo "$@"\n'
+        'echo "$XLA_FLAGS;$XLA_CLIENT_MEM_FRACTION"\n'
     )
     fake.chmod(0o755)
     # What SkyPilot puts behind a task's script, to wait for the uploads, must be reached.
@@ -325,9 +401,11 @@ def test_skypilot(tmp_path):
         SKYPILOT_NODE_IPS="10.0.0.1\n10.0.0.2",
         SKYPILOT_NUM_NODES="2",
         SKYPILOT_NODE_RANK="1",
+        XLA_FLAGS="--theirs",
         **task["envs"],
     )
-    processes, command, uploaded = printed.splitlines()
+    processes, command, xla, uploaded = printed.splitlines()
+    assert xla == f"{' '.join(gpu_flags()[1])} --theirs;0.9"
     assert uploaded == "uploaded"
     assert processes == "10.0.0.1:29400 2 1"
     values, config = attnpo_arguments(command)

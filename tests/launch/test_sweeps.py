@@ -39,7 +39,8 @@ def test_a_job_of_a_slurm_array_does_its_run_and_comes_again_if_told_to_stop(tmp
     stand_ins = {
         "scontrol": 'echo "$@" > requeued',
         "srun": 'while [[ $1 == --* ]]; do shift; done\n"$@"',
-        "bin/attnpo": f'printf "%s\\n" "$ATTNPO_DISTRIBUTED" "$@"\nexit {code}',
+        "bin/attnpo": 'printf "%s\\n" "$ATTNPO_DISTRIBUTED" "$XLA_CLIENT_MEM_FRACTION" "$@"\n'
+        f"exit {code}",
     }
     (tmp_path / "bin").mkdir()
     for name, text in stand_ins.items():
@@ -56,8 +57,8 @@ def test_a_job_of_a_slurm_array_does_its_run_and_comes_again_if_told_to_stop(tmp
 
     done = run("--set=seed=0,1", HOSTILE)
     assert done.returncode == code
-    distributed, *words = done.stdout.splitlines()
-    assert distributed == "0" and HOSTILE in words
+    distributed, fraction, *words = done.stdout.splitlines()
+    assert distributed == "0" and fraction == "0.9" and HOSTILE in words
     assert {"--index=4", "--workdir=/shared/a b"} < set(words)
     requeued = tmp_path / "requeued"
     assert requeued.exists() == (code == exit_codes.PREEMPTED)

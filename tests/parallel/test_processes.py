@@ -211,10 +211,13 @@ def test_hosts_of_a_cloud_tpu_slice_find_each_other(monkeypatch, endpoints, chan
 def test_four_processes_end_as_one_does(setting, single):
     """All that `attnpo run` does: preparing, training, evaluating, exporting."""
     workdir = setting / "by-4"
-    output = run(setting, workdir, 4)
+    output = run(setting, workdir, 4, "--config.log.profile=4:6")
     assert_same_rows(workdir, single)
     assert_same_metrics(workdir, single)
     assert_same_exports(workdir, single)
+    # Each has files of its own, though all have one host's name.
+    traces = workdir.glob("profile/plugins/profile/steps-4-5/*.xplane.pb")
+    assert sorted(file.name for file in traces) == [f"process-{i}.xplane.pb" for i in range(4)]
     # Only the first process speaks of the whole.
     assert re.findall(r"\[(\d)\] model \(Hugging Face\)", output) == ["0"]
     # Every process wrote shards of its own: 7 of the training pairs, 2 of the held-out ones.

@@ -123,9 +123,10 @@ def plot(found: Mapping[str, Any], file: pathlib.Path) -> None:
         axes.plot(arm["pass"], place, "|", color="#1b1b1b", ms=14, mew=2)
     if found["base"]:
         axes.axvline(found["base"]["pass"], color="#999999", ls="--", lw=1)
-        axes.text(found["base"]["pass"], -0.6, " base", color="#666666", va="center")
+        above = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "bottom"}
+        axes.text(found["base"]["pass"], 1.0, "base", color="#666666", **above)
     axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel(f"share of held-out answers that pass ({found['task']})")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)

@@ -26,9 +26,9 @@ def places(workdir: pathlib.Path, task: str) -> dict[str, dict[str, float]]:
         section = dict(run.config.weighting.items())
         weigh = weighting.bind(section.pop("name"), section)
         weigh = weighting.shaped(weigh, normalize=config.shaping.normalize)
-        figures = [
-            _of_pair(weigh, row, data) for data in [run.open_prepared("train")] for row in data
-        ]
+        # All arms' columns, whatever this one reads.
+        data = run.open_prepared("train", reads=("judge", "reference_logps"))
+        figures = [_of_pair(weigh, row, data) for row in data]
         found[arm] = {
             name: round(float(np.mean([one[name] for one in figures])), 4) for name in figures[0]
         }

@@ -7,9 +7,10 @@ import pathlib
 import numpy as np
 import pytest
 
-from attnpo_jax import registry, weighting
+from attnpo_jax import Run, prepare, registry, weighting
 from attnpo_jax.config import validate
-from experiments.where_the_weight_lies import analyse, arms, pairs, prompts, results
+from experiments.where_the_weight_lies import analyse, arms, pairs, places, prompts, results
+from tests import tiny
 
 NO_THE = prompts.TASKS["no_the"]
 
@@ -92,6 +93,30 @@ def test_all_arms_are_configs_that_can_run(tmp_path):
         validate(config)
         assert (config.seed, config.objective.beta) == (3, 0.05)
     assert set(arms.PRIMARY) <= set(arms.ARMS) and arms.PRIMARY not in arms.SECONDARY
+
+
+def test_places_are_of_every_arm_whatever_it_reads(tmp_path, monkeypatch):
+    tiny.write_model(tmp_path, tiny.HF_CONFIG | {"vocab_size": 258}, tiny.byte_tokenizer())
+    shared = arms.shared_config
+
+    def of_tiny_model(source):
+        config = shared(source)
+        config.model.source = str(tmp_path / "model")
+        config.data.max_length = 512  # characters are tokens
+        return config
+
+    monkeypatch.setattr(arms, "shared_config", of_tiny_model)
+    monkeypatch.setattr(arms, "PROBE_LAYER", 0)
+    monkeypatch.setattr(arms, "ARMS", {k: v.replace("23", "0") for k, v in arms.ARMS.items()})
+    pool = tmp_path / "no_the" / "pool"
+    made = pairs.make_pairs([answer(0, "Good a", 20), answer(1, "Bad the", 23)], NO_THE)
+    pool.mkdir(parents=True)
+    tiny.write_lines(pool / "pairs.jsonl", made)
+    prepare.prepare(Run.resolve(of_tiny_model(pool / "pairs.jsonl"), pool))
+    found = places.places(tmp_path, "no_the")
+    assert found.keys() == arms.ARMS.keys()
+    assert found["uniform"]["on_violations"] == found["uniform"]["effective"] == 1
+    assert found["oracle"]["share"] == 1 and found["probe"]["share"] < 1
 
 
 def test_shuffled_weights_are_those_of_attention_elsewhere_whatever_the_padding():

@@ -3,6 +3,7 @@
 Both are sums over its instructions, each as often as it runs (see `hlo.Program`).
 """
 
+import json
 import math
 import re
 
@@ -13,6 +14,7 @@ from attnpo_jax.plan.hlo import Computation, Instruction, Program, Shape
 # Instructions that move nothing: they name, group or wait for what others made.
 _NOTHING = (
     "after-all",
+    "async-start",
     "bitcast",
     "call",
     "conditional",
@@ -29,21 +31,57 @@ _NOTHING = (
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 
 
+# GPU programs call libraries for some products: cuBLAS, and cuDNN for all of attention.
+_CUBLAS, _CUDNN_ATTENTION = "__cublas$", "__cudnn$fmha"
+
+
 def flops(program: Program) -> int:
-    """FLOPs of all matrix products (which TPU programs write as convolutions), padding left out."""
+    """FLOPs of all matrix products, padding left out.
+
+    TPU programs write them as convolutions, GPU programs partly as calls of cuBLAS; cuDNN's
+    attention counts with all that it computes.
+    """
     total = 0
     for computation, i, times in program.instructions():
-        if i.opcode in ("convolution", "dot"):
+        if count := _COUNTS.get(_kind(i)):
             left, right = (computation.instructions[o].shapes[0] for o in i.operands[:2])
-            count = _convolution if i.opcode == "convolution" else _dot
             total += times * count(i, left, right)
     return total
 
 
+def _kind(i: Instruction) -> str:
+    """An instruction's opcode, or the library that it calls."""
+    calls = (known for known in (_CUBLAS, _CUDNN_ATTENTION) if i.target.startswith(known))
+    return next(calls, i.opcode) if i.opcode == "custom-call" else i.opcode
+
+
 def _dot(i: Instruction, left: Shape, right: Shape) -> int:
-    summed = [int(n) for n in re.findall(r"\d+", i.attribute("lhs_contracting_dims") or "")]
     del right
-    return 2 * i.shapes[0].elements * int(np.prod([left.dims[d] for d in summed]))
+    return _product(i, left, re.findall(r"\d+", i.attribute("lhs_contracting_dims") or ""))
+
+
+def _cublas(i: Instruction, left: Shape, right: Shape) -> int:
+    del right
+    summed = re.search(r'"lhs_contracting_dimensions":\s*(\[[^\]]*\])', i.attributes)
+    return _product(i, left, json.loads(summed[1]))
+
+
+def _product(i: Instruction, left: Shape, summed: list[str]) -> int:
+    return 2 * i.shapes[0].elements * math.prod(left.dims[int(d)] for d in summed)
+
+
+def _cudnn_attention(i: Instruction, query: Shape, key: Shape) -> int:
+    """Two products forward and five backward, over all that a causal rule does not leave out.
+
+    A mask leaves out nothing: the kernel computes what it then hides.
+    """
+    del key
+    scores = re.search(r'"intermediate_tensor_shape":.*?"dimensions":\s*(\[[^\]]*\])', i.attributes)
+    B, N, L, S = map(int, json.loads(scores[1]))
+    causal = re.search(r'"mask_type":\s*"(PADDING_)?CAUSAL"', i.attributes)
+    seen = sum(min(t + 1, S) for t in range(L)) if causal else L * S
+    products = 5 if "Backward" in i.target else 2
+    return products * 2 * B * N * seen * query.dims[-1]
 
 
 def _convolution(i: Instruction, left: Shape, right: Shape) -> int:
@@ -68,6 +106,14 @@ def _convolution(i: Instruction, left: Shape, right: Shape) -> int:
     batch, features = left.dims[lhs.index("b")], right.dims[rhs.index("o")]
     groups = int(i.attribute("batch_group_count") or 1)
     return 2 * products * (batch // groups) * features * right.dims[rhs.index("i")]
+
+
+_COUNTS = {
+    "convolution": _convolution,
+    "dot": _dot,
+    _CUBLAS: _cublas,
+    _CUDNN_ATTENTION: _cudnn_attention,
+}
 
 
 def memory_traffic(program: Program) -> float:
@@ -96,6 +142,9 @@ def _traffic(program: Program, computation: Computation, i: Instruction) -> floa
         return target.bytes * (target.in_hbm + source.in_hbm)
     if i.opcode.endswith("-start"):
         return sum(reads) + max(writes - sum(reads), 0.0)
+    if _kind(i) in (_CUBLAS, _CUDNN_ATTENTION):
+        # The last result is room to work in.
+        return sum(reads) + _in_hbm(i.shapes[:-1] or i.shapes)
     if i.opcode in ("dynamic-slice", "slice", "gather"):
         return 2 * writes if reads[0] else writes
     if i.opcode in _UPDATES:

@@ -7,9 +7,9 @@ from rich.console import Console
 from attnpo_jax.config import default_config
 from attnpo_jax.models.io import hf_config
 from attnpo_jax.plan import search, topologies
+from attnpo_jax.plan.accelerators import PlanError
 from attnpo_jax.plan.lengths import Lengths
 from attnpo_jax.plan.programs import DoesNotFit, Setting
-from attnpo_jax.plan.topologies import PlanError
 
 MODEL = hf_config.read(
     {

@@ -17,6 +17,7 @@ Guide ("Technical Specifications per Compute Capability", "Arithmetic Instructio
 import contextlib
 import dataclasses
 import importlib.util
+import os
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
@@ -29,9 +30,9 @@ from attnpo_jax.plan.accelerators import PlanError, Topology
 _KIB, _MIB = 2**10, 2**20
 # The most that the machines above have.
 _OF_A_HOST = 8
-# What in JAX asks this machine's GPU for its compute capability: whether it is at least so high,
-# and whether it is this one.
-_ASKING = ("check_compute_capability", "is_cuda_compute_capability_equal")
+# The libraries that runs are planned with: what jax[cuda12] 0.10.2 installs. Compiling needs none
+# of them.
+CUDNN, _CUDA = (9, 28, 0), (12, 9)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +146,7 @@ class Cluster(Topology):
         return between if each == 1 else inside | between
 
     def devices(self) -> list[jax.Device]:
-        _check_plugin()
+        _prepare_plugin()
         try:
             found = topologies.get_topology_desc(
                 platform="cuda",
@@ -163,22 +164,27 @@ class Cluster(Topology):
 
 
 @contextlib.contextmanager
-def answering_for(capability: tuple[int, int]) -> Iterator[None]:
-    """Has JAX's checks of cuDNN attention ask this compute capability, not a GPU of this machine.
+def answering_for(
+    capability: tuple[int, int], cudnn: tuple[int, int, int] = CUDNN
+) -> Iterator[None]:
+    """Answers what JAX's checks of cuDNN attention ask of this machine, as a GPU's machine would.
 
-    They run while a program is traced, and know nothing of the devices that it is traced for. Both
-    functions that ask are replaced, for as long as this lasts; what they decide stays JAX's.
+    They run while a program is traced, and know nothing of the devices that it is traced for. The
+    three functions that ask for a compute capability or cuDNN's version are replaced, for as long
+    as this lasts; what follows from the answers stays JAX's.
     """
-    before = {name: getattr(fused_attention_stablehlo, name) for name in _ASKING}
 
     def number(text: str) -> tuple[int, ...]:
         return tuple(map(int, text.split(".")))
 
-    answers = (
-        lambda wanted: capability >= number(wanted),
-        lambda wanted: capability == number(wanted),
-    )
-    for name, answer in zip(_ASKING, answers, strict=True):
+    major, minor, patch = cudnn
+    answers = {
+        "check_compute_capability": lambda least: capability >= number(least),
+        "is_cuda_compute_capability_equal": lambda asked: capability == number(asked),
+        "check_cudnn_version": lambda: 10_000 * major + 100 * minor + patch,
+    }
+    before = {name: getattr(fused_attention_stablehlo, name) for name in answers}
+    for name, answer in answers.items():
         setattr(fused_attention_stablehlo, name, answer)
     try:
         yield
@@ -200,8 +206,11 @@ def parse(kind: str, grid: str) -> Cluster:
     return Cluster(CARDS[kind], (hosts, each))
 
 
-def _check_plugin() -> None:
-    if importlib.util.find_spec("jax_plugins.xla_cuda12") is None:
+def _prepare_plugin() -> None:
+    """Lets JAX's CUDA plugin be loaded where there is no GPU."""
+    # XLA's own warnings, of a program that does not fit among others; it reads this as it starts.
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    if not any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))):
         raise PlanError(
             "attnpo plan compiles for GPUs with JAX's CUDA plugin, which is not installed; "
             "pip install '.[plan-cuda]' in a clone"
@@ -234,7 +243,7 @@ gpu_device_info {{
   cuda_compute_capability {{ major: {major} minor: {minor} }}
 }}
 platform_name: "CUDA"
-dnn_version_info {{ major: 9 minor: 8 }}
-runtime_version {{ major: 12 minor: 9 }}
+dnn_version_info {{ major: {CUDNN[0]} minor: {CUDNN[1]} patch: {CUDNN[2]} }}
+runtime_version {{ major: {_CUDA[0]} minor: {_CUDA[1]} }}
 device_description_str: "{card.kind}"
 """

@@ -241,9 +241,10 @@ class Setting:
 
     def attention_of(self, backend: Sharded) -> str:
         model = self.config.model
-        choice = implementations.choose(
-            model.attention, self.model, jnp.dtype(model.dtype), backend.devices
-        )
+        with self.topology.compiling():
+            choice = implementations.choose(
+                model.attention, self.model, jnp.dtype(model.dtype), backend.devices
+            )
         return choice.implementation
 
     def _params(self, backend: Sharded) -> Any:

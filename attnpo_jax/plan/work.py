@@ -70,7 +70,7 @@ def _product(i: Instruction, left: Shape, summed: list[str]) -> int:
     return 2 * i.shapes[0].elements * math.prod(left.dims[int(d)] for d in summed)
 
 
-def _cudnn_attention(i: Instruction, query: Shape, key: Shape) -> int:
+def cudnn_attention(i: Instruction, query: Shape, key: Shape) -> int:
     """Two products forward and five backward, over all that a causal rule does not leave out.
 
     A mask leaves out nothing: the kernel computes what it then hides.
@@ -112,7 +112,7 @@ _COUNTS = {
     "convolution": _convolution,
     "dot": _dot,
     _CUBLAS: _cublas,
-    _CUDNN_ATTENTION: _cudnn_attention,
+    _CUDNN_ATTENTION: cudnn_attention,
 }
 
 

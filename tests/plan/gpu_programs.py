@@ -66,8 +66,8 @@ COMPILED = {
 LOWERED = {
     f"{family} on {kind}": (f"{kind}:8", family, {}, PASSES)
     for family in FAMILIES
-    for kind in ("h100", "b200")
-    if (family, kind) != ("llama", "h100")
+    for kind in (("h100", "b200") if family == "gemma3" else ("h100",))
+    if family != "llama"
 }
 
 

@@ -16,7 +16,10 @@ from attnpo_jax.plan import generation, hlo, topologies, work
 from attnpo_jax.plan.lengths import Lengths
 from attnpo_jax.plan.programs import DoesNotFit, Setting
 
-LAYERS, MICROBATCHES, VOCABULARY, ROW = 3, 2, 4096, 384
+LAYERS, MICROBATCHES, VOCABULARY = 3, 2, 4096
+# Tokens of a row, of a judge's and of a prompt that is read, no other length among them; and those
+# whose logits there are at a time.
+ROW, JUDGE_ROW, PROMPT, CHUNK = 384, 768, 320, 48
 LLAMA = {
     "model_type": "llama",
     "vocab_size": VOCABULARY,
@@ -85,9 +88,9 @@ def setting(topology, model, fields, of=Setting):
     config.judge.max_length, config.judge.max_answer_length = 512, 128
     config.judge.layers, config.judge.batch_size = (LAYERS - 1,), 8
     config.train.batch_size, config.train.microbatch_size = 8 * MICROBATCHES, 8
-    config.model.dtype, config.model.remat, config.model.logps_chunk = "bfloat16", "layer", 64
+    config.model.dtype, config.model.remat, config.model.logps_chunk = "bfloat16", "layer", CHUNK
     config.parallel.mesh.update({"data": 1, "fsdp": -1, "tensor": 1})
-    config.generate.max_length, config.generate.slots = 256, 8
+    config.generate.max_length, config.generate.slots = PROMPT, 8
     config.update_from_flattened_dict(fields)
     at = topologies.parse(topology)
     return of(config, hf_config.read(model), at, Lengths.of(config, ROW))
@@ -131,11 +134,11 @@ def attention_calls(text):
 
 
 def squares(text):
-    """Dtypes and lengths of arrays with two axes of one length, as scores and masks are."""
-    compiled = r"\b([a-z]+\d*)\[(?:\d+,)*(\d{3,}),\2(?:,1)*\]"
-    lowered = r"tensor<(?:\d+x)*(\d{3,})x\1x([a-z]+\d*)>"
-    found = re.findall(compiled, text) + [(b, a) for a, b in re.findall(lowered, text)]
-    return sorted({(dtype, int(length)) for dtype, length in found})
+    """Dtypes of arrays with two axes of a row's length, as scores and masks are."""
+    length = f"({ROW}|{JUDGE_ROW}|{PROMPT})"
+    compiled = re.findall(rf"\b([a-z]+\d*)\[(?:\d+,)*{length},\2(?:,1)*\]", text)
+    lowered = re.findall(rf"tensor<(?:\d+x)*{length}x\1x([a-z]+\d*)>", text)
+    return sorted({dtype for dtype, _ in compiled} | {dtype for _, dtype in lowered})
 
 
 def compiled(made, program):

@@ -210,7 +210,9 @@ def test_no_stack_no_vocabulary_and_no_logits_are_gathered_or_reduced(found, nam
         # A slot's logits come together where its next token is chosen.
         assert not any(math.prod(shape) >= VOCABULARY * WIDTH for shape in shapes)
         return
-    assert not any(VOCABULARY in shape for shape in shapes)
+    # Copies on several hosts sum the gradient of a GPU's columns of the embedding.
+    own = [VOCABULARY, WIDTH // 8] if name == "hosts, train" else []
+    assert not any(VOCABULARY in shape for shape in shapes if shape != own)
     # Keys and values of a prompt go to every GPU, which has the slot that they are for, or not.
     known = [LAYERS, program["rows"], PROMPT] if name.endswith("prefill") else []
     # The gradient of a table that is the head's too takes the cotangents of all rows together.

@@ -16,8 +16,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from attnpo_jax.plan import gpus, topologies
+from attnpo_jax.plan import gpus, report, topologies
 from attnpo_jax.plan.accelerators import PlanError
+from attnpo_jax.plan.collectives import Collective
+from attnpo_jax.plan.lengths import Batching
+from attnpo_jax.plan.programs import Compiled, Memory
 from tests.plan import gpu_programs
 from tests.plan.gpu_programs import (
     CHUNK,
@@ -91,6 +94,48 @@ def test_a_host_sends_over_nvlink_and_hosts_over_each_gpus_network():
         4,
     ]
     assert topologies.parse("l40s:8").links == ("PCIe",)
+
+
+def test_roofline_has_a_line_for_each_kind_of_link():
+    cluster = topologies.parse("h100:4x8")
+    gather = Collective("all-gather", ("fsdp",), 8, ((8, 8),), 45e9, 5, "layer")
+    reduce = Collective("all-reduce", ("data",), 4, ((8, 8),), 5e9, 2, "layer")
+    both = Collective("all-reduce", ("data", "fsdp"), 32, ((8, 8),), 4e9, 10, "loss")
+    program = Compiled(
+        name="train",
+        topology=cluster,
+        mesh={"data": 4, "fsdp": 8, "tensor": 1},
+        places=np.array([divmod(k, 8) for k in range(32)]).reshape(4, 8, 1, 2),
+        batching=Batching(1, 32, 32),
+        attention="cudnn",
+        memory=Memory(2**30, 2**30, 0, 2**31),
+        model_flops=int(32 * 989.5e12 / 4),
+        flops=int(989.5e12 / 2),
+        traffic=3.35e11,
+        collectives=(gather, reduce, both),
+        unknown_loops=(),
+        compile_seconds=1.0,
+    )
+    found = report.program_json(program)
+    # Over NVLink 225 GB, and 40 GB on the way to all GPUs, at 450 GB/s; over the network 10 GB by
+    # each GPU at 50 GB/s, and the 40 at the 400 GB/s of a host's eight.
+    assert found["seconds"] == pytest.approx(
+        {
+            "compute": 0.5,
+            "memory": 0.1,
+            "NVLink": 265 / 450,
+            "network": 10 / 50 + 40 / 400,
+            "roofline": 265 / 450,
+        }
+    )
+    assert found["limit"] == "NVLink"
+    assert found["mfu_at_roofline"] == pytest.approx(0.25 / (265 / 450))
+    assert {tuple(c["axes"]): c["inside_host"] for c in found["collectives"]} == {
+        ("fsdp",): True,
+        ("data",): False,
+        ("data", "fsdp"): False,
+    }
+    assert found["memory"]["hbm"] == 80 * 10**9
 
 
 def test_without_the_plugin_the_extra_is_named(monkeypatch):

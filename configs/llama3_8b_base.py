@@ -4,7 +4,8 @@
 
 This file also holds what `llama3_8b_instruct.py` shares with it. Its argument names the machine:
 `--config=configs/llama3_8b_base.py:v5e-64` for 64 TPU v5e chips, `:v5p-16` for 16 TPU v5p chips
-(2x2x4, which Google Cloud calls v5p-32), `:8x80gb` or none for 8 GPUs of 80 GB.
+(2x2x4, which Google Cloud calls v5p-32), `:32x80gb` for 4 hosts with 8 GPUs of 80 GB, `:8x80gb` or
+none for one of them.
 
 With `:paper`, or `:v5e-64,paper`, it follows the paper's public code where this project differs by
 default: in how rows are cut, in the tokens at their ends, in weights after a cut (docs/method.md,
@@ -25,13 +26,14 @@ updates this small would be lost in bfloat16 ones.
 from attnpo_jax import losses, weighting
 from attnpo_jax.config import default_config, section_for
 
-# mesh, train.microbatch_size, judge.token_budget. Those for TPUs were chosen with `attnpo plan`,
-# for the longest rows there can be; it plans no GPUs, and 8x80gb is an estimate, not measured. 32
-# pairs keep 32 parts of a batch busy, not 64: hence two chips to a row on v5e-64.
+# mesh, train.microbatch_size, judge.token_budget. They were chosen with `attnpo plan`, for the
+# longest rows there can be, and not measured. 32 pairs keep 32 parts of a batch busy, not 64: hence
+# two chips to a row on v5e-64. Between GPU hosts only gradients travel.
 MACHINES = {
     "8x80gb": ({"data": 1, "fsdp": 8, "tensor": 1}, 8, 32_768),
     "v5e-64": ({"data": 1, "fsdp": 32, "tensor": 2}, 32, 8192),
     "v5p-16": ({"data": 1, "fsdp": 16, "tensor": 1}, 16, 32_768),
+    "32x80gb": ({"data": 4, "fsdp": 8, "tensor": 1}, 32, 32_768),
 }
 
 

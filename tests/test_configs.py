@@ -137,7 +137,9 @@ def argument_bytes(lowered):
 
 
 @pytest.mark.parametrize("name", LLAMAS)
-@pytest.mark.parametrize("machine, chips", [("8x80gb", 8), ("v5e-64", 64), ("v5p-16", 16)])
+@pytest.mark.parametrize(
+    "machine, chips", [("8x80gb", 8), ("v5e-64", 64), ("v5p-16", 16), ("32x80gb", 32)]
+)
 def test_llama_configs_have_the_papers_settings_on_every_machine(name, machine, chips):
     config = config_lib.load_file(f"{FOLDER / name}.py:{machine}")
     config_lib.validate(config)

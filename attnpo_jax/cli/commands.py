@@ -370,10 +370,13 @@ COMMANDS = {
     "plan": Command(
         "attnpo_jax.plan.stage",
         "plan",
-        "Compile the run for a TPU slice that need not be there: memory, traffic, time.",
+        "Compile the run for TPUs or GPUs that need not be there: memory, traffic, time.",
         {
             "topology": Option(
-                "topology", str, "TPU slice, e.g. v5e:8x8, v5p:2x2x4, v6e:4x4.", example="v5e:8x8"
+                "topology",
+                str,
+                "TPU slice, e.g. v5e:8x8, v5p:2x2x4; or GPUs, e.g. h100:8, or by host h100:4x8.",
+                example="v5e:8x8",
             ),
             "pairs": Option("pairs", int, "Training pairs, where they can't be counted here."),
             "row-length": Option(

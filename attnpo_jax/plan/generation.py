@@ -1,4 +1,4 @@
-"""`attnpo plan --generate`: what sampling takes on a TPU slice, from its compiled programs.
+"""`attnpo plan --generate`: what sampling takes on chips, from its compiled programs.
 
 A decode step in all slots, their cache full, and the reading of prompts. Tokens a second are those
 of a roofline: what is read of memory is counted by hand, since the loop over the cache's blocks has
@@ -19,11 +19,11 @@ from attnpo_jax.models.decoder import abstract_params
 from attnpo_jax.models.kv_cache import CacheShape
 from attnpo_jax.parallel import mesh as meshes
 from attnpo_jax.parallel.backend import Sharded
+from attnpo_jax.plan.accelerators import GIB, PlanError, Topology
 from attnpo_jax.plan.lengths import Batching
 from attnpo_jax.plan.programs import Compiled, Setting
 from attnpo_jax.plan.report import program_json
 from attnpo_jax.plan.roofline import Roofline
-from attnpo_jax.plan.topologies import GIB, PlanError, Topology
 from attnpo_jax.runtime.printable import plain
 from attnpo_jax.sampling import programs
 from attnpo_jax.sampling.programs import State
@@ -162,11 +162,12 @@ def table(made: Generation) -> Table:
         title=plain(f"plan of sampling: {made.source} on {made.topology.name}"), show_header=False
     )
     chip = made.topology.chip
-    shown.add_row("copies", f"{made.copies} of {made.decode.topology.size} chips")
+    noun = made.topology.noun
+    shown.add_row("copies", f"{made.copies} of {made.decode.topology.size} {noun}s")
     shown.add_row("mesh of a copy", ", ".join(f"{a} {n}" for a, n in made.decode.mesh.items()))
     shown.add_row("slots of a copy", f"{made.shape.slots}, {made.shape.length} tokens each")
-    shown.add_row("weights, by chip", f"{made.weights / GIB:.2f} GiB")
-    shown.add_row("cache, by chip", f"{made.cache / GIB:.2f} GiB")
+    shown.add_row(f"weights, by {noun}", f"{made.weights / GIB:.2f} GiB")
+    shown.add_row(f"cache, by {noun}", f"{made.cache / GIB:.2f} GiB")
     for program in (made.decode, made.prefill):
         peak = f"{program.memory.peak / GIB:.2f} of {chip.hbm / GIB:.2f} GiB"
         shown.add_row(f"peak of {program.name}", peak)
@@ -185,10 +186,10 @@ def _greedy_step(params, state: State, arrays, *, config, shape, dtype):
 
 
 def _least_step(program: Compiled, weights: float, cache: float) -> tuple[float, str]:
-    """Seconds of a decode step by the slowest of compute, memory and interconnect, and which."""
+    """Seconds of a decode step by the slowest of compute, memory and links, and which."""
     line = Roofline.of(program)
     memory = max(line.memory, (weights + cache) / program.topology.chip.hbm_bandwidth)
-    parts = {"compute": line.compute, "memory": memory, "interconnect": line.interconnect}
+    parts = line.parts | {"memory": memory}
     limit = max(parts, key=parts.__getitem__)
     return parts[limit], limit
 

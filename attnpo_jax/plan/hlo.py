@@ -24,6 +24,7 @@ _HEAD = re.compile(r"\s*(ROOT )?%([\w.-]+) = ")
 # Attributes that name computations which run when the instruction does. A reduction's `to_apply`
 # is scalar and left out.
 _CALLED = re.compile(r"(?:calls|body|branch_computations|called_computations)=\{?((?:%[\w., %-]+))")
+_APPLIED = re.compile(r"to_apply=(%[\w.-]+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +65,16 @@ class Instruction:
 
     def called(self) -> tuple[str, ...]:
         """The computations that run as part of it."""
-        return tuple(
-            name for group in _CALLED.findall(self.attributes) for name in _NAME.findall(group)
-        )
+        groups = _CALLED.findall(self.attributes)
+        if self.opcode == "call":
+            groups += _APPLIED.findall(self.attributes)
+        return tuple(name for group in groups for name in _NAME.findall(group))
+
+    @property
+    def target(self) -> str:
+        """What a custom call calls; empty for others."""
+        found = re.search(r'custom_call_target="([^"]*)"', self.attributes)
+        return found[1] if found else ""
 
     def attribute(self, name: str) -> str | None:
         """An attribute's text up to the next comma outside of brackets."""

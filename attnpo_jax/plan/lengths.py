@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from attnpo_jax.data.batching import PairBatch, RowShape, fill_rows
 from attnpo_jax.data.packing import round_up
-from attnpo_jax.plan.topologies import PlanError
+from attnpo_jax.plan.accelerators import PlanError
 
 # Tokens of the default judge prompt without its slots, chat template included: about as many in
 # every vocabulary.

@@ -23,9 +23,9 @@ from attnpo_jax.models.io import known
 from attnpo_jax.parallel import mesh as meshes
 from attnpo_jax.parallel.backend import Sharded, prepares_together
 from attnpo_jax.plan import hlo, lengths, work
+from attnpo_jax.plan.accelerators import GIB, PlanError, Topology
 from attnpo_jax.plan.collectives import Collective, collectives
 from attnpo_jax.plan.lengths import Batching, Lengths
-from attnpo_jax.plan.topologies import GIB, PlanError, Topology
 from attnpo_jax.prepare import reference
 from attnpo_jax.train import stage as train
 from attnpo_jax.weighting import Source
@@ -60,15 +60,15 @@ class Compiled:
     name: str  # "train", "reference" or "judge"
     topology: Topology  # the chips of one copy of it
     mesh: Mapping[str, int]  # sizes of their mesh's axes
-    # Where in the slice the mesh's devices are, int (data, fsdp, tensor, 3).
-    coordinates: np.ndarray
+    # Where the mesh's devices are, int (data, fsdp, tensor, k), as `Topology.places` has it.
+    places: np.ndarray
     batching: Batching  # what it takes at a time
     # What computes attention, one of `models.attention.implementations.IMPLEMENTATIONS`.
     attention: str
     memory: Memory  # bytes
     model_flops: int  # that the result needs, over all chips (see `attnpo_jax.models.flops`)
-    # Of a chip's matrix products, repeated work and padding included; without those inside an
-    # attention kernel, which XLA does not see.
+    # Of a chip's matrix products, repeated work and padding included; without those inside
+    # tokamax's attention kernel, which XLA does not see.
     flops: int
     traffic: float  # bytes through a chip's main memory
     collectives: tuple[Collective, ...]  # what the chips exchange
@@ -241,10 +241,20 @@ class Setting:
 
     def attention_of(self, backend: Sharded) -> str:
         model = self.config.model
-        choice = implementations.choose(
-            model.attention, self.model, jnp.dtype(model.dtype), backend.devices
-        )
+        with self.topology.compiling():
+            choice = implementations.choose(
+                model.attention, self.model, jnp.dtype(model.dtype), backend.devices
+            )
         return choice.implementation
+
+    def parts_of(self, name: str) -> work.Parts | None:
+        """What cuDNN is told of a program's rows; None of those that are a prompt alone."""
+        at = self.lengths
+        if name in ("train", "reference"):
+            return work.Parts(at.prompt, at.response)
+        if name == "judge":
+            return work.Parts(at.judge_prefix, at.judge_order - at.judge_prefix)
+        return None
 
     def _params(self, backend: Sharded) -> Any:
         params = abstract_params(self._of_passes, jnp.dtype(self.config.model.param_dtype))
@@ -260,35 +270,43 @@ class Setting:
         lower: Callable[[], Any],
     ) -> Compiled:
         """Compiles a program of any name for some chips; raises as `training` does."""
-        start = time.monotonic()
+        sizes, start = dict(backend.mesh.shape), time.monotonic()
+
+        def too_large(excess: str) -> DoesNotFit:
+            mesh = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
+            return DoesNotFit(
+                f"the {name} program needs {excess}, on {topology.name} ({mesh}); "
+                f"change: {self._changes(name, batching)}"
+            )
+
         # Nothing that runs here is compiled: no use in a cache.
         cached = jax.config.jax_enable_compilation_cache
         jax.config.update("jax_enable_compilation_cache", False)
         try:
-            compiled = lower().compile()
+            with topology.compiling():
+                compiled = lower().compile()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            mesh = ", ".join(f"{axis} {size}" for axis, size in backend.mesh.shape.items())
-            raise DoesNotFit(
-                f"the {name} program needs {_excess(str(error))}, on {topology.name} ({mesh}); "
-                f"change: {self._changes(name, batching)}"
-            ) from error
+            raise too_large(_excess_of(str(error), topology.noun)) from error
         finally:
             jax.config.update("jax_enable_compilation_cache", cached)
         seconds = time.monotonic() - start
+        memory, room = Memory.of(compiled.memory_analysis()), topology.chip.hbm
+        # For GPUs, XLA compiles what does not fit too.
+        if memory.peak > room:
+            raise too_large(_excess(memory.peak / GIB, room / GIB, topology.noun))
         program = hlo.parse(compiled.as_text())
-        sizes = dict(backend.mesh.shape)
         return Compiled(
             name=name,
             topology=topology,
             mesh=sizes,
-            coordinates=_coordinates(backend.mesh),
+            places=_places(topology, backend.mesh),
             batching=batching,
             attention=self.attention_of(backend),
-            memory=Memory.of(compiled.memory_analysis()),
+            memory=memory,
             model_flops=needed,
-            flops=work.flops(program),
+            flops=work.flops(program, self.parts_of(name)),
             traffic=work.memory_traffic(program),
             collectives=tuple(collectives(program, sizes)),
             unknown_loops=program.unknown_loops,
@@ -309,12 +327,12 @@ class Setting:
                 changes.append(
                     f"parallel.mesh.tensor = {sizes['tensor']} to {shared['tensor']}, fsdp to "
                     f"{shared['fsdp']} and train.microbatch_size to {shared['fsdp']}, so that "
-                    "chips share a row"
+                    f"{self.topology.noun}s share a row"
                 )
             if config.model.dtype != "bfloat16":
                 changes.append("model.dtype to 'bfloat16'")
             changes.append(f"a smaller model.logps_chunk than {config.model.logps_chunk}")
-            changes.append(f"more chips than {self.topology.size}")
+            changes.append(f"more {self.topology.noun}s than {self.topology.size}")
         elif name in ("decode", "prefill"):
             section = config.generate
             changes.append(f"fewer generate.slots than {section.slots}")
@@ -330,7 +348,7 @@ class Setting:
                 changes.append("model.param_dtype to 'bfloat16'")
             if self.prepares_on != self.topology:
                 changes.append(f"prepare.devices = {config.prepare.devices!r} to 'all'")
-            changes.append("chips with more memory")
+            changes.append(f"{self.topology.noun}s with more memory")
         changes.append(f"a smaller data.max_length than {config.data.max_length}")
         return ", or ".join(changes)
 
@@ -347,13 +365,12 @@ class Setting:
         return shared
 
 
-def _coordinates(mesh: jax.sharding.Mesh) -> np.ndarray:
-    """Where the mesh's devices are in their slice: int (data, fsdp, tensor, 3)."""
-    flat = [tuple(device.coords) for device in mesh.devices.flat]
-    return np.array(flat).reshape(*mesh.devices.shape, -1)
+def _places(topology: Topology, mesh: jax.sharding.Mesh) -> np.ndarray:
+    """Where the mesh's devices are: int (data, fsdp, tensor, k)."""
+    return topology.places(list(mesh.devices.flat)).reshape(*mesh.devices.shape, -1)
 
 
-def _excess(message: str) -> str:
+def _excess_of(message: str, noun: str) -> str:
     """What XLA says of a program that is too large."""
     number = r"([\d.]+)([KMGT])"
     for pattern in (
@@ -362,9 +379,12 @@ def _excess(message: str) -> str:
     ):
         sizes = re.search(pattern, message)
         if sizes:
-            used, room = (_gib(*sizes.group(k, k + 1)) for k in (1, 3))
-            return f"{used:.2f} GiB of a chip's {room:.2f} GiB, {used - room:.2f} GiB too much"
-    return "more memory than a chip has"
+            return _excess(*(_gib(*sizes.group(k, k + 1)) for k in (1, 3)), noun)
+    return f"more memory than a {noun} has"
+
+
+def _excess(used: float, room: float, noun: str) -> str:
+    return f"{used:.2f} GiB of a {noun}'s {room:.2f} GiB, {used - room:.2f} GiB too much"
 
 
 def _gib(number: str, unit: str) -> float:

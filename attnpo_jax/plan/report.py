@@ -7,10 +7,10 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
+from attnpo_jax.plan.accelerators import GIB, Topology
 from attnpo_jax.plan.lengths import Lengths
 from attnpo_jax.plan.programs import Compiled
-from attnpo_jax.plan.roofline import Roofline
-from attnpo_jax.plan.topologies import GIB, Topology
+from attnpo_jax.plan.roofline import Roofline, group
 from attnpo_jax.runtime.printable import plain
 
 
@@ -83,15 +83,16 @@ def program_json(program: Compiled) -> dict[str, Any]:
         "flops": program.flops,
         "memory_traffic": program.traffic,
         "collectives": [
-            {"kind": kind, "axes": list(axes), "times": times, "bytes": sent}
+            {
+                "kind": kind,
+                "axes": list(axes),
+                "inside_host": inside_host(program, axes),
+                "times": times,
+                "bytes": sent,
+            }
             for (kind, axes), (times, sent) in by_kind(program).items()
         ],
-        "seconds": {
-            "compute": roofline.compute,
-            "memory": roofline.memory,
-            "interconnect": roofline.interconnect,
-            "roofline": roofline.seconds,
-        },
+        "seconds": {**roofline.parts, "roofline": roofline.seconds},
         "limit": roofline.limit,
         "mfu_at_roofline": roofline.mfu,
         "unknown_loops": list(program.unknown_loops),
@@ -107,6 +108,13 @@ def by_kind(program: Compiled) -> dict[tuple[str, tuple[str, ...]], tuple[int, f
         sums[c.kind, c.axes][1] += c.total
     order = sorted(sums.items(), key=lambda item: -item[1][1])
     return {key: (int(times), sent) for key, (times, sent) in order}
+
+
+def inside_host(program: Compiled, axes: tuple[str, ...]) -> bool | None:
+    """Whether groups along these mesh axes stay inside of a host; None where it can't be told."""
+    if program.topology.size == program.topology.host.size:
+        return True
+    return program.topology.hosts(group(program, axes)) == 1 if axes else None
 
 
 def table(plan: Plan) -> Group:
@@ -137,13 +145,14 @@ def table(plan: Plan) -> Group:
 
 def _programs(plan: Plan) -> Table:
     programs = plan.programs
-    made = Table("by chip and run", *(p.name for p in programs), title="programs")
+    noun = plan.topology.noun
+    made = Table(f"by {noun} and run", *(p.name for p in programs), title="programs")
     lines = [Roofline.of(p) for p in programs]
 
     def row(name, of):
         made.add_row(name, *(of(p, line) for p, line in zip(programs, lines, strict=True)))
 
-    row("chips", lambda p, _: p.topology.name)
+    row(f"{noun}s", lambda p, _: p.topology.name)
     row("mesh", lambda p, _: ", ".join(f"{axis} {n}" for axis, n in p.mesh.items()))
     row("pairs", lambda p, _: str(p.batching.pairs))
     row("rows", lambda p, _: f"{p.batching.microbatches} x {p.batching.rows}")
@@ -155,9 +164,8 @@ def _programs(plan: Plan) -> Table:
     row("model FLOPs", lambda p, _: f"{p.model_flops / p.topology.size / 1e12:.1f} T")
     row("memory traffic", lambda p, _: _gib(p.traffic))
     row("sent", lambda p, _: _gib(sum(c.total for c in p.collectives)))
-    row("compute", lambda _, line: f"{line.compute:.3f} s")
-    row("memory", lambda _, line: f"{line.memory:.3f} s")
-    row("interconnect", lambda _, line: f"{line.interconnect:.3f} s")
+    for part in ("compute", "memory", *plan.topology.links):
+        row(part, lambda _, line, part=part: f"{line.parts.get(part, 0.0):.3f} s")
     row("at least", lambda _, line: f"{line.seconds:.3f} s, for {line.limit}")
     row("MFU at most", lambda _, line: f"{line.mfu:.0%}")
     row("compiled in", lambda p, _: f"{p.compile_seconds:.0f} s")
@@ -167,10 +175,12 @@ def _programs(plan: Plan) -> Table:
 
 
 def _collectives(program: Compiled) -> Table:
-    made = Table("kind", "axes", "times", "sent", title=f"collectives of {program.name}")
+    head = "kind", "axes", "inside a host", "times", "sent"
+    made = Table(*head, title=f"collectives of {program.name}")
     for (kind, axes), (times, sent) in by_kind(program).items():
         over = " x ".join(axes) or "other groups"
-        made.add_row(kind, over, f"{times:,}", f"{sent / 2**20:.1f} MiB")
+        inside = {True: "yes", False: "no", None: "?"}[inside_host(program, axes)]
+        made.add_row(kind, over, inside, f"{times:,}", f"{sent / 2**20:.1f} MiB")
     return made
 
 

@@ -1,12 +1,14 @@
 """The least time a program can take on a chip whose published peaks it reaches.
 
-The chip computes, reads its memory and sends to its neighbours at once; the slowest of the three
-decides. Real programs overlap them in part, and reach none of the peaks: 40 to 60% of the estimated
-rate is usual.
+The chip computes, reads its memory and sends over each kind of its links at once; the slowest of
+these decides. Real programs overlap them in part, and reach none of the peaks: 40 to 60% of the
+estimated rate is usual.
 """
 
 import dataclasses
 from collections.abc import Mapping
+
+import numpy as np
 
 from attnpo_jax.plan.programs import Compiled
 
@@ -17,38 +19,49 @@ class Roofline:
 
     compute: float  # FLOPs at the chip's peak
     memory: float  # bytes at its memory's bandwidth
-    interconnect: float  # bytes sent at the bandwidth of the links that lead to the group
+    # By kind of link (`Topology.links`): bytes sent at the bandwidth that leads to the group.
+    links: Mapping[str, float]
     mfu: float  # share of all chips' peak that goes into model FLOPs, at best
 
     @classmethod
     def of(cls, program: Compiled) -> "Roofline":
         chip = program.topology.chip
-        # What a kernel computes is not among the program's FLOPs, but is needed.
+        # What a kernel computes may not be among the program's FLOPs, but is needed.
         needed = program.model_flops / program.topology.size
         compute = max(program.flops, needed) / chip.flops
         memory = program.traffic / chip.hbm_bandwidth
-        network = sum(
-            c.total / (chip.link_bandwidth * links(program, c.axes)) for c in program.collectives
-        )
-        seconds = max(compute, memory, network)
+        links = dict.fromkeys(program.topology.links, 0.0)
+        for c in program.collectives:
+            bandwidths = program.topology.bandwidths(group(program, c.axes))
+            for link, bandwidth in bandwidths.items():
+                links[link] += c.total / bandwidth
+        seconds = max(compute, memory, *links.values())
         available = seconds * chip.flops * program.topology.size
-        return cls(compute, memory, network, program.model_flops / available)
+        return cls(compute, memory, links, program.model_flops / available)
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """The seconds by name: "compute", "memory", and those of the links."""
+        return {"compute": self.compute, "memory": self.memory, **self.links}
 
     @property
     def seconds(self) -> float:
-        return max(self.compute, self.memory, self.interconnect)
+        return max(self.parts.values())
 
     @property
     def limit(self) -> str:
-        """What takes longest: "compute", "memory" or "interconnect"."""
-        parts: Mapping[str, float] = dataclasses.asdict(self)
-        return max(("compute", "memory", "interconnect"), key=parts.__getitem__)
+        """The name of what takes longest."""
+        return max(self.parts, key=self.parts.__getitem__)
 
 
-def links(program: Compiled, axes: tuple[str, ...]) -> int:
-    """Links over which a chip reaches its group along these mesh axes; 1 where there are none."""
+def group(program: Compiled, axes: tuple[str, ...]) -> np.ndarray:
+    """Places (chips, k) of a group along these mesh axes, of those on the most hosts; of no axes
+    none."""
     if not axes:
-        return 1
-    along = tuple(slice(None) if axis in axes else 0 for axis in program.mesh)
-    group = program.coordinates[along].reshape(-1, program.coordinates.shape[-1])
-    return max(1, program.topology.links(group))
+        return program.places.reshape(-1, program.places.shape[-1])[:0]
+    names = list(program.mesh)
+    along = [names.index(axis) for axis in axes]
+    last = np.moveaxis(program.places, along, range(-1 - len(along), -1))
+    members = int(np.prod([program.mesh[axis] for axis in axes]))
+    groups = last.reshape(-1, members, program.places.shape[-1])
+    return max(groups, key=program.topology.hosts)

@@ -14,10 +14,10 @@ from rich.table import Table
 from attnpo_jax.models import lora
 from attnpo_jax.parallel import mesh as meshes
 from attnpo_jax.parallel.state import TrainState
+from attnpo_jax.plan.accelerators import GIB, PlanError
 from attnpo_jax.plan.programs import Compiled, DoesNotFit, Setting
 from attnpo_jax.plan.report import program_json
 from attnpo_jax.plan.roofline import Roofline
-from attnpo_jax.plan.topologies import GIB, PlanError
 from attnpo_jax.train import stage as train
 
 _LOG = logging.getLogger(__name__)
@@ -122,7 +122,8 @@ def candidates(setting: Setting) -> Iterator[Candidate]:
 
 
 def _meshes(setting: Setting) -> list[dict[str, int]]:
-    n, batch = setting.topology.size, setting.config.train.batch_size
+    n, noun = setting.topology.size, setting.topology.noun
+    batch = setting.config.train.batch_size
     state, hbm = _state_bytes(setting), setting.topology.chip.hbm
     divide = []
     for tensor in _divisors(n):
@@ -134,23 +135,23 @@ def _meshes(setting: Setting) -> list[dict[str, int]]:
                 continue
             divide.append(mesh)
     if not divide:
-        raise PlanError(f"no mesh of {n} chips divides this model; accepted: another number")
+        raise PlanError(f"no mesh of {n} {noun}s divides this model; accepted: another number")
     roomy = [mesh for mesh in divide if state / (mesh["fsdp"] * mesh["tensor"]) <= hbm]
     if not roomy:
         most = max(mesh["fsdp"] * mesh["tensor"] for mesh in divide)
         raise PlanError(
-            f"parameters, moments and gradient take {state / most / GIB:.2f} GiB of a chip's "
-            f"{hbm / GIB:.2f} GiB, split as far as {n} chips and this model allow; accepted: more "
-            "chips, or larger ones"
+            f"parameters, moments and gradient take {state / most / GIB:.2f} GiB of a {noun}'s "
+            f"{hbm / GIB:.2f} GiB, split as far as {n} {noun}s and this model allow; accepted: "
+            f"more {noun}s, or larger ones"
         )
     # With more parts of a batch than pairs, chips would have none.
     busy = [mesh for mesh in roomy if mesh["data"] * mesh["fsdp"] <= batch]
     if not busy:
         parts = min(mesh["data"] * mesh["fsdp"] for mesh in roomy)
         raise PlanError(
-            f"on {n} chips a batch is in {parts} parts or more, since this model can't be split "
+            f"on {n} {noun}s a batch is in {parts} parts or more, since this model can't be split "
             f"further by tensor, and train.batch_size is {batch}; accepted: a train.batch_size of "
-            f"{parts} or more, or fewer chips"
+            f"{parts} or more, or fewer {noun}s"
         )
     return busy
 

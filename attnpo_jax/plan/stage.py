@@ -1,4 +1,4 @@
-"""`attnpo plan`: what a config takes on a TPU slice, from its compiled programs."""
+"""`attnpo plan`: what a config takes on TPUs or GPUs, from its compiled programs."""
 
 import json
 import logging
@@ -12,9 +12,9 @@ from attnpo_jax.data import mixture
 from attnpo_jax.models.io import known
 from attnpo_jax.plan import generation, report, search, topologies
 from attnpo_jax.plan import pairs as pairs_lib
+from attnpo_jax.plan.accelerators import PlanError
 from attnpo_jax.plan.lengths import Lengths
 from attnpo_jax.plan.programs import Setting
-from attnpo_jax.plan.topologies import PlanError
 
 if TYPE_CHECKING:
     from attnpo_jax.run import Run
@@ -34,10 +34,10 @@ def plan(
     as_json: bool = False,
     console: Console | None = None,
 ) -> None:
-    """Compiles the config's programs for a TPU slice and prints what they take.
+    """Compiles the config's programs for TPUs or GPUs and prints what they take.
 
     Args:
-      topology: name of the slice, e.g. "v5e:8x8".
+      topology: their name, e.g. "v5e:8x8" or "h100:8" (see `topologies.parse`).
       pairs: training pairs, of which `train.pairs` may draw fewer. None: see `pairs.count`.
       row_length, response_length: see `lengths.Lengths.of`.
       search_over: whether to try meshes, microbatch sizes and remat policies, in place of the

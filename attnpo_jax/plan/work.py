@@ -3,6 +3,8 @@
 Both are sums over its instructions, each as often as it runs (see `hlo.Program`).
 """
 
+import dataclasses
+import json
 import math
 import re
 
@@ -13,6 +15,7 @@ from attnpo_jax.plan.hlo import Computation, Instruction, Program, Shape
 # Instructions that move nothing: they name, group or wait for what others made.
 _NOTHING = (
     "after-all",
+    "async-start",
     "bitcast",
     "call",
     "conditional",
@@ -29,21 +32,92 @@ _NOTHING = (
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 
 
-def flops(program: Program) -> int:
-    """FLOPs of all matrix products (which TPU programs write as convolutions), padding left out."""
-    total = 0
+# GPU programs call libraries for some products: cuBLAS, and cuDNN for all of attention.
+_CUBLAS, _CUDNN_ATTENTION = "__cublas$", "__cudnn$fmha"
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Tokens of a row that cuDNN is told at run time, as `models.attention.split` has it compute.
+
+    The program's text has them not: its arrays are as long as a row may be.
+    """
+
+    prefix: int
+    response: int  # of each branch
+
+    @property
+    def causal(self) -> float:
+        """Scores of a causal part, in the mean of both: prefix with a branch, and a branch."""
+        lengths = self.prefix + self.response, self.response
+        return sum(n * (n + 1) / 2 for n in lengths) / 2
+
+    @property
+    def whole(self) -> int:
+        """Scores of the part without a rule: a branch over the prefix."""
+        return self.response * self.prefix
+
+
+def flops(program: Program, parts: Parts | None = None) -> int:
+    """FLOPs of all matrix products, padding left out.
+
+    TPU programs write them as convolutions, GPU programs partly as calls of cuBLAS; cuDNN's
+    attention counts with all that it computes.
+
+    Args:
+      parts: of the rows that cuDNN attends to in parts; None: rows of one piece that fill their
+        arrays.
+    """
+    total = 0.0
     for computation, i, times in program.instructions():
-        if i.opcode in ("convolution", "dot"):
+        kind = _kind(i)
+        if kind == _CUDNN_ATTENTION:
+            query = computation.instructions[i.operands[0]].shapes[0]
+            total += times * cudnn_attention(i, query, parts)
+        elif count := _COUNTS.get(kind):
             left, right = (computation.instructions[o].shapes[0] for o in i.operands[:2])
-            count = _convolution if i.opcode == "convolution" else _dot
             total += times * count(i, left, right)
-    return total
+    return round(total)
+
+
+def _kind(i: Instruction) -> str:
+    """An instruction's opcode, or the library that it calls."""
+    calls = (known for known in (_CUBLAS, _CUDNN_ATTENTION) if i.target.startswith(known))
+    return next(calls, i.opcode) if i.opcode == "custom-call" else i.opcode
 
 
 def _dot(i: Instruction, left: Shape, right: Shape) -> int:
-    summed = [int(n) for n in re.findall(r"\d+", i.attribute("lhs_contracting_dims") or "")]
     del right
-    return 2 * i.shapes[0].elements * int(np.prod([left.dims[d] for d in summed]))
+    return _product(i, left, re.findall(r"\d+", i.attribute("lhs_contracting_dims") or ""))
+
+
+def _cublas(i: Instruction, left: Shape, right: Shape) -> int:
+    del right
+    summed = re.search(r'"lhs_contracting_dimensions":\s*(\[[^\]]*\])', i.attributes)
+    return _product(i, left, json.loads(summed[1]))
+
+
+def _product(i: Instruction, left: Shape, summed: list[str]) -> int:
+    return 2 * i.shapes[0].elements * math.prod(left.dims[int(d)] for d in summed)
+
+
+def cudnn_attention(i: Instruction, query: Shape, parts: Parts | None = None) -> float:
+    """FLOPs of two products forward and five backward, of what rule and lengths do not leave out.
+
+    A mask leaves out nothing: the kernel computes what it then hides. What lengths leave out of a
+    tile counts as left out.
+    """
+    scores = re.search(r'"intermediate_tensor_shape":.*?"dimensions":\s*(\[[^\]]*\])', i.attributes)
+    B, N, L, S = map(int, json.loads(scores[1]))
+    rule = re.search(r'"mask_type":\s*"(\w+)"', i.attributes)[1]
+    parts = parts or Parts(L, 0)
+    seen = {
+        "CAUSAL": sum(min(t + 1, S) for t in range(L)),
+        "PADDING_CAUSAL": parts.causal,
+        "PADDING": parts.whole,
+    }.get(rule, L * S)
+    products = 5 if "Backward" in i.target else 2
+    return products * 2 * B * N * seen * query.dims[-1]
 
 
 def _convolution(i: Instruction, left: Shape, right: Shape) -> int:
@@ -68,6 +142,13 @@ def _convolution(i: Instruction, left: Shape, right: Shape) -> int:
     batch, features = left.dims[lhs.index("b")], right.dims[rhs.index("o")]
     groups = int(i.attribute("batch_group_count") or 1)
     return 2 * products * (batch // groups) * features * right.dims[rhs.index("i")]
+
+
+_COUNTS = {
+    "convolution": _convolution,
+    "dot": _dot,
+    _CUBLAS: _cublas,
+}
 
 
 def memory_traffic(program: Program) -> float:
@@ -96,6 +177,9 @@ def _traffic(program: Program, computation: Computation, i: Instruction) -> floa
         return target.bytes * (target.in_hbm + source.in_hbm)
     if i.opcode.endswith("-start"):
         return sum(reads) + max(writes - sum(reads), 0.0)
+    if _kind(i) in (_CUBLAS, _CUDNN_ATTENTION):
+        # The last result is room to work in.
+        return sum(reads) + _in_hbm(i.shapes[:-1] or i.shapes)
     if i.opcode in ("dynamic-slice", "slice", "gather"):
         return 2 * writes if reads[0] else writes
     if i.opcode in _UPDATES:

@@ -1,8 +1,8 @@
 import pytest
 
 from attnpo_jax.config import default_config
+from attnpo_jax.plan.accelerators import PlanError
 from attnpo_jax.plan.lengths import Batching, Lengths, judge_rows, train_batch
-from attnpo_jax.plan.topologies import PlanError
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from rich.console import Console
 from attnpo_jax.config import default_config
 from attnpo_jax.models.io import hf_config
 from attnpo_jax.plan import search, topologies
+from attnpo_jax.plan.accelerators import PlanError
 from attnpo_jax.plan.lengths import Lengths
 from attnpo_jax.plan.programs import DoesNotFit, Setting
-from attnpo_jax.plan.topologies import PlanError
 
 MODEL = hf_config.read(
     {
@@ -187,7 +187,14 @@ def test_why_there_is_nothing_to_try(topology, fields, words):
         search.ranking(setting(topology, **fields))
 
 
-def test_a_model_too_large_for_the_slice_asks_for_more_chips(monkeypatch):
+@pytest.mark.parametrize(
+    "topology, words",
+    [
+        ("v5e:2x2", "take 25.00 GiB of a chip's 16.00 GiB.*more chips"),
+        ("l40s:2", "take 50.00 GiB of a GPU's 44.70 GiB.*more GPUs, or larger ones"),
+    ],
+)
+def test_a_model_too_large_for_the_chips_asks_for_more(monkeypatch, topology, words):
     monkeypatch.setattr(search, "_state_bytes", lambda _: 100 * 2**30)
-    with pytest.raises(PlanError, match=r"take 25.00 GiB of a chip's 16.00 GiB.*more chips"):
-        search.ranking(setting("v5e:2x2"))
+    with pytest.raises(PlanError, match=words):
+        search.ranking(setting(topology))

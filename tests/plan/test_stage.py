@@ -62,7 +62,7 @@ def made(name, pairs):
         name=name,
         topology=slice_,
         mesh={"data": 2, "fsdp": 2, "tensor": 1},
-        coordinates=np.array([[[[0, 0, 0]], [[0, 1, 0]]], [[[1, 0, 0]], [[1, 1, 0]]]]),
+        places=np.array([[[[0, 0, 0]], [[0, 1, 0]]], [[[1, 0, 0]], [[1, 1, 0]]]]),
         batching=Batching(1, pairs, pairs),
         attention="xla",
         memory=Memory(2**30, 2**31, 2**20, 2**30 + 2**31 + 2**20),
@@ -105,7 +105,7 @@ def test_json_adds_up(arguments, compiled, capsys):
     )
     assert (train["limit"], train["mfu_at_roofline"]) == ("compute", pytest.approx(1 / 8))
     assert train["collectives"] == [
-        {"kind": "all-gather", "axes": ["fsdp"], "times": 5, "bytes": 25e9}
+        {"kind": "all-gather", "axes": ["fsdp"], "inside_host": True, "times": 5, "bytes": 25e9}
     ]
     assert train["memory"]["peak"] == 2**30 + 2**31 + 2**20
     assert train["memory"]["hbm"] == 2**34
@@ -168,7 +168,7 @@ def test_options_reach_the_plan(arguments, compiled, capsys):
 @pytest.mark.parametrize(
     "extra, code, words",
     [
-        (["--topology=v5x:2x2"], 1, "topology 'v5x:2x2': accepted: a chip (v4, v5e, v5p, v6e)"),
+        (["--topology=v5x:2x2"], 1, "topology 'v5x:2x2': accepted: a TPU chip (v4, v5e, v5p, v6e)"),
         (["--config.parallel.mesh.data=3"], 1, "product of the sizes is 3, which must divide"),
         (PMAP, 1, "'pmap' is not planned; accepted: 'jit'"),
         (["--row-length=9000"], 1, "--row-length=9000: accepted: 3 to 4095"),

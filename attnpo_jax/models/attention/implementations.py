@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax._src.cudnn import fused_attention_stablehlo  # cuDNN's version has no public name
 
 from attnpo_jax.models import placement
 from attnpo_jax.models.attention import blocks, core, cudnn, split, strips
@@ -27,6 +28,10 @@ BLOCKS = "xla in blocks"
 
 # The one that "auto" means where it can serve; XLA on all other platforms.
 _PREFERRED = {"gpu": "cudnn", "tpu": "tokamax"}
+
+# As cuDNN's frontend has it, which XLA asks when a program is loaded on a GPU: their attention is
+# known to be wrong.
+_CUDNN_FAULTY = ((9, 10, 0), (9, 10, 1))
 
 # What tokamax's kernel needs to keep for its backward pass, as rematerialisation policies know it.
 ATTENDED = "attended"
@@ -113,12 +118,31 @@ def _obstacle(implementation: str, model: ModelConfig, dtype, device: jax.Device
     capability = tuple(int(part) for part in device.compute_capability.split("."))
     if capability < (8, 0):
         return f"compute capability {device.compute_capability}, cuDNN's attention needs 8.0"
+    if (version := _cudnn_version()) is None:
+        return "cuDNN is not installed (pip install '.[cuda]' in a clone)"
+    if version in _CUDNN_FAULTY or (capability == (10, 3) and version < (9, 11, 0)):
+        oldest = "9.11.0" if capability == (10, 3) else "9.10.2"
+        found = ".".join(map(str, version))
+        return f"cuDNN {found}, its attention needs {oldest} on {device.compute_capability}"
     if model.attn_logit_softcapping is not None:
         return f"the model caps scores at {model.attn_logit_softcapping:g}, cuDNN's attention not"
-    widest = 256 if capability >= (9, 0) else 128
+    # From 10.0 on, 128 is what the backward pass takes, and JAX does not ask about that.
+    widest = 256 if capability[0] == 9 else 128
     if model.head_dim % 8 or model.head_dim > widest:
-        return f"head dim {model.head_dim}, cuDNN's attention takes multiples of 8 up to {widest}"
+        return (
+            f"head dim {model.head_dim}, cuDNN's attention takes multiples of 8 up to {widest} on "
+            f"{device.compute_capability}"
+        )
     return None
+
+
+def _cudnn_version() -> tuple[int, int, int] | None:
+    """Major, minor and patch, of what JAX loads; None if there is none."""
+    try:
+        number = fused_attention_stablehlo.check_cudnn_version()
+    except RuntimeError:
+        return None
+    return number // 10_000, number // 100 % 100, number % 100
 
 
 def attend(

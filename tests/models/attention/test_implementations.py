@@ -48,6 +48,13 @@ H100, V100 = device("gpu", "NVIDIA H100"), device("gpu", "Tesla V100", "7.0")
 MI300 = device("gpu", "AMD MI300X", version="rocm 6.2")
 
 
+@pytest.fixture(autouse=True)
+def cudnn(monkeypatch):
+    """A version of cuDNN, which is not installed here."""
+    module = "jax._src.cudnn.fused_attention_stablehlo"
+    monkeypatch.setattr(f"{module}.check_cudnn_version", lambda: 91200)
+
+
 @pytest.fixture
 def installed(monkeypatch):
     """Sets whether tokamax is found."""
@@ -98,7 +105,12 @@ WIDE = dataclasses.replace(MODEL, head_dim=260)
         (MODEL, "bfloat16", V100, "compute capability 7.0, cuDNN's attention needs 8.0"),
         (MODEL, "bfloat16", MI300, "it runs on CUDA devices, and these are ROCm's"),
         (CAPPED, "bfloat16", H100, "the model caps scores at 50, cuDNN's attention not"),
-        (WIDE, "bfloat16", H100, "head dim 260, cuDNN's attention takes multiples of 8 up to 256"),
+        (
+            WIDE,
+            "bfloat16",
+            H100,
+            "head dim 260, cuDNN's attention takes multiples of 8 up to 256 on 9.0",
+        ),
     ],
 )
 def test_says_why_cudnn_cannot_serve(model, dtype, on, reason):
@@ -194,10 +206,8 @@ def test_cudnn_gets_what_xla_computes(monkeypatch, rule, past_length):
     check("cudnn", 61, rule=RULES[rule], past_length=past_length)
 
 
-def test_cudnn_lowers_for_cuda(monkeypatch):
-    """As far as it goes without a GPU, which is asked for cuDNN's version."""
-    module = "jax._src.cudnn.fused_attention_stablehlo"
-    monkeypatch.setattr(f"{module}.check_cudnn_version", lambda: 91200)
+def test_cudnn_lowers_for_cuda():
+    """As far as it goes without a GPU."""
     layout = rows(61)
 
     def gradients(q, k, v):

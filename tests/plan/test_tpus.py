@@ -1,6 +1,8 @@
+import numpy as np
 import pytest
 
-from attnpo_jax.plan import topologies
+from attnpo_jax.plan import topologies, tpus
+from attnpo_jax.plan.accelerators import PlanError
 
 
 @pytest.mark.parametrize(
@@ -26,17 +28,17 @@ def test_slices_and_their_hosts(name, size, host):
     [
         (
             "v9:2x2",
-            r"'v9:2x2': accepted: a chip \(v4, v5e, v5p, v6e\) and its grid, e.g. v4:4x4x4, ",
+            r"'v9:2x2': accepted: a TPU chip \(v4, v5e, v5p, v6e\) and its grid, e.g. v5e:8x8, ",
         ),
-        ("v5e", "accepted: a chip"),
-        ("v5e-64", "accepted: a chip"),
+        ("v5e", "accepted: a TPU chip"),
+        ("v5e-64", "accepted: a TPU chip"),
         ("v5e:2x2x4", "accepted for v5e: 2 axes, each of 1, 2, 4, 8, 16"),
         ("v5p:3x2x2", "accepted for v5p: 3 axes, each of 1, 2, 4, 8, 12, 16, 20, 24 chips"),
         ("v5e:32x2", "each of 1, 2, 4, 8, 16 chips"),
     ],
 )
 def test_other_names_are_refused_with_what_is_accepted(name, words):
-    with pytest.raises(topologies.PlanError, match=words):
+    with pytest.raises(PlanError, match=words):
         topologies.parse(name)
 
 
@@ -54,12 +56,23 @@ def test_other_names_are_refused_with_what_is_accepted(name, words):
     ],
 )
 def test_links_to_a_group(name, group, links):
-    assert topologies.parse(name).links(group) == links
+    slice_ = topologies.parse(name)
+    assert slice_.ways(group) == links
+    bandwidth = links * slice_.chip.link_bandwidth
+    assert slice_.bandwidths(np.array(group)) == {"interconnect": bandwidth}
+
+
+def test_a_group_is_on_as_many_hosts_as_have_its_chips():
+    slice_ = topologies.parse("v5e:4x8")
+    grid = np.array([(x, y, 0) for x in range(4) for y in range(8)])
+    assert slice_.hosts(grid) == 8  # 2x2 chips each
+    assert slice_.hosts(grid[:2]) == 1
+    assert slice_.hosts(grid[:8]) == 4
 
 
 def test_without_libtpu_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "libtpu", None)
-    with pytest.raises(topologies.PlanError, match=r"pip install '.\[plan\]'"):
+    with pytest.raises(PlanError, match=r"pip install '.\[plan\]'"):
         topologies.parse("v5e:2x2").devices()
 
 
@@ -74,8 +87,8 @@ def test_devices_of_a_slice_that_is_not_there():
     assert len({d.process_index for d in topologies.parse("v5e:2x4").devices()}) == 1
 
 
-@pytest.mark.parametrize("kind", topologies.CHIPS)
+@pytest.mark.parametrize("kind", tpus.CHIPS)
 def test_libtpu_knows_every_chip_with_one_device_each(kind):
     pytest.importorskip("libtpu")
-    slice_ = topologies.parse(f"{kind}:{'x'.join(['4'] * len(topologies.CHIPS[kind].host))}")
+    slice_ = topologies.parse(f"{kind}:{'x'.join(['4'] * len(tpus.CHIPS[kind].host))}")
     assert len(slice_.devices()) == slice_.size

@@ -19,7 +19,8 @@ from attnpo_jax.data.template_process import Refused, StuckTemplate, process
 from attnpo_jax.runtime.errors import UserError
 
 # Private-use characters, in an order that no text holds; templates neither trim nor look for them.
-_NONCE = "".join(chr(0xE100 + byte) for byte in uuid.uuid4().bytes)
+# Two letters of an old alphabet, one in each case, tell of templates that change case.
+_NONCE = "".join(chr(0xE100 + byte) for byte in uuid.uuid4().bytes) + "\ua680\ua681"
 MARK = f"\ue000{_NONCE}\ue001"
 _NUMBERED = f"\ue000{_NONCE}.{{}}\ue001"
 _NUMBERED_RE = re.compile(_NUMBERED.format("([0-9]+)"))

@@ -210,5 +210,6 @@ def without_marks(message):
 
 def test_marks_hold_nothing_that_a_template_looks_for():
     """With hex digits in it, one in 140 programs had a mark with "def" inside."""
-    assert all("\ue000" <= character <= "\uf8ff" for character in chat_template.MARK)
-    assert len(set(chat_template.MARK)) > 8
+    mark = chat_template.MARK
+    assert all(character > "\ua67f" for character in mark) and len(set(mark)) > 8
+    assert mark.upper() != mark != mark.lower()  # a template that changes case is told by it

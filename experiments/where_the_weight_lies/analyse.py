@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from attnpo_jax.runtime import intervals
+from attnpo_jax.runtime import figures, intervals
 from experiments.where_the_weight_lies.arms import ARMS, PRIMARY, SECONDARY, SEEDS
 from experiments.where_the_weight_lies.results import Results, write_json
 
@@ -106,30 +106,26 @@ def _row(results: Results, task: str, arm: str, setting: Mapping[str, float], se
     return results.find(task=task, arm=arm, seed=seed, split="test", **key)
 
 
+@figures.style()
 def plot(found: Mapping[str, Any], file: pathlib.Path) -> None:
     """Pass rates by arm: a dot a seed, the mean with its interval, the base model as a line."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 3.2), layout="constrained")
+    figure, (axes,) = figures.new_figure(height=3.2)
     names = list(found["arms"])
     for place, name in enumerate(names):
         arm = found["arms"][name]
-        low, high = arm["pass_interval"]
-        axes.plot(arm["passes_by_seed"], [place] * len(SEEDS), "o", color="#8da0cb", ms=5)
-        axes.plot([low, high], [place, place], color="#1b1b1b", lw=1.5)
-        axes.plot(arm["pass"], place, "|", color="#1b1b1b", ms=14, mew=2)
+        axes.plot(
+            arm["passes_by_seed"], [place] * len(SEEDS), "o", color=figures.COLOURS[0], alpha=0.5
+        )
+        axes.plot(arm["pass_interval"], [place, place], color="black", lw=1.5)
+        axes.plot(arm["pass"], place, "|", color="black", ms=14, mew=2)
     if found["base"]:
-        axes.axvline(found["base"]["pass"], color="#999999", ls="--", lw=1)
+        axes.axvline(found["base"]["pass"], color=figures.GREY, ls="--", lw=1)
         above = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "bottom"}
-        axes.text(found["base"]["pass"], 1.0, "base", color="#666666", **above)
+        axes.text(found["base"]["pass"], 1.0, "base", color=figures.GREY, **above)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel(f"share of held-out answers that pass ({found['task']})")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
+    figures.save(figure, file)
 
 
 def show(found: Mapping[str, Any]) -> None:

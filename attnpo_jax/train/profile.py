@@ -66,9 +66,7 @@ class Profile:
         # Here first: what the workdir has is whole, and processes of one host do not meet.
         self._raw = tempfile.TemporaryDirectory()
         options = jax.profiler.ProfileOptions()
-        options.python_tracer_level = (
-            0  # calls of Python functions: a step that compiles has millions
-        )
+        options.python_tracer_level = 0  # a step that compiles calls millions of functions
         jax.profiler.start_trace(self._raw.name, profiler_options=options)
         self._loop, self._first = loop, loop.step + 1
 

@@ -2,7 +2,8 @@
 
 `jax.nn.dot_product_attention` rounds the log-sum-exps that it returns to the dtype of the outputs,
 and its gradient takes no others than its own. So parts call what it is made of, JAX's primitives
-for cuDNN. These are internals of JAX: `lacking` says whether they are as expected.
+for cuDNN. These are internals of JAX, imported where cuDNN is asked for and nowhere else: `lacking`
+says whether they are as expected.
 
 Shapes: as in `split`.
 """
@@ -44,6 +45,15 @@ def _backward(
 
 
 PART = Part(_forward, _backward)
+
+
+def version() -> tuple[int, int, int] | None:
+    """Major, minor and patch of the cuDNN that JAX loads; None if there is none."""
+    try:
+        number = _internals().check_cudnn_version()
+    except RuntimeError:
+        return None
+    return number // 10_000, number // 100 % 100, number % 100
 
 
 @functools.cache

@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax._src.cudnn import fused_attention_stablehlo  # cuDNN's version has no public name
 
 from attnpo_jax.models import placement
 from attnpo_jax.models.attention import blocks, core, cudnn, split, strips
@@ -118,7 +117,7 @@ def _obstacle(implementation: str, model: ModelConfig, dtype, device: jax.Device
     capability = tuple(int(part) for part in device.compute_capability.split("."))
     if capability < (8, 0):
         return f"compute capability {device.compute_capability}, cuDNN's attention needs 8.0"
-    if (version := _cudnn_version()) is None:
+    if (version := cudnn.version()) is None:
         return "cuDNN is not installed (pip install '.[cuda]' in a clone)"
     if version in _CUDNN_FAULTY or (capability == (10, 3) and version < (9, 11, 0)):
         oldest = "9.11.0" if capability == (10, 3) else "9.10.2"
@@ -134,15 +133,6 @@ def _obstacle(implementation: str, model: ModelConfig, dtype, device: jax.Device
             f"{device.compute_capability}"
         )
     return None
-
-
-def _cudnn_version() -> tuple[int, int, int] | None:
-    """Major, minor and patch, of what JAX loads; None if there is none."""
-    try:
-        number = fused_attention_stablehlo.check_cudnn_version()
-    except RuntimeError:
-        return None
-    return number // 10_000, number // 100 % 100, number % 100
 
 
 def attend(

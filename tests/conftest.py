@@ -57,6 +57,29 @@ hypothesis.settings.register_profile("no_deadline", deadline=None)
 hypothesis.settings.load_profile("no_deadline")
 
 
+# Files that between them use each dependency as the package does: they are marked `lowest`, and run
+# with the lowest versions that setup.cfg allows too (`.ci/run`).
+LOWEST = {
+    ROOT / "tests" / file
+    for file in (
+        "config/test_config.py",  # ml_collections
+        "data/test_readers.py",  # datasets, pyarrow, etils
+        "data/test_tokenize.py",  # transformers, tokenizers, jinja2
+        "export/test_stage.py",  # huggingface_hub, safetensors
+        "models/attention/test_cudnn_rule.py",  # JAX's internals of cuDNN
+        "models/io/test_gguf.py",
+        "models/io/test_hf_save.py",
+        "parallel/test_adapters.py",  # JAX on meshes of several devices
+        "parallel/test_checkpoint.py",  # orbax
+        "sweep/test_plots.py",  # matplotlib
+        "train/test_optim.py",  # optax
+        "train/test_step.py",  # flax, chex
+        "test_cli.py",  # absl, shtab, rich
+        "test_run.py",  # a whole run
+    )
+}
+
+
 def pytest_configure(config):
     # Workers take files in the order below, not those with the most tests first.
     config.option.loadscopereorder = False
@@ -64,12 +87,14 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Marks what needs the embedded model; puts the files that take longest first.
+    """Marks tests by what they need; puts the files that take longest first.
 
     A long one that begins last would keep one worker busy while the others have nothing to do.
     """
     files = {item.path: 2 for item in items}
     for item in items:
+        if item.path in LOWEST:
+            item.add_marker(pytest.mark.lowest)
         if "smollm2_folder" in item.fixturenames:
             item.add_marker(pytest.mark.embedded)
             files[item.path] = min(files[item.path], 1)

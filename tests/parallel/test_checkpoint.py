@@ -84,6 +84,7 @@ def test_a_donated_state_is_saved_as_it_was_when_written_in_the_background(tmp_p
 def test_checkpoints_are_where_the_config_says(tmp_path):
     config = config_lib.default_config()
     assert os.fspath(Run.resolve(config, tmp_path).checkpoint_folder) == f"{tmp_path}/checkpoints"
+    pytest.importorskip("gcsfs")
     config.train.checkpoint_dir = "gs://bucket/run"
     assert os.fspath(Run.resolve(config, tmp_path).checkpoint_folder) == "gs://bucket/run"
     assert os.fspath(checkpoint._absolute("gs://bucket/run")) == "gs://bucket/run"

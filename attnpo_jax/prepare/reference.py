@@ -3,10 +3,10 @@
 Shapes: as in `data.batching`.
 """
 
-import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -43,20 +43,20 @@ def compile_pass(
     with `entropy` (log-probs, entropies), each (B, G, 2, T).
     """
     statistics = ("entropy",) if entropy else ()
-    score = functools.partial(
-        scoring.response_scores,
-        config,
+    return backend.row_pass(
+        _score_rows,
+        out_axes=(0,) * (1 + len(statistics)),
+        config=config,
         statistics=statistics,
         dtype=jnp.dtype(dtype),
         attention=attention,
         chunk=chunk,
     )
 
-    def run(params, batch):
-        logps, found = score(params, batch)
-        return (logps, *(found[name] for name in statistics))
 
-    return backend.row_pass(run, out_axes=(0,) * (1 + len(statistics)))
+def _score_rows(params, batch, *, config: ModelConfig, **options) -> tuple[jax.Array, ...]:
+    logps, found = scoring.response_scores(config, params, batch, **options)
+    return (logps, *(found[name] for name in options["statistics"]))
 
 
 class Reference:

@@ -33,7 +33,7 @@ MODEL = hf_config.read(HF_CONFIG)
 MATRICES = Counter({512 * 512: 2, 512 * 256: 2, 512 * 1024: 3})
 
 
-def setting(model=MODEL, row=128, **fields):
+def setting(model=MODEL, row=128, of=Setting, **fields):
     config = default_config()
     config.data.max_length, config.data.max_prompt_length = 96, 64
     config.judge.max_length, config.judge.max_answer_length = 256, 64
@@ -45,7 +45,7 @@ def setting(model=MODEL, row=128, **fields):
     config.parallel.mesh.update({"data": 1, "fsdp": -1, "tensor": 1})
     config.update_from_flattened_dict(fields)
     lengths = Lengths.of(config, row if row < 2 * config.data.max_length else None)
-    return Setting(config, model, topologies.parse("v5e:2x2"), lengths)
+    return of(config, model, topologies.parse("v5e:2x2"), lengths)
 
 
 @pytest.fixture(scope="module")
@@ -226,11 +226,21 @@ def test_what_does_not_fit_says_by_how_much_and_what_to_change():
     assert "\n" not in message
 
 
+class Traced(Setting):
+    """A setting whose programs are what would be compiled, traced and no more."""
+
+    def compile(self, name, topology, backend, batching, needed, lower):
+        with topology.compiling():
+            return lower()
+
+
 def test_precomputed_weights_are_a_part_of_the_batch():
-    ready = setting(**{"judge.layers": "none", "data.weight_columns": ("mine", "other")})
+    fields = {"judge.layers": "none", "data.weight_columns": ("mine", "other")}
+    ready = setting(of=Traced, **fields)
     ready.config.weighting = section_for(weighting, "column", column="other")
     assert ready.weight_columns == ("mine", "other")
-    assert ready.training().memory.peak > 0
+    (_, batch), _ = ready.training().args_info
+    assert batch.ready_BG2KT.shape[-2] == 2
     ready.config.data.weight_columns = "all"
     with pytest.raises(PlanError, match="'all': a plan reads no data; accepted: the columns"):
         ready.training()

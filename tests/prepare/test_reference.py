@@ -76,15 +76,15 @@ def test_the_first_loss_is_log_2_in_packed_rows_as_in_rows_of_one_pair(attention
         logps_chunk=2048,
     )
     adam, schedule = tiny.optimizer()
-    step = make_train_step(settings, adam, schedule)
+    first = functools.partial(create, optimizer=adam)
+    abstract = backend.abstract_state(jax.eval_shape(first, params))
+    train = backend.train_step(make_train_step(settings, adam, schedule), abstract)
     longest = max(e.row_length for e in pairs)
     for capacity in (2 * longest, 3 * longest):
         packed = pack([e.row_length for e in pairs], capacity)
         assert max(map(len, packed)) >= capacity // longest
         batch = jax.tree.map(lambda x: x[None], batch_of([[scored[i] for i in r] for r in packed]))
-        first = functools.partial(create, optimizer=adam)
         state = backend.create_state(first, jax.tree.map(jnp.array, params))  # donated
-        train = backend.train_step(step, backend.abstract_state(jax.eval_shape(first, params)))
         _, metrics = train(state, backend.put_batch(batch))
         found = np.asarray(metrics["pair_loss"])[np.asarray(metrics["pair"]) >= 0]
         assert len(found) == len(pairs)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import special
 
 from attnpo_jax.judge.language_model import load_model
 from attnpo_jax.models import decoder, lm_head
@@ -73,13 +74,13 @@ def test_greedy_responses_are_those_of_the_whole_pass(model):
     found = responses(engine_of(model, slots=4), requests)
     assert len(found) == len(requests)
     for request in requests:
-        tokens = list(request.tokens)
         response = found[request.id, 0]
-        for token, logprob in zip(response.tokens, response.logprobs, strict=True):
-            logits = whole_pass(model, tokens)[-1]
-            assert logits[token] > logits.max() - 1e-4
-            assert logprob == pytest.approx(float(jax.nn.log_softmax(logits)[token]), abs=1e-4)
-            tokens.append(token)
+        # What follows a token does not change its logits: by induction, one pass tells of all.
+        logits = whole_pass(model, [*request.tokens, *response.tokens])[len(request.tokens) - 1 :]
+        taken = np.arange(len(response.tokens)), np.array(response.tokens)
+        assert (logits[taken] > logits[:-1].max(-1) - 1e-4).all()
+        logps = special.log_softmax(logits, axis=-1)
+        np.testing.assert_allclose(response.logprobs, logps[taken], atol=1e-4)
         assert response.finish_reason == ("stop" if response.tokens[-1] == 2 else "length")
         assert len(response.tokens) <= 20
 
@@ -97,7 +98,7 @@ def test_log_probs_are_those_of_the_forward_pass(model, expected):
     for request in requests_of(model, samples=2, **SAMPLED):
         response = expected[request.id, request.sample]
         tokens = [*request.tokens, *response.tokens]
-        logps = jax.nn.log_softmax(whole_pass(model, tokens))
+        logps = special.log_softmax(whole_pass(model, tokens), axis=-1)
         at = np.arange(len(request.tokens) - 1, len(tokens) - 1)
         np.testing.assert_allclose(
             response.logprobs, logps[at, np.array(response.tokens)], atol=1e-4
@@ -113,8 +114,8 @@ def same(found, expected):
         np.testing.assert_allclose(response.logprobs, expected[key].logprobs, atol=1e-4)
 
 
-@pytest.mark.parametrize("slots", [3, 7, 64])
-@pytest.mark.parametrize("steps", [1, 8])
+# Fewer slots than requests, and more: then there are half as many again and again.
+@pytest.mark.parametrize(("slots", "steps"), [(3, 8), (7, 1), (64, 8)])
 def test_slots_and_order_change_nothing(model, expected, slots, steps):
     requests = requests_of(model, samples=2, **SAMPLED)
     order = np.random.default_rng(slots).permutation(len(requests))
@@ -122,9 +123,8 @@ def test_slots_and_order_change_nothing(model, expected, slots, steps):
     same(responses(engine, [requests[i] for i in order]), expected)
 
 
-@pytest.mark.parametrize(
-    ("axis", "count"), [("data", 2), ("data", 8), ("fsdp", 2), ("fsdp", 8), ("tensor", 4)]
-)
+# Both of the axes that split rows: in parts that the slots are a multiple of, and not.
+@pytest.mark.parametrize(("axis", "count"), [("data", 8), ("fsdp", 2), ("tensor", 4)])
 def test_devices_change_nothing(model, expected, axis, count):
     sizes = {"data": 1, "fsdp": 1, "tensor": 1} | {axis: count}
     backend = backends.Sharded(model.config, sizes, jax.devices()[:count])
@@ -138,12 +138,13 @@ def test_eight_devices_of_heads_change_nothing(tmp_path):
     folder = tiny.write_folder(tmp_path, num_attention_heads=8, num_key_value_heads=8)
     model = load_model(str(folder))
     requests = requests_of(model, 4, samples=2, max_new_tokens=8, **SAMPLED)
-    wanted = responses(engine_of(model, slots=4), requests)
+    of_one_size = {"slots": 4, "steady": True}
+    wanted = responses(engine_of(model, **of_one_size), requests)
     sizes = {"data": 1, "fsdp": 1, "tensor": 8}
     backend = backends.Sharded(model.config, sizes, jax.devices())
     placed = jax.device_put(model.params, backend.parameter_shardings())
     on_mesh = dataclasses.replace(model, params=placed)
-    same(responses(engine_of(on_mesh, slots=4, backend=backend), requests), wanted)
+    same(responses(engine_of(on_mesh, **of_one_size, backend=backend), requests), wanted)
 
 
 @pytest.mark.parametrize("steady", [False, True])
@@ -187,7 +188,8 @@ def test_requests_of_different_settings_are_served_side_by_side(model):
     alone = {}
     for request in requests:
         alone |= responses(engine_of(model, slots=1), [request])
-    same(responses(engine_of(model, slots=4), requests), alone)
+    # As many slots as before while they finish, or each number had a program for what is left.
+    same(responses(engine_of(model, slots=4, steady=True), requests), alone)
     assert len(alone["p3", 0].tokens) == 3 and set(alone["p3", 0].tokens) == {40}
     repeated = alone["p4", 0].tokens
     assert len(set(repeated)) > len(set(alone["p0", 0].tokens[:9])) or len(repeated) < 9
@@ -307,7 +309,7 @@ def test_nothing_compiles_after_the_warm_up(model, monkeypatch):
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, _, **__: compiled.append(event) if "backend_compile" in event else None
     )
-    list(engine.run(requests_of(model, 30, samples=2, **SAMPLED)))
+    list(engine.run(requests_of(model, 15, samples=2, **SAMPLED)))
     assert compiled == []
 
 
@@ -338,11 +340,13 @@ def test_the_likeliest_tokens_are_those_of_the_forward_pass(model, expected, k):
         if not request.top_logprobs:
             assert response.top == ()
             continue
-        logps = jax.nn.log_softmax(whole_pass(model, [*request.tokens, *response.tokens]))
+        logits = whole_pass(model, [*request.tokens, *response.tokens])
+        logps = special.log_softmax(logits, axis=-1)
         assert len(response.top) == len(response.tokens)
         for place, top in enumerate(response.top, len(request.tokens) - 1):
-            highest, likeliest = jax.lax.top_k(logps[place], k)
+            likeliest = np.argsort(-logps[place], kind="stable")[:k]
             assert [token for token, _ in top] == likeliest.tolist()
+            highest = logps[place, likeliest]
             np.testing.assert_allclose([logprob for _, logprob in top], highest, atol=1e-4)
 
 

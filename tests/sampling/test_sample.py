@@ -1,5 +1,8 @@
 """Draws held against probabilities that NumPy computes, setting by setting."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +15,7 @@ from attnpo_jax.sampling.slots import settings_of
 
 DRAWS = 20_000
 # More words than are drawn from together, and no multiple of that.
-V = 700
+V = 300
 
 
 def logits_of(size, seed=0):
@@ -82,15 +85,26 @@ CASES = {
 }
 
 
+@functools.cache
+def keys(seed, draws):
+    settings = SamplingSettings(seed=seed)
+    return np.stack([Request(f"{i}", np.array(PROMPT), settings).key for i in range(draws)])
+
+
+_next_tokens = jax.jit(sample.next_tokens, static_argnames="features")
+
+
 def drawn(logits, settings, draws=DRAWS, count=2, features=None):
-    requests = [Request(f"{i}", np.array(PROMPT), settings) for i in range(draws)]
+    """Of as many prompts as there are draws."""
+    one = settings_of([Request("0", np.array(PROMPT), settings)], 100)
+    every = jax.tree.map(lambda x: np.broadcast_to(x, (draws, *x.shape[1:])), one)
+    every = dataclasses.replace(every, key_B2=keys(settings.seed, draws))
     seen = np.zeros((draws, len(logits)), np.uint8)
     seen[:, list(PROMPT)] = sample.PROMPT
     seen[:, list(SAMPLED)] |= sample.SAMPLED
-    run = jax.jit(sample.next_tokens, static_argnames="features")
-    tokens, logps = run(
-        jnp.broadcast_to(logits, (draws, len(logits))),
-        settings_of(requests, 100),
+    tokens, logps = _next_tokens(
+        np.broadcast_to(logits, (draws, len(logits))),
+        every,
         np.full(draws, count, np.int32),
         seen,
         features or settings.features,

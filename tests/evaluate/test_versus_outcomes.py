@@ -130,7 +130,7 @@ def test_lengths_that_tell_all_give_a_finite_fit():
 
 @pytest.mark.parametrize("probabilities", [(0.5, 0.2, 0.3), (0.65, 0.1, 0.25)])
 def test_the_interval_of_a_win_rate_holds_it_in_93_to_97_of_100_draws(probabilities):
-    """Wins, ties and losses of 150 pairs, drawn 600 times."""
+    """Wins, ties and losses of 150 pairs, drawn 2,000 times."""
     rng = np.random.default_rng(11)
     truth = probabilities[0] + probabilities[1] / 2
 
@@ -138,6 +138,6 @@ def test_the_interval_of_a_win_rate_holds_it_in_93_to_97_of_100_draws(probabilit
     def interval(wins, ties, losses):  # the order of pairs is nothing to it
         return of.win_rate([1.0] * wins + [0.5] * ties + [0.0] * losses)[1:]
 
-    found = [interval(*counts) for counts in rng.multinomial(150, probabilities, 600).tolist()]
+    found = [interval(*counts) for counts in rng.multinomial(150, probabilities, 2000).tolist()]
     holds = np.mean([low <= truth <= high for low, high in found])
     assert 0.93 <= holds <= 0.97

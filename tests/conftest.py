@@ -142,6 +142,14 @@ def smollm2_folder():
 def bucket(monkeypatch):
     """An empty bucket of a storage server of this process's own: its name, and the server's."""
     emulator = pytest.importorskip("gcp_storage_emulator.server")
+
+    def refuse(request, response, storage):
+        response.status = http.HTTPStatus.BAD_REQUEST
+
+    # What it does not have, moving an object, gcsfs would ask it for during half a minute. Refused,
+    # it copies the object and deletes it.
+    moving = (r"^/storage/v1/b/[^/]+/o/.+/moveTo/o/.+$", {emulator.POST: refuse})
+    monkeypatch.setattr(emulator, "HANDLERS", (moving, *emulator.HANDLERS))
     objects = pytest.importorskip("gcp_storage_emulator.handlers.objects")
     download = objects.download
 

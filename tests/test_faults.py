@@ -37,7 +37,7 @@ from attnpo_jax.run import Run, run
 from attnpo_jax.runtime import metrics
 from attnpo_jax.runtime.errors import Preempted
 from attnpo_jax.train import loop
-from tests import tiny
+from tests import forked, tiny
 
 pytestmark = pytest.mark.process
 
@@ -153,13 +153,9 @@ def sigterm_at(monkeypatch, step):
 def killed(setting, workdir, fault):
     """`attnpo run` in a process of its own that SIGKILL ends at `fault`."""
     folder, _ = setting
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.test_faults", fault, str(folder / "config.py"), str(workdir)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    command = [sys.executable, "-m", "tests.test_faults", fault, folder / "config.py", workdir]
+    output, code = forked.run(command, os.environ)
+    assert code == -signal.SIGKILL, output
 
 
 def test_sigkill_while_preparing(setting, undisturbed, use_devices):

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 
 import numpy as np
@@ -23,8 +22,8 @@ from attnpo_jax.run import Run
 from attnpo_jax.runtime.errors import Preempted, UsageError, UserError
 from attnpo_jax.sampling import Engine, samples
 from attnpo_jax.sampling.model import stop_tokens
-from tests import tiny
-from tests.parallel.runs import ROOT, environment, finish
+from tests import forked, tiny
+from tests.parallel.runs import environment, finish
 
 PROMPTS = [
     {"id": "a", "prompt": "Why?"},
@@ -337,16 +336,9 @@ def test_several_processes_write_what_one_does(folder, tmp_path, devices):
     (tmp_path / "config.json").write_text(config_lib.to_json(config))
     arguments = [f"--config={tmp_path / 'config.json'}", f"--prompts={folder / 'prompts.jsonl'}"]
     arguments += ["--model=base", f"--workdir={folder / 'work'}", f"--name={devices}"]
-    command = [sys.executable, "launch/local.py", "--processes=2", "--devices=1", "--"]
-    process = subprocess.Popen(
-        [*command, sys.executable, "-m", "attnpo_jax.cli", "generate", *arguments],
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    finish(process)
+    command = [sys.executable, forked.LAUNCHER, "--processes=2", "--devices=1", "--"]
+    command += [sys.executable, "-m", "attnpo_jax.cli", "generate", *arguments]
+    finish(forked.Process(command, environment()))
     two = (folder / "work" / "samples" / f"{devices}.jsonl").read_text().splitlines()
     one = sampled(folder, tmp_path / "one.jsonl", model="base", changes={"generate__samples": 2})
     assert [{**json.loads(line), "logprob": 0} for line in two] == [

@@ -2,10 +2,8 @@
 
 import json
 import os
-import pathlib
 import re
 import shutil
-import subprocess
 import sys
 import time
 
@@ -17,9 +15,9 @@ import safetensors.numpy
 from attnpo_jax.data.prepared import Prepared
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.runtime import metrics
+from tests import forked
 from tests.parallel import scripted
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = """
 import pathlib
 from attnpo_jax import config
@@ -40,17 +38,10 @@ def run(setting, workdir, count, *arguments, code=0):
     For the arguments, see `tests.parallel.scripted`. Returns what was printed.
     """
     devices = max(1, 2 // count)
-    command = [sys.executable, "launch/local.py", f"--processes={count}", f"--devices={devices}"]
+    command = [sys.executable, forked.LAUNCHER, f"--processes={count}", f"--devices={devices}"]
     command += ["--", sys.executable, "-m", "tests.parallel.scripted"]
-    process = subprocess.Popen(
-        [*command, str(setting / "config.json"), str(workdir), *arguments],
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    return finish(process, code)
+    command += [setting / "config.json", workdir, *arguments]
+    return finish(forked.Process(command, environment()), code)
 
 
 def finish(process, code=0):

@@ -2,7 +2,8 @@
 
     python -m tests.parallel.scripted CONFIG.json WORKDIR [--option=value ...]
 
-Options: `--config.section.field=value`; `--parts=prepare,train,export`, or some of these;
+WORKDIR may name variables of the environment. Options: `--config.section.field=value`;
+`--parts=prepare,train,export`, or some of these;
 
 - SIGTERM comes to the last process at training step `--sigterm-at`, before it computes the
   `--sigterm-at-shard`-th shard of this run (counted from 1), or in the last evaluation
@@ -37,13 +38,13 @@ from attnpo_jax.runtime import program
 
 def main(config_file, workdir, *arguments):
     # Who is dead is missed sooner than on a cluster, or each test would wait half a minute more.
-    processes.HEARTBEAT_SECONDS = 10
+    processes.HEARTBEAT_SECONDS = 5
     processes.SHUTDOWN_SECONDS = 5
     failures.join()
     import jax
 
     options = read(arguments)
-    workdir = pathlib.Path(workdir)
+    workdir = pathlib.Path(os.path.expandvars(workdir))
     last = jax.process_index() == jax.process_count() - 1
     told = Told(options, workdir, jax.process_index() == int(options.get("victim", -1)))
     _while_naming(told)

@@ -4,7 +4,6 @@ import os
 import pathlib
 import re
 import signal
-import subprocess
 import sys
 import time
 
@@ -13,24 +12,16 @@ import pytest
 
 from attnpo_jax.parallel import failures
 from attnpo_jax.runtime import program
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+from tests import forked
 
 
 def run(count, code, *arguments):
     """Output of `count` processes of this script, by the local launcher."""
-    command = [sys.executable, "launch/local.py", f"--processes={count}", "--devices=1", "--"]
-    process = subprocess.run(
-        [*command, sys.executable, "-m", "tests.parallel.test_failures", *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=240,
-    )
-    assert process.returncode == code, process.stdout
-    return process.stdout
+    command = [sys.executable, forked.LAUNCHER, f"--processes={count}", "--devices=1", "--"]
+    command += [sys.executable, "-m", "tests.parallel.test_failures", *arguments]
+    output, ended = forked.run(command, os.environ)
+    assert ended == code, output
+    return output
 
 
 def assert_ended_soon(output, folder):
@@ -42,7 +33,7 @@ def assert_ended_soon(output, folder):
 @pytest.mark.parametrize("count, doing", [(2, "collective"), (4, "each")])
 def test_when_the_first_is_killed_the_others_say_so_and_end(tmp_path, count, doing):
     """Wherever it reaches them: on the host, in a collective or at a barrier."""
-    output = run(count, 128 + signal.SIGKILL, doing, 0, tmp_path)
+    output = run(count, 128 + signal.SIGKILL, doing, "0", tmp_path)
     assert_ended_soon(output, tmp_path)
     lines = output.splitlines()
     assert f"[0] process 0 of {count} ended: killed by SIGKILL" in lines
@@ -55,7 +46,7 @@ def test_when_the_first_is_killed_the_others_say_so_and_end(tmp_path, count, doi
 @pytest.mark.process
 def test_when_another_is_killed_that_nobody_waits_for_the_others_end_with_code_76(tmp_path):
     """The coordination service misses its heartbeats; JAX's line names it."""
-    output = run(3, 128 + signal.SIGKILL, "host", 1, tmp_path)
+    output = run(3, 128 + signal.SIGKILL, "host", "1", tmp_path)
     assert_ended_soon(output, tmp_path)
     lines = output.splitlines()
     for k in (0, 2):
@@ -68,7 +59,7 @@ def test_when_another_is_killed_that_nobody_waits_for_the_others_end_with_code_7
 @pytest.mark.process
 @pytest.mark.parametrize("doing", ["first-ends-first", "first-ends-last"])
 def test_whoever_is_done_first_is_not_taken_for_dead(tmp_path, doing):
-    output = run(3, 0, doing, -1, tmp_path)
+    output = run(3, 0, doing, "-1", tmp_path)
     assert "error" not in output and "abort" not in output, output
     assert sorted(re.findall(r"^\[(\d)\] done", output, re.MULTILINE)) == ["0", "1", "2"]
 
@@ -119,6 +110,7 @@ def main(doing, victim, folder):
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             sum(range(10_000))
+            time.sleep(0.001)  # or it would take the others' cores
     elif doing == "collective":
         multihost_utils.sync_global_devices("without the victim")
     elif doing == "barrier":

@@ -4,7 +4,6 @@ import http.server
 import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -19,9 +18,9 @@ from attnpo_jax.parallel import processes
 from attnpo_jax.prepare.stage import prepare
 from attnpo_jax.run import Run
 from attnpo_jax.runtime import metrics
+from tests import forked
 from tests.parallel.runs import (
     CONFIG,
-    ROOT,
     assert_ended_by_itself,
     assert_same_exports,
     assert_same_metrics,
@@ -163,17 +162,15 @@ def test_two_slurm_tasks_on_nodes_of_their_own_meet_and_see_all_gpus():
         "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7",
     }
     tasks = [
-        subprocess.Popen(
+        forked.Process(
             [sys.executable, "-c", code],
-            env=environment() | step | {"SLURM_PROCID": str(i), "SLURM_NODEID": str(i)},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            text=True,
+            environment() | step | {"SLURM_PROCID": str(i), "SLURM_NODEID": str(i)},
         )
         for i in range(2)
     ]
     # Left to itself, JAX would say 0 here: the first GPU alone.
-    assert [task.communicate(timeout=120)[0].split() for task in tasks] == [["2", "all"]] * 2
+    said = [task.communicate(timeout=120)[0].splitlines()[-1] for task in tasks]
+    assert said == ["2 all"] * 2
 
 
 @pytest.mark.parametrize(
@@ -261,17 +258,7 @@ def test_two_commands_that_say_by_options_who_they_are_share_a_model(setting, si
     environ = environment()
     # The last one counts.
     environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=1"
-    commands = [
-        subprocess.Popen(
-            [*command, f"--process-id={index}"],
-            cwd=ROOT,
-            env=environ,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for index in range(2)
-    ]
+    commands = [forked.Process([*command, f"--process-id={index}"], environ) for index in range(2)]
     outputs = [finish(process) for process in commands]
     for index, output in enumerate(outputs):
         assert f"process {index} of 2, 1 of 2 devices" in output
@@ -348,20 +335,9 @@ def test_when_the_first_one_dies_the_other_ends_too_and_a_restart_continues(sett
 
 @pytest.mark.process
 def test_a_workdir_that_is_not_shared_is_refused_at_once(setting, tmp_path):
-    workdir = f"{tmp_path}/of-$ATTNPO_PROCESS_ID/x"
-    script = f"{sys.executable} -m tests.parallel.scripted {setting / 'config.json'} {workdir}"
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "launch/local.py", "--processes=2", "--devices=1", "--"),
-            *("sh", "-c", f"mkdir -p {workdir}; exec {script}"),
-        ],
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    output = finish(process, code=1)
+    for index in range(2):
+        (tmp_path / f"of-{index}" / "x").mkdir(parents=True)
+    output = run(setting, f"{tmp_path}/of-$ATTNPO_PROCESS_ID/x", 2, code=1)
     assert re.search(
         r"attnpo: error: workdir = '.*of-0.*' is another folder for process 1 than for process "
         "0; accepted: a folder on a disk that the hosts of all 2 processes mount",
@@ -392,16 +368,11 @@ def test_a_usage_error_or_ctrl_c_of_one_ends_all(tmp_path, how, code, why):
         "    time.sleep(600)\n"
         "sys.exit(program.exit_code('attnpo', main))\n"
     )
-    command = [sys.executable, "launch/local.py", "--processes=2", "--", sys.executable, script]
+    command = [sys.executable, forked.LAUNCHER, "--processes=2", "--", sys.executable, script]
     begun = time.monotonic()
-    process = subprocess.run(
-        command,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == code and time.monotonic() - begun < 60, process.stdout
-    lines = process.stdout.splitlines()
+    output, ended = forked.run(command, environment())
+    assert ended == code and time.monotonic() - begun < 60, output
+    lines = output.splitlines()
     assert f"[0] attnpo: error: process 1 of 2 failed: {why}; process 0 of 2 ends too" in lines
     assert f"[0] process 0 of 2 ended: exit code {code}" in lines
 

@@ -3,7 +3,6 @@
 import os
 import re
 import socket
-import subprocess
 import sys
 import threading
 
@@ -13,7 +12,8 @@ import pytest
 
 from attnpo_jax.parallel import messages, processes, secret
 from attnpo_jax.runtime import schema
-from tests.parallel.runs import ROOT, environment
+from tests import forked
+from tests.parallel.runs import environment
 
 SECRET = "b" * 32
 
@@ -196,13 +196,9 @@ def test_a_process_that_joins_without_the_secret_gets_nothing(tmp_path, known):
     }
     shown = {} if known is None else {secret.VARIABLE: known}
     started = [
-        subprocess.Popen(
-            [*command, role, str(code)],
-            env=environment() | where | {"ATTNPO_PROCESS_ID": str(index)} | knows,
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+        forked.Process(
+            [*command, role, code],
+            environment() | where | {"ATTNPO_PROCESS_ID": str(index)} | knows,
         )
         for index, (role, knows) in enumerate(
             [("honest", {secret.VARIABLE: SECRET}), ("stranger", shown)]

@@ -267,9 +267,13 @@ def _match(read: str, text: str) -> tuple[np.ndarray, float]:
 def _next_agreement(a: str, b: str) -> tuple[int, int] | None:
     """The least numbers of characters to pass over in each, after which both agree again."""
     for total in range(1, 2 * _REACH + 1):
-        for skip_a in range(max(0, total - _REACH), min(total, _REACH) + 1):
-            rest_a, rest_b = a[skip_a:][:_AGREEMENT], b[total - skip_a :][:_AGREEMENT]
-            size = min(len(rest_a), len(rest_b))
-            if size and rest_a[:size] == rest_b[:size]:
-                return skip_a, total - skip_a
+        fewest, most = max(0, total - _REACH, total + 1 - len(b)), min(total, _REACH, len(a) - 1)
+        for skip_a in range(fewest, most + 1):
+            skip_b = total - skip_a
+            # Most places differ in the first character already.
+            if a[skip_a] == b[skip_b]:
+                rest_a, rest_b = a[skip_a:][:_AGREEMENT], b[skip_b:][:_AGREEMENT]
+                size = min(len(rest_a), len(rest_b))
+                if rest_a[:size] == rest_b[:size]:
+                    return skip_a, skip_b
     return None

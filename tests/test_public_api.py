@@ -27,13 +27,18 @@ def test_all_lists_every_public_name_once():
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("name", ["prepare", "run", "export", "judge", "config"])
-def test_names_of_stages_are_modules_whatever_was_imported_first(name):
+def test_names_of_stages_are_modules_whatever_was_imported_first():
     # In a process of its own: imports here may have set the attribute already.
-    code = f"""
-from attnpo_jax import Judge, {name}
-import attnpo_jax.run, attnpo_jax
-assert attnpo_jax.{name} is {name} and {name}.__name__ == "attnpo_jax.{name}", {name}
+    code = """
+import sys
+for name in ("prepare", "run", "export", "judge", "config"):
+    for module in [one for one in sys.modules if one.partition(".")[0] == "attnpo_jax"]:
+        del sys.modules[module]
+    found = {}
+    exec(f"from attnpo_jax import Judge, {name}; import attnpo_jax.run, attnpo_jax", found)
+    module = found[name]
+    assert getattr(found["attnpo_jax"], name) is module, name
+    assert module.__name__ == f"attnpo_jax.{name}", name
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 

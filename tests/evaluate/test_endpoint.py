@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import sqlite3
-import subprocess
 import sys
 import time
 
@@ -18,6 +17,7 @@ from attnpo_jax.evaluate import endpoint as endpoints
 from attnpo_jax.evaluate.endpoint import Ask, asking
 from attnpo_jax.parallel import preemption
 from attnpo_jax.runtime.errors import Preempted, UserError
+from tests import forked
 from tests.evaluate import faulty
 
 
@@ -368,13 +368,14 @@ of.judge(sys.argv[1], pathlib.Path(sys.argv[2])).ask(of.asks(30))
 def test_killed_it_loses_what_was_under_way_alone(tmp_path):
     def fault(number, body):
         if number == 12:
-            process.send_signal(signal.SIGKILL)
+            os.kill(process.pid, signal.SIGKILL)
         time.sleep(0.02)
 
     with faulty.Endpoint(fault) as server:
         command = [sys.executable, "-c", KILLED, server.url, str(tmp_path)]
-        with subprocess.Popen(command) as process:
-            assert process.wait() == -signal.SIGKILL
+        process = forked.Process(command, os.environ)
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == -signal.SIGKILL, output
         before = len(server.requests)
         sent = [tokens for outcome, tokens in tried(tmp_path) if outcome == "sent"]
         assert before < 30 and 1 <= len(sent) <= 4 and set(sent) <= {85, 86}

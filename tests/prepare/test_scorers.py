@@ -8,7 +8,6 @@ import io
 import os
 import pathlib
 import signal
-import subprocess
 import sys
 
 import jax
@@ -30,7 +29,7 @@ from attnpo_jax.registry import RegistryError
 from attnpo_jax.run import Run
 from attnpo_jax.runtime import atomic
 from attnpo_jax.runtime.errors import UserError
-from tests import tiny
+from tests import forked, tiny
 
 SIDES = ("chosen", "rejected")
 PLAIN = (
@@ -431,14 +430,9 @@ def test_a_kill_in_the_middle_of_a_scorers_pass_loses_less_than_a_shard(inputs, 
     run(config_with(inputs, {}), tmp_path / "killed")
     for ids in passed.values():
         ids.clear()
-    arguments = [str(inputs), str(tmp_path / "killed")]
-    killed = subprocess.run(
-        [sys.executable, "-m", "tests.prepare.test_scorers", *arguments],
-        cwd=pathlib.Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    command = [sys.executable, "-m", "tests.prepare.test_scorers", inputs, tmp_path / "killed"]
+    output, code = forked.run(command, os.environ)
+    assert code == -signal.SIGKILL, output
 
     def shards(workdir):
         (folder,) = (workdir / "prepared" / "train" / "columns").iterdir()

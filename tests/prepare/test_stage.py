@@ -11,7 +11,6 @@ import pathlib
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 
@@ -40,7 +39,7 @@ from attnpo_jax.prepare.data_report import data_report
 from attnpo_jax.prepare.stage import prepare
 from attnpo_jax.run import Run
 from attnpo_jax.runtime import atomic
-from tests import tiny
+from tests import forked, tiny
 
 
 @pytest.fixture(scope="module")
@@ -332,10 +331,9 @@ def test_goes_on_after_an_interruption(inputs, undisturbed, tmp_path, monkeypatc
 
 @pytest.mark.process
 def test_goes_on_after_a_kill_in_the_middle_of_writing(inputs, undisturbed, tmp_path, judged):
-    command = [sys.executable, "-m", "tests.prepare.test_stage", str(inputs), str(tmp_path)]
-    root = pathlib.Path(__file__).parents[2]
-    killed = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    command = [sys.executable, "-m", "tests.prepare.test_stage", inputs, tmp_path]
+    output, code = forked.run(command, os.environ)
+    assert code == -signal.SIGKILL, output
     before = shards_of(tmp_path)
     assert list(before) == SHARDS[:1]
     folder = tmp_path / "prepared" / "train"

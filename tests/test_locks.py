@@ -5,11 +5,13 @@ import pathlib
 import re
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 ROOT = pathlib.Path(__file__).parents[1]
 EXTRAS = {"": ["test"], "-tpu": ["tpu", "tokamax"], "-cuda": ["cuda"]}
 LOCKS = [f"requirements{name}.lock" for name in EXTRAS]
-CI_LOCKS = [".ci/compared.lock", ".ci/alpaca_eval.lock"]
+CI_LOCKS = [".ci/compared.lock", ".ci/alpaca_eval.lock", ".ci/lowest.lock"]
 
 
 def normal(name):
@@ -67,6 +69,21 @@ def test_ci_s_lock_has_what_the_tests_compare_with_and_nothing_of_the_package():
     assert wanted.keys() <= found.keys() and "torch" not in found
     assert all(found[k][0] == version for k, version in wanted.items() if version)
     assert not found.keys() & read("requirements.lock").keys()
+
+
+def test_the_lowest_versions_are_those_that_setup_cfg_allows():
+    cfg = configparser.ConfigParser()
+    cfg.read(ROOT / "setup.cfg")
+    lines = cfg["options"]["install_requires"] + cfg["options.extras_require"]["test"]
+    bounds = [Requirement(line) for line in lines.splitlines() if line]
+    found = read(".ci/lowest.lock")
+    for bound in bounds:
+        (lowest,) = bound.specifier
+        assert lowest.operator == ">=", bound
+        # The next one where there is none of just that number.
+        version = Version(found[normal(bound.name)][0])
+        places = len(Version(lowest.version).release)
+        assert version.release[:places] == Version(lowest.version).release, (bound, version)
 
 
 def test_ci_s_other_lock_has_alpaca_eval_and_fschat():

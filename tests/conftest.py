@@ -36,9 +36,6 @@ _add_xla_flag("xla_force_host_platform_device_count", 8)
 # The code generator before this one compiles a training step four times faster.
 if _xla_has("xla_cpu_use_fusion_emitters"):
     _add_xla_flag("xla_cpu_use_fusion_emitters", "false")
-# A program in one part: to cut it into parts that threads compile costs a tenth more than it saves.
-if _xla_has("xla_cpu_parallel_codegen_split_count"):
-    _add_xla_flag("xla_cpu_parallel_codegen_split_count", "1")
 if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".pytest_cache" / "d" / "xla")
 # Small programs count too: most of what tests wait for is thousands of them.

@@ -177,6 +177,9 @@ def test_bfloat16_parameters_keep_their_dtype_and_get_float32_moments():
     assert optax.tree.get(opt_state, "nu")["down"].dtype == jnp.float32
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 10, 2), reason="XLA for CPUs kept a copy of one tensor"
+)
 def test_update_needs_no_second_copy_of_the_gradients():
     params = {"down": jax.ShapeDtypeStruct((512, 512), jnp.float32)}
     optimizer = optim.make_optimizer(settings(), lambda step: jnp.float32(1e-3))

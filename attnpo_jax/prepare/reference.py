@@ -4,7 +4,7 @@ Shapes: as in `data.batching`.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -54,9 +54,11 @@ def compile_pass(
     )
 
 
-def _score_rows(params, batch, *, config: ModelConfig, **options) -> tuple[jax.Array, ...]:
-    logps, found = scoring.response_scores(config, params, batch, **options)
-    return (logps, *(found[name] for name in options["statistics"]))
+def _score_rows(
+    params: Any, batch: Any, *, config: ModelConfig, statistics: tuple[str, ...], **options: Any
+) -> tuple[jax.Array, ...]:
+    logps, found = scoring.response_scores(config, params, batch, statistics=statistics, **options)
+    return (logps, *(found[name] for name in statistics))
 
 
 class Reference:

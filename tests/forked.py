@@ -6,6 +6,7 @@ was started by itself does. What is read when JAX is imported (`JAX_COMPILATION_
 that of the tests.
 """
 
+import atexit
 import ctypes
 import functools
 import gc
@@ -96,13 +97,6 @@ class _Fork(subprocess.Popen):
 def _started(command, env):
     subprocess.Popen = _Fork.__base__
     gc.enable()  # held up until another program is started
-    # As Python has them when it starts; the launcher has handlers of its own.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    # Which says to the launcher that it is.
-    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
     _go_on(command, env)
 
 
@@ -111,6 +105,13 @@ def _go_on(command, env):
     from jax._src import xla_bridge
 
     assert not xla_bridge.backends_are_initialized()
+    # As Python has them when it starts; the server and the launcher have others.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    # By one of them, the launcher waits to be told that the program is started.
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
     os.environ.clear()
     os.environ.update(env)
     sys.stdin = open(0, closefd=False)
@@ -126,12 +127,14 @@ def _go_on(command, env):
         if code is not None and not isinstance(code, int):
             print(code, file=sys.stderr)
             code = 1
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGINT)
     except BaseException as error:
         sys.excepthook(type(error), error, error.__traceback__)
         code = 1
+        if isinstance(error, KeyboardInterrupt):
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
     # As at the end of any program: threads, what is registered with atexit, the libraries' own.
     ctypes.pythonapi.Py_Exit(code or 0)
 

@@ -5,21 +5,25 @@ imported.
 """
 
 import gc
+import importlib
 import types
 
 from jax._src import compiler
-from transformers import AutoTokenizer  # noqa: F401
-from transformers.models.llama import configuration_llama  # noqa: F401
 
-import attnpo_jax.cli
-import attnpo_jax.evaluate.compare
-import attnpo_jax.export.stage
-import attnpo_jax.generate.stage
-import attnpo_jax.parallel.machine
-import attnpo_jax.prepare.stage
-import attnpo_jax.prepare.wanted
-import attnpo_jax.run
-import attnpo_jax.train.stage  # noqa: F401
+for module in (
+    "attnpo_jax.cli",
+    "attnpo_jax.evaluate.compare",
+    "attnpo_jax.export.stage",
+    "attnpo_jax.generate.stage",
+    "attnpo_jax.parallel.machine",
+    "attnpo_jax.prepare.stage",
+    "attnpo_jax.prepare.wanted",
+    "attnpo_jax.run",
+    "attnpo_jax.train.stage",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.configuration_llama",
+):
+    importlib.import_module(module)
 
 # Of several processes, JAX has only the first one keep what it compiles, since some file systems
 # can't take more. The programs of the others are not the same: they would compile at each launch.

@@ -4,6 +4,7 @@ What they compile is kept, for test workers, the processes that tests launch, an
 these inherit the variables that say where.
 """
 
+import gc
 import http.server
 import importlib.util
 import mmap
@@ -69,6 +70,7 @@ LOWEST = {
         "models/attention/test_cudnn_rule.py",  # JAX's internals of cuDNN
         "models/io/test_gguf.py",
         "models/io/test_hf_save.py",
+        "models/io/test_hostile_folders.py",  # transformers and tokenizers, on broken files
         "parallel/test_adapters.py",  # JAX on meshes of several devices
         "parallel/test_checkpoint.py",  # orbax
         "sweep/test_plots.py",  # matplotlib
@@ -109,6 +111,19 @@ def pytest_runtest_setup(item):
     tiny = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1"
     embedded_ = item.get_closest_marker("embedded")
     jax.config.update("jax_disable_most_optimizations", tiny and embedded_ is None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def memory_maps():
+    """Forgets compiled programs when there are many: each has maps, and Linux allows 65,530.
+
+    Where there are no more, the next program that is compiled or loaded ends the process.
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session", autouse=True)

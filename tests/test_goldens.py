@@ -92,15 +92,10 @@ def test_judge_weights_in_buckets(model, tokenized, bucketed):
     assert_weights_are_golden(model, tokenized, bucketed, range(12))
 
 
-def judged(judge, pairs, tokenized, places):
-    return judge.judge([pairs[i] for i in places], [tokenized[i] for i in places])
-
-
 def test_judge_weights_alone(model, pairs, tokenized):
-    places = (1, 4, 10)  # the longest and the shortest, and one in between
+    places = range(12)
     judge = Judge(model, source_layers=LAYERS, batch_size=1)
-    found = judged(judge, pairs, tokenized, places)
-    assert_weights_are_golden(model, tokenized, found, places)
+    assert_weights_are_golden(model, tokenized, judge.judge(pairs, tokenized), places)
 
 
 def test_rollout_is_that_of_whole_attention_matrices(model, pairs, tokenized):
@@ -119,10 +114,11 @@ def test_rollout_is_that_of_whole_attention_matrices(model, pairs, tokenized):
 
 
 def test_judge_weights_padded_to_2048(model, pairs, tokenized):
-    places = (10,)  # the shortest: nearly all of its row is padding
+    places = (1, 10)  # the longest and the shortest
     judge = Judge(model, source_layers=LAYERS, batch_size=1)
-    judge.fit([judge.prompter.build(pairs[i]) for i in places], row_lengths=(2048,))
-    found = judged(judge, pairs, tokenized, places)
+    some = [pairs[i] for i in places]
+    judge.fit([judge.prompter.build(pair) for pair in some], row_lengths=(2048,))
+    found = judge.judge(some, [tokenized[i] for i in places])
     assert_weights_are_golden(model, tokenized, found, places)
 
 

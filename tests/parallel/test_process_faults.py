@@ -52,10 +52,12 @@ def test_sigkill_of_one_while_each_prepares_shards_of_its_own(setting, single):
     # Process 0 has the even ones of seven; the victim had finished its first.
     finished = train_shards(workdir)
     assert {1} <= finished.keys() <= {0, 1, 2, 4, 6} and 3 in torsos(workdir)
-    run(setting, workdir, 2, "--parts=prepare")
+    run(setting, workdir, 2)
     assert finished.items() <= train_shards(workdir).items()  # none was computed again
     assert train_shards(workdir).keys() == set(range(7)) and not torsos(workdir)
     assert_same_rows(workdir, single)
+    assert_same_metrics(workdir, single)
+    assert_same_exports(workdir, single)
 
 
 def test_faults_while_all_prepare_the_same_shards(setting, single):

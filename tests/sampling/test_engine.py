@@ -114,8 +114,8 @@ def same(found, expected):
         np.testing.assert_allclose(response.logprobs, expected[key].logprobs, atol=1e-4)
 
 
-# Fewer slots than requests, and more: then there are half as many again and again.
-@pytest.mark.parametrize(("slots", "steps"), [(3, 8), (7, 1), (64, 8)])
+@pytest.mark.parametrize("slots", [3, 7, 64])
+@pytest.mark.parametrize("steps", [1, 8])
 def test_slots_and_order_change_nothing(model, expected, slots, steps):
     requests = requests_of(model, samples=2, **SAMPLED)
     order = np.random.default_rng(slots).permutation(len(requests))
@@ -123,8 +123,9 @@ def test_slots_and_order_change_nothing(model, expected, slots, steps):
     same(responses(engine, [requests[i] for i in order]), expected)
 
 
-# Both of the axes that split rows: in parts that the slots are a multiple of, and not.
-@pytest.mark.parametrize(("axis", "count"), [("data", 8), ("fsdp", 2), ("tensor", 4)])
+@pytest.mark.parametrize(
+    ("axis", "count"), [("data", 2), ("data", 8), ("fsdp", 2), ("fsdp", 8), ("tensor", 4)]
+)
 def test_devices_change_nothing(model, expected, axis, count):
     sizes = {"data": 1, "fsdp": 1, "tensor": 1} | {axis: count}
     backend = backends.Sharded(model.config, sizes, jax.devices()[:count])
@@ -309,7 +310,7 @@ def test_nothing_compiles_after_the_warm_up(model, monkeypatch):
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, _, **__: compiled.append(event) if "backend_compile" in event else None
     )
-    list(engine.run(requests_of(model, 15, samples=2, **SAMPLED)))
+    list(engine.run(requests_of(model, 30, samples=2, **SAMPLED)))
     assert compiled == []
 
 

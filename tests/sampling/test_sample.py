@@ -15,7 +15,7 @@ from attnpo_jax.sampling.slots import settings_of
 
 DRAWS = 20_000
 # More words than are drawn from together, and no multiple of that.
-V = 300
+V = 700
 
 
 def logits_of(size, seed=0):

@@ -41,7 +41,7 @@ CANDIDATES: dict[str, dict[str, list[dict[str, Any]]]] = {
     "sentence_length": {"train": [{"most": 12}, {"most": 16}], "eval": [{"most": 14}]},
     "capital_words": {"train": [{"least": 1}, {"least": 2}], "eval": [{"least": 1, "most": 3}]},
 }
-PER_KIND = {"train": 45, "eval": 12, "rates": 6}
+PER_KIND = {"train": 30, "eval": 12, "rates": 6}
 KINDS = 8
 
 

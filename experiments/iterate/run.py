@@ -54,6 +54,7 @@ def config_of(arm: str, seed: int, workdir: pathlib.Path, most: int | None = Non
     config.iterate.prompts = str(workdir / "train.jsonl")
     per_kind = min(prompts.PER_KIND["train"], most or 10**6)
     config.iterate.prompts_per_round = prompts.KINDS * per_kind // rounds
+    config.iterate.samples_per_prompt = 4
     config.iterate.checkpoints = "drop"
     config.train.pairs = min(PAIRS, most or PAIRS) * ROUNDS // rounds
     config.train.batch_size = config.train.microbatch_size = 6

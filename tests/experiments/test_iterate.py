@@ -15,7 +15,7 @@ def test_held_out_prompts_have_other_tasks_and_all_have_a_check():
     kinds = prompts.chosen({kind: k / 20 for k, kind in enumerate(prompts.CANDIDATES)})
     found = {split: prompts.rows(split, kinds) for split in ("train", "eval", "rates")}
     assert {split: len(rows) for split, rows in found.items()} == {
-        "train": 360,
+        "train": 240,
         "eval": 96,
         "rates": 48,
     }
@@ -47,7 +47,7 @@ def test_arms_sample_and_train_on_as_much(tmp_path):
         steps = rounds * -(-config.train.pairs // config.train.batch_size)
         totals.add((rounds * section.prompts_per_round, section.samples_per_prompt, pairs, steps))
         assert (section.reference == "first") == (arm == "first")
-    assert totals == {(360, 8, 108, 18)}
+    assert totals == {(240, 4, 108, 18)}
 
 
 def test_the_summary_compares_last_rounds_by_prompt_and_seed():

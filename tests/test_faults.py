@@ -437,6 +437,8 @@ def main(fault, config, workdir):
 
         def save_without_room(self, state):
             if int(state.step) == 4:
+                while saved_steps(pathlib.Path(workdir)) != [2]:  # still in the background
+                    time.sleep(0.01)
                 fill_disk(pathlib.Path(workdir) / "ballast", spare=100_000)
             save(self, state)
 

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 from rich.table import Table
 
 from attnpo_jax.models import decode, flops, int8, kv_cache
+from attnpo_jax.models.config import ModelConfig
 from attnpo_jax.models.decoder import abstract_params
 from attnpo_jax.models.kv_cache import CacheShape
 from attnpo_jax.parallel import mesh as meshes
@@ -85,69 +86,109 @@ class Generation:
         }
 
 
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """What both programs are compiled of.
+
+    Attributes:
+      model: with weights as sampling has them.
+      where: the chips of one copy.
+      shape: the cache of a copy.
+      params, cache: shapes of arrays, placed.
+    """
+
+    setting: Setting
+    model: ModelConfig
+    where: Topology
+    backend: Sharded
+    shape: CacheShape
+    params: Any
+    cache: Any
+
+    @classmethod
+    def of(cls, setting: Setting) -> "Sampling":
+        """As `config.generate` has it.
+
+        Raises:
+          PlanError: `generate.max_length` is 0, so that nothing says how large the cache is.
+        """
+        config, section = setting.config, setting.config.generate
+        if not section.max_length:
+            raise PlanError(
+                "generate.max_length = 0: a plan has no prompts to take it from; accepted: the "
+                "tokens of prompt and response together, as --config.generate.max_length=2048"
+            )
+        model = int8.shape_of_passes(setting.model, section.weights)
+        dtype, param_dtype = jnp.dtype(config.model.dtype), jnp.dtype(config.model.param_dtype)
+        where = setting.chips_of(model)
+        sizes = meshes.local_sizes(setting.training_mesh(), where.size)
+        backend = Sharded(model, sizes, where.devices())
+        slots = -(-section.slots // backend.row_shards) * backend.row_shards
+        shape = CacheShape.of(
+            model, slots, section.max_length, dtype, quantized=section.cache == "int8"
+        )
+        params = backend.abstract_state(abstract_params(model, param_dtype))
+        split = NamedSharding(backend.mesh, kv_cache.SPLIT)
+        cache = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), shape.abstract()
+        )
+        return cls(setting, model, where, backend, shape, params, cache)
+
+    def decode(self) -> Compiled:
+        """A token in all slots; raises `DoesNotFit` where it needs more memory than a chip has."""
+        slots = self.shape.slots
+        step = self.backend.state_pass(_greedy_step, self._state, **self._static)
+        return self._compile(
+            "decode",
+            slots,
+            slots * flops.decoded(self.model, self.shape.length - 1, 1),
+            lambda: step.lower(self.params, self._state, (_whole(slots), _whole(slots))),
+        )
+
+    def prefill(self) -> Compiled:
+        """The reading of a prompt in each part of the rows; raises as `decode` does."""
+        rows, length = self.backend.row_shards, min(_PREFILL, self.shape.length)
+        attention = self.setting.attention_of(self.backend)
+        read = self.backend.state_pass(
+            programs.prefill, self._state, attention=attention, **self._static
+        )
+        prompts = _whole(rows, length), _whole(rows), _whole(rows, self.shape.slots)
+        return self._compile(
+            "prefill",
+            rows,
+            rows * flops.keys_and_values(self.model, length),
+            lambda: read.lower((self.params, None), self._state, prompts),
+        )
+
+    @property
+    def _state(self) -> State:
+        return State(self.cache, None)
+
+    @property
+    def _static(self) -> dict[str, Any]:
+        dtype = jnp.dtype(self.setting.config.model.dtype)
+        return {"config": self.model, "shape": self.shape, "dtype": dtype}
+
+    def _compile(self, name: str, rows: int, needed: int, lower) -> Compiled:
+        batching = Batching(1, rows, rows)
+        return self.setting.compile(name, self.where, self.backend, batching, needed, lower)
+
+
 def plan(setting: Setting) -> Generation:
     """Compiles both programs as `config.generate` has them.
 
     Raises:
       DoesNotFit: one needs more memory than a chip has.
-      PlanError: the config's `generate.max_length` is 0, so that nothing says how large the cache
-        is.
+      PlanError: the config's `generate.max_length` is 0.
     """
-    config, section = setting.config, setting.config.generate
-    if not section.max_length:
-        raise PlanError(
-            "generate.max_length = 0: a plan has no prompts to take it from; accepted: the tokens "
-            "of prompt and response together, as --config.generate.max_length=2048"
-        )
-    model = int8.shape_of_passes(setting.model, section.weights)
-    dtype, param_dtype = jnp.dtype(config.model.dtype), jnp.dtype(config.model.param_dtype)
-    where = setting.chips_of(model)
-    sizes = meshes.local_sizes(setting.training_mesh(), where.size)
-    backend = Sharded(model, sizes, where.devices())
-    slots = -(-section.slots // backend.row_shards) * backend.row_shards
-    shape = CacheShape.of(
-        model, slots, section.max_length, dtype, quantized=section.cache == "int8"
-    )
-    params = backend.abstract_state(abstract_params(model, param_dtype))
-    split = NamedSharding(backend.mesh, kv_cache.SPLIT)
-    cache = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), shape.abstract()
-    )
-    state, static = State(cache, None), {"config": model, "shape": shape, "dtype": dtype}
-
-    def whole(*dims: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(dims, jnp.int32)
-
-    step = backend.state_pass(_greedy_step, state, **static)
-    decoding = setting.compile(
-        "decode",
-        where,
-        backend,
-        Batching(1, slots, slots),
-        slots * flops.decoded(model, section.max_length - 1, 1),
-        lambda: step.lower(params, state, (whole(slots), whole(slots))),
-    )
-    rows = backend.row_shards
-    read = backend.state_pass(
-        programs.prefill, state, attention=setting.attention_of(backend), **static
-    )
-    length = min(_PREFILL, section.max_length)
-    prompts = whole(rows, length), whole(rows), whole(rows, slots)
-    prefilling = setting.compile(
-        "prefill",
-        where,
-        backend,
-        Batching(1, rows, rows),
-        rows * flops.keys_and_values(model, length),
-        lambda: read.lower((params, None), state, prompts),
-    )
-    of_chip = where.size
-    weights = sum(_bytes_on_chip(x) for x in jax.tree.leaves(params))
-    held = shape.nbytes / of_chip
+    sampling = Sampling.of(setting)
+    decoding, prefilling = sampling.decode(), sampling.prefill()
+    weights = sum(_bytes_on_chip(x) for x in jax.tree.leaves(sampling.params))
+    held = sampling.shape.nbytes / sampling.where.size
     return Generation(
-        config.model.source,
+        setting.config.model.source,
         setting.topology,
-        shape,
+        sampling.shape,
         weights,
         held,
         decoding,
@@ -192,6 +233,10 @@ def _least_step(program: Compiled, weights: float, cache: float) -> tuple[float,
     parts = line.parts | {"memory": memory}
     limit = max(parts, key=parts.__getitem__)
     return parts[limit], limit
+
+
+def _whole(*dims: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(dims, jnp.int32)
 
 
 def _bytes_on_chip(x: jax.ShapeDtypeStruct) -> int:

@@ -15,7 +15,12 @@ OTHERS |= {"Failure", "Unreadable", "_End"}  # of endpoints
 def test_the_package_s_errors_are_told_without_a_traceback():
     found = {}
     for module in pkgutil.walk_packages(attnpo_jax.__path__, "attnpo_jax."):
-        for name, value in vars(importlib.import_module(module.name)).items():
+        try:
+            imported = importlib.import_module(module.name)
+        except ModuleNotFoundError as error:
+            assert error.name == "lm_eval"  # of an extra
+            continue
+        for name, value in vars(imported).items():
             if inspect.isclass(value) and issubclass(value, Exception):
                 if value.__module__.startswith("attnpo_jax."):
                     found[name] = value

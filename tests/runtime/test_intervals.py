@@ -81,7 +81,7 @@ def test_means_of_columns_have_scipys_percentile_intervals():
     values = np.random.default_rng(0).normal(size=(60, 2)) * [1.0, 5.0]
     for column, found in enumerate(intervals.bootstrap_means(values, draws=4000)):
         expected = stats.bootstrap(
-            (values[:, column],), np.mean, method="percentile", rng=1, n_resamples=4000
+            (values[:, column],), np.mean, method="percentile", n_resamples=4000
         ).confidence_interval
         atol = 0.05 * (found.high - found.low)
         np.testing.assert_allclose(found[1:], expected, atol=atol)

@@ -232,6 +232,11 @@ def load_plugins(files: Iterable[str | os.PathLike]) -> list[types.ModuleType]:
     return modules
 
 
+def has_loaded(file: str | os.PathLike) -> bool:
+    """Whether this process has run a plugin already."""
+    return pathlib.Path(file).expanduser().resolve() in _loaded_plugins
+
+
 def _import_file(path: pathlib.Path) -> types.ModuleType:
     if not path.is_file():
         raise PluginError(f"plugin {path}: no such file")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ml_collections import config_dict
 
 from attnpo_jax import config as config_lib
+from attnpo_jax import registry
 from attnpo_jax.data import column_sets, mixture, vocabulary
 from attnpo_jax.data.cache_key import naming_fields
 from attnpo_jax.data.columns import Columns
@@ -28,7 +29,7 @@ from attnpo_jax.models.config import ModelConfig
 from attnpo_jax.models.io import hf_folder
 from attnpo_jax.models.io.model_source import ModelSource
 from attnpo_jax.parallel import processes
-from attnpo_jax.runtime import history, lock, metrics, paths, schema
+from attnpo_jax.runtime import history, lock, metrics, nested, paths, schema
 from attnpo_jax.runtime.errors import UsageError
 from attnpo_jax.weighting import Source
 
@@ -82,12 +83,31 @@ class Run:
         return cls(config, workdir, template)
 
     @classmethod
-    def of_workdir(cls, workdir: str | os.PathLike) -> "Run":
-        """The run of a folder, as its config.json has it; raises UsageError where there is none."""
+    def of_workdir(cls, workdir: str | os.PathLike, *, run_plugins: bool = False) -> "Run":
+        """The run of a folder, as its config.json has it.
+
+        Args:
+          run_plugins: whether the Python files that it names in `plugins` are run: in workdirs of
+            others, programs of others. Those that this process has run already are not asked about.
+
+        Raises:
+          UsageError: there is no config.json, or it names plugins that are not to be run.
+          ConfigError: it is none that a run writes.
+        """
         folder = pathlib.Path(workdir).expanduser()
-        if not (folder / "config.json").is_file():
+        file = folder / "config.json"
+        if not file.is_file():
             raise UsageError(f"{folder}: no config.json there; accepted: the workdir of a run")
-        return cls.resolve(config_lib.load_file(str(folder / "config.json")), folder)
+        config = config_lib.load_file(str(file))
+        named = nested.as_tuples(config.plugins)
+        named = named if isinstance(named, tuple) else (named,)
+        new = [one for one in named if isinstance(one, str) and not registry.has_loaded(one)]
+        if new and not run_plugins:
+            raise UsageError(
+                f"{file}: plugins = {', '.join(new)}, Python files, which would be run as you; "
+                "accepted: --run-plugins (in Python run_plugins=True), if you trust them"
+            )
+        return cls.resolve(config, folder)
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:

@@ -306,6 +306,9 @@ COMMANDS = {
             "weighting": Option(
                 "weighting", str, "With --tokens: a registered weighting [the run's own]."
             ),
+            "run-plugins": Option(
+                "run_plugins", bool, "Run the Python files that a WORKDIR names as its plugins."
+            ),
         },
         workdir="optional",
         needs_config=False,

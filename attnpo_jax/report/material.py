@@ -37,12 +37,12 @@ _SOURCES = (
 )
 
 
-def resolved(source: "Run | str | os.PathLike") -> "Run":
+def resolved(source: "Run | str | os.PathLike", *, run_plugins: bool = False) -> "Run":
     """A run, or that of a workdir; raises as `Run.of_workdir` does."""
     # By the package's door: this room is below that of Run, which ends with it.
     from attnpo_jax import Run
 
-    return source if isinstance(source, Run) else Run.of_workdir(source)
+    return source if isinstance(source, Run) else Run.of_workdir(source, run_plugins=run_plugins)
 
 
 @dataclasses.dataclass

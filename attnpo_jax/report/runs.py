@@ -69,8 +69,11 @@ class Member:
     failed: str | None
 
 
-def sources(given: Sequence[Any]) -> list[Source]:
+def sources(given: Sequence[Any], *, run_plugins: bool = False) -> list[Source]:
     """Runs by what names them: runs, their workdirs, or workdirs of sweeps, whose runs they are.
+
+    Args:
+      run_plugins: see `Run.of_workdir`.
 
     Raises:
       UsageError: a folder is none of these.
@@ -80,9 +83,9 @@ def sources(given: Sequence[Any]) -> list[Source]:
     for one in given:
         folder = pathlib.Path(one).expanduser() if isinstance(one, (str, pathlib.Path)) else None
         if folder is not None and (folder / SWEPT).is_file():
-            found += _of_sweep(folder)
+            found += _of_sweep(folder, run_plugins)
         else:
-            run = resolved(one)
+            run = resolved(one, run_plugins=run_plugins)
             found.append(Source(run, run.workdir.resolve().name))
     names = [source.name for source in found]
     return [
@@ -91,7 +94,7 @@ def sources(given: Sequence[Any]) -> list[Source]:
     ]
 
 
-def _of_sweep(folder: pathlib.Path) -> list[Source]:
+def _of_sweep(folder: pathlib.Path, run_plugins: bool) -> list[Source]:
     file, found = folder / SWEPT, []
     for number, text in enumerate(file.read_bytes().splitlines(), 1):
         try:
@@ -102,7 +105,7 @@ def _of_sweep(folder: pathlib.Path) -> list[Source]:
             raise UserError(f"{file}, line {number}: {error}; {remedy}") from None
         workdir = folder / line["folder"]
         if (workdir / "config.json").is_file():  # else it failed before its first step
-            run = resolved(workdir)
+            run = resolved(workdir, run_plugins=run_plugins)
             found.append(Source(run, workdir.name, line["group"], line["failed"]))
     return found
 

@@ -36,6 +36,7 @@ def report(
     *,
     out: str | os.PathLike | None = None,
     pairs: int | None = None,
+    run_plugins: bool = False,
     console: Console | None = None,
 ) -> pathlib.Path:
     """Writes the page of a run, or of several side by side.
@@ -45,19 +46,21 @@ def report(
       out: the page's file. None: `report.html` of the workdir, of several of the folder that all
         are in.
       pairs: how many are shown token by token, at most; None: as `config.report.pairs` says.
+      run_plugins: whether Python files that a workdir names as plugins are run; in workdirs of
+        others, they are programs of others.
       console: where the page's path goes; None for standard output.
 
     Returns:
       The page's file.
 
     Raises:
-      UsageError: a folder is no run's.
+      UsageError: a folder is no run's, or names plugins that are not to be run.
       LockedError: another run writes to the workdir, and `out` is None.
       OSError: the page can't be written; one from before stays.
     """
     several = isinstance(run_or_workdirs, (list, tuple))
     given = list(run_or_workdirs) if several else [run_or_workdirs]
-    found = runs.sources(given)
+    found = runs.sources(given, run_plugins=run_plugins)
     if not found:
         raise UsageError(f"{given[0]}: a sweep without any run; accepted: one with runs")
     path = pathlib.Path(out).expanduser() if out is not None else _place(given, found)
@@ -113,6 +116,7 @@ def command(
     pairs: int | None = None,
     tokens: bool = False,
     weighting: str | None = None,
+    run_plugins: bool = False,
     console: Console | None = None,
 ) -> None:
     """What `attnpo report` does.
@@ -120,7 +124,7 @@ def command(
     Args:
       run: of the command line's config and workdir; of neither where `workdirs` names others.
       workdirs: folders of runs.
-      out, pairs, console: as for `report`.
+      out, pairs, run_plugins, console: as for `report`.
       tokens: whether some pairs' weights are shown, and no page is written.
       weighting: of these; None for the run's own.
 
@@ -137,12 +141,13 @@ def command(
     if not tokens:
         if weighting is not None:
             raise UsageError("--weighting is of --tokens; the page can show all weightings")
-        report(given, out=out, pairs=pairs, console=console)
+        report(given, out=out, pairs=pairs, run_plugins=run_plugins, console=console)
         return
     if len(given) > 1 or out is not None:
         raise UsageError("--tokens takes one WORKDIR, and no --out")
     most = _PAIRS_IN_TERMINAL if pairs is None else pairs
-    (console or Console()).print(token_view(given[0], weighting=weighting, pairs=most))
+    (source,) = runs.sources(given, run_plugins=run_plugins)
+    (console or Console()).print(token_view(source.run, weighting=weighting, pairs=most))
 
 
 def at_end(run: "Run", *, of_sweep: bool = False) -> pathlib.Path | None:

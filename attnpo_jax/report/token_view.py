@@ -143,7 +143,8 @@ def token_view(
     """Pairs of a run's prepared data with their tokens' weights; shows itself in a notebook.
 
     Args:
-      run: a run, or the workdir of one, whose pairs are prepared.
+      run: a run, or the workdir of one, whose pairs are prepared (of one with plugins, see
+        `Run.of_workdir`).
       weighting: a registered weighting; None for the weights that the run trains with. One that
         reads the policy has that of the newest checkpoint.
       pairs: how many, at most; spread over the held-out and training ones.

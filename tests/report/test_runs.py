@@ -8,6 +8,7 @@ from attnpo_jax import config as config_lib
 from attnpo_jax.evaluate.evaluator import Figure, Result
 from attnpo_jax.evaluate.files import Evaluation
 from attnpo_jax.report import at_end, report, runs
+from attnpo_jax.report.stage import command
 from attnpo_jax.run import Run
 from attnpo_jax.runtime import metrics
 from attnpo_jax.runtime.errors import UserError
@@ -72,6 +73,27 @@ def test_runs_that_differ_in_their_seed_alone_are_a_group(folder):
     # One run twice: each is a group of its own.
     twice = runs.members(runs.sources([workdirs[0], str(workdirs[0])]))
     assert len({one.group for one in twice}) == 1 or twice[0].source.name == twice[1].source.name
+
+
+def test_programs_that_a_workdir_names_are_run_where_that_is_asked_for_alone(tmp_path):
+    tiny.write_small_inputs(tmp_path)
+    run = Run.resolve(tiny.small_config(tmp_path), tmp_path / "runs" / "work")
+    plugin = tmp_path / "plugin.py"
+    plugin.write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    config = json.loads(config_lib.to_json(run.config)) | {"plugins": [str(plugin)]}
+    run.workdir.mkdir(parents=True)
+    (run.workdir / "config.json").write_text(json.dumps(config))
+    line = {"folder": "runs/work", "group": "a", "failed": None}
+    tiny.write_lines(tmp_path / "results.jsonl", [line])
+    for named in (run.workdir, [run.workdir, tmp_path], tmp_path):
+        with pytest.raises(UserError, match=f"{plugin}, Python files, which would be run as you"):
+            report(named, out=tmp_path / "page.html", console=QUIET)
+    with pytest.raises(UserError, match="accepted: --run-plugins"):
+        command(Run.resolve(tiny.small_config(tmp_path)), workdirs=[run.workdir], tokens=True)
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "page.html").exists()
+    report(run.workdir, out=tmp_path / "page.html", run_plugins=True, console=QUIET)
+    assert (tmp_path / "ran").exists()
+    report(tmp_path, out=tmp_path / "page.html", console=QUIET)  # this process has run it
 
 
 def test_the_page_of_a_sweep(folder):

@@ -1,6 +1,7 @@
 """Finished evaluations: `evaluations/NAME/MODEL.json`, and `MODEL.rows.jsonl` beside it."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import pathlib
@@ -36,7 +37,8 @@ _FORM = schema.Table(
         "settings": schema.Mapped(schema.Anything()),
         "figures": schema.Mapped(_FIGURE),
         "about": schema.Mapped(schema.Anything()),
-    }
+    },
+    {"check": schema.Text()},  # which files of old lack
 )
 _REMEDY = "remove it, and evaluate again"
 
@@ -73,13 +75,23 @@ class Evaluation:
 
     def write(self, folder: pathlib.Path) -> None:
         """Writes both files, the rows first: where the figures are, the evaluation is finished."""
-        atomic.write_json_lines(_rows_file(folder, self.model), self.result.rows)
-        text = json.dumps(self.facts(), indent=2) + "\n"  # figures in their order
+        rows = _rows_file(folder, self.model)
+        atomic.write_json_lines(rows, self.result.rows)
+        facts = self.facts()
+        # Figures in their order.
+        text = json.dumps(facts | {"check": _check(facts, rows)}, indent=2) + "\n"
         atomic.write_atomically(folder / f"{self.model}.json", text.encode())
 
 
 def _rows_file(folder: pathlib.Path, model: str) -> pathlib.Path:
     return folder / f"{model}.rows.jsonl"
+
+
+def _check(facts: Mapping[str, Any], rows: pathlib.Path) -> str:
+    """sha256 (hex) of what an evaluation's two files hold."""
+    digest = hashlib.sha256(json.dumps(facts).encode())  # in their order
+    digest.update(rows.read_bytes() if rows.exists() else b"")
+    return digest.hexdigest()
 
 
 def read(file: pathlib.Path) -> Evaluation:
@@ -90,11 +102,17 @@ def read(file: pathlib.Path) -> Evaluation:
       OSError: it can't be read.
     """
     facts = json_files.read(file, _FORM, _REMEDY)
+    check, rows_file = facts.pop("check", None), _rows_file(file.parent, facts["model"])
+    if check is not None and check != _check(facts, rows_file):
+        raise UserError(
+            f"{file}: damaged (it, or {rows_file.name}, holds something else than was written); "
+            f"{_REMEDY}"
+        )
     figures = {
         name: Figure(**{k: math.nan if v is None and k != "column" else v for k, v in one.items()})
         for name, one in facts["figures"].items()
     }
-    rows = _read_rows(_rows_file(file.parent, facts["model"]))
+    rows = _read_rows(rows_file)
     result = Result(rows, figures, facts["about"])
     return Evaluation(facts["evaluation"], facts["model"], facts["settings"], result)
 

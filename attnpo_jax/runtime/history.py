@@ -7,7 +7,7 @@ has the first alone. They serve people and reports: nothing that a run computes 
 import contextlib
 import dataclasses
 import datetime
-import json
+import logging
 import os
 import pathlib
 import time
@@ -15,8 +15,10 @@ import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from attnpo_jax.runtime import json_files, schema
+from attnpo_jax.runtime import checked_lines, json_files, schema
 from attnpo_jax.runtime.errors import Preempted
+
+_LOG = logging.getLogger(__name__)
 
 FILE = "history.jsonl"
 FINISHED, STOPPED = "finished", "told to stop"
@@ -87,21 +89,29 @@ def _append(workdir: pathlib.Path, line: Mapping[str, Any]) -> None:
     with path.open("ab+") as file:
         # What a crash has cut off shall not take this line with it.
         cut = file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
-        file.write(b"\n" * bool(cut) + json.dumps({**line, "time": now}).encode() + b"\n")
+        file.write(b"\n" * bool(cut) + checked_lines.encode({**line, "time": now}))
         file.flush()
         os.fsync(file.fileno())
 
 
 def read(workdir: pathlib.Path) -> list[Entry]:
-    """What stages did, in the order in which they began; lines that are damaged are left out."""
+    """What stages did, in the order in which they began.
+
+    Lines that are damaged are left out, with a warning; the last one may have been cut off.
+    """
     path = workdir / FILE
     first: dict[str, Entry] = {}
-    for text in path.read_bytes().splitlines() if path.is_file() else ():
+    *whole, last = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+    for number, text in enumerate([*whole, last] if last else whole, 1):
         try:
             line = json_files.loads(text)
             schema.check(line, _LINE)
             schema.check(line, _FIRST if line["event"] == _BEGAN else _LAST)
-        except ValueError:
+            if "check" in line and not checked_lines.is_whole(text):  # those of old have none
+                raise ValueError("holds something else than was written")
+        except ValueError as error:
+            if number <= len(whole) or b'"}' in text:
+                _LOG.warning("%s, line %d is damaged and left out: %s", path, number, error)
             continue
         id = line["id"]
         if line["event"] == _BEGAN:

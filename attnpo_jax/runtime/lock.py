@@ -29,6 +29,7 @@ from typing import Any
 
 from attnpo_jax.runtime import exit_codes, json_files, schema
 from attnpo_jax.runtime.errors import UserError
+from attnpo_jax.runtime.printable import printable
 
 _LOG = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ class _Found:
         if self.owner is None:
             return "an owner that it does not name"
         first = self.owner["processes"][0] if self.owner["processes"] else {}
-        return (
+        return printable(
             f"`{self.owner['command']}`, process {first.get('pid')} on {first.get('host')}, since "
             f"{self.owner['since']}"
         )

@@ -7,18 +7,14 @@ were written before there were numbers and checks are read as well, in a file of
 """
 
 import dataclasses
-import json
 import math
-import re
-import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from attnpo_jax.runtime import json_files
+from attnpo_jax.runtime import checked_lines, json_files
 
 Line = dict[str, Any]
 
-_CHECKED = re.compile(rb'(.*, "line": ([1-9][0-9]{0,15})), "check": "([0-9a-f]{8})"\}', re.DOTALL)
 _SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -56,8 +52,7 @@ class Content:
 def encode(values: Mapping[str, Any], number: int) -> bytes:
     """A line with its end."""
     whole = {name: _to_json(value) for name, value in values.items()} | {"line": number}
-    text = json.dumps(whole, allow_nan=False).encode()[:-1]
-    return text + b', "check": "%08x"}\n' % zlib.crc32(text)
+    return checked_lines.encode(whole)
 
 
 def parse(content: bytes) -> Content:
@@ -82,15 +77,12 @@ def parse(content: bytes) -> Content:
 
 def _checked(text: bytes) -> Found | None:
     """A line with number and check, if it is whole."""
-    match = _CHECKED.fullmatch(text)
-    if match is None or zlib.crc32(match[1]) != int(match[3], 16):
-        return None
-    values = _values(text)
-    if values is None:
+    values = _values(text) if checked_lines.is_whole(text) else None
+    if values is None or [*values][-2:] != ["line", "check"]:
         return None
     number = values.pop("line")
     del values["check"]
-    return Found(values, text, number)
+    return Found(values, text, number) if type(number) is int and number > 0 else None
 
 
 def _old(text: bytes) -> Found | None:

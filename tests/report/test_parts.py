@@ -1,12 +1,14 @@
 """Parts of a page: codes of numbers, what is shown, tables, curves, the history."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from attnpo_jax.evaluate import files
 from attnpo_jax.evaluate.evaluator import Figure, Result
 from attnpo_jax.evaluate.files import Evaluation
 from attnpo_jax.report import codes, curves, facts, page, probed, results, shown, token_data
@@ -172,6 +174,43 @@ def test_history_tells_of_a_stage_that_ended_was_stopped_or_was_killed(tmp_path)
     table = facts.stages(found)
     assert [row[1] for row in table.rows] == ["", "from step 0 of 9", "from step 4 of 9", ""]
     assert [row[3] for row in table.rows][2] == "no end on record"
+
+
+def test_damage_to_the_history_is_told(tmp_path, caplog):
+    with history.recorded(tmp_path, "train", {"step": 4, "steps": 9}):
+        pass
+    file = tmp_path / history.FILE
+    whole, written = history.read(tmp_path), file.read_bytes()
+    for place in range(0, 8 * len(written), 5):
+        flipped = bytearray(written)
+        flipped[place // 8] ^= 1 << place % 8
+        file.write_bytes(flipped)
+        caplog.clear()
+        found = history.read(tmp_path)
+        # A key that is `check` no more takes nothing of what the line says.
+        assert found == whole or "is damaged and left out" in caplog.text, bytes(flipped)
+    # Lines of versions before there was a check.
+    file.write_bytes(re.sub(rb', "check": "\w+"', b"", written))
+    assert history.read(tmp_path) == whole
+
+
+def test_a_changed_figure_or_row_of_an_evaluation_is_damage(tmp_path):
+    mean = Figure(0.25, 0.0, 0.5, 2, "x")
+    rows = [{"id": "a", "x": 0.5}, {"id": "b", "x": 0.0}]
+    written = Evaluation("checks", "base", {"count": 2}, Result(rows, {"mean": mean}))
+    written.write(tmp_path)
+    file = tmp_path / "base.json"
+    assert files.read(file) == written
+    for path, old, new in ((file, "0.25", "0.75"), (tmp_path / "base.rows.jsonl", "0.5", "0.6")):
+        content = path.read_text()
+        path.write_text(content.replace(old, new))
+        with pytest.raises(UserError, match="base.json: damaged .*; remove it, and evaluate again"):
+            files.read(file)
+        path.write_text(content)
+    facts = json.loads(file.read_text())
+    del facts["check"]  # as versions before had it
+    file.write_text(json.dumps(facts))
+    assert files.read(file) == written
 
 
 def test_json_in_a_page_is_the_same_json():

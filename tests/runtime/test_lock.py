@@ -112,6 +112,13 @@ def test_of_an_owner_elsewhere_it_is_taken_over_when_its_beats_stop(tmp_path, qu
     assert not file.exists()
 
 
+def test_what_an_owner_calls_itself_is_printed_as_text(tmp_path):
+    written(tmp_path, host="\x1b]0;node\x07")
+    with pytest.raises(lock.LockedError) as found, lock.held(tmp_path):
+        pass
+    assert r"on \x1b]0;node\x07, since" in str(found.value)
+
+
 def test_an_owner_elsewhere_that_beats_lives(tmp_path, quick):
     """Whatever its clock says."""
     file = written(tmp_path, machine="another", host="node7")

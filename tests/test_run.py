@@ -7,11 +7,13 @@ import shutil
 import pytest
 from rich.console import Console
 
-from attnpo_jax import cli, export, prepare, train
+from attnpo_jax import cli, export, iterate, prepare, probe, report, train
 from attnpo_jax import config as config_lib
 from attnpo_jax import run as run_lib
 from attnpo_jax.data.tokenize import ChatTokenizer
+from attnpo_jax.evaluate import stage as evaluate
 from attnpo_jax.export import weights as export_weights
+from attnpo_jax.generate import stage as generate
 from attnpo_jax.judge.prompt import JudgeTemplate
 from attnpo_jax.models.io import hf_folder
 from attnpo_jax.parallel.checkpoint_damage import CheckpointMismatch
@@ -69,9 +71,26 @@ def contents(workdir):
     }
 
 
+def answers(run, console):
+    generate.generate(run, prompts="builtin:eval", console=console)
+
+
+def checks(run, console):
+    evaluate.evaluate(run, name="checks", model="base", console=console)
+
+
 STAGES = (
-    prepare.prepare, train.train, export.export, export_weights.export_weights, run_lib.run
-)  # fmt: skip
+    prepare.prepare,
+    train.train,
+    export.export,
+    export_weights.export_weights,
+    run_lib.run,
+    answers,
+    checks,
+    probe.probe,
+    iterate.iterate,
+    report.report,
+)
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__)
@@ -81,6 +100,7 @@ def test_a_second_run_at_the_same_time_is_refused_by_every_stage(done, stage):
     with Run.resolve(config, workdir).writing():
         other = config.copy_and_resolve_references()
         other.optim.learning_rate = 0.5
+        other.iterate.prompts, other.iterate.labeler = "builtin:checks-train", "verifier"
         with pytest.raises(lock.LockedError, match=f"{workdir} is being written by"):
             stage(Run.resolve(other, workdir), console=Console(quiet=True))
     assert contents(workdir) == before

@@ -219,9 +219,9 @@ def _in_processes(
 ) -> list[Outcome]:
     workdir = run.workdir
     todo = {str(k): point for k, point in enumerate(points) if not _finished(workdir, point)}
-    workdir.mkdir(parents=True, exist_ok=True)
     config = workdir / "config.json"
-    atomic.write_atomically(config, config_lib.to_json(run.config).encode())
+    with run.writing():  # what prepares, in another process, holds it next
+        atomic.write_atomically(config, config_lib.to_json(run.config).encode())
     setup = at_once_lib.setup_of(config, workdir, options)
     prepares = bool(todo) and not all(map(_is_prepared, to_prepare(run, points)))
     # In another process: of an accelerator's memory, this one would keep a part.

@@ -18,6 +18,7 @@ from attnpo_jax.evaluate.evaluator import Evaluator, Figure, Result
 from attnpo_jax.run import Run
 from attnpo_jax.runtime import exit_codes, metrics
 from attnpo_jax.runtime.errors import UsageError, UserError
+from attnpo_jax.runtime.lock import LockedError
 from attnpo_jax.sweep import at_once, running, stage
 from attnpo_jax.sweep.stage import RunsFailed, sweep
 from attnpo_jax.train.hooks import NonFiniteError
@@ -215,6 +216,16 @@ def test_what_is_wrong_with_a_sweep_is_told_before_anything_is_written(inputs, t
     with pytest.raises(UsageError, match="no evaluation 'nothing'"):
         sweep(names, axes=SEEDS, console=quiet())
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_a_second_sweep_at_the_same_time_changes_nothing(inputs, tmp_path, at_once):
+    first, second = (run_of(inputs, tmp_path / "work", seed=seed) for seed in (0, 1))
+    with first.writing():
+        (tmp_path / "work" / "config.json").write_text("{}")
+        with pytest.raises(LockedError, match="is being written by"):
+            sweep(second, axes=SEEDS, at_once=at_once, console=quiet())
+        assert (tmp_path / "work" / "config.json").read_text() == "{}"
 
 
 def test_runs_at_once_are_done_by_processes_after_the_prepared_set(inputs, tmp_path, monkeypatch):

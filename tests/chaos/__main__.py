@@ -21,7 +21,7 @@ import time
 
 import jax
 
-from tests.chaos.runs import STAGES, Attnpo, End, write_setting
+from tests.chaos.runs import STAGES, TOLERANCE, Attnpo, End, write_setting
 
 LIKE, MESSAGE, BAD = "like the undisturbed run", "one clear message", "neither"
 RESTARTS = 3
@@ -71,7 +71,7 @@ class Chaos:
                     return BAD, end.output[-3000:]
             if ends[-1].code:
                 return MESSAGE, ends[-1].errors[0]
-            STAGES[stage].same(workdir, expected)
+            STAGES[stage].same(workdir, expected, TOLERANCE[count])
             return LIKE, ""
         except AssertionError as error:
             return BAD, str(error)[:3000]

@@ -29,7 +29,7 @@ from attnpo_jax.evaluate.alpaca_eval import length_control
 from attnpo_jax.evaluate.arena_hard import files as arena_files
 from attnpo_jax.evaluate.arena_hard.settings import JudgeSettings
 from attnpo_jax.evaluate.mt_bench import files as mt_files
-from attnpo_jax.models.io import gguf, hf_folder
+from attnpo_jax.models.io import adapter, gguf, hf_folder
 from attnpo_jax.runtime import metrics
 from tests import tiny
 from tests.fuzz.inputs import damaged, json_values, mutated_json, odd_texts
@@ -189,6 +189,20 @@ def _convert(folder):
     gguf.convert(folder / "model.gguf", folder / "converted")
 
 
+_LORA = "base_model.model.model.layers.0.mlp.down_proj.lora_"
+
+
+@st.composite
+def _adapters(draw):
+    factors = {"A": np.ones((2, 96), np.float32), "B": np.ones((64, 2), np.float32)}
+    weights = safetensors.numpy.save({f"{_LORA}{f}.weight": x for f, x in factors.items()})
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3.0, "bias": "none", "alpha_pattern": {}}
+    return {
+        adapter.CONFIG: draw(damaged(draw(mutated_json(config)))),
+        adapter.WEIGHTS: draw(st.just(weights) | damaged(weights)),
+    }
+
+
 # --- Run folders --------------------------------------------------------------------------------
 
 
@@ -299,6 +313,7 @@ TARGETS = {
     "safetensors index": Target(_indices(), _read_weights),
     "safetensors header": Target(_headers(), _read_weights),
     "gguf": Target(_ggufs(), _convert),
+    "adapter": Target(_adapters(), lambda folder: adapter.load(folder, "model.adapter")),
     "prepared": Target(_prepared(), _open_prepared),
     "run config": Target(_run_configs(), _read_run_config),
     "metrics": Target(_metrics(), metrics.read),

@@ -4,13 +4,13 @@ import json
 
 import pytest
 
+from attnpo_jax import cli
 from attnpo_jax import config as config_lib
 from attnpo_jax.evaluate.evaluator import Figure, Result
 from attnpo_jax.evaluate.files import Evaluation
 from attnpo_jax.report import at_end, report, runs
-from attnpo_jax.report.stage import command
 from attnpo_jax.run import Run
-from attnpo_jax.runtime import metrics
+from attnpo_jax.runtime import exit_codes, metrics
 from attnpo_jax.runtime.errors import UserError
 from tests import tiny
 from tests.report.conftest import QUIET
@@ -75,7 +75,7 @@ def test_runs_that_differ_in_their_seed_alone_are_a_group(folder):
     assert len({one.group for one in twice}) == 1 or twice[0].source.name == twice[1].source.name
 
 
-def test_programs_that_a_workdir_names_are_run_where_that_is_asked_for_alone(tmp_path):
+def test_programs_that_a_workdir_names_are_run_where_that_is_asked_for_alone(tmp_path, capsys):
     tiny.write_small_inputs(tmp_path)
     run = Run.resolve(tiny.small_config(tmp_path), tmp_path / "runs" / "work")
     plugin = tmp_path / "plugin.py"
@@ -88,8 +88,8 @@ def test_programs_that_a_workdir_names_are_run_where_that_is_asked_for_alone(tmp
     for named in (run.workdir, [run.workdir, tmp_path], tmp_path):
         with pytest.raises(UserError, match=f"{plugin}, Python files, which would be run as you"):
             report(named, out=tmp_path / "page.html", console=QUIET)
-    with pytest.raises(UserError, match="accepted: --run-plugins"):
-        command(Run.resolve(tiny.small_config(tmp_path)), workdirs=[run.workdir], tokens=True)
+    assert cli.main(["report", str(run.workdir), "--tokens"]) == exit_codes.USAGE
+    assert "accepted: --run-plugins" in capsys.readouterr().err
     assert not (tmp_path / "ran").exists() and not (tmp_path / "page.html").exists()
     report(run.workdir, out=tmp_path / "page.html", run_plugins=True, console=QUIET)
     assert (tmp_path / "ran").exists()

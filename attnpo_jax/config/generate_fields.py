@@ -38,7 +38,7 @@ FIELDS = {
     "generate.stop": Field(
         (),
         rules.texts("a text", empty=True, names=False),
-        "texts that end a response",
+        "texts that end a response, beside the model's own",
         mixed=True,
     ),
     "generate.stop_token_ids": Field(

@@ -104,14 +104,21 @@ def as_prompts(prompts: Iterable[str | Sequence[Message] | Prompt]) -> list[Prom
     """Prompts of texts (a user's turn each) or messages; their ids are their places, from 0.
 
     Raises:
-      BadExample: one is empty, or no conversation that waits for an answer.
+      BadExample: one is empty, or no conversation that waits for an answer; two have the same id.
     """
-    made = []
+    made: list[Prompt] = []
+    ids: set[str] = set()
     for place, prompt in enumerate(prompts):
         if not isinstance(prompt, Prompt):
             if not isinstance(prompt, str):
                 prompt = list(prompt)
             prompt = prompt_of({"prompt": prompt}, str(place))
+        if prompt.id in ids:
+            raise BadExample(
+                f"prompt {place}: another one has the id {prompt.id!r} too; accepted: ids that "
+                "tell prompts apart (those without one have their places)"
+            )
+        ids.add(prompt.id)
         made.append(prompt)
     return made
 

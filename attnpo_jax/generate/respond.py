@@ -69,7 +69,7 @@ def respond(
     out_of = {one.id for one in refused}
     answered = [request for request in requests if request.id not in out_of]
     if processes.is_first() and answered:
-        Samples(path, sampled.name, prompts).finish(answered)
+        Samples(path, sampled.name, prompts).finish(requests, out_of)
     processes.barrier("responses are written")
     return list(read(path)) if answered else [], refused
 

@@ -48,12 +48,17 @@ class SampledModel:
         return cls(name, model, backend, defaults, stop_tokens(model.tokenizer, ends))
 
     def settings(self, **given: Any) -> SamplingSettings:
-        """What is given, else the model's defaults.
+        """What is given, else the model's defaults; of `stop`, both.
 
         Raises:
           SettingsError: a value is not accepted.
         """
-        return SamplingSettings(**(self.defaults | given))
+        settings = self.defaults | given
+        if isinstance(given.get("stop"), tuple):
+            settings["stop"] = tuple(
+                dict.fromkeys((*self.defaults.get("stop", ()), *given["stop"]))
+            )
+        return SamplingSettings(**settings)
 
     def engine(self, *, length: int, slots: int, **options: Any) -> Engine:
         """An engine for the model; see there."""

@@ -7,7 +7,7 @@ file appears as a whole, in the order of the prompts, so that an interruption le
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from attnpo_jax.data.prompts import Prompt
@@ -48,8 +48,11 @@ class Samples:
     def done(self, requests: Iterable[Request]) -> dict[tuple[str, int], dict[str, Any]]:
         """The records that are there already, by id and number, of those that are wanted.
 
+        A file that is finished may lack prompts, such that could not be answered or are new.
+
         Raises:
-          SamplesMismatch: there are others too, or their prompt, model or settings are other ones.
+          SamplesMismatch: there are others too, or their prompt, model or settings are other ones;
+            or prompts that are there have fewer samples.
         """
         wanted = {(request.id, request.sample): request for request in requests}
         found = {}
@@ -58,12 +61,15 @@ class Samples:
                 key = record["id"], record["sample"]
                 self._check(file, record, wanted.get(key))
                 found[key] = record
-        if self.path.exists() and found.keys() != wanted.keys():
-            missing = len(wanted.keys() - found.keys())
-            raise SamplesMismatch(
-                f"{self.path}: finished with {len(found)} responses, {missing} of those wanted are "
-                "not among them; accepted: another --name or --out, or remove the file"
-            )
+            if file == self.path:
+                ids = {id for id, _ in found}
+                missing = sum(key not in found for key in wanted if key[0] in ids)
+                if missing:
+                    raise SamplesMismatch(
+                        f"{file}: finished with {len(found)} responses, {missing} more of the same "
+                        "prompts are wanted; accepted: as many samples as there are, another "
+                        "--name or --out, or remove the file"
+                    )
         return found
 
     def _check(self, file: pathlib.Path, record: dict[str, Any], request: Request | None) -> None:
@@ -118,15 +124,21 @@ class Samples:
             self._file.close()
             self._file = None
 
-    def finish(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
+    def finish(
+        self, requests: Sequence[Request], failed: Collection[str] = ()
+    ) -> list[dict[str, Any]]:
         """Writes the file from the journals, in the order of the requests, and removes those.
+
+        Args:
+          failed: ids of prompts that could not be answered; the file has nothing of them.
 
         Returns:
           The records.
         """
         found = self.done(requests)
-        records = [found[key] for r in requests if (key := (r.id, r.sample)) in found]
-        if not self.path.exists():
+        keys = ((r.id, r.sample) for r in requests if r.id not in failed)
+        records = [found[key] for key in keys if key in found]
+        if self.journals or not self.path.exists():
             atomic.write_json_lines(self.path, records)
         for journal in self.journals:
             journal.unlink()

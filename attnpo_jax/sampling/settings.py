@@ -1,14 +1,18 @@
 """What is asked of a response: how it is drawn, and where it ends."""
 
 import dataclasses
+import logging
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from attnpo_jax.models.io.hf_folder import read_json
 from attnpo_jax.runtime.errors import UserError
+from attnpo_jax.runtime.printable import printable
 from attnpo_jax.sampling.rules import SETTINGS
 from attnpo_jax.sampling.sample import Features
+
+_LOG = logging.getLogger(__name__)
 
 
 class SettingsError(UserError):
@@ -32,7 +36,7 @@ class SamplingSettings:
       presence_penalty: what stands in the response has it taken off its logit.
       max_new_tokens: the most that a response has.
       min_new_tokens: no stop token before so many others.
-      stop: texts that end a response, and do not belong to it.
+      stop: texts that end a response, and do not belong to it, beside those of the model.
       stop_token_ids: tokens that end a response, beside those of the model.
       logit_bias: by token id, what is added to its logit.
       seed: of the draws.
@@ -93,12 +97,32 @@ _OF_GENERATION_CONFIG = (
     "max_new_tokens",
     "min_new_tokens",
 )
+# What would have responses come out otherwise, and what says that it does not.
+_OTHERS = {
+    "num_beams": 1,
+    "no_repeat_ngram_size": 0,
+    "bad_words_ids": None,
+    "sequence_bias": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "encoder_repetition_penalty": 1.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "top_h": None,
+    "exponential_decay_length_penalty": None,
+    "penalty_alpha": None,
+    "guidance_scale": None,
+}
 
 
 def defaults_of(folder: str | pathlib.Path) -> tuple[dict[str, Any], tuple[int, ...]]:
     """What a model's authors say of sampling: settings, and the tokens that end a response.
 
-    Both are those of the folder's `generation_config.json`; the ends are also config.json's.
+    Both are those of the folder's `generation_config.json`; the ends are also config.json's. What
+    the former asks for beside them, and sampling here does not have, is told by a warning.
 
     Raises:
       UserError: a file is no JSON object, or what it says of a setting is not accepted.
@@ -107,8 +131,16 @@ def defaults_of(folder: str | pathlib.Path) -> tuple[dict[str, Any], tuple[int, 
     files = folder / "generation_config.json", folder / "config.json"
     generation, config = (read_json(file) if file.is_file() else {} for file in files)
     settings = {k: generation[k] for k in _OF_GENERATION_CONFIG if generation.get(k) is not None}
+    if stop := generation.get("stop_strings"):
+        settings["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
     if generation.get("do_sample") is False:
         settings["temperature"] = 0
+    for name, usual in _OTHERS.items():
+        if generation.get(name, usual) not in (usual, None):
+            _LOG.warning(
+                "%s: %s = %s is not honoured: sampling here has no such setting",
+                *(files[0], name, printable(generation[name])),
+            )
     ends: list[int] = []
     for said in (generation.get("eos_token_id"), config.get("eos_token_id")):
         for end in said if isinstance(said, list) else [said]:

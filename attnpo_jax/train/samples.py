@@ -113,10 +113,18 @@ class SampleResponses:
         if processes.is_first():
             samples = Samples(path, f"step {loop.step}", self._prompts)
             by_key = {(request.id, request.sample): request for request in self._requests}
+            failed = {one.id for one in responses if one.finish_reason == "error"}
+            if failed:
+                _LOG.warning(
+                    "step %d: the model's logits are no numbers (NaN or infinite) for %d of %d "
+                    "sampled prompts, which have no responses",
+                    *(loop.step, len(failed), len(self._prompts)),
+                )
             for response in responses:
-                samples.add(by_key[response.id, response.sample], response)
+                if response.id not in failed:
+                    samples.add(by_key[response.id, response.sample], response)
             samples.close()
-            records = samples.finish(self._requests)
+            records = samples.finish(self._requests, failed)
             loop.metrics.write_texts(
                 loop.step,
                 {

@@ -1,5 +1,6 @@
 """`attnpo generate`: which model, which prompts, and the files that come of it."""
 
+import dataclasses
 import io
 import json
 import os
@@ -14,6 +15,7 @@ from rich.console import Console
 from attnpo_jax import cli, load_model
 from attnpo_jax import config as config_lib
 from attnpo_jax import run as run_lib
+from attnpo_jax.data.prompts import Prompt
 from attnpo_jax.generate import generate, stage, stream
 from attnpo_jax.generate import model as models
 from attnpo_jax.generate.chat import Chat
@@ -193,7 +195,7 @@ def test_told_to_stop_it_keeps_what_is_finished(folder, tmp_path, monkeypatch):
     ("change", "message"),
     [
         ({"generate__seed": 1}, "settings of response 0 to prompt a is"),
-        ({"generate__samples": 2}, "5 of those wanted are not among them"),
+        ({"generate__samples": 2}, "5 more of the same prompts are wanted"),
     ],
 )
 def test_other_samples_of_that_name_are_not_touched(folder, tmp_path, change, message):
@@ -206,6 +208,36 @@ def test_other_samples_of_that_name_are_not_touched(folder, tmp_path, change, me
     said = io.StringIO()
     sampled(folder, out, model="base", changes={"generate__temperature": 0}, said=said)
     assert out.read_bytes() == before and "5 responses" in said.getvalue()
+
+
+def test_prompts_that_failed_or_are_new_are_answered_by_the_same_command(
+    folder, tmp_path, monkeypatch
+):
+    rows = [{"id": id, "prompt": f"Why {id}?"} for id in "abc"]
+    few, all_ = (tiny.write_lines(tmp_path / f"{n}.jsonl", rows[:n]) for n in (2, 3))
+    options = {"model": "base", "changes": {"generate__samples": 2}}
+    sampled(folder, tmp_path / "whole.jsonl", prompts=str(all_), **options)
+    step, out = Engine.step, tmp_path / "s.jsonl"
+
+    def failing(self):
+        for update in step(self):
+            response = update.response
+            if response and (response.id, response.sample) == ("b", 1):
+                response = dataclasses.replace(response, finish_reason="error")
+                update = dataclasses.replace(update, response=response)
+            yield update
+
+    monkeypatch.setattr(Engine, "step", failing)
+    for _ in range(2):  # again it fails, and what is there stays
+        with pytest.raises(stage.PromptsRefused, match="1 prompts .* first one b: the model's log"):
+            sampled(folder, out, prompts=str(few), **options)
+        kept = [json.loads(line) for line in out.read_text().splitlines()]
+        assert [(record["id"], record["sample"]) for record in kept] == [("a", 0), ("a", 1)]
+    monkeypatch.setattr(Engine, "step", step)
+    sampled(folder, out, prompts=str(few), **options)
+    sampled(folder, out, prompts=str(all_), **options)
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not list(tmp_path.glob(".s.jsonl*"))
 
 
 def test_what_can_t_be_answered_is_listed_and_the_rest_answered(folder, tmp_path):
@@ -298,7 +330,8 @@ def test_in_python(folder):
     exported = load_model(str(folder / "work" / "export"))
     same = generate(exported, prompts, temperature=0, max_new_tokens=8)
     assert [r.tokens for r in of_run] == [r.tokens for r in same]
-    for wrong in ([""], [[]], ["x"] * 2 + ["la " * 500]):
+    alike = [Prompt("a", ({"role": "user", "content": text},)) for text in "xy"]
+    for wrong in ([""], [[]], ["x"] * 2 + ["la " * 500], alike):
         with pytest.raises(UserError):
             generate(model, wrong)
 
@@ -309,7 +342,7 @@ def test_the_end_of_a_turn_and_the_models_own_ends_stop(folder):
     assert stop_tokens(model.tokenizer, (5,)) == (5, end)
 
 
-def test_defaults_are_the_models_own(folder, tmp_path):
+def test_defaults_are_the_models_own(folder, tmp_path, caplog):
     shutil.copytree(folder / "model", tmp_path / "model")
     said = {"temperature": 0.25, "top_k": 9, "max_new_tokens": 5, "eos_token_id": [3, 4]}
     file = tmp_path / "model" / "generation_config.json"
@@ -323,6 +356,17 @@ def test_defaults_are_the_models_own(folder, tmp_path):
     file.write_text(json.dumps(said | {"do_sample": False}))
     records = sampled(folder, tmp_path / "t.jsonl", model=model, changes=changes)
     assert records[0]["settings"]["temperature"] == 0
+    beside = {"stop_strings": ["##"], "no_repeat_ngram_size": 3, "num_beams": 1}
+    file.write_text(json.dumps(said | beside))
+    with caplog.at_level("WARNING"):
+        records = sampled(
+            folder, tmp_path / "v.jsonl", model=model, changes=changes | {"generate__stop": ("x",)}
+        )
+    assert records[0]["settings"]["stop"] == ["##", "x"]
+    told = [r.getMessage() for r in caplog.records if "is not honoured" in r.getMessage()]
+    assert told == [
+        f"{file}: no_repeat_ngram_size = 3 is not honoured: sampling here has no such setting"
+    ]
     file.write_text(json.dumps({"top_p": 7}))
     with pytest.raises(UserError, match=r"generation_config.json: top_p = 7; accepted"):
         sampled(folder, tmp_path / "u.jsonl", model=model)

@@ -1,5 +1,6 @@
 """Responses while training, held against those of the checkpoints of the same steps."""
 
+import dataclasses
 import json
 
 import pytest
@@ -76,6 +77,26 @@ def test_samples_are_those_of_the_steps_parameters(folder, tmp_path, changes, mo
             f"{r['prompt'][0]['content']}\n\n{r['response']}"
             for r in files[f"train-step-{step}.jsonl"]
         ]
+
+
+def test_a_prompt_whose_logits_are_no_numbers_is_told_of_and_left_out(
+    folder, tmp_path, monkeypatch, caplog
+):
+    run_engine = Engine.run
+
+    def failing(self, requests):
+        for response in run_engine(self, requests):
+            failed = response.id == requests[0].id
+            yield dataclasses.replace(response, finish_reason="error") if failed else response
+
+    monkeypatch.setattr(Engine, "run", failing)
+    with caplog.at_level("WARNING"):
+        trained(config_of(folder), tmp_path / "work")
+    for file in (tmp_path / "work" / "samples").iterdir():
+        assert [record["finish_reason"] for record in records(file)] == ["length"]
+    told = [r.getMessage() for r in caplog.records if "are no numbers" in r.getMessage()]
+    assert told[0].startswith("step 0: ") and "for 1 of 2 sampled prompts" in told[0]
+    assert len(told) == 3
 
 
 def test_what_was_sampled_is_not_sampled_again(folder, tmp_path, monkeypatch):

@@ -60,7 +60,7 @@ def test_when_another_is_killed_that_nobody_waits_for_the_others_end_with_code_7
 @pytest.mark.parametrize("doing", ["first-ends-first", "first-ends-last"])
 def test_whoever_is_done_first_is_not_taken_for_dead(tmp_path, doing):
     output = run(3, 0, doing, "-1", tmp_path)
-    assert "error" not in output and "abort" not in output, output
+    assert "attnpo: error" not in output and "abort" not in output, output
     assert sorted(re.findall(r"^\[(\d)\] done", output, re.MULTILINE)) == ["0", "1", "2"]
 
 

@@ -103,6 +103,7 @@ def read(file: pathlib.Path) -> Evaluation:
     """
     facts = json_files.read(file, _FORM, _REMEDY)
     check, rows_file = facts.pop("check", None), _rows_file(file.parent, facts["model"])
+    rows = _read_rows(rows_file)
     if check is not None and check != _check(facts, rows_file):
         raise UserError(
             f"{file}: damaged (it, or {rows_file.name}, holds something else than was written); "
@@ -112,7 +113,6 @@ def read(file: pathlib.Path) -> Evaluation:
         name: Figure(**{k: math.nan if v is None and k != "column" else v for k, v in one.items()})
         for name, one in facts["figures"].items()
     }
-    rows = _read_rows(rows_file)
     result = Result(rows, figures, facts["about"])
     return Evaluation(facts["evaluation"], facts["model"], facts["settings"], result)
 

@@ -22,7 +22,7 @@ from attnpo_jax.evaluate.checks.rows import Check
 from attnpo_jax.evaluate.files import FOLDER
 from attnpo_jax.generate.stage import generate
 from attnpo_jax.iterate import iterate
-from attnpo_jax.runtime import atomic, intervals
+from attnpo_jax.runtime import atomic, figures, intervals
 from experiments.iterate import prompts
 
 HERE = pathlib.Path(__file__).parent
@@ -126,6 +126,35 @@ def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
     return json.loads(json.dumps(told, default=float).replace("NaN", "null"))
 
 
+@figures.style()
+def plot(told: dict[str, Any], base: float, file: pathlib.Path) -> None:
+    """Pass rates by arm and answers sampled so far, with intervals over seeds.
+
+    Args:
+      told: what `summary` gives.
+      base: the first model's pass rate.
+    """
+    figure, (axes,) = figures.new_figure(height=3.0)
+    for place, arm in enumerate(ARMS):
+        named = {int(key.rpartition(" ")[2]): of for key, of in told["pass rates"].items()
+                 if key.startswith(f"{arm}, round ")}  # fmt: skip
+        if not named:
+            continue
+        rounds = ARMS[arm]["rounds"]
+        xs = [0] + [ROUNDS // rounds * number + 0.04 * (place - 1) for number in sorted(named)]
+        ys = [base] + [named[number][0] for number in sorted(named)]
+        color = figures.COLOURS[place]
+        axes.plot(xs, ys, color=color, marker=figures.MARKERS[place], label=arm)
+        for x, (_, low, high) in zip(xs[1:], (named[n] for n in sorted(named)), strict=True):
+            if low is not None:
+                axes.plot([x, x], [low, high], color=color, lw=1)
+    axes.axhline(base, color=figures.GREY, ls="--", lw=1)
+    axes.set_xticks(range(ROUNDS + 1), ["base", "a third", "two thirds", "all answers"])
+    axes.set_ylabel("held-out prompts that pass")
+    axes.legend()
+    figures.save(figure, file)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Does what `--results` lacks."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -157,7 +186,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 _LOG.info("%s, seed %d", arm, seed)
                 found += run_arm(arm, seed, workdir, options.most)
                 atomic.write_json(file, found)
-                atomic.write_json(results / "summary.json", summary(found))
+                told = summary(found)
+                atomic.write_json(results / "summary.json", told)
+                plot(told, base.result.figures["prompts, strict"].value, results / "plot.svg")
 
 
 if __name__ == "__main__":

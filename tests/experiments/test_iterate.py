@@ -50,7 +50,7 @@ def test_arms_sample_and_train_on_as_much(tmp_path):
     assert totals == {(240, 4, 108, 18)}
 
 
-def test_the_summary_compares_last_rounds_by_prompt_and_seed():
+def test_the_summary_compares_last_rounds_by_prompt_and_seed(tmp_path):
     def one(arm, seed, number, passes):
         held_out = {f"p{k}": value for k, value in enumerate(passes)}
         return {"arm": arm, "seed": seed, "round": number, "figures": {}, "held out": held_out}
@@ -64,5 +64,8 @@ def test_the_summary_compares_last_rounds_by_prompt_and_seed():
     assert told["pass rates"]["rounds, round 2"][0] == pytest.approx(0.625)
     difference, low, high = told["less once"]["rounds"]
     assert difference == pytest.approx(np.mean([0.25, 0.5])) and low < difference < high
+    run.plot(told, 0.5, tmp_path / "plot.svg")
+    drawn = (tmp_path / "plot.svg").read_text()
+    assert "two thirds" in drawn and ">once<" in drawn and ">first<" not in drawn
     # Not before all seeds are there.
     assert run.summary(results[:-1])["less once"] == {}

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from attnpo_jax.data.prompts import Prompt
-from attnpo_jax.runtime import atomic
+from attnpo_jax.runtime import atomic, json_files
 from attnpo_jax.runtime.errors import UserError
 from attnpo_jax.sampling.responses import Request, Response
 
@@ -166,10 +166,10 @@ def read(file: pathlib.Path) -> Iterator[dict[str, Any]]:
         return
     for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], 1):
         try:
-            record = json.loads(line)
+            record = json_files.loads(line)
             if not isinstance(record["id"], str) or not isinstance(record["sample"], int):
                 raise TypeError
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError):
             raise UserError(
                 f"{file}, line {number}: no record of a response; accepted: a file that was not "
                 "changed since, or remove it"

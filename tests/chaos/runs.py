@@ -21,9 +21,9 @@ from attnpo_jax.runtime import metrics
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-# By processes: how far figures may be from the undisturbed run's. One process comes to the same
-# bits; sums over several are as their messages come in.
-TOLERANCE = {1: 0.0, 2: 1e-4}
+# How far figures of several processes may be from the undisturbed run's: their sums are as messages
+# come in. One process comes to the same bits.
+TOLERANCE = 1e-4
 _VERIFY = "def verify(prompt, response):\n    return sum(map(ord, response)) % 3 == 0\n"
 _CONFIG = """
 import pathlib

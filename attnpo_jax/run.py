@@ -29,7 +29,7 @@ from attnpo_jax.models.config import ModelConfig
 from attnpo_jax.models.io import hf_folder
 from attnpo_jax.models.io.model_source import ModelSource
 from attnpo_jax.parallel import processes
-from attnpo_jax.runtime import history, lock, metrics, nested, paths, schema
+from attnpo_jax.runtime import history, lock, metrics, paths, schema
 from attnpo_jax.runtime.errors import UsageError
 from attnpo_jax.weighting import Source
 
@@ -99,9 +99,8 @@ class Run:
         if not file.is_file():
             raise UsageError(f"{folder}: no config.json there; accepted: the workdir of a run")
         config = config_lib.load_file(str(file))
-        named = nested.as_tuples(config.plugins)
-        named = named if isinstance(named, tuple) else (named,)
-        new = [one for one in named if isinstance(one, str) and not registry.has_loaded(one)]
+        named = filter(None, config_lib.as_tuple(config.plugins))
+        new = [str(one) for one in named if not registry.has_loaded(str(one))]
         if new and not run_plugins:
             raise UsageError(
                 f"{file}: plugins = {', '.join(new)}, Python files, which would be run as you; "

@@ -67,7 +67,7 @@ def respond(
     )
     refused += _answer(run, sampled, prompts, requests, length, path)
     out_of = {one.id for one in refused}
-    answered = [request for request in requests if request.id not in out_of]
+    answered = any(request.id not in out_of for request in requests)
     if processes.is_first() and answered:
         Samples(path, sampled.name, prompts).finish(requests, out_of)
     processes.barrier("responses are written")

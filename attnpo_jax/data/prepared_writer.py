@@ -168,10 +168,7 @@ class PreparedWriter:
             shards.check_ids(table, self._good_ids(shard, bad_rows))
         # Before the shard, whose presence says that all of it is there.
         atomic.write_json_lines(self._bad_rows_file(shard), bad_rows)
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, table.schema) as stream:
-            stream.write_table(table)
-        content = memoryview(sink.getvalue())
+        content = shards.to_bytes(table)
         try:
             atomic.write_atomically(self.path / name, content)
         except OSError as error:
@@ -271,6 +268,8 @@ class PreparedWriter:
         try:
             bad_rows = self.bad_rows(shard)
             table = shards.read_table(file)
+            if file.name not in recorded:
+                shards.check_sum(file, table)
             shards.check_table(table, self._features, stop - start - len(bad_rows))
             if self._ids is not None:
                 shards.check_ids(table, self._good_ids(shard, bad_rows))

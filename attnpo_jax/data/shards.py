@@ -33,9 +33,14 @@ Where `data.fields` names them, there are
 
 - `weight`, `margin`: float32, the pair's.
 
+A shard is an Arrow stream. Its schema's metadata has `sha256`, of the file's bytes with 64 zeros in
+the sum's own place: damage to it shows before there is a `prepared.json`, which has each shard's
+sum too.
+
 A shard is read without a Python object per element: columns are kept as flat values and offsets.
 """
 
+import hashlib
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -63,6 +68,8 @@ GROUPS = {
     "scorer": ("score_chosen", "score_rejected"),
 }
 """The columns that are computed where something reads them, by what has to be asked for."""
+
+_SUM, _NO_SUM = b"sha256", b"0" * 64
 
 _OF_TOKENS = ("reference_logps", "reference_entropy", "scorer")
 _FLOAT_LISTS = tuple(name for group in _OF_TOKENS for name in GROUPS[group])
@@ -206,6 +213,25 @@ def _checked_array(
     if not np.isfinite(value).all():
         raise UserError(f"row {row['id']!r}: `{name}` holds a value that is not finite")
     return value
+
+
+def to_bytes(table: pa.Table) -> bytes:
+    """The file of a shard with this table, its own sum in it."""
+    schema = table.schema.with_metadata({**(table.schema.metadata or {}), _SUM: _NO_SUM})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, schema) as stream:
+        stream.write_table(table.cast(schema))
+    content = sink.getvalue().to_pybytes()
+    return content.replace(_NO_SUM, hashlib.sha256(content).hexdigest().encode(), 1)
+
+
+def check_sum(file: pathlib.Path, table: pa.Table) -> None:
+    """ValueError unless the file that `table` is of has the bytes that its sum is of, or no sum."""
+    if (found := (table.schema.metadata or {}).get(_SUM)) is None:
+        return
+    content = file.read_bytes().replace(found, _NO_SUM, 1)
+    if hashlib.sha256(content).hexdigest().encode() != found:
+        raise ValueError("not the bytes that were written")
 
 
 def read_table(file: pathlib.Path) -> pa.Table:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _ROWS_PER_SHARD = 40
 # Row lengths that are compiled: with 8, as `judge.num_buckets` has it, compiling takes longer than
 # it saves of 300 short pairs.
-_BUCKETS = 3
+_BUCKETS = 4
 
 
 def against_itself(pair: Pair) -> Pair:
@@ -43,6 +43,11 @@ def against_itself(pair: Pair) -> Pair:
     return dataclasses.replace(
         pair, chosen=pair.rejected, chosen_fields=pair.rejected_fields, numbers={}
     )
+
+
+def _length(forms: PairForms) -> int:
+    """How long the judge's row of a pair is."""
+    return sum(map(len, forms.prompt.ids)) - forms.prompt.prefix_length
 
 
 class Passes:
@@ -117,8 +122,10 @@ class Passes:
         path: pathlib.Path,
         digest: str,
         wanted: Sequence[str] = ("judge", "reference_logps"),
-    ) -> Prepared:
-        """Computes what is not there yet, and opens it.
+    ) -> list[dict[str, Any]]:
+        """Computes what is not there yet, and reads it: the pairs' rows, see `data.shards`.
+
+        Those of like length are computed, and lie on disk, together.
 
         Args:
           title: of the progress bar.
@@ -133,14 +140,17 @@ class Passes:
           Preempted: SIGTERM or Ctrl-C came; finished shards stay.
         """
         components = with_groups(self._components(digest), wanted)
+        ids = [one.tokenized.id for one in forms]
         if status(path, components) != "complete":
-            ids = [one.tokenized.id for one in forms]
-            writer = PreparedWriter(path, components, len(forms), _ROWS_PER_SHARD, ids=ids)
+            by_length = sorted(forms, key=_length, reverse=True)
+            sorted_ids = [one.tokenized.id for one in by_length]
+            writer = PreparedWriter(path, components, len(forms), _ROWS_PER_SHARD, ids=sorted_ids)
             pending = writer.pending()
             if pending:
-                self._compute(title, forms, components, writer, pending)
+                self._compute(title, by_length, components, writer, pending)
             writer.finish({"pairs": len(forms)})
-        return Prepared.open(path)
+        rows = {row["id"]: row for row in Prepared.open(path)}
+        return [rows[id] for id in ids]
 
     def _components(self, digest: str) -> dict[str, Any]:
         """What the figures depend on."""

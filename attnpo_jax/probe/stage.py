@@ -110,7 +110,7 @@ def _probe(
     passes = Passes(run, subject.sampled(), subject.digest)
     kept, forms, marks = _tokenized(passes, marked, run.config.data.on_bad_row)
     bad_rows = len(marked.bad_rows) + len(marked.pairs) - len(kept)
-    rows = [*passes.fill("probe", forms, folder / "pairs", marked.digest)]
+    rows = passes.fill("probe", forms, folder / "pairs", marked.digest)
     having = marks.marked
     own = marks.of(having)
     marked_rows = [rows[i] for i in having]
@@ -175,9 +175,9 @@ def _alone(
     alone = [pair_against_itself(pairs[i].pair) for i in places]
     forms = [passes.forms(pair) for pair in alone]
     digest = pairs_digest(alone)
-    dataset = passes.fill("against itself", forms, folder / "alone", digest, ("judge",))
+    judged = passes.fill("against itself", forms, folder / "alone", digest, ("judge",))
     masks = [marks.masks[2 * i + 1] for i in places]
-    return against_itself([rows[i] for i in places], [*dataset], masks, passes.sources)
+    return against_itself([rows[i] for i in places], judged, masks, passes.sources)
 
 
 def _of_layers(rows: Iterable[Mapping[str, Any]], passes: Passes) -> Iterator[dict[str, Any]]:

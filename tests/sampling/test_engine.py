@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import special
+from scipy import special, stats
 
 from attnpo_jax.judge.language_model import load_model
 from attnpo_jax.models import decoder, lm_head
@@ -124,7 +124,8 @@ def test_slots_and_order_change_nothing(model, expected, slots, steps):
 
 
 @pytest.mark.parametrize(
-    ("axis", "count"), [("data", 2), ("data", 8), ("fsdp", 2), ("fsdp", 8), ("tensor", 4)]
+    ("axis", "count"),
+    [("data", 2), ("data", 8), ("fsdp", 2), ("fsdp", 8), ("tensor", 2), ("tensor", 4)],
 )
 def test_devices_change_nothing(model, expected, axis, count):
     sizes = {"data": 1, "fsdp": 1, "tensor": 1} | {axis: count}
@@ -164,6 +165,62 @@ def test_a_prompt_is_read_once_for_all_of_its_samples(model, monkeypatch, steady
     if steady:
         assert {r.logprobs for r in alone.values()} <= {r.logprobs for r in together.values()}
     same(together, responses(engine_of(model, slots=1), requests))
+
+
+def penalized(x, prompt, before):
+    """Of what is in the prompt or sampled, and of what is sampled."""
+    tokens = np.arange(len(x))
+    x = np.where(np.isin(tokens, [*prompt, *before]), np.where(x > 0, x / 1.5, x * 1.5), x)
+    x = x - 0.8 * np.isin(tokens, before) + 2.0 * (tokens == 7)
+    return np.where(x >= np.sort(x)[-9], x, -np.inf) / 0.7
+
+
+def nucleus(x, prompt, before):
+    x = np.where(x >= np.sort(x)[-12], x, -np.inf) / 0.5
+    order = np.argsort(-x)
+    p = special.softmax(x)[order]
+    x[order[np.cumsum(p) - p >= 0.8]] = -np.inf
+    return np.where(special.softmax(x) >= 0.5 * special.softmax(x).max(), x, -np.inf)
+
+
+DRAWN = {  # Settings, and what they make of logits.
+    "penalties": (
+        {
+            "temperature": 0.7,
+            "top_k": 9,
+            "repetition_penalty": 1.5,
+            "presence_penalty": 0.8,
+            "logit_bias": {7: 2.0},
+        },
+        penalized,
+    ),
+    "nucleus": ({"temperature": 0.5, "top_k": 12, "top_p": 0.8, "min_p": 0.5}, nucleus),
+}
+
+
+@pytest.mark.parametrize("case", DRAWN)
+def test_draws_have_the_model_s_probabilities(model, case):
+    """Two tokens a response: what prefill draws, and what decoding does after it."""
+    given, changed = DRAWN[case]
+    draws = 20_000
+    settings = SamplingSettings(max_new_tokens=2, seed=11, **given)
+    prompt = ids(model, HEADER + "1?")
+    requests = [Request("p", prompt, settings, sample) for sample in range(draws)]
+    engine = engine_of(model, slots=250, steps=2)
+    pairs = np.array([response.tokens for response in engine.run(requests)])
+    assert pairs.shape == (draws, 2)
+
+    def check(tokens, before):
+        x = whole_pass(model, [*prompt, *before])[-1].astype(np.float64)
+        expected = special.softmax(changed(x, prompt, before)) * len(tokens)
+        observed = np.bincount(tokens, minlength=len(x))
+        some = expected > 0
+        assert observed[~some].sum() == 0 and some.sum() > 3 and expected[some].min() > 5
+        assert stats.chisquare(observed[some], expected[some]).pvalue > 1e-3
+
+    check(pairs[:, 0], [])
+    for first in np.unique(pairs[:, 0]):
+        check(pairs[pairs[:, 0] == first, 1], [first])
 
 
 def test_some_alone_are_the_same_as_among_others(model, expected):

@@ -10,7 +10,7 @@ from attnpo_jax import losses, weighting
 from attnpo_jax.config import default_config, section_for
 from attnpo_jax.models.io import hf_config
 from attnpo_jax.parallel.mesh import MeshError
-from attnpo_jax.plan import roofline, topologies
+from attnpo_jax.plan import generation, roofline, topologies
 from attnpo_jax.plan.accelerators import PlanError
 from attnpo_jax.plan.lengths import Lengths
 from attnpo_jax.plan.programs import DoesNotFit, Setting
@@ -244,3 +244,43 @@ def test_precomputed_weights_are_a_part_of_the_batch():
     ready.config.data.weight_columns = "all"
     with pytest.raises(PlanError, match="'all': a plan reads no data; accepted: the columns"):
         ready.training()
+
+
+def test_sampling_holds_the_weights_and_a_full_cache_and_reads_both_at_every_step():
+    made = generation.plan(
+        setting(
+            **{
+                "generate.slots": 8,
+                "generate.max_length": 256,
+                "model.param_dtype": "bfloat16",
+                "parallel.mesh.fsdp": 2,
+                "parallel.mesh.tensor": 2,
+            }
+        )
+    )
+    embeddings = 2 * 4096 * 512
+    matrices = LAYERS * sum(size * count for size, count in MATRICES.items())
+    norms = 512 * (2 * LAYERS + 1)
+    # Two bytes each; norms are whole on every chip.
+    assert made.weights == pytest.approx(2 * ((embeddings + matrices) / CHIPS + norms), rel=0.01)
+    positions = 8 * 256
+    keys_and_values = 2 * 2 * 128  # two, of two heads
+    assert made.cache == pytest.approx(2 * LAYERS * positions * keys_and_values / CHIPS, rel=0.01)
+    held = made.weights + made.cache
+    assert held < made.decode.memory.peak < 3 * held + 2**20
+    assert made.prefill.memory.peak > held
+    assert made.step >= held / made.decode.topology.chip.hbm_bandwidth
+    assert made.copies == 1 and made.tokens_per_second == pytest.approx(8 / made.step)
+    # An int8 cache has a byte in place of two, and a scale of each head's.
+    small = generation.plan(
+        setting(
+            **{
+                "generate.slots": 8,
+                "generate.max_length": 256,
+                "generate.cache": "int8",
+                "parallel.mesh.fsdp": 2,
+                "parallel.mesh.tensor": 2,
+            }
+        )
+    )
+    assert 0.5 <= small.cache / made.cache < 0.6

@@ -160,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--workdir", type=pathlib.Path, required=True)
     parser.add_argument("--results", type=pathlib.Path, default=HERE / "results")
-    parser.add_argument("--arms", default="rounds,once,first")
+    parser.add_argument("--arms", default="rounds,once")
     parser.add_argument("--most", type=int, help="prompts of each kind, at most, for a trial")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")

@@ -147,6 +147,9 @@ def _pass_over_pairs(suite: Suite, name: str, label: str | None = None, **spec) 
             "matmul_flops_per_second": matmul_rate,
             "share_of_matmul": rate / matmul_rate,
         }
+    if "seconds_rendering_here" in done["ours"][0]:
+        here = [repeat["seconds_rendering_here"] for repeat in done["ours"]]
+        figures["time_to_rendering_here"] = median["ours"] / statistics.median(here)
     figures["peak_resident_bytes"] = peaks["ours"]
     for extra in ("padding", "shapes"):
         if extra in ours.info:

@@ -5,18 +5,22 @@ does the work once and times it. `tokens` counts both sequences of a pair whole,
 the same for an implementation that does not share their beginning.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from attnpo_jax import config as config_lib
+from attnpo_jax.data import template_process
 from attnpo_jax.data.batching import (
     Example,
     PairBatch,
@@ -306,7 +310,10 @@ class Training:
 
 
 class Tokenization:
-    """All pairs tokenized, for training and for the judge, from text to ids and offsets."""
+    """All pairs tokenized, for training and for the judge, from text to ids and offsets.
+
+    Each repeat does it with the process that renders chat templates, and with them rendered here.
+    """
 
     def __init__(self, spec: Spec):
         self._config, self._pairs = _config(spec), _pairs(spec)
@@ -329,7 +336,33 @@ class Tokenization:
             self._template.announce([])
         start = time.perf_counter()
         self._run()
-        return {"seconds": time.perf_counter() - start}
+        middle = time.perf_counter()
+        with _templates_rendered_here():
+            self._run()
+        end = time.perf_counter()
+        return {"seconds": middle - start, "seconds_rendering_here": end - middle}
+
+
+@contextlib.contextmanager
+def _templates_rendered_here() -> Iterator[None]:
+    """Chat templates are rendered by this process."""
+
+    def render(template: str, conversation: str) -> str:
+        messages, tools, generation_prompt, variables = json.loads(conversation)
+        ((text,), _) = render_jinja_template(
+            [messages],
+            tools=tools,
+            chat_template=template,
+            add_generation_prompt=generation_prompt,
+            **variables,
+        )
+        return text
+
+    patched = mock.patch.multiple(
+        template_process.process, announce=lambda conversations: None, render=render
+    )
+    with patched:
+        yield
 
 
 class Curve:

@@ -71,10 +71,11 @@ class JudgeSettings:
         content = _yaml(file)
         _check(content, _FORM, file)
         templates = content["prompt_template"]
-        templates = (templates,) if isinstance(templates, str) else tuple(templates or ())
+        templates = [templates] if isinstance(templates, str) else templates
         old = "regex_pattern" in content
         patterns = [content["regex_pattern"]] if old else content.get("regex_patterns", [])
-        if not templates or not patterns or not all(isinstance(one, str) for one in templates):
+        several = isinstance(templates, list) and all(isinstance(one, str) for one in templates)
+        if not several or not templates or not patterns:
             raise UserError(
                 f"{file}: accepted: prompt_template, a text or several, and regex_patterns"
             )
@@ -85,7 +86,7 @@ class JudgeSettings:
         if any(pattern.groups != 1 for pattern in compiled):
             raise UserError(f"{file}: accepted: patterns of one group each, the verdict")
         return cls(
-            templates,
+            tuple(templates),
             compiled,
             old,
             float(content.get("temperature", 0.0)),

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks import breakdown as parts
 from benchmarks import generating
 from benchmarks.protocol import ROOT, Worker, environment
 
@@ -218,6 +219,23 @@ def int8(suite: Suite) -> Measurement:
     return {"figures": figures | changed["figures"], "points": changed["points"]}
 
 
+def breakdown(suite: Suite) -> Measurement:
+    """Both passes of `attnpo prepare` and the training step, by part."""
+    suite.prepare()
+    figures: dict[str, float] = {}
+    points = []
+    for of in ("judge", "reference", "train"):
+        with suite.worker("breakdown", f"breakdown-{of}", of=of) as worker:
+            repeats = [worker.repeat() for _ in range(suite.repeats)]
+        rows = parts.points(of, repeats)
+        points += rows
+        for name in ("seconds", "traced_seconds"):
+            figures[f"{of}_{name}"] = statistics.median(repeat[name] for repeat in repeats)
+        figures[f"{of}_parts_seconds"] = sum(row["seconds"] for row in rows)
+        suite.say(f"  {of}: {figures[f'{of}_seconds']:.2f} s")
+    return {"figures": figures, "points": points}
+
+
 def rollout(suite: Suite) -> Measurement:
     """Judging for attention rollout beside judging for the last layer's attention, in turns."""
     layers = {"last_layer": (-1,), "rollout": ("rollout",)}
@@ -391,8 +409,9 @@ MEASUREMENTS: dict[str, Callable[[Suite], Measurement]] = {
     "policies": policies,
     "int8": int8,
     "rollout": rollout,
+    "breakdown": breakdown,
 }
-BY_NAME = ("policies", "int8", "generate_many", "rollout")
+BY_NAME = ("policies", "int8", "generate_many", "rollout", "breakdown")
 DEFAULT = tuple(name for name in MEASUREMENTS if name not in BY_NAME)
 """What runs when nothing is asked for; `policies` and `generate_many` each take as long as all of
 it, and what int8 changes is no matter of the machine."""

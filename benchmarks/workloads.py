@@ -47,7 +47,7 @@ from attnpo_jax.prepare import stage as prepare
 from attnpo_jax.prepare.pair_forms import PairTokenizer
 from attnpo_jax.run import Run
 from attnpo_jax.train import loop, stage
-from benchmarks import protocol
+from benchmarks import breakdown, protocol
 from benchmarks.int8_change import change
 
 Spec = dict[str, Any]
@@ -473,7 +473,9 @@ class LogpsMemory:
 
 
 def _config(spec: Spec):
-    return config_lib.from_json((pathlib.Path(spec["scratch"]) / "config.json").read_text())
+    config = config_lib.from_json((pathlib.Path(spec["scratch"]) / "config.json").read_text())
+    config.update_from_flattened_dict(spec.get("changes", {}))
+    return config
 
 
 def _pairs(spec: Spec) -> list[Pair]:
@@ -593,7 +595,14 @@ def _random_batch(model: decoder.ModelConfig, prompt: int, response: int, rows: 
     )
 
 
+def breakdown_of(spec: Spec) -> breakdown.Breakdown:
+    """A workload's breakdown; its batches all have one shape, so that each program is one."""
+    rows = {"judge.batch_size": 4, "judge.num_buckets": 1, "data.num_buckets": 1}
+    return breakdown.Breakdown(WORKLOADS[spec["of"]](spec | {"changes": rows}))
+
+
 WORKLOADS = {
+    "breakdown": breakdown_of,
     "select": Select,
     "prepare": Prepare,
     "matmul": Matmul,

@@ -158,13 +158,14 @@ def memory_traffic(program: Program) -> float:
     core's own memory does not count.
     """
     return sum(
-        times * _traffic(program, computation, i)
+        times * traffic(program, computation, i)
         for computation, i, times in program.instructions()
         if computation.name not in program.fused
     )
 
 
-def _traffic(program: Program, computation: Computation, i: Instruction) -> float:
+def traffic(program: Program, computation: Computation, i: Instruction) -> float:
+    """Bytes of an instruction's one run, as `memory_traffic` counts them."""
     if i.opcode in _NOTHING or i.opcode.endswith("-done"):
         return 0.0
     operands = [computation.instructions[o].shapes for o in i.operands]

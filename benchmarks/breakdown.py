@@ -31,6 +31,7 @@ _PARTS = {
     "models/attention/": "attention",
     "models/lm_head.py": "head",
     "models/layers.py:Layers._project": "projections",
+    "models/layers.py:linear": "projections",
     "models/layers.py:": "norms, rotations, gates",
     "models/layer_kinds.py:": "norms, rotations, gates",
     "models/decoder.py:Decoder.final": "norms, rotations, gates",

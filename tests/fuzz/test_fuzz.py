@@ -15,7 +15,7 @@ from tests.fuzz.attempt import attempt
 from tests.fuzz.targets import TARGETS, Target
 
 EXAMPLES = 60
-# For all targets together, where there is time: others are tried then, too, and again the same ones.
+# For all targets together, where there is time for other inputs than these.
 SECONDS_IN_CI = 90
 CASES = json.loads((pathlib.Path(__file__).parent / "cases.json").read_text())
 

@@ -217,16 +217,16 @@ def _checked_array(
 
 def to_bytes(table: pa.Table) -> bytes:
     """The file of a shard with this table, its own sum in it."""
-    schema = table.schema.with_metadata({**(table.schema.metadata or {}), _SUM: _NO_SUM})
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), _SUM: _NO_SUM})
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, schema) as stream:
-        stream.write_table(table.cast(schema))
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
     content = sink.getvalue().to_pybytes()
     return content.replace(_NO_SUM, hashlib.sha256(content).hexdigest().encode(), 1)
 
 
 def check_sum(file: pathlib.Path, table: pa.Table) -> None:
-    """ValueError unless the file that `table` is of has the bytes that its sum is of, or no sum."""
+    """ValueError if the file has a sum, as `table` says, and it is not that of the file's bytes."""
     if (found := (table.schema.metadata or {}).get(_SUM)) is None:
         return
     content = file.read_bytes().replace(found, _NO_SUM, 1)

@@ -46,7 +46,7 @@ def against_itself(pair: Pair) -> Pair:
 
 
 def _length(forms: PairForms) -> int:
-    """How long the judge's row of a pair is."""
+    """How long the judge's row of a pair is, which has both orders and their beginning once."""
     return sum(map(len, forms.prompt.ids)) - forms.prompt.prefix_length
 
 

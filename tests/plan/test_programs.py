@@ -247,17 +247,14 @@ def test_precomputed_weights_are_a_part_of_the_batch():
 
 
 def test_sampling_holds_the_weights_and_a_full_cache_and_reads_both_at_every_step():
-    made = generation.plan(
-        setting(
-            **{
-                "generate.slots": 8,
-                "generate.max_length": 256,
-                "model.param_dtype": "bfloat16",
-                "parallel.mesh.fsdp": 2,
-                "parallel.mesh.tensor": 2,
-            }
-        )
-    )
+    fields = {
+        "generate.slots": 8,
+        "generate.max_length": 256,
+        "model.param_dtype": "bfloat16",
+        "parallel.mesh.fsdp": 2,
+        "parallel.mesh.tensor": 2,
+    }
+    made = generation.plan(setting(**fields))
     embeddings = 2 * 4096 * 512
     matrices = LAYERS * sum(size * count for size, count in MATRICES.items())
     norms = 512 * (2 * LAYERS + 1)
@@ -272,15 +269,5 @@ def test_sampling_holds_the_weights_and_a_full_cache_and_reads_both_at_every_ste
     assert made.step >= held / made.decode.topology.chip.hbm_bandwidth
     assert made.copies == 1 and made.tokens_per_second == pytest.approx(8 / made.step)
     # An int8 cache has a byte in place of two, and a scale of each head's.
-    small = generation.plan(
-        setting(
-            **{
-                "generate.slots": 8,
-                "generate.max_length": 256,
-                "generate.cache": "int8",
-                "parallel.mesh.fsdp": 2,
-                "parallel.mesh.tensor": 2,
-            }
-        )
-    )
+    small = generation.plan(setting(**fields, **{"generate.cache": "int8"}))
     assert 0.5 <= small.cache / made.cache < 0.6

@@ -15,13 +15,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from attnpo_jax.plan import hlo, work
+from benchmarks.protocol import Workload
 
 WAITING, OTHER = "input and host", "other"
 _WHOLE = "breakdown"  # the trace's name for a repeat
@@ -40,6 +41,7 @@ _PARTS = {
     "losses/": "loss",
     "weighting/": "loss",
     "train/optim": "optimizer",
+    "train/step.py:": "optimizer",  # the gradients' sums and norm, and the parameters' update
     "optax/": "optimizer",
 }
 # What a scan does with what it goes over, its layers' parameters and residuals.
@@ -47,14 +49,6 @@ _OF_SCAN = re.compile(r"while/body/(\w*/)*(jit\()?dynamic_(update_)?(slice|index
 _SCAN = "layers in and out"
 _BACKWARD, _AGAIN = "transpose(", "rematted_computation"
 _CONTAINERS = ("while", "call", "conditional")
-
-
-class Workload(Protocol):
-    """As `benchmarks.protocol` has it."""
-
-    info: dict[str, Any]
-
-    def repeat(self) -> dict[str, Any]: ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,10 +7,11 @@ the same for an implementation that does not share their beginning.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -22,35 +23,23 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from attnpo_jax import config as config_lib
 from attnpo_jax.data import template_process
 from attnpo_jax.data.batching import (
-    Example,
-    PairBatch,
-    RowShape,
     TrainBatches,
-    fill_rows,
 )
-from attnpo_jax.data.packing import round_up
-from attnpo_jax.data.pair import Pair
 from attnpo_jax.data.prepared import Prepared
 from attnpo_jax.data.sources import load_pairs, pairs_digest
-from attnpo_jax.data.tokenize import ChatTokenizer, tokenize_pair
-from attnpo_jax.judge.judge import Judge, compile_pass
-from attnpo_jax.judge.language_model import LanguageModel, load_model
-from attnpo_jax.judge.prompt import JudgePrompter, JudgeTemplate
+from attnpo_jax.data.tokenize import ChatTokenizer
+from attnpo_jax.judge.prompt import JudgeTemplate, common_beginning
 from attnpo_jax.models import decoder, flops
-from attnpo_jax.models.attention import implementations
 from attnpo_jax.models.io import hf_folder
-from attnpo_jax.models.lm_head import token_logps
-from attnpo_jax.parallel import backend as backends
-from attnpo_jax.parallel.state import TrainState
 from attnpo_jax.prepare import reference
 from attnpo_jax.prepare import stage as prepare
 from attnpo_jax.prepare.pair_forms import PairTokenizer
 from attnpo_jax.run import Run
-from attnpo_jax.train import loop, stage
-from benchmarks import breakdown, protocol
+from attnpo_jax.train import loop
+from benchmarks import breakdown, by_size, protocol, setting
 from benchmarks.int8_change import change
+from benchmarks.setting import Spec
 
-Spec = dict[str, Any]
 MATMUL_SIZE = 2048
 
 
@@ -84,7 +73,7 @@ def select(spec: Spec) -> dict[str, Any]:
 
     folder = hf_folder.resolve(config.model.source)
     tokenizer = ChatTokenizer.load(folder)
-    prompts = [_prompter(config, tokenizer).build(pair) for pair in pairs]
+    prompts = [setting.prompter(config, tokenizer).build(pair) for pair in pairs]
     layers = hf_folder.load_config(folder).num_layers
     peer_input = {
         "model": str(folder),
@@ -93,7 +82,7 @@ def select(spec: Spec) -> dict[str, Any]:
         "prompts": [[ids.tolist() for ids in prompt.ids] for prompt in prompts],
     }
     (scratch / "judge_prompts.json").write_text(json.dumps(peer_input))
-    tokenized = [_tokenize(config, tokenizer, pair) for pair in pairs]
+    tokenized = [setting.tokenize(config, tokenizer, pair) for pair in pairs]
     sequences = [
         len(t.prompt_ids) + len(ids) for t in tokenized for ids in (t.chosen_ids, t.rejected_ids)
     ]
@@ -124,7 +113,7 @@ class Prepare:
     """
 
     def __init__(self, spec: Spec):
-        config, scratch = _config(spec), pathlib.Path(spec["scratch"])
+        config, scratch = setting.config_of(spec), pathlib.Path(spec["scratch"])
         if "weights" in spec:
             config.model.prepare_weights = spec["weights"]
             scratch /= spec["weights"]
@@ -178,15 +167,16 @@ class Judging:
     """
 
     def __init__(self, spec: Spec):
-        config, self._pairs = _config(spec), _pairs(spec)
+        config, self._pairs = setting.config_of(spec), setting.pairs_of(spec)
         if "layers" in spec:
             config.judge.layers = tuple(spec["layers"])
-        model = _model(config)
-        self._judge = _judge(config, model)
+        model = setting.model_of(config)
+        self._judge = setting.judge_of(config, model)
         self._prompts = [self._judge.prompter.build(pair) for pair in self._pairs]
-        self._tokenized = [_tokenize(config, model.tokenizer, pair) for pair in self._pairs]
+        self._tokenized = [setting.tokenize(config, model.tokenizer, pair) for pair in self._pairs]
         self.repeat()
-        common = _common_beginning([ids for prompt in self._prompts for ids in prompt.ids])
+        sequences = [ids for prompt in self._prompts for ids in prompt.ids]
+        common = len(functools.reduce(common_beginning, sequences))
         rows = sum(
             flops.judge_row(
                 model.config,
@@ -217,11 +207,11 @@ class Reference:
     """The reference's log-probs of all pairs."""
 
     def __init__(self, spec: Spec):
-        config, pairs = _config(spec), _pairs(spec)
-        model = _model(config)
-        self._tokenized = [_tokenize(config, model.tokenizer, pair) for pair in pairs]
-        backend = _preparing_backend(config, model.config)
-        attention = _attention(config, model.config, backend)
+        config, pairs = setting.config_of(spec), setting.pairs_of(spec)
+        model = setting.model_of(config)
+        self._tokenized = [setting.tokenize(config, model.tokenizer, pair) for pair in pairs]
+        backend = setting.preparing_backend(config, model.config)
+        attention = setting.attention_of(config, model.config, backend)
         self._reference = reference.Reference(
             model,
             self._tokenized,
@@ -254,15 +244,17 @@ class Training:
     """One epoch of optimizer steps over the prepared pairs, as the training loop does them."""
 
     def __init__(self, spec: Spec):
-        config = _config(spec)
+        config = setting.config_of(spec)
         for field in ("remat", "dtype", "param_dtype"):
             if spec.get(field) is not None:
                 config.model[field] = spec[field]
         folder = hf_folder.resolve(config.model.source)
         model = hf_folder.load_config(folder)
         # Prepared once, in one dtype: for the time it takes, the values do not matter.
-        data = Run.resolve(_config(spec), pathlib.Path(spec["scratch"])).open_prepared("train")
-        trainer = _Trainer(config, model, data.source_layers)
+        data = Run.resolve(setting.config_of(spec), pathlib.Path(spec["scratch"])).open_prepared(
+            "train"
+        )
+        trainer = setting.Trainer(config, model, data.source_layers)
         backend = trainer.backend
         self._batches = TrainBatches(
             data,
@@ -316,7 +308,7 @@ class Tokenization:
     """
 
     def __init__(self, spec: Spec):
-        self._config, self._pairs = _config(spec), _pairs(spec)
+        self._config, self._pairs = setting.config_of(spec), setting.pairs_of(spec)
         tokenizer = ChatTokenizer.load(hf_folder.resolve(self._config.model.source))
         template = JudgeTemplate.load(self._config.judge.template)
         self._template = tokenizer.template
@@ -365,236 +357,6 @@ def _templates_rendered_here() -> Iterator[None]:
         yield
 
 
-class Curve:
-    """A training step on one pair of random tokens, for several lengths of its responses."""
-
-    PROMPT = 64
-
-    def __init__(self, spec: Spec):
-        config = _config(spec)
-        folder = hf_folder.resolve(config.model.source)
-        model = hf_folder.load_config(folder)
-        trainer = _Trainer(config, model, (model.num_layers - 1,))
-        self._step, self._state = trainer.compiled.run, trainer.first_state(folder)
-        self._batches = [trainer.random_batch(self.PROMPT, n) for n in spec["lengths"]]
-        for batch in self._batches:
-            self._state, _ = jax.block_until_ready(self._step(self._state, batch))
-        self.info = {
-            "lengths": spec["lengths"],
-            "flops": [flops.training(model, self.PROMPT, (n, n)) for n in spec["lengths"]],
-        }
-
-    def repeat(self) -> dict[str, Any]:
-        seconds = []
-        for batch in self._batches:
-            start = time.perf_counter()
-            self._state, _ = jax.block_until_ready(self._step(self._state, batch))
-            seconds.append(time.perf_counter() - start)
-        return {"seconds": seconds}
-
-
-class Compile:
-    """Tracing and compiling the training step and the judge's pass, by number of layers."""
-
-    def __init__(self, spec: Spec):
-        jax.config.update("jax_enable_compilation_cache", False)
-        self._config, self._layers = _config(spec), spec["layers"]
-        self._model = hf_folder.load_config(hf_folder.resolve(self._config.model.source))
-        # The compiler's own start-up is not a matter of layers.
-        self._compile_step(1)
-        self._compile_judge(1)
-        self.info = {"layers": self._layers}
-
-    def _compile_step(self, layers: int) -> float:
-        model = dataclasses.replace(self._model, num_layers=layers)
-        trainer = _Trainer(self._config, model, (layers - 1,))
-        batch = trainer.random_batch(64, 128)
-        start = time.perf_counter()
-        trainer.compiled.run.lower(trainer.compiled.abstract_state, batch).compile()
-        return time.perf_counter() - start
-
-    def _compile_judge(self, layers: int) -> float:
-        config = self._config
-        model = dataclasses.replace(self._model, num_layers=layers)
-        backend = _preparing_backend(config, model)
-        compiled = compile_pass(
-            backend,
-            (0, layers - 1),
-            config=model,
-            dtype=jnp.dtype(config.model.dtype),
-            attention=_attention(config, model, backend),
-        )
-        tokens = jax.ShapeDtypeStruct((8, 512), jnp.int32)
-        reads = jax.ShapeDtypeStruct((8, 2), jnp.int32)
-        letters = jax.ShapeDtypeStruct((2,), jnp.int32)
-        params = backend.abstract_state(decoder.abstract_params(model))
-        start = time.perf_counter()
-        compiled.lower((params, None, letters), (tokens, tokens, tokens, reads)).compile()
-        return time.perf_counter() - start
-
-    def repeat(self) -> dict[str, Any]:
-        jax.clear_caches()  # or a second repeat finds what the first compiled
-        return {
-            "step": [self._compile_step(n) for n in self._layers],
-            "judge": [self._compile_judge(n) for n in self._layers],
-        }
-
-
-class LogpsMemory:
-    """Memory of token log-probs with their gradients, for a number of tokens in all."""
-
-    def __init__(self, spec: Spec):
-        config = _config(spec)
-        model = hf_folder.load_config(hf_folder.resolve(config.model.source))
-        tokens, chunk = spec["tokens"], config.model.logps_chunk
-        self._arrays = (
-            jnp.zeros((1, tokens, model.hidden_size)),
-            jnp.zeros((model.vocab_size, model.hidden_size)),
-        )
-        target = jnp.zeros((1, tokens), jnp.int32)
-        total = jax.grad(
-            lambda hidden, unembedding: jnp.sum(
-                token_logps(hidden, unembedding, target, chunk=chunk)
-            ),
-            argnums=(0, 1),
-        )
-        self._gradients = jax.jit(total).lower(*self._arrays).compile()
-        self.info = {
-            "chunk": chunk,
-            "temporary_bytes": self._gradients.memory_analysis().temp_size_in_bytes,
-        }
-
-    def repeat(self) -> dict[str, Any]:
-        before = protocol.peak_resident_bytes()
-        start = time.perf_counter()
-        jax.block_until_ready(self._gradients(*self._arrays))
-        seconds = time.perf_counter() - start
-        return {"seconds": seconds, "grown_bytes": protocol.peak_resident_bytes() - before}
-
-
-def _config(spec: Spec):
-    config = config_lib.from_json((pathlib.Path(spec["scratch"]) / "config.json").read_text())
-    config.update_from_flattened_dict(spec.get("changes", {}))
-    return config
-
-
-def _pairs(spec: Spec) -> list[Pair]:
-    return load_pairs(str(pathlib.Path(spec["scratch"]) / "pairs.jsonl")).pairs
-
-
-def _model(config) -> LanguageModel:
-    return load_model(config.model.source, param_dtype=jnp.dtype(config.model.param_dtype))
-
-
-def _tokenize(config, tokenizer: ChatTokenizer, pair: Pair):
-    return tokenize_pair(
-        tokenizer,
-        pair,
-        max_length=config.data.max_length,
-        max_prompt_length=config.data.max_prompt_length,
-    )
-
-
-def _prompter(config, tokenizer: ChatTokenizer) -> JudgePrompter:
-    template = JudgeTemplate.load(config.judge.template)
-    return JudgePrompter(
-        tokenizer, template, config.judge.max_length, config.judge.max_answer_length
-    )
-
-
-def _judge(config, model: LanguageModel) -> Judge:
-    return Judge(
-        model,
-        template=config.judge.template,
-        max_length=config.judge.max_length,
-        max_answer_length=config.judge.max_answer_length,
-        source_layers=config_lib.source_layers(config.judge.layers, model.config.num_layers),
-        dtype=jnp.dtype(config.model.dtype),
-        batch_size=config.judge.batch_size,
-        token_budget=config.judge.token_budget,
-        num_buckets=config.judge.num_buckets,
-        backend=_preparing_backend(config, model.config),
-        attention=config.model.attention,
-    )
-
-
-def _common_beginning(sequences: Sequence[np.ndarray]) -> int:
-    """How many ids all sequences begin with."""
-    shortest = min(len(ids) for ids in sequences)
-    table = np.stack([ids[:shortest] for ids in sequences])
-    differs = np.flatnonzero((table != table[0]).any(axis=0))
-    return int(differs[0]) if len(differs) else shortest
-
-
-class _Trainer:
-    """A run's compiled step, and the state it starts from, as the training loop makes them."""
-
-    def __init__(self, config, model: decoder.ModelConfig, source_layers: tuple[int, ...]):
-        self.backend = backends.for_training(model, config.parallel)
-        attention = _attention(config, model, self.backend)
-        settings = config_lib.step_settings(config, model, source_layers, attention)
-        self.compiled = stage.compile_step(config, settings, self.backend, total_steps=1000)
-        self._model, self._dtype = model, jnp.dtype(config.model.param_dtype)
-
-    def first_state(self, folder: pathlib.Path) -> TrainState:
-        params = hf_folder.load_params(
-            folder,
-            self._model,
-            param_dtype=self._dtype,
-            shardings=self.backend.parameter_shardings(),
-        )
-        return self.backend.create_state(self.compiled.first_state, params)
-
-    def random_batch(self, prompt: int, response: int) -> PairBatch:
-        """One pair of random tokens, on the devices."""
-        rows = self.backend.row_shards
-        return self.backend.put_batch(_random_batch(self._model, prompt, response, rows))
-
-
-def _preparing_backend(config, model: decoder.ModelConfig) -> backends.Backend:
-    return backends.for_preparing(
-        model, config.parallel, config.prepare.devices, config.model.param_dtype
-    )
-
-
-def _attention(config, model: decoder.ModelConfig, backend: backends.Backend) -> str:
-    choice = implementations.choose(
-        config.model.attention, model, config.model.dtype, backend.devices
-    )
-    return choice.implementation
-
-
-def _random_batch(model: decoder.ModelConfig, prompt: int, response: int, rows: int) -> PairBatch:
-    """One microbatch of one pair of random tokens, its row no longer than rounding asks for.
-
-    The other rows are empty: where there are several devices, each takes one.
-    """
-    rng = np.random.default_rng(0)
-
-    def ids(n: int) -> np.ndarray:
-        return rng.integers(model.vocab_size, size=n, dtype=np.int32)
-
-    attention = np.ones((2, 1, response), np.float32)
-    logps = np.full(response, -2.0, np.float32)
-    example = Example(
-        index=0,
-        prompt_ids=ids(prompt),
-        response_ids=(ids(response), ids(response)),
-        text_lengths=(response, response),
-        judge=(attention, attention),
-        verdict=np.zeros(2, np.float32),
-        reference_logps=(logps, logps),
-    )
-    shape = RowShape(
-        length=round_up(example.row_length),
-        scored=round_up(2 * response),
-        response=round_up(response),
-    )
-    return jax.tree.map(
-        lambda x: x[None], fill_rows([[example], *[[]] * (rows - 1)], shape, num_sources=1)
-    )
-
-
 def breakdown_of(spec: Spec) -> breakdown.Breakdown:
     """A workload's breakdown; its batches all have one shape, so that each program is one."""
     rows = {"judge.batch_size": 4, "judge.num_buckets": 1, "data.num_buckets": 1}
@@ -611,9 +373,9 @@ WORKLOADS = {
     "train": Training,
     "tokenize": Tokenization,
     "int8_change": Int8Change,
-    "curve": Curve,
-    "compile": Compile,
-    "logps_memory": LogpsMemory,
+    "curve": by_size.Curve,
+    "compile": by_size.Compile,
+    "logps_memory": by_size.LogpsMemory,
 }
 
 if __name__ == "__main__":

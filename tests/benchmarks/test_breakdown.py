@@ -82,12 +82,12 @@ def test_the_nearest_function_that_is_listed_tells_the_part(frames, part):
     assert breakdown.part_of(frames) == part
 
 
-class Gradients:
-    """The gradients of a tiny decoder's outputs, twice."""
+class Decoding:
+    """A tiny decoder's outputs, or their gradients, twice."""
 
     TOKENS = 2 * 32
 
-    def __init__(self, model):
+    def __init__(self, model, change=lambda function: function):
         self.info = {"pairs": 1, "tokens": self.TOKENS}
         tokens = jnp.ones((2, 32), jnp.int32)
 
@@ -96,7 +96,7 @@ class Gradients:
             hidden = decoder.forward(model.config, params, tokens, positions, tokens)
             return jnp.sum(jnp.square(hidden))
 
-        self._run, self._params = jax.jit(jax.grad(decoded)), model.params
+        self._run, self._params = jax.jit(change(decoded)), model.params
 
     def repeat(self):
         start = time.perf_counter()
@@ -105,21 +105,32 @@ class Gradients:
         return {"seconds": time.perf_counter() - start}
 
 
-def test_parts_of_a_program_that_runs(tmp_path):
-    jax.clear_caches()
-    model = load_model(str(tiny.write_folder(tmp_path)))
-    measured = Breakdown(Gradients(model))
+def flops_of(measured):
+    """By part and direction."""
     flops = collections.Counter()
     for (module, _), one in measured.operations.items():
         if module == "jit_decoded":
             for size, count in one.products:
                 flops[one.part, one.direction] += 2 * math.prod(size) * count * one.times
-    weights = sum(model.params["layers"][name].size for name in PROJECTIONS.values())
-    of_projections = 2 * Gradients.TOKENS * weights
-    assert flops["projections", "forward"] == of_projections
-    assert flops["projections", "backward"] == 2 * of_projections
-    assert flops["attention", "forward"] > 0
+    return flops
 
+
+@pytest.mark.parametrize("change", [lambda function: function, jax.grad], ids=["alone", "gradient"])
+def test_projections_are_told_with_a_backward_pass_and_without(tmp_path, change):
+    jax.clear_caches()
+    model = load_model(str(tiny.write_folder(tmp_path)))
+    flops = flops_of(Breakdown(Decoding(model, change)))
+    weights = sum(model.params["layers"][name].size for name in PROJECTIONS.values())
+    of_projections = 2 * Decoding.TOKENS * weights
+    assert flops["projections", "forward"] == of_projections
+    assert flops["projections", "backward"] == (2 * of_projections if change is jax.grad else 0)
+    assert flops["attention", "forward"] > 0
+    assert {part for part, _ in flops} == {"projections", "attention"}
+
+
+def test_parts_of_a_program_that_runs(tmp_path):
+    jax.clear_caches()
+    measured = Breakdown(Decoding(load_model(str(tiny.write_folder(tmp_path))), jax.grad))
     found = measured.repeat()
     names = {"projections, backward", "attention, forward", "norms, rotations, gates, backward"}
     assert names <= set(found["parts"])

@@ -25,7 +25,7 @@ from attnpo_jax.models.attention.core import Past, RowLayout
 from attnpo_jax.models.attention.implementations import RESIDUALS, attend, make_masks
 from attnpo_jax.models.config import ModelConfig
 from attnpo_jax.models.layer_kinds import layer_kinds, rope_tables
-from attnpo_jax.models.layers import Layers, norm_param, param, rms_norm
+from attnpo_jax.models.layers import PRODUCT, Layers, norm_param, param, rms_norm
 
 __all__ = [
     "Decoder",
@@ -47,10 +47,7 @@ Params = dict[str, Any]
 REMAT_POLICIES = {
     "none": None,  # every intermediate kept: fastest, most memory
     # Outputs of matmuls kept, and what an attention kernel gives: running it again costs the most.
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(*RESIDUALS),
-    ),
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT, *RESIDUALS),
     "layer": jax.checkpoint_policies.nothing_saveable,  # only each layer's input kept
 }
 

@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from attnpo_jax.models import placement
 from attnpo_jax.models.config import PROJECTIONS, ModelConfig
@@ -128,9 +129,9 @@ class Layers(nnx.Module):
         inputs = "".join(axis for axis in of_weight if axis not in out)
         outputs = "".join(axis for axis in of_weight if axis in out)
         a, b = (self._weight(f"{name}_lora_{factor}", x.dtype) for factor in "ab")
-        x_BLR = jnp.einsum(f"{of_x},{inputs}r->blr", x, a)
+        x_BLR = product(f"{of_x},{inputs}r->blr", x, a)
         lora = self.config.lora
-        return (lora.alpha / lora.rank) * jnp.einsum(f"blr,r{outputs}->{out}", x_BLR, b)
+        return (lora.alpha / lora.rank) * product(f"blr,r{outputs}->{out}", x_BLR, b)
 
     def _norm(self, x, name: str):
         """The named norm of x; x itself where the model has no such norm."""
@@ -169,35 +170,59 @@ def num_inputs(name: str) -> int:
     return 2 if name == "output" else 1
 
 
+# What `product` gives, to be kept for the backward pass by name.
+PRODUCT = "product"
+
+
+def product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """`einsum(spec, x, y)` in the operands' dtype, summed in float32 and rounded once.
+
+    A CPU multiplies bfloat16 as such, twice as fast as float32 where its instructions are for that,
+    if the result is float32; if it is not, XLA widens both operands first. Elsewhere the result is
+    rounded where it is computed: devices exchange as few bytes as can be.
+    """
+
+    def rounded(x, y):
+        return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32).astype(x.dtype)
+
+    def as_it_is(x, y):
+        return jnp.einsum(spec, x, y)
+
+    if x.dtype == jnp.float32:
+        return checkpoint_name(as_it_is(x, y), PRODUCT)
+    out = jax.lax.platform_dependent(x, y, cpu=rounded, default=as_it_is)
+    return checkpoint_name(out, PRODUCT)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def linear(x: jax.Array, weight: jax.Array, spec: str) -> jax.Array:
-    """`einsum(spec, x, weight)` with the weight's gradient computed as it lies in memory.
+    """`product(spec, x, weight)` with the weight's gradient computed as it lies in memory.
 
     A compiler has to transpose one of the operands that are summed over tokens, and takes the first
     for it: on a CPU a quarter of the feed-forward block's time, if that is the larger one.
     """
-    return jnp.einsum(spec, x, weight)
+    return product(spec, x, weight)
 
 
 def _linear_forward(x, weight, spec):
     # Not through `linear`: a rematerialisation policy sees the product itself only.
-    return jnp.einsum(spec, x, weight), (x, weight)
+    return product(spec, x, weight), (x, weight)
 
 
 def _linear_backward(spec, residuals, d_out):
     x, weight = residuals
     factors, out = spec.split("->")
     of_x, of_weight = factors.split(",")
-    d_x = jnp.einsum(f"{out},{of_weight}->{of_x}", d_out, weight)
+    d_x = product(f"{out},{of_weight}->{of_x}", d_out, weight)
 
     def as_it_lies(x, d_out):
-        return jnp.einsum(f"{of_x},{out}->{of_weight}", x, d_out)
+        return product(f"{of_x},{out}->{of_weight}", x, d_out)
 
     def turned(x, d_out):
         axes = "".join(sorted(of_weight, key=lambda axis: axis in of_x))
-        product = jnp.einsum(f"{out},{of_x}->{axes}", d_out, x)
+        turned = product(f"{out},{of_x}->{axes}", d_out, x)
         # Without the barrier, XLA exchanges the factors to save turning the product.
-        return jnp.einsum(f"{axes}->{of_weight}", jax.lax.optimization_barrier(product))
+        return jnp.einsum(f"{axes}->{of_weight}", jax.lax.optimization_barrier(turned))
 
     on_cpu = turned if x.size > d_out.size else as_it_lies
     return d_x, jax.lax.platform_dependent(x, d_out, cpu=on_cpu, default=as_it_lies)

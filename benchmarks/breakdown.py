@@ -2,12 +2,14 @@
 
 A profiler's trace says when each of the compiled program's operations ran; the program's text says
 which function of the package each comes from, what it multiplies and what it moves. Where several
-run at a time, the time is shared out among them; where none does, the device waits. So the parts'
-times add up to all of it.
+run at a time, the time is shared out among them; where none does, it is that of a product which
+leaves no trace and which the next one waits for, else of the input or the host. So the parts' times
+add up to all of it.
 """
 
 import collections
 import dataclasses
+import functools
 import math
 import pathlib
 import re
@@ -24,7 +26,8 @@ import numpy as np
 from attnpo_jax.plan import hlo, work
 from benchmarks.protocol import Workload
 
-WAITING, OTHER = "input and host", "other"
+HOST, OTHER = "host", "other"
+INPUT = "input"  # the trace's name for waiting for a batch too
 _WHOLE = "breakdown"  # the trace's name for a repeat
 
 # The function nearest to an operation that is listed tells its part: a file, or a file's function.
@@ -33,6 +36,7 @@ _PARTS = {
     "models/lm_head.py": "head",
     "models/layers.py:Layers._project": "projections",
     "models/layers.py:linear": "projections",
+    "models/layers.py:product": "projections",
     "models/layers.py:": "norms, rotations, gates",
     "models/layer_kinds.py:": "norms, rotations, gates",
     "models/decoder.py:Decoder.final": "norms, rotations, gates",
@@ -62,6 +66,8 @@ class Operation:
       dtype: of these.
       traffic: bytes that it moves, at least.
       times: how often it does in a run of its program.
+      waits_for: the instruction of a product that it takes, where that stands alone: of those that
+        XLA leaves to Eigen, the trace says nothing.
     """
 
     part: str
@@ -70,6 +76,7 @@ class Operation:
     dtype: str
     traffic: float
     times: int
+    waits_for: str | None = None
 
 
 class Breakdown:
@@ -149,7 +156,19 @@ def _operation(
         i.shapes[0].dtype if i.shapes else "",
         work.traffic(program, computation, i),
         times,
+        next(
+            (name for name in map(functools.partial(_product_at, computation), i.operands) if name),
+            None,
+        ),
     )
+
+
+def _product_at(computation: hlo.Computation, name: str) -> str | None:
+    """The product that an operand is, bitcast or not."""
+    i = computation.instructions.get(name)
+    while i is not None and i.opcode == "bitcast":
+        i = computation.instructions.get(i.operands[0])
+    return i.name if i is not None and i.opcode == "dot" else None
 
 
 def _product(computation: hlo.Computation, dot: hlo.Instruction) -> tuple[int, int, int, int]:
@@ -215,8 +234,8 @@ def part_of(frames: Iterable[str]) -> str:
 def shares(
     profile: Any, known: Mapping[tuple[str, str], Operation]
 ) -> tuple[float, dict[Any, float], collections.Counter[str]]:
-    """The seconds from the repeat's beginning to its end, those of each operation and of `WAITING`,
-    and how often each program ran.
+    """The seconds of the whole repeat; those of each operation, of `INPUT` and of `HOST`; and how
+    often each program ran.
     """
     ran, whole, runs = [], None, set()
     for plane in profile.planes:
@@ -225,6 +244,8 @@ def shares(
                 span = event.start_ns, event.start_ns + event.duration_ns
                 if event.name == _WHOLE:
                     whole = span
+                elif event.name == INPUT:
+                    ran.append((*span, INPUT))
                 elif not event.name.startswith(("end: ", "ThunkExecutor")):
                     stats = dict(event.stats)
                     key = stats.get("hlo_module", ""), stats.get("hlo_op", "")
@@ -237,13 +258,21 @@ def shares(
         for low, high, key in ran
         for at, step in ((low, 1), (high, -1))
     )
+    traced = {key for *_, key in ran}
+
+    def untraced(key: Any) -> Any:
+        """The product that the next operation waits for while none runs, if no trace has it."""
+        waits_for = key in known and known[key].waits_for
+        product = waits_for and (key[0], waits_for)
+        return product if product in known and product not in traced else HOST
+
     seconds: dict[Any, float] = collections.defaultdict(float)
     active: collections.Counter = collections.Counter()
     before = start
     for at, step, key in (*borders, (end, 0, None)):
         if at > before:
-            running = [one for one, number in active.items() if number]
-            for one in running or [WAITING]:
+            running = [one for one, number in active.items() if number and one != INPUT]
+            for one in running or [INPUT if active[INPUT] else untraced(key)]:
                 seconds[one] += (at - before) * 1e-9 / max(1, len(running))
             before = at
         active[key] += step

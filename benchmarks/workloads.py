@@ -292,7 +292,12 @@ class Training:
     def repeat(self) -> dict[str, Any]:
         start = time.perf_counter()
         last = None
-        for host_batch in loop.read_ahead(self._batches):
+        batches = loop.read_ahead(self._batches)
+        while True:
+            with jax.profiler.TraceAnnotation(breakdown.INPUT):
+                host_batch = next(batches, None)
+            if host_batch is None:
+                break
             self._state, metrics = self._step(self._state, self._put(host_batch))
             if last is not None:
                 jax.device_get(last)

@@ -15,7 +15,7 @@ from attnpo_jax.judge.language_model import load_model
 from attnpo_jax.models import decoder
 from attnpo_jax.models.config import PROJECTIONS
 from benchmarks import breakdown
-from benchmarks.breakdown import WAITING, Breakdown
+from benchmarks.breakdown import HOST, INPUT, Breakdown, Operation
 from tests import tiny
 
 
@@ -42,6 +42,10 @@ class Profile:
         return [types.SimpleNamespace(lines=lines)]
 
 
+def operation(waits_for=None):
+    return Operation("head", "forward", (), "f32", 0.0, 1, waits_for)
+
+
 def test_time_is_shared_among_what_runs():
     events = [
         Event("breakdown", 1000, 1000),
@@ -51,13 +55,30 @@ def test_time_is_shared_among_what_runs():
         Event.of("add.3", 1400, 1800, run=2),
         Event("end: dot.1", 1600, 100, (("hlo_op", "dot.1"), ("hlo_module", "jit_f"))),
         Event("of the host", 1000, 900),
+        Event(INPUT, 1750, 100),
     ]
-    known = {("jit_f", name): None for name in ("before", "dot.1", "add.3")}
+    known = {("jit_f", name): operation() for name in ("before", "dot.1", "add.3")}
     whole, seconds, runs = breakdown.shares(Profile(events), known)
     assert whole == pytest.approx(1e-6)
     of = {key if isinstance(key, str) else key[1]: 1e9 * value for key, value in seconds.items()}
-    assert of == pytest.approx({"before": 100, WAITING: 300, "dot.1": 300, "add.3": 300})
+    assert of == pytest.approx({"before": 100, HOST: 250, INPUT: 50, "dot.1": 300, "add.3": 300})
     assert runs == {"jit_f": 2}
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_product_without_a_trace_has_the_time_before_what_waits_for_it(traced):
+    events = [
+        Event("breakdown", 1000, 1000),
+        Event.of("before", 1000, 1100),
+        Event.of("add.2", 1600, 2000),
+        *([Event.of("dot.1", 1100, 1200)] if traced else []),
+    ]
+    known = {("jit_f", name): operation() for name in ("before", "dot.1")}
+    known["jit_f", "add.2"] = operation("dot.1")
+    _, seconds, _ = breakdown.shares(Profile(events), known)
+    of = {key if isinstance(key, str) else key[1]: 1e9 * value for key, value in seconds.items()}
+    took = {"dot.1": 100, HOST: 400} if traced else {"dot.1": 500}
+    assert of == pytest.approx({"before": 100, "add.2": 400} | took)
 
 
 def test_what_is_not_known_is_other():

@@ -164,3 +164,16 @@ def test_a_worker_that_fails_says_why(counter):
 def test_reports_are_json(tmp_path):
     report.write(tmp_path / "out.json", _report())
     assert json.loads((tmp_path / "out.json").read_text()) == _report()
+
+
+def test_processors_are_told_by_their_generation_too(tmp_path):
+    info = tmp_path / "cpuinfo"
+    info.write_text(
+        "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\n"
+        "model name\t: AMD EPYC\nflags\t\t: fpu avx2 avx512f avx512_bf16\n\nprocessor\t: 1\n"
+    )
+    said = suite._processor(info)
+    assert said == "AMD EPYC (family 25, model 17; avx2, avx512f, avx512_bf16)"
+    info.write_text("processor\t: 0\nmodel name\t: Neoverse-N1\n")
+    assert suite._processor(info) == "Neoverse-N1"
+    assert suite._processor(tmp_path / "none") != ""

@@ -8,7 +8,6 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from attnpo_jax.models import placement
 from attnpo_jax.models.config import PROJECTIONS, ModelConfig
@@ -129,9 +128,9 @@ class Layers(nnx.Module):
         inputs = "".join(axis for axis in of_weight if axis not in out)
         outputs = "".join(axis for axis in of_weight if axis in out)
         a, b = (self._weight(f"{name}_lora_{factor}", x.dtype) for factor in "ab")
-        x_BLR = product(f"{of_x},{inputs}r->blr", x, a)
+        x_BLR = linear(x, a, f"{of_x},{inputs}r->blr")
         lora = self.config.lora
-        return (lora.alpha / lora.rank) * product(f"blr,r{outputs}->{out}", x_BLR, b)
+        return (lora.alpha / lora.rank) * linear(x_BLR, b, f"blr,r{outputs}->{out}")
 
     def _norm(self, x, name: str):
         """The named norm of x; x itself where the model has no such norm."""
@@ -189,9 +188,9 @@ def product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
         return jnp.einsum(spec, x, y)
 
     if x.dtype == jnp.float32:
-        return checkpoint_name(as_it_is(x, y), PRODUCT)
+        return placement.kept(as_it_is(x, y), PRODUCT)
     out = jax.lax.platform_dependent(x, y, cpu=rounded, default=as_it_is)
-    return checkpoint_name(out, PRODUCT)
+    return placement.kept(out, PRODUCT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

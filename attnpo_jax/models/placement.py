@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
@@ -84,6 +85,18 @@ def checkpoint_policy(policy):
         return policy
     # A constraint's result is its operand in another place: it can always be had again.
     return lambda primitive, *_, **__: primitive.name != "sharding_constraint"
+
+
+def kept(x: jax.Array, name: str) -> jax.Array:
+    """x, which the backward pass may keep by name; for functions that have a gradient of their own.
+
+    bfloat16 is kept as words of 16 bits. XLA's CPU code moves those as they are; to put one layer's
+    bfloat16 among all layers' it would rewrite them all, as float32 and back.
+    """
+    if x.dtype != jnp.bfloat16:
+        return checkpoint_name(x, name)
+    words = checkpoint_name(jax.lax.bitcast_convert_type(x, jnp.uint16), name)
+    return jax.lax.bitcast_convert_type(words, jnp.bfloat16)
 
 
 def by_rows(x: jax.Array) -> jax.Array:

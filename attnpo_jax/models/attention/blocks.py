@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from attnpo_jax.models.attention.core import MASKED, Past, RowLayout, ScoreRule, after, soft_cap
+from attnpo_jax.models.placement import kept
 
 # What the backward pass needs of the forward pass. A rematerialisation policy that keeps these
 # names saves running it twice.
@@ -156,7 +156,7 @@ def _forward(q_BLNH, k_BLKH, v_BLKH, blocks: Blocks, window, softcap):
     sums = jnp.where(sums > 0, sums, 1.0)  # a block of padding saw no keys at all
     log_sums = highest + jnp.log(sums)
     out_BLNH = _join(out / sums[..., None], q_BLNH.shape).astype(v_BLKH.dtype)
-    out_BLNH, log_sums = map(checkpoint_name, (out_BLNH, log_sums), RESIDUALS)
+    out_BLNH, log_sums = map(kept, (out_BLNH, log_sums), RESIDUALS)
     return out_BLNH, (q_BLNH, k_BLKH, v_BLKH, blocks, window, out_BLNH, log_sums)
 
 

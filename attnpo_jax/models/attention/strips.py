@@ -15,10 +15,10 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from attnpo_jax.models.attention.blocks import RESIDUALS
 from attnpo_jax.models.attention.core import MASKED, Past, ScoreRule, after, soft_cap
+from attnpo_jax.models.placement import kept
 
 # Rows with more keys leave the cache, and their strips are so many that compiling them takes long.
 MOST_KEYS = 1536
@@ -77,7 +77,7 @@ def _forward(q_BLNH, k_BSKH, v_BSKH, mask_BLS, softcap):
         return _back(out_KGLH).astype(v_SKH.dtype), jnp.concatenate(log_sums, axis=2)
 
     out_BLNH, log_sums = jax.lax.map(row, (q_BLNH, k_BSKH, v_BSKH, mask_BLS))
-    out_BLNH, log_sums = map(checkpoint_name, (out_BLNH, log_sums), RESIDUALS)
+    out_BLNH, log_sums = map(kept, (out_BLNH, log_sums), RESIDUALS)
     return out_BLNH, (q_BLNH, k_BSKH, v_BSKH, mask_BLS, out_BLNH, log_sums)
 
 

@@ -2,9 +2,9 @@
 
 A profiler's trace says when each of the compiled program's operations ran; the program's text says
 which function of the package each comes from, what it multiplies and what it moves. Where several
-run at a time, the time is shared out among them; where none does, it is that of a product which
-leaves no trace and which the next one waits for, else of the input or the host. So the parts' times
-add up to all of it.
+run at a time, the time is shared out among them; where none does, it is that of a product that the
+next one waits for (of those that XLA leaves to Eigen, a trace has the beginning alone), else of the
+input or the host. So the parts' times add up to all of it.
 """
 
 import collections
@@ -66,8 +66,7 @@ class Operation:
       dtype: of these.
       traffic: bytes that it moves, at least.
       times: how often it does in a run of its program.
-      waits_for: the instruction of a product that it takes, where that stands alone: of those that
-        XLA leaves to Eigen, the trace says nothing.
+      waits_for: the instruction of a product that it takes, if that is none of a fusion's.
     """
 
     part: str
@@ -258,13 +257,11 @@ def shares(
         for low, high, key in ran
         for at, step in ((low, 1), (high, -1))
     )
-    traced = {key for *_, key in ran}
 
-    def untraced(key: Any) -> Any:
-        """The product that the next operation waits for while none runs, if no trace has it."""
-        waits_for = key in known and known[key].waits_for
-        product = waits_for and (key[0], waits_for)
-        return product if product in known and product not in traced else HOST
+    def awaited(key: Any) -> Any:
+        """The product that the next operation waits for while none runs."""
+        product = key in known and (key[0], known[key].waits_for)
+        return product if product in known else HOST
 
     seconds: dict[Any, float] = collections.defaultdict(float)
     active: collections.Counter = collections.Counter()
@@ -272,7 +269,7 @@ def shares(
     for at, step, key in (*borders, (end, 0, None)):
         if at > before:
             running = [one for one, number in active.items() if number and one != INPUT]
-            for one in running or [INPUT if active[INPUT] else untraced(key)]:
+            for one in running or [INPUT if active[INPUT] else awaited(key)]:
                 seconds[one] += (at - before) * 1e-9 / max(1, len(running))
             before = at
         active[key] += step

@@ -73,7 +73,7 @@ def quantity(name: str, value: Any) -> str:
     """
     if isinstance(value, str):
         return value
-    if name.endswith("_to_peer") or name.endswith("growth"):
+    if name.endswith(("_to_peer", "growth", "_speedup")):
         return f"{value:.2f} x"
     if name.endswith("bytes"):
         return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"

@@ -237,26 +237,52 @@ def breakdown(suite: Suite) -> Measurement:
     return {"figures": figures, "points": points}
 
 
-def rollout(suite: Suite) -> Measurement:
-    """Judging for attention rollout beside judging for the last layer's attention, in turns."""
-    layers = {"last_layer": (-1,), "rollout": ("rollout",)}
+def _in_turns(
+    suite: Suite, workload: str, sides: dict[str, dict[str, Any]]
+) -> tuple[dict[str, float], dict[str, float], dict[str, list[float]]]:
+    """A workload with one spec and with others: median seconds, peaks and all seconds, by side."""
     with contextlib.ExitStack() as stack:
         workers = {
-            side: stack.enter_context(suite.worker("judge", f"judge-{side}", layers=of_side))
-            for side, of_side in layers.items()
+            side: stack.enter_context(suite.worker(workload, f"{workload}-{side}", **spec))
+            for side, spec in sides.items()
         }
         seconds: dict[str, list[float]] = {side: [] for side in workers}
         for repeat in range(suite.repeats):
             for side, worker in workers.items():
                 seconds[side].append(worker.repeat()["seconds"])
             took = ", ".join(f"{side} {of_side[-1]:.2f} s" for side, of_side in seconds.items())
-            suite.say(f"  {repeat + 1}/{suite.repeats}: {took}")
+            suite.say(f"  {workload} {repeat + 1}/{suite.repeats}: {took}")
         peaks = {side: worker.finish()["peak_resident_bytes"] for side, worker in workers.items()}
-    median = {side: statistics.median(of_side) for side, of_side in seconds.items()}
+    return {side: statistics.median(times) for side, times in seconds.items()}, peaks, seconds
+
+
+def rollout(suite: Suite) -> Measurement:
+    """Judging for attention rollout beside judging for the last layer's attention, in turns."""
+    layers = {"last_layer": {"layers": (-1,)}, "rollout": {"layers": ("rollout",)}}
+    median, peaks, seconds = _in_turns(suite, "judge", layers)
     figures = {f"{side}_seconds": of_side for side, of_side in median.items()}
     figures["time_growth"] = median["rollout"] / median["last_layer"]
     figures["memory_growth"] = peaks["rollout"] / peaks["last_layer"]
     return {"figures": figures, "repeats": seconds}
+
+
+def precision(suite: Suite) -> Measurement:
+    """Both passes of `attnpo prepare` and training, in float32 and in bfloat16, in turns."""
+    suite.prepare()
+    figures: dict[str, float] = {}
+    repeats = {}
+    for of in ("judge", "reference", "train"):
+        # What training reads was prepared in one of them.
+        sides = {
+            dtype: {"dtype": dtype} if of == "train" else {"changes": {"model.dtype": dtype}}
+            for dtype in ("float32", "bfloat16")
+        }
+        median, peaks, repeats[of] = _in_turns(suite, of, sides)
+        for dtype in sides:
+            figures[f"{of}_{dtype}_seconds"] = median[dtype]
+            figures[f"{of}_{dtype}_peak_resident_bytes"] = peaks[dtype]
+        figures[f"{of}_speedup"] = median["float32"] / median["bfloat16"]
+    return {"figures": figures, "repeats": repeats}
 
 
 def first_step(suite: Suite) -> Measurement:
@@ -408,11 +434,12 @@ MEASUREMENTS: dict[str, Callable[[Suite], Measurement]] = {
     "curve": curve,
     "memory": memory,
     "policies": policies,
+    "precision": precision,
     "int8": int8,
     "rollout": rollout,
     "breakdown": breakdown,
 }
-BY_NAME = ("policies", "int8", "generate_many", "rollout", "breakdown")
+BY_NAME = ("policies", "precision", "int8", "generate_many", "rollout", "breakdown")
 DEFAULT = tuple(name for name in MEASUREMENTS if name not in BY_NAME)
 """What runs when nothing is asked for; `policies` and `generate_many` each take as long as all of
 it, and what int8 changes is no matter of the machine."""

@@ -239,6 +239,7 @@ def rms_norm(x, weight, eps: float, style: str = "llama"):
     axes = tuple(range(-weight.ndim, 0))
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=axes, keepdims=True) + eps)
     if style == "llama":
-        return normed.astype(x.dtype) * weight.astype(x.dtype)
-    weight = weight.astype(jnp.float32)
+        # Rounded before they are multiplied too; the weight's gradient is summed up in float32.
+        normed, weight = normed.astype(x.dtype), weight.astype(x.dtype)
+    normed, weight = normed.astype(jnp.float32), weight.astype(jnp.float32)
     return (normed * (1.0 + weight if style == "gemma" else weight)).astype(x.dtype)

@@ -65,20 +65,20 @@ def test_time_is_shared_among_what_runs():
     assert runs == {"jit_f": 2}
 
 
-@pytest.mark.parametrize("traced", [False, True])
-def test_a_product_without_a_trace_has_the_time_before_what_waits_for_it(traced):
+def test_a_product_of_which_the_trace_has_the_beginning_takes_until_what_waits_for_it():
     events = [
         Event("breakdown", 1000, 1000),
         Event.of("before", 1000, 1100),
-        Event.of("add.2", 1600, 2000),
-        *([Event.of("dot.1", 1100, 1200)] if traced else []),
+        Event.of("add.2", 1600, 1700),
+        Event.of("dot.1", 1100, 1150),
+        Event.of("add.3", 1800, 2000),
     ]
-    known = {("jit_f", name): operation() for name in ("before", "dot.1")}
+    known = {("jit_f", name): operation() for name in ("before", "dot.1", "add.3")}
     known["jit_f", "add.2"] = operation("dot.1")
     _, seconds, _ = breakdown.shares(Profile(events), known)
     of = {key if isinstance(key, str) else key[1]: 1e9 * value for key, value in seconds.items()}
-    took = {"dot.1": 100, HOST: 400} if traced else {"dot.1": 500}
-    assert of == pytest.approx({"before": 100, "add.2": 400} | took)
+    took = {"before": 100, "dot.1": 500, "add.2": 100, HOST: 100, "add.3": 200}
+    assert of == pytest.approx(took)
 
 
 def test_what_is_not_known_is_other():

@@ -219,9 +219,9 @@ def _linear_backward(spec, residuals, d_out):
 
     def turned(x, d_out):
         axes = "".join(sorted(of_weight, key=lambda axis: axis in of_x))
-        turned = product(f"{out},{of_x}->{axes}", d_out, x)
+        d_weight = product(f"{out},{of_x}->{axes}", d_out, x)
         # Without the barrier, XLA exchanges the factors to save turning the product.
-        return jnp.einsum(f"{axes}->{of_weight}", jax.lax.optimization_barrier(turned))
+        return jnp.einsum(f"{axes}->{of_weight}", jax.lax.optimization_barrier(d_weight))
 
     on_cpu = turned if x.size > d_out.size else as_it_lies
     return d_x, jax.lax.platform_dependent(x, d_out, cpu=on_cpu, default=as_it_lies)
@@ -239,7 +239,6 @@ def rms_norm(x, weight, eps: float, style: str = "llama"):
     axes = tuple(range(-weight.ndim, 0))
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=axes, keepdims=True) + eps)
     if style == "llama":
-        # Rounded before they are multiplied too; the weight's gradient is summed up in float32.
-        normed, weight = normed.astype(x.dtype), weight.astype(x.dtype)
-    normed, weight = normed.astype(jnp.float32), weight.astype(jnp.float32)
+        return normed.astype(x.dtype) * weight.astype(x.dtype)
+    weight = weight.astype(jnp.float32)
     return (normed * (1.0 + weight if style == "gemma" else weight)).astype(x.dtype)

@@ -174,7 +174,7 @@ PRODUCT = "product"
 
 
 def product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """`einsum(spec, x, y)` in the operands' dtype, summed in float32 and rounded once.
+    """`einsum(spec, x, y)` in the operands' dtype; bfloat16 is summed in float32 and rounded once.
 
     A CPU multiplies bfloat16 as such, twice as fast as float32 where its instructions are for that,
     if the result is float32; if it is not, XLA widens both operands first. Elsewhere the result is
@@ -184,12 +184,11 @@ def product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
     def rounded(x, y):
         return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32).astype(x.dtype)
 
-    def as_it_is(x, y):
-        return jnp.einsum(spec, x, y)
-
-    if x.dtype == jnp.float32:
-        return placement.kept(as_it_is(x, y), PRODUCT)
-    out = jax.lax.platform_dependent(x, y, cpu=rounded, default=as_it_is)
+    as_it_is = functools.partial(jnp.einsum, spec)
+    if x.dtype == jnp.bfloat16:
+        out = jax.lax.platform_dependent(x, y, cpu=rounded, default=as_it_is)
+    else:
+        out = as_it_is(x, y)
     return placement.kept(out, PRODUCT)
 
 

@@ -56,7 +56,7 @@ def test_bfloat16_is_multiplied_as_such(platform, result):
     assert types[0].count("bf16") == 2 and types[1] == result
 
 
-def step_text(dtype, remat):
+def gradient_text(dtype, remat):
     model = tiny.MODEL
     params = decoder.init_params(model, jax.random.key(0))
     tokens = jnp.ones((2, 32), jnp.int32)
@@ -71,8 +71,10 @@ def step_text(dtype, remat):
 
 
 def test_what_is_kept_of_bfloat16_products_is_neither_computed_again_nor_widened():
-    (model, kept), (_, wide) = (step_text(dtype, "dots") for dtype in (jnp.bfloat16, jnp.float32))
-    _, again = step_text(jnp.bfloat16, "layer")
+    (model, kept), (_, wide) = (
+        gradient_text(dtype, "dots") for dtype in (jnp.bfloat16, jnp.float32)
+    )
+    _, again = gradient_text(jnp.bfloat16, "layer")
     # Without attention's, which have a batch.
     products = [len(re.findall(r" dot\((?!.*batch_dims)", text)) for text in (kept, wide, again)]
     assert products[0] == products[1] < products[2]

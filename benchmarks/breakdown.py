@@ -9,7 +9,6 @@ input or the host. So the parts' times add up to all of it.
 
 import collections
 import dataclasses
-import functools
 import math
 import pathlib
 import re
@@ -155,10 +154,7 @@ def _operation(
         i.shapes[0].dtype if i.shapes else "",
         work.traffic(program, computation, i),
         times,
-        next(
-            (name for name in map(functools.partial(_product_at, computation), i.operands) if name),
-            None,
-        ),
+        next(filter(None, (_product_at(computation, name) for name in i.operands)), None),
     )
 
 

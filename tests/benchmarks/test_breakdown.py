@@ -46,6 +46,13 @@ def operation(waits_for=None):
     return Operation("head", "forward", (), "f32", 0.0, 1, waits_for)
 
 
+def shares(events, known):
+    """As `breakdown.shares`, in nanoseconds and by name."""
+    whole, seconds, runs = breakdown.shares(Profile(events), known)
+    by_name = {key if isinstance(key, str) else key[1]: 1e9 * s for key, s in seconds.items()}
+    return 1e9 * whole, by_name, runs
+
+
 def test_time_is_shared_among_what_runs():
     events = [
         Event("breakdown", 1000, 1000),
@@ -58,9 +65,8 @@ def test_time_is_shared_among_what_runs():
         Event(INPUT, 1750, 100),
     ]
     known = {("jit_f", name): operation() for name in ("before", "dot.1", "add.3")}
-    whole, seconds, runs = breakdown.shares(Profile(events), known)
-    assert whole == pytest.approx(1e-6)
-    of = {key if isinstance(key, str) else key[1]: 1e9 * value for key, value in seconds.items()}
+    whole, of, runs = shares(events, known)
+    assert whole == pytest.approx(1000)
     assert of == pytest.approx({"before": 100, HOST: 250, INPUT: 50, "dot.1": 300, "add.3": 300})
     assert runs == {"jit_f": 2}
 
@@ -75,16 +81,26 @@ def test_a_product_of_which_the_trace_has_the_beginning_takes_until_what_waits_f
     ]
     known = {("jit_f", name): operation() for name in ("before", "dot.1", "add.3")}
     known["jit_f", "add.2"] = operation("dot.1")
-    _, seconds, _ = breakdown.shares(Profile(events), known)
-    of = {key if isinstance(key, str) else key[1]: 1e9 * value for key, value in seconds.items()}
+    _, of, _ = shares(events, known)
     took = {"before": 100, "dot.1": 500, "add.2": 100, HOST: 100, "add.3": 200}
     assert of == pytest.approx(took)
 
 
+def test_what_takes_a_product_waits_for_it():
+    def f(x, y):
+        return jnp.sin(jnp.einsum("tw,td->wd", x, y).reshape(-1, 4, 64))
+
+    compiled = jax.jit(f).lower(jnp.ones((16, 128)), jnp.ones((16, 64))).compile()
+    found = breakdown.operations([compiled.runtime_executable()])
+    products = [name for (_, name), one in found.items() if one.products]
+    waiting = {one.waits_for for one in found.values()} - {None}
+    assert len(products) == 1 and waiting == set(products)
+
+
 def test_what_is_not_known_is_other():
     events = [Event("breakdown", 0, 10), Event.of("dot.1", 0, 10)]
-    _, seconds, _ = breakdown.shares(Profile(events), {})
-    assert dict(seconds) == pytest.approx({breakdown.OTHER: 1e-8})
+    _, of, _ = shares(events, {})
+    assert of == pytest.approx({breakdown.OTHER: 10})
 
 
 @pytest.mark.parametrize(

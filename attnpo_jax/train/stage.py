@@ -1,5 +1,6 @@
 """`attnpo train`: sets up what the loop needs from a run, and starts it where it left off."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -123,7 +124,7 @@ def _train(run: "Run") -> None:
     evaluations = evaluation_hooks(run, backend, is_of)
 
     with Checkpoints(checkpoint_folder, is_of, keep=config.train.keep_checkpoints) as checkpoints:
-        state, restored = _start(run, backend, compiled, checkpoints)
+        state, restored = _start(run, backend, compiled, checkpoints, batches)
         state = _with_reference(run, backend, reference, state)
         start = int(state.step)
         _keep_config(run)
@@ -323,7 +324,11 @@ def _with_reference(
 
 
 def _start(
-    run: "Run", backend: backends.Backend, compiled: "CompiledStep", checkpoints: Checkpoints
+    run: "Run",
+    backend: backends.Backend,
+    compiled: "CompiledStep",
+    checkpoints: Checkpoints,
+    batches: TrainBatches,
 ) -> tuple[TrainState, bool]:
     """The state to go on from, and whether it is a checkpoint's."""
     if run.policy.lora is None and checkpoints.steps():
@@ -331,10 +336,14 @@ def _start(
     restored = checkpoints.restore(compiled.abstract_state)
     if restored is not None and run.policy.lora is None:
         return restored, True
-    params = run.load_params(run.model, backend.parameter_shardings())
+    with concurrent.futures.ThreadPoolExecutor(1) as reader:
+        params = reader.submit(run.load_params, run.model, backend.parameter_shardings())
+        step = 0 if restored is None else int(restored.step)
+        if step < len(batches):
+            compiled.compile(backend.put_batch(batches[step]))
     if restored is not None:
-        return dataclasses.replace(restored, base=params), True
-    return backend.create_state(compiled.first_state, params), False  # parameters are donated
+        return dataclasses.replace(restored, base=params.result()), True
+    return backend.create_state(compiled.first_state, params.result()), False  # they are donated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -350,6 +359,14 @@ class CompiledStep:
     first_state: Callable[[Params], TrainState]
     abstract_state: TrainState
     run: Callable[[TrainState, PairBatch], tuple[TrainState, dict[str, jax.Array]]]
+
+    def compile(self, batch: PairBatch) -> None:
+        """Compiles the step for batches like this one, for which no state has to be there.
+
+        `jax.pmap` compiles when it is called.
+        """
+        if hasattr(self.run, "lower"):
+            self.run.lower(self.abstract_state, batch).compile()
 
 
 def compile_step(

@@ -1,6 +1,7 @@
 """The loop on a tiny random model."""
 
 import math
+import threading
 
 import jax
 import numpy as np
@@ -372,3 +373,25 @@ def test_config_is_checked_before_anything_is_loaded(tmp_path):
 def test_prepared_dataset_must_be_there(tmp_path, model):
     with pytest.raises(FileNotFoundError, match="prepared/train: .*`attnpo prepare`"):
         stage.train(Run.resolve(tiny.training_config(model), tmp_path))
+
+
+def test_parameters_are_read_while_the_step_is_compiled(tmp_path, model, monkeypatch, caplog):
+    compiles, load = threading.Event(), Run.load_params
+
+    def load_while_compiling(self, *args, **kwargs):
+        assert compiles.wait(60)
+        return load(self, *args, **kwargs)
+
+    compile_ = stage.CompiledStep.compile
+
+    def tell(self, batch):
+        compiles.set()
+        compile_(self, batch)
+
+    monkeypatch.setattr(Run, "load_params", load_while_compiling)
+    monkeypatch.setattr(stage.CompiledStep, "compile", tell)
+    with jax.log_compiles():
+        # All batches of one shape.
+        run(tmp_path, tiny.training_config(model, data__num_buckets=1))
+    compiled = [line for line in caplog.messages if "XLA compilation of jit(train_step)" in line]
+    assert len(compiled) == 1, compiled

@@ -249,7 +249,8 @@ FIELDS: dict[str, Field] = {
     "train.microbatch_size": Field(
         4,
         rules.integer(1, 1_000_000),
-        "pairs in one forward and backward pass, over all devices; divides `train.batch_size`",
+        "how many pairs are in one forward and backward pass, about, over all devices (a step's "
+        "pairs find their rows together, which are cut evenly); divides `train.batch_size`",
     ),
     "train.epochs": Field(
         1,

@@ -3,6 +3,9 @@
 A batch's pairs are had by its number alone (`Order`), and so is how they lie in its microbatches.
 Its shape is one of the few that pad least over all batches of the run, so all of them are looked at
 beforehand (`plan`): many at a time, and of many none is kept but for the number of its shape.
+
+Pairs find their rows together, those of many microbatches: the more there are, the less is left at
+the ends of rows. Then the rows are cut into microbatches of equally many.
 """
 
 import dataclasses
@@ -20,11 +23,16 @@ from attnpo_jax.data.packing import (
     split_many,
 )
 
-# How many row lengths are tried, from what most batches need to twice what the longest pair needs.
+# How many row lengths are tried, from what most batches need to twice what the longest pair needs;
+# no longer than that where a microbatch is to have a single pair, for the sake of memory.
 _TRIED = 24
 # A token of a row of this length costs about twice one of a short row, since it has more to attend
 # to: from the FLOPs of a 135M decoder, 6 k; less here, since attention runs below matmul speed.
 _ATTENTION_LENGTH = 2048
+# Pairs that are packed together: more would hardly pad less, and take long.
+_PACKED_TOGETHER = 256
+# What a microbatch costs beside its rows, in rows.
+_MICROBATCH_COST = 0.5
 # Pairs that are looked at together: arrays of a few megabytes, and yet many groups of 256 pairs.
 _AT_ONCE = 1 << 18
 # Pairs whose order is made together: small epochs take least when there are many.
@@ -43,6 +51,7 @@ class RowShape:
     response: int  # T, tokens of the longest response
     pairs: int = 1  # G, pairs a row holds
     rows: int = 1  # B, rows of a microbatch
+    microbatches: int = 1  # n, of a batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +122,54 @@ class Order:
 
 
 @dataclasses.dataclass(frozen=True)
+class Microbatches:
+    """How batches are cut.
+
+    Attributes:
+      pairs: about how many are in a microbatch.
+      together: microbatches whose pairs are packed together, a group.
+      groups: of a batch.
+      row_multiple: microbatches have a multiple of this many rows.
+    """
+
+    pairs: int
+    together: int
+    groups: int
+    row_multiple: int
+
+    @classmethod
+    def of(cls, batch_size: int, pairs: int, row_multiple: int) -> "Microbatches":
+        """Those of batches of so many pairs."""
+        pairs = min(pairs, batch_size)
+        microbatches = -(-batch_size // pairs)
+        together = min(microbatches, max(1, _PACKED_TOGETHER // pairs))
+        return cls(pairs, together, -(-microbatches // together), row_multiple)
+
+    @property
+    def group_size(self) -> int:
+        """Pairs of a group, at most."""
+        return self.pairs * self.together
+
+    def rows_for(self, needed: int) -> int:
+        """The rows of a group that has to have `needed`: those that cost least."""
+        if self.together == 1:
+            return round_up(needed, self.row_multiple)
+        most = self._most_rows(needed)
+        sizes = range(self.row_multiple, most + 1, self.row_multiple)
+        costs = {B: -(-needed // B) * (B + _MICROBATCH_COST * self.row_multiple) for B in sizes}
+        best = min(reversed(sizes), key=costs.__getitem__)
+        return -(-needed // best) * best
+
+    def rows(self, of_group: int) -> int:
+        """The rows B of a microbatch, where a group has as many as `rows_for` says."""
+        most = self._most_rows(of_group)
+        return next(B for B in range(most, 0, -self.row_multiple) if of_group % B == 0)
+
+    def _most_rows(self, of_group: int) -> int:
+        return round_up(-(-of_group // self.together), self.row_multiple)
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """The shapes of a run's batches.
 
@@ -127,28 +184,18 @@ class Plan:
     padding: float
 
 
-def plan(
-    order: Order,
-    sizes: Sizes,
-    *,
-    parts: int,
-    part_size: int,
-    num_buckets: int,
-    row_multiple: int,
-) -> Plan:
+def plan(order: Order, sizes: Sizes, microbatches: Microbatches, num_buckets: int) -> Plan:
     """The at most `num_buckets` shapes that pad the batches least.
 
     Args:
       order: the pairs of all batches.
       sizes: of each pair.
-      parts: microbatches a batch.
-      part_size: pairs a microbatch, at most.
+      microbatches: how batches are cut.
       num_buckets: how many shapes there may be.
-      row_multiple: microbatches have a multiple of this many rows.
     """
-    groups = functools.partial(
-        split_many, lengths=sizes.row, parts=parts, size=min(part_size, order.batch_size)
-    )
+    parts = microbatches.groups
+    size = min(microbatches.group_size, order.batch_size)
+    groups = functools.partial(split_many, lengths=sizes.row, parts=parts, size=size)
     kept = list(order.blocks()) if len(order) * order.batch_size <= _KEPT else None
 
     def blocks():
@@ -160,36 +207,39 @@ def plan(
         of_items = sizes.row[items]
         longest[steps] = of_items.max(axis=1)
         used += int(of_items.sum())
-    tried = _lengths_to_try(longest, num_buckets)
-    needs, pattern = _needs(blocks, sizes, groups, longest, tried, row_multiple)
+    tried = _lengths_to_try(longest, num_buckets, min(2, microbatches.pairs))
+    needs, pattern = _needs(blocks, sizes, groups, longest, tried, microbatches)
     chosen, which_of = _choose(needs, np.bincount(pattern), tried, num_buckets)
     which = which_of.astype(np.int32)[pattern]
-    shapes = _shapes(blocks, sizes, groups, chosen, which)
+    shapes = _shapes(blocks, sizes, groups, chosen, which, microbatches)
     counts = np.bincount(which, minlength=len(shapes))
-    room = parts * sum(int(n) * s.rows * s.length for n, s in zip(counts, shapes, strict=True))
+    of_batches = (s.microbatches * s.rows * s.length for s in shapes)
+    room = sum(int(n) * tokens for n, tokens in zip(counts, of_batches, strict=True))
     return Plan(shapes, which, 1 - used / room)
 
 
-def _lengths_to_try(longest: np.ndarray, num_buckets: int) -> list[int]:
+def _lengths_to_try(longest: np.ndarray, num_buckets: int, times: int) -> list[int]:
     base = choose_buckets(longest, num_buckets)
-    spread = np.linspace(base[0], 2 * base[-1], _TRIED)
+    spread = np.linspace(base[0], times * base[-1], _TRIED)
     return sorted({*base, *(round_up(math.ceil(length)) for length in spread)})
 
 
-def _needs(blocks, sizes, groups, longest, tried, row_multiple) -> tuple[np.ndarray, np.ndarray]:
+def _needs(blocks, sizes, groups, longest, tried, microbatches) -> tuple[np.ndarray, np.ndarray]:
     """The rows that batches need with each row length.
 
     Returns:
-      int (patterns, lengths): rows of the batches of a pattern, 0 where their longest pair does not
-      fit; and the pattern of each batch, (steps,).
+      int (patterns, lengths): rows of a group of the batches of a pattern, 0 where their longest
+      pair does not fit; and the pattern of each batch, (steps,).
     """
     capacities = np.array(tried)
+    # None needs more rows than it has pairs.
+    rows_for = np.array([0, *map(microbatches.rows_for, range(1, microbatches.group_size + 1))])
     pattern = np.zeros(len(longest), np.int32)
     kept: list[np.ndarray] = []
     for steps, items in blocks():
         in_groups = groups(items)
         fits = longest[steps] <= capacities[:, None]
-        rows = np.where(fits.T, np.int32(round_up(1, row_multiple)), np.int32(0))
+        rows = np.where(fits.T, np.int32(rows_for[1]), np.int32(0))
         if len(in_groups) > 1:  # one pair takes one row
             lengths = _of_pairs(sizes.row, in_groups)
             most = rows_needed(
@@ -197,7 +247,7 @@ def _needs(blocks, sizes, groups, longest, tried, row_multiple) -> tuple[np.ndar
             )
             for c, (fit, of_rows) in enumerate(zip(fits, most, strict=True)):
                 needed = of_rows.reshape(-1, lengths.shape[-1]).max(axis=1)
-                rows[fit, c] = round_up(needed, row_multiple)
+                rows[fit, c] = rows_for[needed]
         # Many batches need the same, and then cost the same.
         numbers: dict[bytes, int] = {}
         by_bytes = np.ascontiguousarray(rows).view(f"V{rows.itemsize * len(tried)}").reshape(-1)
@@ -275,8 +325,8 @@ def _totals(needs, weights, best, sizes, costs, column) -> np.ndarray:
     return totals
 
 
-def _shapes(blocks, sizes, groups, chosen, which) -> tuple[RowShape, ...]:
-    """The shapes of the chosen (row length, rows), with room for all that their batches hold."""
+def _shapes(blocks, sizes, groups, chosen, which, microbatches) -> tuple[RowShape, ...]:
+    """The shapes of the chosen (row length, rows of a group), with room for all that they hold."""
     scored, response, pairs = np.zeros((3, len(chosen)), int)
     capacities = np.array([length for length, _ in chosen])
     for steps, items in blocks():
@@ -295,7 +345,8 @@ def _shapes(blocks, sizes, groups, chosen, which) -> tuple[RowShape, ...]:
             scored=round_up(int(scored[k])),
             response=round_up(int(response[k])),
             pairs=int(pairs[k]),
-            rows=rows,
+            rows=microbatches.rows(rows),
+            microbatches=microbatches.groups * rows // microbatches.rows(rows),
         )
         for k, (length, rows) in enumerate(chosen)
     )

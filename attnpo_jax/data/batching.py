@@ -10,12 +10,13 @@ rejected) or the judge's two orders.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Collection, Sequence
 
 import jax
 import numpy as np
 
-from attnpo_jax.data.batch_plan import Order, RowShape, Sizes, plan
+from attnpo_jax.data.batch_plan import Microbatches, Order, RowShape, Sizes, plan
 from attnpo_jax.data.packing import pack, split_evenly
 from attnpo_jax.data.pair import SIDES
 from attnpo_jax.data.prepared import Prepared
@@ -244,8 +245,8 @@ def _fill_pair(batch: PairBatch, b: int, g: int, start: int, read_start: int, e:
 class _Batches:
     """Batches by number. Several pairs share a row where that saves padding.
 
-    A step's pairs are spread over its microbatches so that each has about as many tokens, and
-    packed into rows. `batch_plan` has which pairs these are, and the few shapes that pad least.
+    A step's pairs are packed into rows, and those cut into microbatches of equally many.
+    `batch_plan` has which pairs these are, and the few shapes that pad least.
     """
 
     def __init__(
@@ -253,7 +254,6 @@ class _Batches:
         dataset: Prepared,
         order: Order,
         *,
-        batch_size: int,
         microbatch_size: int,
         num_buckets: int,
         row_multiple: int,
@@ -261,9 +261,7 @@ class _Batches:
     ):
         self._dataset = dataset
         self._order = order
-        # A batch has no more microbatches than it can have pairs.
-        self._parts = min(-(-batch_size // microbatch_size), order.batch_size)
-        self._part_size = microbatch_size
+        self._cut = Microbatches.of(order.batch_size, microbatch_size, row_multiple)
         self._local_rows = local_rows
         lengths = dataset.lengths()
         scored = lengths["chosen"] + lengths["rejected"]
@@ -271,10 +269,8 @@ class _Batches:
         self._plan = plan(
             order,
             Sizes(self._lengths, scored, np.maximum(lengths["chosen"], lengths["rejected"])),
-            parts=self._parts,
-            part_size=microbatch_size,
-            num_buckets=num_buckets,
-            row_multiple=row_multiple,
+            self._cut,
+            num_buckets,
         )
 
     @property
@@ -297,13 +293,13 @@ class _Batches:
         mine = np.ones(shape.rows, bool)
         if self._local_rows is not None:
             mine = self._local_rows(shape.rows)
-        rows = []
-        for group in split_evenly(items, self._lengths, self._parts, self._part_size):
+        rows, cut = [], self._cut
+        for group in split_evenly(items, self._lengths, cut.groups, cut.group_size):
             packed = pack(self._lengths[group], shape.length)
-            packed += [[]] * (shape.rows - len(packed))
+            packed += [[]] * (shape.microbatches * shape.rows // cut.groups - len(packed))
             rows += [
                 [Example.from_prepared(self._dataset, group[i]) for i in row] if own else []
-                for row, own in zip(packed, mine, strict=True)
+                for row, own in zip(packed, itertools.cycle(mine))
             ]
         batch = fill_rows(
             rows,
@@ -334,7 +330,7 @@ class TrainBatches(_Batches):
 
     Args:
       batch_size: pairs a step.
-      microbatch_size: pairs that are in memory at once; divides `batch_size`.
+      microbatch_size: pairs that are in memory at once, about; divides `batch_size`.
       epochs: passes over the data.
       steps: if positive, how many steps instead, for as many epochs as that takes.
       pairs: if positive, how many of the pairs there are epochs of, drawn by the seed; those of a
@@ -385,7 +381,6 @@ class TrainBatches(_Batches):
         super().__init__(
             dataset,
             Order(number, batch_size, total, lambda epochs: members[in_epochs(epochs)]),
-            batch_size=batch_size,
             microbatch_size=microbatch_size,
             num_buckets=num_buckets,
             row_multiple=row_multiple,
@@ -415,7 +410,6 @@ class EvalBatches(_Batches):
         super().__init__(
             dataset,
             Order(len(dataset), batch_size, steps, lambda _: items[None]),
-            batch_size=batch_size,
             microbatch_size=batch_size,
             num_buckets=num_buckets,
             row_multiple=row_multiple,

@@ -271,10 +271,10 @@ def _batches(
         **rows,
     )
     _LOG.info(
-        "%d steps; rows come in %d shapes (rows x tokens: %s), %.1f%% padding",
+        "%d steps in %d shapes (microbatches x rows x tokens: %s), %.1f%% padding",
         len(batches),
         len(batches.shapes),
-        ", ".join(f"{shape.rows} x {shape.length}" for shape in batches.shapes),
+        ", ".join(f"{s.microbatches} x {s.rows} x {s.length}" for s in batches.shapes),
         100 * batches.padding,
     )
     if "eval" not in data:

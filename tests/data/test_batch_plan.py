@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from attnpo_jax.data import batch_plan, packing
-from attnpo_jax.data.batch_plan import Order, Sizes, plan
+from attnpo_jax.data.batch_plan import Microbatches, Order, Sizes, plan
 from attnpo_jax.data.packing import pack, rows_needed, split_evenly, split_many
 from attnpo_jax.data.shuffle import shuffled
 from tests.data import plain_plan
@@ -59,17 +59,19 @@ def test_where_grain_repeats_an_item_each_comes_once():
         (300, 32, 32, 14, 3, 2),  # not to the end of an epoch
         (300, 7, 7, 60, 6, 4),
         (300, 3, 1, 150, 8, 1),
-        (400, 390, 3, 3, 6, 1),  # more microbatches than batches
+        (300, 32, 1, 20, 6, 1),
+        (300, 24, 2, 20, 4, 2),
+        (400, 390, 3, 3, 6, 1),  # more microbatches than batches, in groups
+        (700, 600, 200, 3, 6, 1),
     ],
 )
 def test_batches_planned_together_are_those_planned_one_by_one(
     monkeypatch, num_pairs, batch_size, part_size, total, num_buckets, row_multiple
 ):
     monkeypatch.setattr(batch_plan, "_AT_ONCE", 1000)  # several blocks
-    sizes, parts = sizes_of(num_pairs, seed=total), -(-batch_size // part_size)
-    settings = {"parts": parts, "part_size": part_size, "num_buckets": num_buckets}
-    order = order_of(num_pairs, batch_size, total)
-    found = plan(order, sizes, row_multiple=row_multiple, **settings)
+    sizes, order = sizes_of(num_pairs, seed=total), order_of(num_pairs, batch_size, total)
+    cut = Microbatches.of(order.batch_size, part_size, row_multiple)
+    found = plan(order, sizes, cut, num_buckets)
 
     epochs = [
         shuffled(num_pairs, np.array([3 + e]))[0]
@@ -79,13 +81,18 @@ def test_batches_planned_together_are_those_planned_one_by_one(
     plain_order = sum(cuts, [])[:total]
     assert [order[s].tolist() for s in range(total)] == [items.tolist() for items in plain_order]
     groups, shapes, which, padding = plain_plan.plan(
-        plain_order, sizes, row_multiple=row_multiple, **settings
+        plain_order,
+        sizes,
+        batch_size=order.batch_size,
+        pairs=part_size,
+        num_buckets=num_buckets,
+        row_multiple=row_multiple,
     )
     assert [dataclasses.astuple(s) for s in found.shapes] == shapes
     assert found.which.tolist() == which.tolist()
     assert found.padding == pytest.approx(padding, abs=1e-12)
     for s in range(total):
-        assert split_evenly(order[s], sizes.row, parts, part_size) == groups[s]
+        assert split_evenly(order[s], sizes.row, cut.groups, cut.group_size) == groups[s]
 
 
 @pytest.mark.parametrize("few_rows", [0, 7])  # together, or one after the other
@@ -120,21 +127,20 @@ def test_a_million_visits_are_planned_in_seconds(num_pairs, batch_size, part_siz
     # A twentieth of them, each in less than 0.1 s; the first took 1.7 s batch by batch.
     sizes = sizes_of(num_pairs, seed=0, longest=1800)
     total = epochs * -(-num_pairs // batch_size)
-    parts = -(-batch_size // part_size)
     order = order_of(num_pairs, batch_size, total)
     start = time.process_time()
-    found = plan(order, sizes, parts=parts, part_size=part_size, num_buckets=6, row_multiple=1)
+    found = plan(order, sizes, Microbatches.of(batch_size, part_size, 1), 6)
     assert time.process_time() - start < 1
     assert len(found.which) == total
 
 
 def test_whether_orders_are_kept_changes_no_plan(monkeypatch):
     sizes, order = sizes_of(300, seed=1), order_of(300, 32, 25)
-    settings = {"parts": 8, "part_size": 4, "num_buckets": 6, "row_multiple": 1}
-    wanted = plan(order, sizes, **settings)
+    cut = Microbatches.of(32, 4, 1)
+    wanted = plan(order, sizes, cut, 6)
     monkeypatch.setattr(batch_plan, "_KEPT", 0)
     monkeypatch.setattr(batch_plan, "_SHUFFLED_AT_ONCE", 500)
-    found = plan(order, sizes, **settings)
+    found = plan(order, sizes, cut, 6)
     assert found.which.tolist() == wanted.which.tolist() and found.shapes == wanted.shapes
 
 
@@ -144,3 +150,26 @@ def test_a_batch_beyond_the_last_is_an_index_error():
     for step in (5, -1):
         with pytest.raises(IndexError, match=f"batch {step} of 5"):
             order[step]
+
+
+def test_microbatches_by_hand():
+    cut = Microbatches.of(32, 4, 1)
+    assert (cut.groups, cut.group_size) == (1, 32)
+    # Eight microbatches of four pairs. 21 rows: seven of three have none to spare, six of four have
+    # three. 17 rows: one each would be as many steps; six of three have one to spare.
+    found = {n: (cut.rows(cut.rows_for(n)), cut.rows_for(n)) for n in (1, 8, 17, 21, 32)}
+    assert found == {1: (1, 1), 8: (1, 8), 17: (3, 18), 21: (3, 21), 32: (4, 32)}
+    on_two = Microbatches.of(32, 4, 2)
+    assert (on_two.rows(on_two.rows_for(17)), on_two.rows_for(17)) == (4, 20)
+    # A microbatch alone has all the rows that its pairs need.
+    alone = Microbatches.of(8, 8, 4)
+    assert (alone.rows(alone.rows_for(5)), alone.rows_for(5)) == (8, 8)
+
+
+def test_pairs_of_many_microbatches_leave_less_at_the_ends_of_rows():
+    sizes, order = sizes_of(2000, seed=2), order_of(2000, 32, 60)
+    padding = {n: plan(order, sizes, Microbatches.of(32, n, 1), 6).padding for n in (1, 4, 8)}
+    assert max(padding.values()) < 0.15
+    # What rows of one pair each would leave, and those that four pairs share.
+    apart = plan(order_of(2000, 4, 480), sizes, Microbatches.of(4, 4, 1), 6).padding
+    assert padding[4] < apart

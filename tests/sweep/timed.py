@@ -33,10 +33,7 @@ FILES = (results.CSV, results.JSON_LINES, results.COMPARISON)
 
 
 def write_config(folder: pathlib.Path) -> pathlib.Path:
-    """A config on the builtin pairs, and its tiny model, written to a folder.
-
-    One row length and one pair a microbatch: what is compiled does not depend on the seed then.
-    """
+    """A config on the builtin pairs, and its tiny model, written to a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     tiny.write_small_inputs(folder)
     config = tiny.small_config(

@@ -241,7 +241,7 @@ class Engine:
         if not active:
             return []
         features = functools.reduce(
-            Features.__or__, (self._slots[b].request.features for b in active)
+            Features.__or__, {self._slots[b].request.features for b in active}
         )
         arrays = self._arrays()
         program = self._program(programs.decode_steps, features=features, steps=self._steps)

@@ -40,7 +40,7 @@ class Request:
     stop_tokens: tuple[int, ...] = ()
     top_logprobs: int = 0
 
-    @property
+    @functools.cached_property
     def features(self) -> Features:
         """What a program needs for it."""
         top = next(k for k in _TOPS if k >= self.top_logprobs)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from attnpo_jax.data.batch_plan import Microbatches
 from attnpo_jax.data.batching import PairBatch, RowShape, fill_rows
 from attnpo_jax.data.packing import round_up
 from attnpo_jax.plan.accelerators import PlanError
@@ -71,15 +72,16 @@ class Batching:
     """How many rows a program takes at a time."""
 
     microbatches: int  # how many of them a step accumulates over
-    rows: int  # rows of a microbatch; a pair each, the last ones empty where they are too many
+    rows: int  # rows of a microbatch; a pair each, some empty where they are too many
     pairs: int  # pairs of all microbatches
 
     @classmethod
     def training(cls, config: Any, row_shards: int) -> "Batching":
-        size = config.train.microbatch_size
-        return cls(
-            -(-config.train.batch_size // size), round_up(size, row_shards), config.train.batch_size
-        )
+        pairs = config.train.batch_size
+        cut = Microbatches.of(pairs, config.train.microbatch_size, row_shards)
+        of_group = cut.rows_for(-(-pairs // cut.groups))
+        rows = cut.rows(of_group)
+        return cls(cut.groups * of_group // rows, rows, pairs)
 
     @classmethod
     def preparing(cls, config: Any, row: int, row_shards: int) -> "Batching":

@@ -228,11 +228,11 @@ def _attention(run: "Run", backend: backends.Backend, reference: ModelConfig | N
     """The attention implementation; says what computes, and warns of devices without work."""
     config = run.config
     _LOG.info("training on %s", backend.description)
-    if config.train.microbatch_size < backend.row_shards and processes.is_first():
+    if config.train.batch_size < backend.row_shards and processes.is_first():
         _LOG.warning(
-            "train.microbatch_size = %d pairs for %d groups of devices (data x fsdp): the others "
+            "train.batch_size = %d pairs for %d groups of devices (data x fsdp): the others "
             "compute on padding; a larger one, or a smaller mesh, would keep all busy",
-            config.train.microbatch_size,
+            config.train.batch_size,
             backend.row_shards,
         )
 

@@ -45,16 +45,17 @@ def test_lengths_the_config_would_not_let_through_are_refused(config, row, respo
 
 
 def test_batches_have_the_shapes_of_a_run(config):
-    config.train.batch_size, config.train.microbatch_size = 32, 12
-    batching = Batching.training(config, row_shards=8)
-    assert (batching.microbatches, batching.rows, batching.pairs) == (3, 16, 32)
+    for size, wanted in ((32, (1, 32)), (16, (2, 16)), (8, (4, 8)), (2, (4, 8))):
+        config.train.batch_size, config.train.microbatch_size = 32, size
+        batching = Batching.training(config, row_shards=8)
+        assert (batching.microbatches, batching.rows, batching.pairs) == (*wanted, 32)
     batch = train_batch(Lengths.of(config, 900), batching, num_sources=2)
-    assert batch.tokens_BL.shape == (3, 16, 928)  # rounded up to 32
-    assert batch.read_BM.shape == (3, 16, 608)
-    assert batch.judge_BG22ST.shape == (3, 16, 1, 2, 2, 2, 320)
+    assert batch.tokens_BL.shape == (4, 8, 928)  # rounded up to 32
+    assert batch.read_BM.shape == (4, 8, 608)
+    assert batch.judge_BG22ST.shape == (4, 8, 1, 2, 2, 2, 320)
     assert batch.ready_BG2KT is None
     batch = train_batch(Lengths.of(config, 900), batching, num_sources=0, num_columns=3)
-    assert batch.ready_BG2KT.shape == (3, 16, 1, 2, 3, 320)
+    assert batch.ready_BG2KT.shape == (4, 8, 1, 2, 3, 320)
 
 
 def test_prepared_batches_keep_to_the_token_budget(config):

@@ -150,8 +150,8 @@ def test_no_evaluation_without_held_out_pairs(tmp_path, model):
     assert steps_of(lines, "eval") == [] and steps_of(lines, "train") == [1, 2]
 
 
-def test_microbatches_that_leave_devices_without_a_pair_are_warned_of(tmp_path, model, caplog):
-    words = f"train.microbatch_size = 2 pairs for {jax.device_count()} groups of devices"
+def test_batches_that_leave_devices_without_a_pair_are_warned_of(tmp_path, model, caplog):
+    words = f"train.batch_size = 4 pairs for {jax.device_count()} groups of devices"
     config = tiny.training_config(model, data__eval="", train__steps=1)
     run(tmp_path / "idle", config)
     assert words in caplog.text

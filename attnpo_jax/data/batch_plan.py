@@ -23,13 +23,12 @@ from attnpo_jax.data.packing import (
     split_many,
 )
 
-# How many row lengths are tried, from what most batches need to twice what the longest pair needs;
-# no longer than that where a microbatch is to have a single pair, for the sake of memory.
+# How many row lengths are tried, from what most batches need to twice what the longest pair needs.
 _TRIED = 24
 # A token of a row of this length costs about twice one of a short row, since it has more to attend
 # to: from the FLOPs of a 135M decoder, 6 k; less here, since attention runs below matmul speed.
 _ATTENTION_LENGTH = 2048
-# Pairs that are packed together: more would hardly pad less, and take long.
+# Pairs that are packed together, about: more would hardly pad less, and take long.
 _PACKED_TOGETHER = 256
 # What a microbatch costs beside its rows, in rows.
 _MICROBATCH_COST = 0.5
@@ -142,31 +141,49 @@ class Microbatches:
         """Those of batches of so many pairs."""
         pairs = min(pairs, batch_size)
         microbatches = -(-batch_size // pairs)
-        together = min(microbatches, max(1, _PACKED_TOGETHER // pairs))
-        return cls(pairs, together, -(-microbatches // together), row_multiple)
+        most = max(1, max(_PACKED_TOGETHER, 2 * row_multiple) // pairs)
+        fewest = -(-microbatches // most)
+        # Groups of equally many, if a few more than need be come to that.
+        even = (g for g in range(fewest, 4 * fewest + 1) if microbatches % g == 0)
+        groups = next(even, fewest)
+        return cls(pairs, -(-microbatches // groups), groups, row_multiple)
 
     @property
     def group_size(self) -> int:
         """Pairs of a group, at most."""
         return self.pairs * self.together
 
-    def rows_for(self, needed: int) -> int:
-        """The rows of a group that has to have `needed`: those that cost least."""
+    def most_rows(self, length: int, longest: int) -> int:
+        """The rows of a length that a microbatch may have, 0 if none.
+
+        They have no more tokens than rows of one pair each, the longest. A microbatch that is
+        packed alone has the rows that it needs.
+        """
+        rows = round_up(self.pairs, self.row_multiple)
+        if self.together == 1:
+            return rows
+        return rows * longest // max(length, longest) // self.row_multiple * self.row_multiple
+
+    def rows_for(self, needed: int, most: int) -> int:
+        """The rows of a group that has to have `needed`: those that cost least.
+
+        `most` is how many a microbatch may have.
+        """
         if self.together == 1:
             return round_up(needed, self.row_multiple)
-        most = self._most_rows(needed)
-        sizes = range(self.row_multiple, most + 1, self.row_multiple)
+        sizes = self._sizes(needed, most)
         costs = {B: -(-needed // B) * (B + _MICROBATCH_COST * self.row_multiple) for B in sizes}
-        best = min(reversed(sizes), key=costs.__getitem__)
+        best = min(sizes, key=costs.__getitem__)
         return -(-needed // best) * best
 
-    def rows(self, of_group: int) -> int:
+    def rows(self, of_group: int, most: int) -> int:
         """The rows B of a microbatch, where a group has as many as `rows_for` says."""
-        most = self._most_rows(of_group)
-        return next(B for B in range(most, 0, -self.row_multiple) if of_group % B == 0)
+        return next(B for B in self._sizes(of_group, most) if of_group % B == 0)
 
-    def _most_rows(self, of_group: int) -> int:
-        return round_up(-(-of_group // self.together), self.row_multiple)
+    def _sizes(self, of_group: int, most: int) -> range:
+        """The rows that a microbatch may have, the most first."""
+        even = round_up(-(-of_group // self.together), self.row_multiple)
+        return range(min(even, most), 0, -self.row_multiple)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,39 +224,52 @@ def plan(order: Order, sizes: Sizes, microbatches: Microbatches, num_buckets: in
         of_items = sizes.row[items]
         longest[steps] = of_items.max(axis=1)
         used += int(of_items.sum())
-    tried = _lengths_to_try(longest, num_buckets, min(2, microbatches.pairs))
-    needs, pattern = _needs(blocks, sizes, groups, longest, tried, microbatches)
+    tried = _lengths_to_try(longest, num_buckets)
+    most_rows = {L: microbatches.most_rows(L, round_up(int(longest.max()))) for L in tried}
+    most_rows = {L: most for L, most in most_rows.items() if most}
+    tried = list(most_rows)
+    needs, pattern = _needs(blocks, sizes, groups, longest, most_rows, microbatches)
     chosen, which_of = _choose(needs, np.bincount(pattern), tried, num_buckets)
     which = which_of.astype(np.int32)[pattern]
-    shapes = _shapes(blocks, sizes, groups, chosen, which, microbatches)
+    cuts = [(rows, microbatches.rows(rows, most_rows[length])) for length, rows in chosen]
+    lengths = [length for length, _ in chosen]
+    shapes = _shapes(blocks, sizes, groups, lengths, which, cuts, microbatches.groups)
     counts = np.bincount(which, minlength=len(shapes))
     of_batches = (s.microbatches * s.rows * s.length for s in shapes)
     room = sum(int(n) * tokens for n, tokens in zip(counts, of_batches, strict=True))
     return Plan(shapes, which, 1 - used / room)
 
 
-def _lengths_to_try(longest: np.ndarray, num_buckets: int, times: int) -> list[int]:
+def _lengths_to_try(longest: np.ndarray, num_buckets: int) -> list[int]:
     base = choose_buckets(longest, num_buckets)
-    spread = np.linspace(base[0], times * base[-1], _TRIED)
+    spread = np.linspace(base[0], 2 * base[-1], _TRIED)
     return sorted({*base, *(round_up(math.ceil(length)) for length in spread)})
 
 
-def _needs(blocks, sizes, groups, longest, tried, microbatches) -> tuple[np.ndarray, np.ndarray]:
-    """The rows that batches need with each row length.
+def _needs(
+    blocks, sizes, groups, longest, most_rows, microbatches
+) -> tuple[np.ndarray, np.ndarray]:
+    """The rows that batches need with each row length of `most_rows`.
 
     Returns:
       int (patterns, lengths): rows of a group of the batches of a pattern, 0 where their longest
       pair does not fit; and the pattern of each batch, (steps,).
     """
+    tried = list(most_rows)
     capacities = np.array(tried)
     # None needs more rows than it has pairs.
-    rows_for = np.array([0, *map(microbatches.rows_for, range(1, microbatches.group_size + 1))])
+    counts = range(1, microbatches.group_size + 1)
+    of_most = {
+        most: [0, *(microbatches.rows_for(n, most) for n in counts)]
+        for most in {*most_rows.values()}
+    }
+    rows_for = np.array([of_most[most] for most in most_rows.values()])
     pattern = np.zeros(len(longest), np.int32)
     kept: list[np.ndarray] = []
     for steps, items in blocks():
         in_groups = groups(items)
         fits = longest[steps] <= capacities[:, None]
-        rows = np.where(fits.T, np.int32(rows_for[1]), np.int32(0))
+        rows = np.where(fits.T, rows_for[:, 1], 0).astype(np.int32)
         if len(in_groups) > 1:  # one pair takes one row
             lengths = _of_pairs(sizes.row, in_groups)
             most = rows_needed(
@@ -247,7 +277,7 @@ def _needs(blocks, sizes, groups, longest, tried, microbatches) -> tuple[np.ndar
             )
             for c, (fit, of_rows) in enumerate(zip(fits, most, strict=True)):
                 needed = of_rows.reshape(-1, lengths.shape[-1]).max(axis=1)
-                rows[fit, c] = rows_for[needed]
+                rows[fit, c] = rows_for[c, needed]
         # Many batches need the same, and then cost the same.
         numbers: dict[bytes, int] = {}
         by_bytes = np.ascontiguousarray(rows).view(f"V{rows.itemsize * len(tried)}").reshape(-1)
@@ -325,10 +355,15 @@ def _totals(needs, weights, best, sizes, costs, column) -> np.ndarray:
     return totals
 
 
-def _shapes(blocks, sizes, groups, chosen, which, microbatches) -> tuple[RowShape, ...]:
-    """The shapes of the chosen (row length, rows of a group), with room for all that they hold."""
-    scored, response, pairs = np.zeros((3, len(chosen)), int)
-    capacities = np.array([length for length, _ in chosen])
+def _shapes(
+    blocks, sizes, groups, lengths_of_rows, which, cuts, num_groups
+) -> tuple[RowShape, ...]:
+    """The shapes of the chosen row lengths, with room for all that their batches hold.
+
+    `cuts` has, for each, the rows of a group and those of a microbatch.
+    """
+    scored, response, pairs = np.zeros((3, len(cuts)), int)
+    capacities = np.array(lengths_of_rows)
     for steps, items in blocks():
         in_groups = groups(items)
         np.maximum.at(response, which[steps], sizes.response[items].max(axis=1))
@@ -345,8 +380,8 @@ def _shapes(blocks, sizes, groups, chosen, which, microbatches) -> tuple[RowShap
             scored=round_up(int(scored[k])),
             response=round_up(int(response[k])),
             pairs=int(pairs[k]),
-            rows=microbatches.rows(rows),
-            microbatches=microbatches.groups * rows // microbatches.rows(rows),
+            rows=rows,
+            microbatches=num_groups * of_group // rows,
         )
-        for k, (length, rows) in enumerate(chosen)
+        for k, (length, (of_group, rows)) in enumerate(zip(lengths_of_rows, cuts, strict=True))
     )

@@ -10,7 +10,6 @@ rejected) or the judge's two orders.
 """
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Collection, Sequence
 
 import jax
@@ -296,10 +295,11 @@ class _Batches:
         rows, cut = [], self._cut
         for group in split_evenly(items, self._lengths, cut.groups, cut.group_size):
             packed = pack(self._lengths[group], shape.length)
-            packed += [[]] * (shape.microbatches * shape.rows // cut.groups - len(packed))
+            owned = np.tile(mine, shape.microbatches // cut.groups)
+            packed += [[]] * (len(owned) - len(packed))
             rows += [
                 [Example.from_prepared(self._dataset, group[i]) for i in row] if own else []
-                for row, own in zip(packed, itertools.cycle(mine))
+                for row, own in zip(packed, owned, strict=True)
             ]
         batch = fill_rows(
             rows,

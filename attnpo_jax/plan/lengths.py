@@ -79,8 +79,9 @@ class Batching:
     def training(cls, config: Any, row_shards: int) -> "Batching":
         pairs = config.train.batch_size
         cut = Microbatches.of(pairs, config.train.microbatch_size, row_shards)
-        of_group = cut.rows_for(-(-pairs // cut.groups))
-        rows = cut.rows(of_group)
+        most = cut.most_rows(1, 1)  # of rows of one pair
+        of_group = cut.rows_for(-(-pairs // cut.groups), most)
+        rows = cut.rows(of_group, most)
         return cls(cut.groups * of_group // rows, rows, pairs)
 
     @classmethod

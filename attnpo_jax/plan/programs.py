@@ -322,7 +322,8 @@ class Setting:
             if config.model.remat != "layer":
                 changes.append(f"model.remat = {config.model.remat!r} to 'layer'")
             if batching.rows > sizes["data"] * sizes["fsdp"]:
-                changes.append(f"a smaller train.microbatch_size than {batching.rows}")
+                size = config.train.microbatch_size
+                changes.append(f"a smaller train.microbatch_size than {size}")
             elif shared := self._with_shared_rows(sizes):
                 changes.append(
                     f"parallel.mesh.tensor = {sizes['tensor']} to {shared['tensor']}, fsdp to "

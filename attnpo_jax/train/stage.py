@@ -361,12 +361,8 @@ class CompiledStep:
     run: Callable[[TrainState, PairBatch], tuple[TrainState, dict[str, jax.Array]]]
 
     def compile(self, batch: PairBatch) -> None:
-        """Compiles the step for batches like this one, for which no state has to be there.
-
-        `jax.pmap` compiles when it is called.
-        """
-        if hasattr(self.run, "lower"):
-            self.run.lower(self.abstract_state, batch).compile()
+        """Compiles the step for batches like this one, for which no state has to be there."""
+        self.run.lower(self.abstract_state, batch).compile()
 
 
 def compile_step(

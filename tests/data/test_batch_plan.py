@@ -157,19 +157,53 @@ def test_microbatches_by_hand():
     assert (cut.groups, cut.group_size) == (1, 32)
     # Eight microbatches of four pairs. 21 rows: seven of three have none to spare, six of four have
     # three. 17 rows: one each would be as many steps; six of three have one to spare.
-    found = {n: (cut.rows(cut.rows_for(n)), cut.rows_for(n)) for n in (1, 8, 17, 21, 32)}
-    assert found == {1: (1, 1), 8: (1, 8), 17: (3, 18), 21: (3, 21), 32: (4, 32)}
+    totals = {n: cut.rows_for(n, 4) for n in (1, 8, 17, 21, 32)}
+    assert totals == {1: 1, 8: 8, 17: 18, 21: 21, 32: 32}
+    assert [cut.rows(n, 4) for n in totals.values()] == [1, 1, 3, 3, 4]
+    # Rows that are longer than the longest pair: three have as many tokens as four of one pair.
+    assert [cut.most_rows(n, 96) for n in (64, 96, 128, 192, 416)] == [4, 4, 3, 2, 0]
     on_two = Microbatches.of(32, 4, 2)
-    assert (on_two.rows(on_two.rows_for(17)), on_two.rows_for(17)) == (4, 20)
+    assert (on_two.rows_for(17, 4), on_two.rows(20, 4)) == (20, 4)
+    assert [on_two.most_rows(n, 96) for n in (96, 128, 192, 224)] == [4, 2, 2, 0]
     # A microbatch alone has all the rows that its pairs need.
     alone = Microbatches.of(8, 8, 4)
-    assert (alone.rows(alone.rows_for(5)), alone.rows_for(5)) == (8, 8)
+    assert (alone.rows_for(5, alone.most_rows(128, 96)), alone.rows(8, 8)) == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "pairs", "row_multiple", "groups", "together"),
+    [
+        (256, 4, 1, 1, 64),
+        (260, 4, 1, 5, 13),  # of 65 microbatches: two groups would not be alike
+        (288, 16, 1, 2, 9),
+        (320, 64, 64, 5, 1),
+        (268, 4, 1, 2, 34),  # of 67, there are none alike
+        (1024, 2, 512, 1, 512),  # no fewer pairs than rows
+        (5000, 5000, 8, 1, 1),
+    ],
+)
+def test_groups_are_alike(batch_size, pairs, row_multiple, groups, together):
+    cut = Microbatches.of(batch_size, pairs, row_multiple)
+    assert (cut.groups, cut.together) == (groups, together)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "pairs", "row_multiple"), [(32, 1, 1), (32, 3, 1), (32, 4, 4), (32, 8, 8)]
+)
+def test_microbatches_have_no_more_tokens_than_rows_of_the_longest_pairs(
+    batch_size, pairs, row_multiple
+):
+    sizes, order = sizes_of(1000, seed=4), order_of(1000, batch_size, 60)
+    cut = Microbatches.of(batch_size, pairs, row_multiple)
+    found = plan(order, sizes, cut, 6)
+    most = packing.round_up(pairs, row_multiple) * packing.round_up(int(sizes.row.max()))
+    assert max(shape.rows * shape.length for shape in found.shapes) <= most
 
 
 def test_pairs_of_many_microbatches_leave_less_at_the_ends_of_rows():
     sizes, order = sizes_of(2000, seed=2), order_of(2000, 32, 60)
     padding = {n: plan(order, sizes, Microbatches.of(32, n, 1), 6).padding for n in (1, 4, 8)}
-    assert max(padding.values()) < 0.15
-    # What rows of one pair each would leave, and those that four pairs share.
+    assert padding[8] < 0.1
+    # What rows that four pairs share would leave.
     apart = plan(order_of(2000, 4, 480), sizes, Microbatches.of(4, 4, 1), 6).padding
     assert padding[4] < apart

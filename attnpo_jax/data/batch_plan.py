@@ -176,9 +176,10 @@ class Microbatches:
         best = min(sizes, key=costs.__getitem__)
         return -(-needed // best) * best
 
-    def rows(self, of_group: int, most: int) -> int:
-        """The rows B of a microbatch, where a group has as many as `rows_for` says."""
-        return next(B for B in self._sizes(of_group, most) if of_group % B == 0)
+    def cut(self, of_group: int, most: int) -> tuple[int, int]:
+        """A batch's microbatches, and the rows of each, where `rows_for` says those of a group."""
+        rows = next(B for B in self._sizes(of_group, most) if of_group % B == 0)
+        return self.groups * of_group // rows, rows
 
     def _sizes(self, of_group: int, most: int) -> range:
         """The rows that a microbatch may have, the most first."""
@@ -224,20 +225,22 @@ def plan(order: Order, sizes: Sizes, microbatches: Microbatches, num_buckets: in
         of_items = sizes.row[items]
         longest[steps] = of_items.max(axis=1)
         used += int(of_items.sum())
-    tried = _lengths_to_try(longest, num_buckets)
-    most_rows = {L: microbatches.most_rows(L, round_up(int(longest.max()))) for L in tried}
-    most_rows = {L: most for L, most in most_rows.items() if most}
-    tried = list(most_rows)
+    room_of_one = round_up(int(longest.max()))
+    tried = {
+        L: microbatches.most_rows(L, room_of_one) for L in _lengths_to_try(longest, num_buckets)
+    }
+    most_rows = {length: most for length, most in tried.items() if most}
     needs, pattern = _needs(blocks, sizes, groups, longest, most_rows, microbatches)
-    chosen, which_of = _choose(needs, np.bincount(pattern), tried, num_buckets)
+    chosen, which_of = _choose(needs, np.bincount(pattern), list(most_rows), num_buckets)
     which = which_of.astype(np.int32)[pattern]
-    cuts = [(rows, microbatches.rows(rows, most_rows[length])) for length, rows in chosen]
-    lengths = [length for length, _ in chosen]
-    shapes = _shapes(blocks, sizes, groups, lengths, which, cuts, microbatches.groups)
+    shapes = []
+    for shape in _shapes(blocks, sizes, groups, chosen, which):
+        n, rows = microbatches.cut(shape.rows, most_rows[shape.length])
+        shapes.append(dataclasses.replace(shape, rows=rows, microbatches=n))
     counts = np.bincount(which, minlength=len(shapes))
     of_batches = (s.microbatches * s.rows * s.length for s in shapes)
     room = sum(int(n) * tokens for n, tokens in zip(counts, of_batches, strict=True))
-    return Plan(shapes, which, 1 - used / room)
+    return Plan(tuple(shapes), which, 1 - used / room)
 
 
 def _lengths_to_try(longest: np.ndarray, num_buckets: int) -> list[int]:
@@ -355,15 +358,10 @@ def _totals(needs, weights, best, sizes, costs, column) -> np.ndarray:
     return totals
 
 
-def _shapes(
-    blocks, sizes, groups, lengths_of_rows, which, cuts, num_groups
-) -> tuple[RowShape, ...]:
-    """The shapes of the chosen row lengths, with room for all that their batches hold.
-
-    `cuts` has, for each, the rows of a group and those of a microbatch.
-    """
-    scored, response, pairs = np.zeros((3, len(cuts)), int)
-    capacities = np.array(lengths_of_rows)
+def _shapes(blocks, sizes, groups, chosen, which) -> tuple[RowShape, ...]:
+    """The chosen (row length, rows of a group), not yet cut, with room for all that they hold."""
+    scored, response, pairs = np.zeros((3, len(chosen)), int)
+    capacities = np.array([length for length, _ in chosen])
     for steps, items in blocks():
         in_groups = groups(items)
         np.maximum.at(response, which[steps], sizes.response[items].max(axis=1))
@@ -381,7 +379,6 @@ def _shapes(
             response=round_up(int(response[k])),
             pairs=int(pairs[k]),
             rows=rows,
-            microbatches=num_groups * of_group // rows,
         )
-        for k, (length, (of_group, rows)) in enumerate(zip(lengths_of_rows, cuts, strict=True))
+        for k, (length, rows) in enumerate(chosen)
     )

@@ -78,11 +78,10 @@ class Batching:
     @classmethod
     def training(cls, config: Any, row_shards: int) -> "Batching":
         pairs = config.train.batch_size
-        cut = Microbatches.of(pairs, config.train.microbatch_size, row_shards)
-        most = cut.most_rows(1, 1)  # of rows of one pair
-        of_group = cut.rows_for(-(-pairs // cut.groups), most)
-        rows = cut.rows(of_group, most)
-        return cls(cut.groups * of_group // rows, rows, pairs)
+        microbatches = Microbatches.of(pairs, config.train.microbatch_size, row_shards)
+        most = microbatches.most_rows(1, 1)  # of rows of one pair
+        of_group = microbatches.rows_for(-(-pairs // microbatches.groups), most)
+        return cls(*microbatches.cut(of_group, most), pairs)
 
     @classmethod
     def preparing(cls, config: Any, row: int, row_shards: int) -> "Batching":

@@ -337,13 +337,14 @@ def _start(
     if restored is not None and run.policy.lora is None:
         return restored, True
     with concurrent.futures.ThreadPoolExecutor(1) as reader:
-        params = reader.submit(run.load_params, run.model, backend.parameter_shardings())
+        reading = reader.submit(run.load_params, run.model, backend.parameter_shardings())
         step = 0 if restored is None else int(restored.step)
         if step < len(batches):
             compiled.compile(backend.put_batch(batches[step]))
+    params = reading.result()
     if restored is not None:
-        return dataclasses.replace(restored, base=params.result()), True
-    return backend.create_state(compiled.first_state, params.result()), False  # they are donated
+        return dataclasses.replace(restored, base=params), True
+    return backend.create_state(compiled.first_state, params), False  # parameters are donated
 
 
 @dataclasses.dataclass(frozen=True)

@@ -159,15 +159,16 @@ def test_microbatches_by_hand():
     # three. 17 rows: one each would be as many steps; six of three have one to spare.
     totals = {n: cut.rows_for(n, 4) for n in (1, 8, 17, 21, 32)}
     assert totals == {1: 1, 8: 8, 17: 18, 21: 21, 32: 32}
-    assert [cut.rows(n, 4) for n in totals.values()] == [1, 1, 3, 3, 4]
+    cuts = [cut.cut(n, 4) for n in totals.values()]
+    assert cuts == [(1, 1), (8, 1), (6, 3), (7, 3), (8, 4)]
     # Rows that are longer than the longest pair: three have as many tokens as four of one pair.
     assert [cut.most_rows(n, 96) for n in (64, 96, 128, 192, 416)] == [4, 4, 3, 2, 0]
     on_two = Microbatches.of(32, 4, 2)
-    assert (on_two.rows_for(17, 4), on_two.rows(20, 4)) == (20, 4)
+    assert (on_two.rows_for(17, 4), on_two.cut(20, 4)) == (20, (5, 4))
     assert [on_two.most_rows(n, 96) for n in (96, 128, 192, 224)] == [4, 2, 2, 0]
     # A microbatch alone has all the rows that its pairs need.
     alone = Microbatches.of(8, 8, 4)
-    assert (alone.rows_for(5, alone.most_rows(128, 96)), alone.rows(8, 8)) == (8, 8)
+    assert (alone.rows_for(5, alone.most_rows(128, 96)), alone.cut(8, 8)) == (8, (1, 8))
 
 
 @pytest.mark.parametrize(

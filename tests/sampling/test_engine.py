@@ -200,9 +200,9 @@ DRAWN = {  # Settings, and what they make of logits.
 
 @pytest.mark.parametrize("case", DRAWN)
 def test_draws_have_the_model_s_probabilities(model, case):
-    """20,000 draws, two a response: what prefill draws, and what decoding does after it."""
+    """Two tokens a response: what prefill draws, and what decoding does after it."""
     given, changed = DRAWN[case]
-    draws = 10_000
+    draws = 20_000
     settings = SamplingSettings(max_new_tokens=2, seed=11, **given)
     prompt = ids(model, HEADER + "1?")
     requests = [Request("p", prompt, settings, sample) for sample in range(draws)]

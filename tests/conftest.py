@@ -50,6 +50,9 @@ import pytest  # noqa: E402
 
 from attnpo_jax.models.io import embedded  # noqa: E402
 
+# As `attnpo` has it: tracing makes millions of objects.
+gc.set_threshold(20_000)
+
 # A shell that puts tests into the background has them, and what they launch, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

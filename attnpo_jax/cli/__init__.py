@@ -6,6 +6,7 @@ command really runs, so that `attnpo --help` answers at once.
 
 import argparse
 import difflib
+import gc
 import importlib
 import importlib.metadata
 import os
@@ -28,6 +29,10 @@ from attnpo_jax.cli.parser import (
 from attnpo_jax.runtime import cache, program
 from attnpo_jax.runtime.errors import UsageError
 
+# Objects that are made before Python looks for cycles among them. Python's own number is 700, and
+# tracing makes millions.
+_OBJECTS_PER_COLLECTION = 20_000
+
 COMPLETION_SUMMARY = "Print a script that completes commands and options in bash or zsh."
 VERSION_SUMMARY = "Print the versions of attnpo_jax and of the libraries it computes with."
 
@@ -44,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
       Exception: whatever is not expected, with its traceback.
     """
+    if argv is None:
+        gc.set_threshold(_OBJECTS_PER_COLLECTION)
     arguments = sys.argv[1:] if argv is None else list(argv)
     return program.exit_code("attnpo", lambda: _main(arguments))
 

@@ -95,3 +95,26 @@ def generate_many(suite: "Suite") -> Measurement:
         suite.say(f"  generate, {requests} responses: {1000 * token:.2f} ms a token")
     growth = points[-1]["ms_a_token"] / points[0]["ms_a_token"]
     return {"figures": {"token_time_growth": growth}, "points": points}
+
+
+def prefix_caching(suite: "Suite") -> Measurement:
+    """Calls that begin as those before them, with prefix caching and without, in turns."""
+    points = []
+    for kind in ("chat", "judge"):
+        spec = {"module": GENERATION, "kind": kind}
+        with (
+            suite.worker("one_by_one", caching=True, **spec) as ours,
+            suite.worker("one_by_one", caching=False, **spec) as without,
+        ):
+            runs = [(ours.repeat(), without.repeat()) for _ in range(suite.repeats)]
+            for worker in (ours, without):
+                worker.finish()
+        seconds = [statistics.median(run[k]["seconds"] for run in runs) for k in (0, 1)]
+        tokens = {name: runs[0][0][name] for name in ("prompt_tokens", "cached_tokens")}
+        points.append({"kind": kind, "seconds": seconds[0], "without": seconds[1]} | tokens)
+        took = ", ".join(f"{each:.2f} s" for each in seconds)
+        suite.say(f"  one by one, {kind}: with and without caching {took} a call")
+    figures = {
+        f"{point['kind']}_to_without": point["without"] / point["seconds"] for point in points
+    }
+    return {"figures": figures, "points": points}

@@ -26,6 +26,7 @@ from benchmarks import protocol
 
 FEWEST, MOST = 16, 128  # tokens of a response
 LONGEST_PROMPT = 256
+CALLS, INSTRUCTION = 8, 768  # one by one; tokens that all of them begin with
 BYTES_READ = 1 << 30
 _TIMES = 8  # so that it takes long enough to be measured
 
@@ -81,6 +82,51 @@ class Sample:
         responses = list(self._engine.run(self._requests))
         seconds = time.perf_counter() - start
         return {"seconds": seconds, "sampled": sum(len(r.tokens) for r in responses)}
+
+
+class OneByOne:
+    """Prompts that begin as those before them, asked one by one: what a call takes on the average.
+
+    Of the spec's `kind`: `chat`, turns of one conversation, in which the user says what the
+    selected pairs' prompts do; or `judge`, an instruction and something else behind it each time.
+    `caching` says whether the engine has prefix caching.
+    """
+
+    def __init__(self, spec: dict[str, Any]):
+        scratch = pathlib.Path(spec["scratch"])
+        config = json.loads((scratch / "config.json").read_text())
+        pairs = [json.loads(line) for line in (scratch / "pairs.jsonl").read_text().splitlines()]
+        model = load_model(config["model"]["source"])
+        self._said = [_prompt(model, pair) for pair in pairs]
+        self._turns = spec["kind"] == "chat"
+        self._instruction = np.concatenate(self._said)[:INSTRUCTION]
+        self._engine = Engine(
+            model.config,
+            model.params,
+            model.tokenizer,
+            length=2048,
+            slots=1,
+            dtype=jnp.dtype(config["model"]["dtype"]),
+            prefix_caching=spec["caching"],
+        )
+        self.info: dict[str, Any] = {"calls": CALLS}
+        self.repeat()
+
+    def repeat(self) -> dict[str, Any]:
+        settings = SamplingSettings(temperature=0, max_new_tokens=FEWEST)
+        self._engine.release()  # as if nobody had asked before
+        prompt, start = self._instruction[:0], time.perf_counter()
+        read = cached = 0
+        for said in self._said[:CALLS]:
+            prompt = np.concatenate([prompt if self._turns else self._instruction, said])
+            self._engine.add(Request("call", prompt, settings))
+            while self._engine.waiting or self._engine.running:
+                [update] = self._engine.step()
+                prompt = np.concatenate([prompt, update.tokens]).astype(np.int32)
+            read += update.response.prompt_tokens
+            cached += update.response.cached_tokens
+        seconds = (time.perf_counter() - start) / CALLS
+        return {"seconds": seconds, "prompt_tokens": read, "cached_tokens": cached}
 
 
 def _prompt(model: Any, pair: dict[str, Any]) -> np.ndarray:
@@ -167,7 +213,12 @@ class Bandwidth:
         return {"seconds": time.perf_counter() - start}
 
 
-WORKLOADS = {"generate": Sample, "bandwidth": Bandwidth, "product_of_rows": ProductOfRows}
+WORKLOADS = {
+    "generate": Sample,
+    "one_by_one": OneByOne,
+    "bandwidth": Bandwidth,
+    "product_of_rows": ProductOfRows,
+}
 
 if __name__ == "__main__":
     protocol.serve(WORKLOADS)

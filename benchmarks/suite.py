@@ -429,6 +429,7 @@ MEASUREMENTS: dict[str, Callable[[Suite], Measurement]] = {
     "train": train,
     "generate": generating.generate,
     "generate_many": generating.generate_many,
+    "prefix_caching": generating.prefix_caching,
     "first_step": first_step,
     "compile": compile_time,
     "curve": curve,
@@ -439,7 +440,15 @@ MEASUREMENTS: dict[str, Callable[[Suite], Measurement]] = {
     "rollout": rollout,
     "breakdown": breakdown,
 }
-BY_NAME = ("policies", "precision", "int8", "generate_many", "rollout", "breakdown")
+BY_NAME = (
+    "policies",
+    "precision",
+    "int8",
+    "generate_many",
+    "prefix_caching",
+    "rollout",
+    "breakdown",
+)
 DEFAULT = tuple(name for name in MEASUREMENTS if name not in BY_NAME)
 """What runs when nothing is asked for; `policies` and `generate_many` each take as long as all of
 it, and what int8 changes is no matter of the machine."""

@@ -113,14 +113,14 @@ def sampled_of(model: "LanguageModel | Run | SampledModel") -> tuple[SampledMode
 
 
 def engine_for(
-    sampled: SampledModel, config: Any, *, length: int, slots: int, steady: bool = False
+    sampled: SampledModel, config: Any, *, length: int, slots: int, **options: bool
 ) -> Engine:
-    """The engine of a model, as a config has it."""
+    """The engine of a model, as a config has it; `steady` and `prefix_caching` as given."""
     return sampled.engine(
         length=length,
         slots=slots,
-        steady=steady,
         dtype=jnp.dtype(config.model.dtype),
         quantized_cache=config.generate.cache == "int8",
         attention=config.model.attention,
+        **options,
     )

@@ -57,7 +57,9 @@ class Chat:
         sampled = self.load(which)
         most = self.run.config.generate.max_length or sampled.model.config.positions
         length = min(most, sampled.model.config.positions)
-        self._engine = engine_for(sampled, self.run.config, length=length, slots=1)
+        self._engine = engine_for(
+            sampled, self.run.config, length=length, slots=1, prefix_caching=True
+        )
         self._sampled, self.which = sampled, which
         return sampled.name
 

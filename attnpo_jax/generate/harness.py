@@ -32,9 +32,9 @@ from attnpo_jax.models import decoder, lm_head
 from attnpo_jax.models.attention import implementations
 from attnpo_jax.parallel import processes
 from attnpo_jax.runtime.errors import UserError
-from attnpo_jax.sampling.engine import row_length
 from attnpo_jax.sampling.model import SampledModel
 from attnpo_jax.sampling.responses import Request
+from attnpo_jax.sampling.runner import row_length
 from attnpo_jax.sampling.settings import SamplingSettings
 
 try:

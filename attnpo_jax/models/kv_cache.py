@@ -4,8 +4,8 @@ The rings of all layers lie one behind the other on one axis, so that a layer wi
 needs no more blocks than its window. Position p of a ring of R places is at place p mod R; the
 formula of `ring_positions` then serves layers with and without a window alike.
 
-Shapes: B slots, C blocks of all layers, b places of a block, N query heads, K key-value heads, G
-query heads of a key-value head, H head dim, L row length, P length of a shared past.
+Shapes: B slots, C blocks of all layers, b places of a block, K key-value heads, H head dim, R
+rows, L row length, P length of a shared past.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from attnpo_jax.models import placement
-from attnpo_jax.models.attention.core import MASKED, Past, ScoreRule, soft_cap
+from attnpo_jax.models.attention.core import Past
 from attnpo_jax.models.config import ModelConfig
 
 # Tuned on an AMD EPYC with SmolLM2-135M and 1, 8 and 64 slots: half and twice as many took as long
@@ -114,98 +114,6 @@ def ring_positions(place, ring, length):
     return length - 1 - (length - 1 - place) % ring
 
 
-def attend(
-    q_BNH: jax.Array,
-    k_BKH: jax.Array,
-    v_BKH: jax.Array,
-    cache: Cache,
-    first: jax.Array,
-    blocks: jax.Array | int,
-    length_B: jax.Array,
-    rule: ScoreRule,
-) -> jax.Array:
-    """Attention outputs (B, N, H) of one new token in each slot, in one layer.
-
-    Blocks are read one after the other, up to the longest slot's end, and what they add is scaled
-    as the highest score rises (arXiv 1805.02867).
-
-    Args:
-      q_BNH, k_BKH, v_BKH: of the new tokens, rotated; they see themselves.
-      first, blocks: where the layer's ring begins, and its blocks.
-      length_B: int32, positions that slots hold already; the new tokens' own.
-    """
-    run = functools.partial(_attend, rule=dataclasses.replace(rule, window=None))
-    window = jnp.asarray(-1 if rule.window is None else rule.window)
-    heads = PartitionSpec(placement.ROWS, "tensor")
-    split = (heads, heads, heads, SPLIT, *[placement.WHOLE] * 2, placement.BY_ROWS, placement.WHOLE)
-    everywhere = placement.per_device(run, split, heads, rows=q_BNH.shape[0])
-    return everywhere(
-        q_BNH, k_BKH, v_BKH, cache, jnp.asarray(first), jnp.asarray(blocks), length_B, window
-    )
-
-
-def _attend(q_BNH, k_BKH, v_BKH, cache: Cache, first, blocks, length_B, window, *, rule):
-    B, N, H = q_BNH.shape
-    K = k_BKH.shape[1]
-    scale = H**-0.5 if rule.scale is None else rule.scale
-    q_BKGH = (q_BNH * scale).reshape(B, K, N // K, H).astype(jnp.float32)
-    block = cache.keys_CBKHb.shape[-1]
-    ring = blocks * block
-
-    def add_block(j, carry):
-        highest, total, sums_BKGH = carry
-        at = first + j
-        k_BKHb, v_BKbH = (
-            jax.lax.dynamic_index_in_dim(x, at, keepdims=False).astype(jnp.float32)
-            for x in (cache.keys_CBKHb, cache.values_CBKbH)
-        )
-        s_BKGb = _over_head(q_BKGH, k_BKHb)
-        if cache.key_scales_CBKb is not None:
-            s_BKGb *= cache.key_scales_CBKb[at][:, :, None]
-        s_BKGb = soft_cap(s_BKGb, rule.softcap)
-        positions_Bb = ring_positions(j * block + jnp.arange(block), ring, length_B[:, None])
-        seen_Bb = (positions_Bb >= 0) & ((window < 0) | (length_B[:, None] - positions_Bb < window))
-        s_BKGb = jnp.where(seen_Bb[:, None, None], s_BKGb, MASKED)
-        higher = jnp.maximum(highest, jnp.max(s_BKGb, axis=-1))
-        p_BKGb, kept = jnp.exp(s_BKGb - higher[..., None]), jnp.exp(highest - higher)
-        total = total * kept + jnp.sum(p_BKGb, axis=-1)
-        if cache.value_scales_CBKb is not None:
-            p_BKGb *= cache.value_scales_CBKb[at][:, :, None]
-        return higher, total, sums_BKGH * kept[..., None] + _over_block(p_BKGb, v_BKbH)
-
-    own_BKG = soft_cap(jnp.sum(q_BKGH * k_BKH[:, :, None].astype(jnp.float32), -1), rule.softcap)
-    v_BKGH = jnp.broadcast_to(v_BKH[:, :, None].astype(jnp.float32), q_BKGH.shape)
-    stop = jnp.minimum(-(-jnp.max(length_B) // block), blocks)
-    start = own_BKG, jnp.ones_like(own_BKG), v_BKGH
-    _, total, sums_BKGH = jax.lax.fori_loop(0, stop, add_block, start)
-    return (sums_BKGH / total[..., None]).reshape(B, N, H).astype(q_BNH.dtype)
-
-
-def _over_head(q_BKGH, k_BKHb):
-    """Scores (B, K, G, b)."""
-
-    # On CPUs, products of so few queries are sooner had by loops that XLA fuses with what follows.
-    def fused(q, k):
-        return jnp.sum(q[..., None] * k[:, :, None], axis=-2)
-
-    def product(q, k):
-        return jnp.einsum("bkgh,bkhc->bkgc", q, k)
-
-    return jax.lax.platform_dependent(q_BKGH, k_BKHb, cpu=fused, default=product)
-
-
-def _over_block(p_BKGb, v_BKbH):
-    """Values summed with what each is weighed by: (B, K, G, H)."""
-
-    def fused(p, v):
-        return jnp.sum(p[..., None] * v[:, :, None], axis=-2)
-
-    def product(p, v):
-        return jnp.einsum("bkgc,bkch->bkgh", p, v)
-
-    return jax.lax.platform_dependent(p_BKGb, v_BKbH, cpu=fused, default=product)
-
-
 def append(
     cache: Cache, shape: CacheShape, k_LBKH: jax.Array, v_LBKH: jax.Array, length_B: jax.Array
 ) -> Cache:
@@ -249,6 +157,76 @@ def append(
     return placement.per_device(write, split, SPLIT, rows=shape.slots)(
         cache, k_LBKH, v_LBKH, length_B
     )
+
+
+def append_rows(
+    cache: Cache,
+    shape: CacheShape,
+    k_LRLKH: jax.Array,
+    v_LRLKH: jax.Array,
+    start_R: jax.Array,
+    length_R: jax.Array,
+    slot_R: jax.Array,
+) -> Cache:
+    """The cache with more positions in some slots, which are whole on every device.
+
+    Args:
+      k_LRLKH, v_LRLKH: keys and values (layers, R, L, K, H) of rows that were read.
+      start_R, length_R: int32, positions of a slot that stay, and tokens of the row that are real;
+        together no more than the shortest ring has places.
+      slot_R: int32, where each row goes; any number from `slots` on for nowhere.
+    """
+    count = k_LRLKH.shape[2] // shape.block + 2  # blocks that a row may touch
+    first_L11, blocks_L11 = (
+        np.asarray(x, np.int32)[:, None, None] for x in (shape.first_blocks, shape.blocks)
+    )
+
+    def write(cache, k_LRLKH, v_LRLKH, start_R, length_R, slot_R):
+        block_Rn = start_R[:, None] // shape.block + jnp.arange(count)
+        at_LRn = jnp.where(block_Rn < blocks_L11, first_L11 + block_Rn, sum(shape.blocks))
+        at = at_LRn, slot_R[:, None]
+        of_row_Rnb = block_Rn[..., None] * shape.block + jnp.arange(shape.block)
+        of_row_Rnb -= start_R[:, None, None]
+        new_Rnb = (of_row_Rnb >= 0) & (of_row_Rnb < length_R[:, None, None])
+        index_Rnb = jnp.clip(of_row_Rnb, 0, k_LRLKH.shape[2] - 1)
+        rows = jnp.arange(len(start_R))[:, None, None]
+        new = tuple(x[:, rows, index_Rnb] for x in (k_LRLKH, v_LRLKH))  # (layers, R, n, b, K, H)
+
+        def put(x, new, axis):
+            here = jnp.moveaxis(jnp.expand_dims(new_Rnb, (0, *range(4, new.ndim))), 3, axis)
+            mixed = jnp.where(here, jnp.moveaxis(new, 3, axis).astype(x.dtype), x[at])
+            return x.at[at].set(mixed, mode="drop")
+
+        def by_position(x, new):  # (..., b, K, ...) to (..., K, b, ...)
+            return put(x, new, 4)
+
+        def by_head(x, new):  # (..., b, K, H) to (..., K, H, b)
+            return put(x, new, 5)
+
+        return _map(shape, new, cache, by_position, by_head)
+
+    rows = PartitionSpec(None, None, None, "tensor")
+    split = (SPLIT, rows, rows, *[placement.WHOLE] * 3)
+    return placement.per_device(write, split, SPLIT, rows=shape.slots)(
+        cache, k_LRLKH, v_LRLKH, start_R, length_R, slot_R
+    )
+
+
+def copy_slots(cache: Cache, source_S: jax.Array, target_S: jax.Array) -> Cache:
+    """The cache with some slots as others are, int32 both, one after the other.
+
+    The first target that is no slot ends the list; slots are whole on every device.
+    """
+
+    def copy(s, cache):
+        def one(x_CB):
+            of_slot = jax.lax.dynamic_index_in_dim(x_CB, source_S[s], 1)
+            return jax.lax.dynamic_update_slice_in_dim(x_CB, of_slot, target_S[s], 1)
+
+        return jax.tree.map(one, cache)
+
+    slots = cache.keys_CBKHb.shape[1]
+    return jax.lax.fori_loop(0, jnp.sum(target_S < slots), copy, cache)
 
 
 def insert(
@@ -341,8 +319,11 @@ def _map(shape: CacheShape, new, cache: Cache, by_position, by_head) -> Cache:
 
 
 def _quantize(x):
-    """Whole numbers within ±127, and the scale of each vector on the last axis."""
+    """Whole numbers within ±127, and the scale of each vector on the last axis.
+
+    Of what is no number, neither is the scale.
+    """
     x = x.astype(jnp.float32)
     largest = jnp.max(jnp.abs(x), axis=-1)
-    scale = jnp.where(largest > 0, largest / 127, 1.0)
+    scale = jnp.where(largest == 0, 1.0, largest / 127)
     return jnp.round(x / scale[..., None]), scale

@@ -4,33 +4,28 @@ The host decides which request goes to which slot; the device reads prompts into
 then takes a few steps a call in all slots at once. What a response is depends on its seed, its id
 and its number alone, whatever else is under way.
 
-Shapes: B slots, R rows of prompts, S slots that a row goes to, L row length, n steps a
-call.
+Shapes: B slots, n steps a call.
 """
 
 import collections
 import dataclasses
 import functools
-import logging
 from collections.abc import Iterable, Iterator, Sequence
+from operator import itemgetter
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from attnpo_jax.data.tokenize import ChatTokenizer
 from attnpo_jax.judge.prompt import common_beginning
-from attnpo_jax.models import placement
 from attnpo_jax.models.attention import implementations
-from attnpo_jax.models.attention.core import Past
 from attnpo_jax.models.config import ModelConfig
 from attnpo_jax.models.decoder import Params
 from attnpo_jax.models.kv_cache import CacheShape
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.runtime.errors import UserError
-from attnpo_jax.sampling import programs
-from attnpo_jax.sampling.programs import SPLIT, State
+from attnpo_jax.sampling import prefix_cache
 from attnpo_jax.sampling.responses import (
     MOST_TOP_LOGPROBS,
     FinishReason,
@@ -39,17 +34,15 @@ from attnpo_jax.sampling.responses import (
     Top,
     Update,
 )
+from attnpo_jax.sampling.runner import Row, Runner, row_length
 from attnpo_jax.sampling.sample import Features
 from attnpo_jax.sampling.slots import settings_of, tops_of
 from attnpo_jax.sampling.text import ResponseText
-
-_LOG = logging.getLogger(__name__)
 
 # Rows of prompts that are read at once are so many, for each of the parts that rows are split in.
 _ROWS = (16, 4, 1)
 # Of that many tokens at most, where it is more than one row.
 _PREFILL_TOKENS = 4096
-_FEWEST_TOKENS = 32
 # A beginning that requests share is worth a program of its own from so many tokens on.
 _FEWEST_SHARED = 16
 
@@ -63,14 +56,11 @@ class _Slot:
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
     top: list[Top] = dataclasses.field(default_factory=list)
+    cached: int = 0
 
-
-@dataclasses.dataclass(eq=False)
-class _Row:
-    """A prompt that is read once, for all of its samples that get a slot at the same time."""
-
-    tokens: np.ndarray
-    slots: list[int] = dataclasses.field(default_factory=list)
+    def held(self) -> np.ndarray:
+        """What the cache holds of it once a token is sampled: all but the last one."""
+        return np.concatenate([self.request.tokens, self.tokens[:-1]]).astype(np.int32)
 
 
 class Engine:
@@ -87,6 +77,10 @@ class Engine:
       steady: whether everything is computed in arrays of the same shapes whatever is under way, so
         that a response is the same to the last bit of its log-probs, and not up to rounding only.
         It costs time where few requests are under way, or many prompts are read at once.
+      prefix_caching: whether a prompt is read from where it differs from what a slot holds already,
+        of requests before it too: for those that come one by one, as a chat's turns. Where slots
+        are split over devices, and behind what a layer's window has lost, all of it is read. Not
+        together with `steady`.
       backend: where to run; None for one device.
       attention: of prompts; `auto`, or one of `models.attention.implementations.IMPLEMENTATIONS`.
     """
@@ -103,39 +97,45 @@ class Engine:
         quantized_cache: bool = False,
         steps: int = 8,
         steady: bool = False,
+        prefix_caching: bool = False,
         backend: backends.Sharded | None = None,
         attention: str = "auto",
     ):
-        self._params = params
+        if steady and prefix_caching:
+            raise ValueError("steady: what slots hold already would change the last bits")
         self._config, self._tokenizer, self._steps = config, tokenizer, steps
-        self._backend = backend or backends.one_device(config)
-        shards = self._backend.row_shards
-        slots = -(-slots // shards) * shards
+        backend = backend or backends.one_device(config)
+        self._shards = backend.row_shards
+        slots = -(-slots // self._shards) * self._shards
         # On a CPU, a step takes the longer the more slots there are; elsewhere it waits for memory.
-        self._resizes = not steady and shards == 1 and self._backend.devices[0].platform == "cpu"
+        self._resizes = not steady and self._shards == 1 and backend.devices[0].platform == "cpu"
         self._rows = _ROWS[-1:] if steady else _ROWS
         self.cache_shape = CacheShape.of(config, slots, length, dtype, quantized=quantized_cache)
-        choice = implementations.choose(attention, config, dtype, self._backend.devices)
-        self._static = {"config": config, "dtype": jnp.dtype(dtype)}
-        self._attention = choice.implementation
-        self._state: State | None = None
-        self._programs: dict[Any, Any] = {}
-        self._shared = np.zeros(0, np.int32)
-        self._past: Past | None = None
+        choice = implementations.choose(attention, config, dtype, backend.devices)
+        options = {"dtype": dtype, "attention": choice.implementation, "backend": backend}
+        self._runner = Runner(config, params, self.cache_shape, **options)
         self._waiting: collections.deque[Request] = collections.deque()
         self._slots: list[_Slot | None] = [None] * slots
+        # Of free slots, the tokens that the cache holds, the newest last. Where a ring has come
+        # round, it has lost the first ones.
+        self._held: dict[int, np.ndarray] = {}
+        self._most_held = 0
+        if prefix_caching and self._shards == 1:
+            self._most_held = min(self.cache_shape.blocks) * self.cache_shape.block - steps
 
     def set_params(self, params: Params) -> None:
         """Samples from other parameters of the same shapes from now on; no request is under way."""
         if self.running:
             raise ValueError(f"{self.running} requests are under way")
-        self._params, self._past = params, None
+        self._runner.set_params(params)
+        self._held.clear()
 
     def release(self) -> None:
         """Gives the memory of the cache back until the next request; none is under way."""
         if self.running:
             raise ValueError(f"{self.running} requests are under way")
-        self._state = self._past = None
+        self._runner.release()
+        self._held.clear()
 
     # --- Requests ---------------------------------------------------------------------------------
 
@@ -190,9 +190,9 @@ class Engine:
         """Forgets a request, whether it waits or is under way; nothing where it is finished."""
         if request in self._waiting:
             self._waiting.remove(request)
-        self._slots = [
-            None if slot is not None and slot.request is request else slot for slot in self._slots
-        ]
+        for b, slot in enumerate(self._slots):
+            if slot is not None and slot.request is request:
+                self._free(b)
 
     def share(self, prompts: Iterable[np.ndarray]) -> None:
         """Reads what all of these prompts begin with once, for the requests to come.
@@ -204,9 +204,7 @@ class Engine:
         common = functools.reduce(common_beginning, (tokens[:-1] for tokens in prompts))
         if len(prompts) < 2 or len(common) < _FEWEST_SHARED:
             common = common[:0]
-        if np.array_equal(common, self._shared):
-            return
-        self._shared, self._past = common.astype(np.int32), None
+        self._runner.share(common)
 
     def submit(self, requests: Sequence[Request], sharing: Sequence[Request] | None = None) -> None:
         """Puts many requests into the queue, those of long prompts first, and has them `share`.
@@ -243,10 +241,9 @@ class Engine:
         features = functools.reduce(
             Features.__or__, {self._slots[b].request.features for b in active}
         )
-        arrays = self._arrays()
-        program = self._program(programs.decode_steps, features=features, steps=self._steps)
-        self._state, output = program(self._params, self._state, self._backend.replicate(arrays))
-        *sampled, failed_B = jax.device_get(output)
+        *sampled, failed_B = self._runner.decode(self._arrays(), features, self._steps)
+        if failed_B.any():
+            self._runner.clear(failed_B)
         return [self._take(b, *sampled, failed_B[b]) for b in active]
 
     def _take(self, b: int, tokens_nB, logprobs_nB, top, failed: bool) -> Update:
@@ -274,10 +271,15 @@ class Engine:
             if reason:
                 break
         if failed and reason is None:
+            if slot.cached and not slot.tokens:
+                # Logits that are no numbers may be those of the prompt that it began as.
+                self._free(b, holds=False)
+                self._waiting.appendleft(request)
+                return Update(request, "", (), (), None)
             reason = "error"
         response = None
         if reason is not None:
-            self._slots[b] = None
+            self._free(b, holds=not failed)
             response = Response(
                 request.id,
                 request.sample,
@@ -287,6 +289,7 @@ class Engine:
                 reason,
                 len(request.tokens),
                 tuple(slot.top),
+                slot.cached,
             )
         news = slot.text.news(last=response is not None)
         new = tuple(slot.tokens[before:]), tuple(slot.logprobs[before:])
@@ -300,6 +303,8 @@ class Engine:
         B = len(self._slots)
         token_B, length_B, count_B = (np.zeros(B, np.int32) for _ in range(3))
         active_B = np.zeros(B, bool)
+        for b, tokens in self._held.items():
+            length_B[b] = len(tokens)  # steps put what they read behind it
         for b, slot in enumerate(self._slots):
             if slot is not None:
                 last = slot.tokens or slot.request.tokens
@@ -326,119 +331,104 @@ class Engine:
             self._move(size // 2)
 
     def _move(self, size: int) -> None:
-        """Has so many slots, half or twice as many as before."""
+        """Has so many slots, half or twice as many as before; of free ones, the newest stay."""
         kept = [b for b, slot in enumerate(self._slots) if slot is not None]
-        smaller, old = min(size, len(self._slots)), self._state
+        kept = (kept + list(self._held)[::-1])[:size]
+        held = [self._held.get(b) for b in kept]
         self._slots = [self._slots[b] for b in kept] + [None] * (size - len(kept))
-        self._state = None
-        if old is not None and kept:
-            self._make_state(seen=old.seen_BV is not None)
-            source = np.array(kept + [0] * (smaller - len(kept)), np.int32)
-            program = self._program(programs.move, before=old.cache.keys_CBKHb.shape[1])
-            self._state, _ = program(old, self._state, self._backend.replicate(source))
+        self._runner.resize(size, kept)
+        newest_last = reversed(list(enumerate(held)))
+        self._held = {b: tokens for b, tokens in newest_last if tokens is not None}
+
+    def _free(self, b: int, *, holds: bool = True) -> None:
+        """Has the slot be free; what it holds stays until another takes it."""
+        slot, self._slots[b] = self._slots[b], None
+        total = len(slot.request.tokens) + len(slot.tokens)
+        if holds and slot.tokens and total <= self._most_held:
+            self._held[b] = slot.held()
+
+    # --- Prompts ----------------------------------------------------------------------------------
 
     def _fill_slots(self) -> None:
         free = [b for b, slot in enumerate(self._slots) if slot is None]
         taken = [self._waiting.popleft() for _ in range(min(len(free), len(self._waiting)))]
         if not taken:
             return
-        self._make_state(any(request.settings.features.penalties for request in taken))
-        same: dict[bytes, _Row] = {}
-        for b, request in zip(free, taken, strict=False):
-            text = ResponseText(self._tokenizer.tokenizer.backend_tokenizer, request.settings.stop)
-            self._slots[b] = _Slot(request, text)
-            tokens = np.asarray(request.tokens, np.int32)
-            same.setdefault(tokens.tobytes(), _Row(tokens)).slots.append(b)
-        groups: dict[tuple[int, bool], list[_Row]] = {}
-        for row in same.values():
-            shares = self._begins_shared(row.tokens)
-            # All but the last token, which the first step reads.
-            rest = len(row.tokens) - 1 - (len(self._shared) if shares else 0)
-            groups.setdefault((row_length(rest), shares), []).append(row)
-        for (length, shares), rows in sorted(groups.items(), key=lambda g: g[0], reverse=True):
-            while rows:
-                size = self._rows_at_once(length, len(rows))
-                self._prefill(length, size, shares, rows[:size])
-                rows = rows[size:]
+        self._runner.make_state(seen=any(request.settings.features.penalties for request in taken))
+        same: dict[bytes, list[Request]] = {}
+        for request in taken:
+            same.setdefault(np.asarray(request.tokens, np.int32).tobytes(), []).append(request)
+        rows = [Row(np.frombuffer(tokens, np.int32)) for tokens in same]
+        places = self._place(rows, [len(requests) for requests in same.values()], free)
+        for row, placed, requests in zip(rows, places, same.values(), strict=True):
+            row.slots, row.held = placed.slots, placed.length
+            for b, request in zip(row.slots, requests, strict=True):
+                self._held.pop(b, None)
+                stop = request.settings.stop
+                text = ResponseText(self._tokenizer.tokenizer.backend_tokenizer, stop)
+                self._slots[b] = _Slot(request, text, cached=row.held)
+        self._read(rows, places)
 
-    def _rows_at_once(self, length: int, wanted: int) -> int:
-        shards = self._backend.row_shards
-        for rows in self._rows:
-            fits = rows * shards * length <= _PREFILL_TOKENS * shards or rows == 1
-            if fits and (rows * shards <= wanted or rows == 1):
-                return rows * shards
-        raise AssertionError("one row always fits")
+    def _place(self, rows: Sequence[Row], counts: Sequence[int], free: Sequence[int]):
+        """Slots for rows, and what they begin as."""
+        short = [len(row.tokens) <= self._most_held for row in rows]
+        if not any(short):
+            free = list(free)
+            return [prefix_cache.Placed([free.pop(0) for _ in range(count)]) for count in counts]
+        held = dict(self._held)
+        for b, slot in enumerate(self._slots):
+            if slot is not None and slot.tokens:
+                tokens = slot.held()
+                if len(tokens) < self._most_held:
+                    held[b] = tokens
+        oldest_first = [b for b in free if b not in self._held] + list(self._held)
+        prompts = [row.tokens[: -1 if ok else 0] for row, ok in zip(rows, short, strict=True)]
+        places = prefix_cache.place(prompts, counts, oldest_first, held)
+        for placed in places:
+            if placed.source in self._held:
+                self._held[placed.source] = self._held.pop(placed.source)  # the newest
+        return places
 
-    def _prefill(self, length: int, size: int, shares: bool, rows: Sequence[_Row]) -> None:
-        start = len(self._shared) if shares else 0
-        if shares and self._past is None:
-            make_past = self._backend.whole_pass(
-                programs.shared_past, attention=self._attention, **self._static
+    def _read(self, rows: Sequence[Row], places: Sequence[prefix_cache.Placed]) -> None:
+        """Reads prompts; those that wait for others, after them."""
+        for waits in (False, True):
+            now = [pair for pair in zip(rows, places, strict=True) if pair[1].waits == waits]
+            copies = [
+                (placed.source, placed.slots[0])
+                for _, placed in now
+                if placed.source not in (None, placed.slots[0])
+            ]
+            if copies:
+                self._runner.copy(copies)
+            whole: dict[tuple[int, bool], list[Row]] = {}
+            behind: dict[int, list[Row]] = {}
+            for row, _ in now:
+                # All but the last token, which the first step reads.
+                rest = len(row.tokens) - 1 - row.held
+                if row.held:
+                    behind.setdefault(row_length(rest), []).append(row)
+                else:
+                    shares = self._begins_shared(row.tokens)
+                    rest -= len(self._runner.shared) if shares else 0
+                    whole.setdefault((row_length(rest), shares), []).append(row)
+            for (length, shares), group in sorted(whole.items(), key=itemgetter(0), reverse=True):
+                for size, some in self._at_once(length, group):
+                    self._runner.prefill(some, size, length, shares=shares)
+            for length, group in sorted(behind.items(), key=itemgetter(0), reverse=True):
+                for size, some in self._at_once(length, group):
+                    self._runner.extend(some, size)
+
+    def _at_once(self, length: int, rows: Sequence[Row]) -> Iterator[tuple[int, Sequence[Row]]]:
+        """Rows in groups that are read at once, each with the rows that its array has."""
+        while rows:
+            size = next(
+                few * self._shards
+                for few in self._rows
+                if few == 1 or (few * length <= _PREFILL_TOKENS and few * self._shards <= len(rows))
             )
-            self._past = make_past(self._params, self._shared)
-        own = [row.tokens[start:-1] for row in rows]
-        length_R = np.zeros(size, np.int32)
-        length_R[: len(own)] = [len(tokens) for tokens in own]
-        slot_RS = self._slots_of(rows, size)
-        arrays = _rows_of(own, size, length, 0), length_R, slot_RS
-        program = self._program(programs.prefill, attention=self._attention)
-        shared = self._params, self._past if shares else None
-        self._state, _ = program(shared, self._state, self._backend.replicate(arrays))
-        if self._state.seen_BV is not None:
-            longest = row_length(max(len(row.tokens) for row in rows))
-            whole_RL = _rows_of([row.tokens for row in rows], size, longest, -1)
-            program = self._program(programs.mark_prompts)
-            arrays = self._backend.replicate((whole_RL, slot_RS))
-            self._state, _ = program(None, self._state, arrays)
-
-    def _slots_of(self, rows: Sequence[_Row], size: int) -> np.ndarray:
-        """Where rows go, int32 (R, S), see `kv_cache.insert`."""
-        slot_RS = np.full((size, len(self._slots)), len(self._slots), np.int32)
-        for slot_S, row in zip(slot_RS, rows, strict=False):
-            slot_S[: len(row.slots)] = row.slots
-        return slot_RS
+            yield size, rows[:size]
+            rows = rows[size:]
 
     def _begins_shared(self, tokens: np.ndarray) -> bool:
-        n = len(self._shared)
-        return 0 < n < len(tokens) and np.array_equal(tokens[:n], self._shared)
-
-    # --- On the devices ---------------------------------------------------------------------------
-
-    @property
-    def _shape(self) -> CacheShape:
-        """Of the cache as it is now."""
-        return dataclasses.replace(self.cache_shape, slots=len(self._slots))
-
-    def _make_state(self, seen: bool) -> None:
-        """Allocates the cache, and what is `seen` if that is wanted, where they are not there."""
-        if self._state is None:
-            self._state = self._backend.zeros(State(self._shape.abstract(), None), SPLIT)
-        if seen and self._state.seen_BV is None:
-            of_words = len(self._slots), self._config.vocab_size
-            shape = jax.ShapeDtypeStruct(of_words, jnp.uint8)
-            self._state = State(self._state.cache, self._backend.zeros(shape, placement.BY_ROWS))
-
-    def _program(self, function: Any, **static: Any) -> Any:
-        """The compiled function, made once for each set of static arguments."""
-        key = function, tuple(static.items()), len(self._slots), self._state.seen_BV is None
-        if key not in self._programs:
-            fixed = dict(static, shape=self._shape, **self._static)
-            self._programs[key] = self._backend.state_pass(function, self._state, **fixed)
-        return self._programs[key]
-
-
-def _rows_of(lists: Sequence[np.ndarray], size: int, length: int, fill: int) -> np.ndarray:
-    """Lists of tokens as int32 (R, L), filled up."""
-    tokens_RL = np.full((size, length), fill, np.int32)
-    for row, tokens in zip(tokens_RL, lists, strict=False):
-        row[: len(tokens)] = tokens
-    return tokens_RL
-
-
-def row_length(tokens: int) -> int:
-    """A row length that holds so many tokens: one of few, at most half as much again."""
-    length = _FEWEST_TOKENS
-    while length < tokens:
-        step = length // 2 if length & (length - 1) == 0 else length // 3
-        length += step
-    return length
+        shared = self._runner.shared
+        return 0 < len(shared) < len(tokens) and np.array_equal(tokens[: len(shared)], shared)

@@ -37,6 +37,26 @@ def prefill(shared, state: State, arrays, *, config, shape, dtype, attention):
     return dataclasses.replace(state, cache=cache), ()
 
 
+def extend(params, state: State, arrays, *, config, shape, dtype):
+    cache = decode.extend(config, params, state.cache, shape, *arrays, dtype=dtype)
+    return dataclasses.replace(state, cache=cache), ()
+
+
+def copy(_, state: State, pairs, *, config, shape, dtype):
+    del config, shape, dtype
+    return dataclasses.replace(state, cache=kv_cache.copy_slots(state.cache, *pairs)), ()
+
+
+def clear(_, state: State, slots_B, *, config, shape, dtype):
+    """Has some slots hold zeros: a weight of 0 does not take away what is no number."""
+    del config, shape, dtype
+
+    def cleared(x_CB):
+        return jnp.where(jnp.expand_dims(slots_B, (0, *range(2, x_CB.ndim))), 0, x_CB)
+
+    return dataclasses.replace(state, cache=jax.tree.map(cleared, state.cache)), ()
+
+
 def mark_prompts(_, state: State, arrays, *, config, shape, dtype):
     """Notes which tokens the prompts of some slots hold."""
     del config, dtype
@@ -78,7 +98,7 @@ def decode_steps(params, state: State, arrays, *, config, shape, dtype, features
     def one(carry):
         i, state, token_B, length_B, count_B, active_B, failed_B, sampled = carry
         logits_BV, cache = decode.step(
-            config, params, state.cache, shape, token_B, length_B, dtype=dtype
+            config, params, state.cache, shape, token_B, length_B, active_B, dtype=dtype
         )
         fine_B = jnp.all(jnp.isfinite(logits_BV), axis=-1)
         new_B, logprob_B = sample.next_tokens(logits_BV, settings, count_B, state.seen_BV, features)
@@ -89,11 +109,12 @@ def decode_steps(params, state: State, arrays, *, config, shape, dtype, features
         seen_BV = state.seen_BV
         if features.penalties:
             seen_BV = seen_BV.at[rows, new_B].set(sample.PROMPT | sample.SAMPLED)
-        token_B = jnp.where(active_B, new_B, token_B)
         length_B += active_B
         count_B += active_B
         ended_B = jnp.any(new_B[:, None] == settings.stop_BE, axis=-1)
         active_B &= ~ended_B & (count_B < settings.max_new_tokens_B)
+        # Slots that have ended read what free ones do.
+        token_B = jnp.where(active_B, new_B, 0)
         state = State(cache, seen_BV)
         return i + 1, state, token_B, length_B, count_B, active_B, failed_B, sampled
 

@@ -69,6 +69,7 @@ class Response:
       logprobs: their log-probs under the model's own distribution: temperature 1, nothing cut off.
       finish_reason: `stop` at a stop token or text, `length` where there was no more room, `error`
         where the model gave logits that are no numbers.
+      prompt_tokens, cached_tokens: of the prompt; of these, what was not read anew.
       top: of each token, the likeliest ones in its place; nothing where none were asked for.
     """
 
@@ -80,6 +81,7 @@ class Response:
     finish_reason: FinishReason
     prompt_tokens: int
     top: tuple[Top, ...] = ()
+    cached_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,8 @@ from benchmarks import protocol, report, suite
 
 def test_what_takes_long_is_not_measured_by_default():
     arguments = command.parse([])
-    left_out = "policies", "precision", "int8", "generate_many", "rollout", "breakdown"
+    left_out = ("policies", "precision", "int8", "generate_many", "prefix_caching", "rollout")
+    left_out = (*left_out, "breakdown")
     assert arguments.only == [n for n in suite.MEASUREMENTS if n not in left_out]
     assert (arguments.min_chars, arguments.max_chars, arguments.limit) == (60, 900, 32)
     assert arguments.peer == []

@@ -66,6 +66,23 @@ def test_chats_are_answered_as_generate_does(sampled, client):
     assert again.choices[0].message.content == expected.text
 
 
+def test_the_next_turn_of_a_chat_is_not_read_from_its_start(sampled, client):
+    ask = CHAT | {"temperature": 0}
+    said = client.chat.completions.create(**ask).choices[0].message.content
+    turns = [*QUESTION, {"role": "assistant", "content": said}, {"role": "user", "content": "So?"}]
+    [expected] = generate(sampled, [turns], temperature=0, max_new_tokens=12)
+    parts = client.chat.completions.create(
+        **ask | {"messages": turns, "stream": True, "stream_options": {"include_usage": True}}
+    )
+    *rest, last = parts
+    assert "".join(part.choices[0].delta.content or "" for part in rest) == expected.text
+    assert 32 <= last.usage.prompt_tokens_details.cached_tokens < last.usage.prompt_tokens
+    again = client.chat.completions.create(**ask | {"messages": turns})
+    assert again.choices[0].message.content == expected.text
+    cached = again.usage.prompt_tokens_details.cached_tokens
+    assert cached == again.usage.prompt_tokens - 1
+
+
 def test_completions_go_on_with_texts_and_with_tokens(sampled, client, letters):
     ask = {"model": "model", "temperature": 0, "max_tokens": 5, "logit_bias": letters}
     prompts = ["To be", "or not"]
@@ -141,7 +158,10 @@ def test_a_chat_in_parts_is_the_whole_chat(client, letters, stop):
         if choice.logprobs:
             told[choice.index] += choice.logprobs.content
         reasons[choice.index] = choice.finish_reason
-    assert last.choices == [] and last.usage == whole.usage
+    # The call before this one has read the prompt.
+    cached = {"prompt_tokens_details": last.usage.prompt_tokens_details}
+    assert last.choices == [] and last.usage == whole.usage.model_copy(update=cached)
+    assert cached["prompt_tokens_details"].cached_tokens == last.usage.prompt_tokens - 1
     assert {part.id for part in (*parts, last)} == {last.id}
     for choice in whole.choices:
         i = choice.index

@@ -1,5 +1,6 @@
 """Decoding with a KV cache, held against the whole forward pass over the same tokens."""
 
+import contextlib
 import dataclasses
 import functools
 
@@ -159,6 +160,66 @@ def test_a_row_goes_to_all_of_its_slots():
     np.testing.assert_allclose(logits[:, [0, 3, 4]], wanted.repeat(3, 1), atol=2e-5)
     # Of the other row.
     assert abs(logits[0, 2] - wanted[0, 0]).max() > 0.1
+
+
+def _extended(config, params, cache, *, sequences, shape):
+    """Prompts whose beginnings other slots have read: logits of the steps that follow them."""
+    held, n = (7, 10), LENGTHS[-1]
+    first = np.zeros((2, max(held)), np.int32)
+    for row, sequence, k in zip(first, sequences, held, strict=True):
+        row[:k] = sequence[:k]
+    to = jnp.array([[1], [2]])
+    cache = decode.prefill(config, params, cache, shape, first, np.array(held, np.int32), to)
+    # Slot 2 reads on where it is, slot 3 less of what it has, slot 0 the same as slot 3; the last
+    # target is none.
+    source, target = jnp.array([1, 3, 1, 1]), jnp.array([3, 0, 4, 2])
+    cache = kv_cache.copy_slots(cache, source, target)
+    for start, stop in (((10, 5, 5), (12, 8, 8)), ((12, 8, 8), (n, n, n))):
+        rows = np.full((4, 7), 3, np.int32)
+        for row, k, a, b in zip(rows, (1, 0, 0, 0), (*start, 0), (*stop, 0), strict=True):
+            row[: b - a] = sequences[k][a:b]
+        start_R = np.array([*start, 9], np.int32)
+        length_R = np.array([*stop, 12], np.int32) - start_R
+        slot_R = np.array([2, 3, 0, 4], np.int32)
+        of_rows = map(jnp.asarray, (rows, length_R, start_R, slot_R))
+        cache = decode.extend(config, params, cache, shape, *of_rows)
+    following = jnp.stack([sequences[k][n:] for k in (0, 0, 1, 0)])
+    length_B = jnp.array([n, held[0], n, n])
+
+    def one(carry, token_B):
+        cache, length_B = carry
+        # Slot 1 keeps what it holds, and puts what it reads behind that.
+        active_B = jnp.arange(4) != 1
+        logits, cache = decode.step(config, params, cache, shape, token_B, length_B, active_B)
+        return (cache, length_B + active_B), logits
+
+    (after, _), logits = jax.lax.scan(one, (cache, length_B), following.T)
+    return logits, cache, after
+
+
+@pytest.mark.parametrize("axis", [None, "tensor"])
+@pytest.mark.parametrize("name", ["plain", "windows", "gemma", "int8"])
+def test_tokens_behind_what_slots_hold_are_read_as_in_one_pass(name, axis):
+    config = VARIANTS.get(name, TINY)
+    params, lengths = random_params(config), LENGTHS[-1:] * 2
+    sequences = sequences_of(config, lengths)
+    wanted = expected(config, params, sequences, lengths)
+    # Rings have room for the prompts, and come round in the steps.
+    shape = CacheShape.of(config, 4, 64, jnp.float32, quantized=name == "int8", block=16)
+    cache = kv_cache.empty(shape)
+    with contextlib.ExitStack() as stack:
+        if axis is not None:
+            mesh = meshes.make_mesh({"data": 1, "fsdp": 1, axis: 4}, jax.devices()[:4])
+            params = jax.device_put(params, sharding.parameter_shardings(config, mesh))
+            cache = jax.device_put(cache, jax.sharding.NamedSharding(mesh, kv_cache.SPLIT))
+            stack.enter_context(jax.set_mesh(mesh))
+        run = jax.jit(functools.partial(_extended, config, sequences=sequences, shape=shape))
+        logits, *caches = run(params, cache=cache)
+    atol = 0.1 if name == "int8" else 2e-5
+    np.testing.assert_allclose(np.asarray(logits)[:, [0, 3, 2]], wanted[:, [0, 0, 1]], atol=atol)
+    before, after = (np.asarray(cache.keys_CBKHb)[:, 1, ..., :7] for cache in caches)
+    assert np.any(before[0, ..., 0])
+    np.testing.assert_array_equal(before, after)
 
 
 @pytest.mark.parametrize("quantized", [False, True])

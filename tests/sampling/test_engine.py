@@ -16,7 +16,7 @@ from attnpo_jax.models import decoder, lm_head
 from attnpo_jax.parallel import backend as backends
 from attnpo_jax.runtime.errors import UserError
 from attnpo_jax.sampling import Engine, Request, SamplingSettings
-from attnpo_jax.sampling.engine import row_length
+from attnpo_jax.sampling.runner import Runner, row_length
 from tests import tiny
 from tests.sampling import greedy
 
@@ -153,8 +153,13 @@ def test_eight_devices_of_heads_change_nothing(tmp_path):
 def test_a_prompt_is_read_once_for_all_of_its_samples(model, monkeypatch, steady):
     requests = requests_of(model, number=2, samples=3, repetition_penalty=1.2, **SAMPLED)
     rows = []
-    prefill = Engine._prefill
-    monkeypatch.setattr(Engine, "_prefill", lambda *args: rows.extend(args[-1]) or prefill(*args))
+    prefill = Runner.prefill
+
+    def noted(self, some, *args, **kwargs):
+        rows.extend(some)
+        prefill(self, some, *args, **kwargs)
+
+    monkeypatch.setattr(Runner, "prefill", noted)
     together = responses(engine_of(model, slots=6, steady=steady), requests)
     assert [len(row.slots) for row in rows] == [3, 3]
     rows.clear()

@@ -75,6 +75,7 @@ class Answer:
         self._choices = {id(request): i for i, request in enumerate(asked.requests)}
         self._offsets = [0] * len(asked.requests)
         self._sampled = 0
+        self._cached: dict[int, int] = {}  # of each prompt
 
     def whole(self, responses: Sequence[Response]) -> dict[str, Any]:
         """The answer of a call that wants it at once; responses in the order of the choices."""
@@ -86,6 +87,7 @@ class Answer:
                 said = {"message": message}
             logprobs = self._logprobs(i, _Tokens.of(request, response))
             choices.append(self._choice(i, said, logprobs, response.finish_reason))
+            self._count_cached(request, response)
         self._sampled = sum(len(response.tokens) for response in responses)
         return self._head | {"choices": choices, "usage": self._usage()}
 
@@ -103,7 +105,10 @@ class Answer:
         """What an update adds to the answer; None where it adds nothing."""
         i = self._choices[id(update.request)]
         self._sampled += len(update.tokens)
-        reason = None if update.response is None else update.response.finish_reason
+        reason = None
+        if update.response is not None:
+            reason = update.response.finish_reason
+            self._count_cached(update.request, update.response)
         tokens = _Tokens.of(update.request, update)
         if not update.text and reason is None and not (self._tells and tokens.ids):
             return None
@@ -133,12 +138,18 @@ class Answer:
     ) -> dict[str, Any]:
         return {"index": i, **said, "logprobs": logprobs, "finish_reason": reason}
 
-    def _usage(self) -> dict[str, int]:
+    def _count_cached(self, request: Request, response: Response) -> None:
+        """A prompt's samples may have been read at different times: the first has read most."""
+        before = self._cached.get(id(request.tokens), response.cached_tokens)
+        self._cached[id(request.tokens)] = min(before, response.cached_tokens)
+
+    def _usage(self) -> dict[str, Any]:
         # A prompt counts once, however many responses it has.
         prompts = {id(request.tokens): len(request.tokens) for request in self._asked.requests}
         read = sum(prompts.values())
         return {
             "prompt_tokens": read,
+            "prompt_tokens_details": {"cached_tokens": sum(self._cached.values())},
             "completion_tokens": self._sampled,
             "total_tokens": read + self._sampled,
         }

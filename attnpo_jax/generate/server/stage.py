@@ -107,7 +107,9 @@ class Server:
         section = config.serve
         self._bound = bound
         length = min(section.max_length, sampled.model.config.positions)
-        self._engine = engine_for(sampled, config, length=length, slots=section.slots)
+        self._engine = engine_for(
+            sampled, config, length=length, slots=section.slots, prefix_caching=True
+        )
         name = section.name or _name_of(run, which, sampled)
         most = min(section.max_choices, section.slots + section.max_waiting)
         served = Served(name, sampled, config_lib.sampling(config.generate), length, most)

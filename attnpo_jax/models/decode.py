@@ -12,13 +12,7 @@ from attnpo_jax.models import kv_cache, lm_head, placement
 from attnpo_jax.models.attention import cached
 from attnpo_jax.models.attention.core import Past
 from attnpo_jax.models.config import ModelConfig
-from attnpo_jax.models.decoder import (
-    Decoder,
-    Params,
-    as_module,
-    keys_and_values,
-    unembedding,
-)
+from attnpo_jax.models.decoder import Decoder, Params, as_module, keys_and_values, unembedding
 from attnpo_jax.models.kv_cache import Cache, CacheShape
 from attnpo_jax.models.layer_kinds import layer_kinds, rope_tables
 

@@ -120,6 +120,7 @@ class Engine:
         # round, it has lost the first ones.
         self._held: dict[int, np.ndarray] = {}
         self._most_held = 0
+        self._read_anew: set[Request] = set()  # waiting ones, of which nothing held may be taken
         if prefix_caching and self._shards == 1:
             self._most_held = min(self.cache_shape.blocks) * self.cache_shape.block - steps
 
@@ -190,6 +191,7 @@ class Engine:
         """Forgets a request, whether it waits or is under way; nothing where it is finished."""
         if request in self._waiting:
             self._waiting.remove(request)
+        self._read_anew.discard(request)
         for b, slot in enumerate(self._slots):
             if slot is not None and slot.request is request:
                 self._free(b)
@@ -275,6 +277,7 @@ class Engine:
                 # Logits that are no numbers may be those of the prompt that it began as.
                 self._free(b, holds=False)
                 self._waiting.appendleft(request)
+                self._read_anew.add(request)
                 return Update(request, "", (), (), None)
             reason = "error"
         response = None
@@ -343,9 +346,13 @@ class Engine:
     def _free(self, b: int, *, holds: bool = True) -> None:
         """Has the slot be free; what it holds stays until another takes it."""
         slot, self._slots[b] = self._slots[b], None
-        total = len(slot.request.tokens) + len(slot.tokens)
-        if holds and slot.tokens and total <= self._most_held:
+        if holds and self._may_be_held(slot):
             self._held[b] = slot.held()
+
+    def _may_be_held(self, slot: _Slot) -> bool:
+        """Whether the cache holds all of it: its prompt is read, and no ring has come round."""
+        total = len(slot.request.tokens) + len(slot.tokens)
+        return bool(slot.tokens) and total <= self._most_held
 
     # --- Prompts ----------------------------------------------------------------------------------
 
@@ -359,7 +366,8 @@ class Engine:
         for request in taken:
             same.setdefault(np.asarray(request.tokens, np.int32).tobytes(), []).append(request)
         rows = [Row(np.frombuffer(tokens, np.int32)) for tokens in same]
-        places = self._place(rows, [len(requests) for requests in same.values()], free)
+        places = self._place(rows, list(same.values()), free)
+        self._read_anew.difference_update(taken)
         for row, placed, requests in zip(rows, places, same.values(), strict=True):
             row.slots, row.held = placed.slots, placed.length
             for b, request in zip(row.slots, requests, strict=True):
@@ -369,20 +377,21 @@ class Engine:
                 self._slots[b] = _Slot(request, text, cached=row.held)
         self._read(rows, places)
 
-    def _place(self, rows: Sequence[Row], counts: Sequence[int], free: Sequence[int]):
+    def _place(
+        self, rows: Sequence[Row], requests: Sequence[Sequence[Request]], free: Sequence[int]
+    ) -> list[prefix_cache.Placed]:
         """Slots for rows, and what they begin as."""
-        short = [len(row.tokens) <= self._most_held for row in rows]
-        if not any(short):
-            free = list(free)
-            return [prefix_cache.Placed([free.pop(0) for _ in range(count)]) for count in counts]
+        counts = [len(of_row) for of_row in requests]
+        may_begin = [
+            len(row.tokens) <= self._most_held and self._read_anew.isdisjoint(of_row)
+            for row, of_row in zip(rows, requests, strict=True)
+        ]
         held = dict(self._held)
         for b, slot in enumerate(self._slots):
-            if slot is not None and slot.tokens:
-                tokens = slot.held()
-                if len(tokens) < self._most_held:
-                    held[b] = tokens
+            if slot is not None and self._may_be_held(slot):
+                held[b] = slot.held()
         oldest_first = [b for b in free if b not in self._held] + list(self._held)
-        prompts = [row.tokens[: -1 if ok else 0] for row, ok in zip(rows, short, strict=True)]
+        prompts = [row.tokens[: -1 if ok else 0] for row, ok in zip(rows, may_begin, strict=True)]
         places = prefix_cache.place(prompts, counts, oldest_first, held)
         for placed in places:
             if placed.source in self._held:

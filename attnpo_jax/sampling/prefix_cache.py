@@ -88,6 +88,6 @@ def _longest(prompt: np.ndarray, held: Mapping[int, np.ndarray]) -> tuple[int | 
     """The slot that holds most of what a prompt begins with, if it is worth it, and how much."""
     best, most = None, max(_FEWEST_CACHED, int(len(prompt) * _LEAST_SHARE)) - 1
     for b, tokens in held.items():
-        if np.array_equal(tokens[: most + 1], prompt[: most + 1]) and len(tokens) > most:
+        if len(tokens) > most and np.array_equal(tokens[: most + 1], prompt[: most + 1]):
             best, most = b, len(common_beginning(tokens, prompt))
     return best, most if best is not None else 0

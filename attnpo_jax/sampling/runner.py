@@ -96,22 +96,22 @@ class Runner:
         if old is not None and kept:
             self.make_state(seen=old.seen_BV is not None)
             source_B = np.array([*kept, *[0] * (smaller - len(kept))], np.int32)
-            self._run(programs.move, source_B, shared=old, before=old.cache.keys_CBKHb.shape[1])
+            self._run(programs.move, old, source_B, before=old.cache.keys_CBKHb.shape[1])
 
     def decode(self, arrays: Any, features: Features, steps: int) -> Any:
         """A few steps in all slots, see `programs.decode_steps`: what they came to, on the host."""
-        output = self._run(programs.decode_steps, arrays, features=features, steps=steps)
-        return jax.device_get(output)
+        static = {"features": features, "steps": steps}
+        return jax.device_get(self._run(programs.decode_steps, self._params, arrays, **static))
 
     def clear(self, slots_B: np.ndarray) -> None:
         """Has some slots, bool (B,), hold nothing; what is no number would reach later requests."""
-        self._run(programs.clear, slots_B, shared=None)
+        self._run(programs.clear, None, slots_B)
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Has slots hold what others do: (other, slot), one after the other."""
         pairs_2S = np.full((2, self.slots), self.slots, np.int32)
         pairs_2S[:, : len(pairs)] = np.array(pairs, np.int32).T
-        self._run(programs.copy, tuple(pairs_2S), shared=None)
+        self._run(programs.copy, None, tuple(pairs_2S))
 
     def prefill(self, rows: Sequence[Row], size: int, length: int, *, shares: bool) -> None:
         """Reads prompts into their slots.
@@ -127,7 +127,7 @@ class Runner:
         own = [row.tokens[len(self.shared) if shares else 0 : -1] for row in rows]
         arrays = _rows_of(own, size, length, 0), _lengths(own, size), self._slots_of(rows, size)
         both = self._params, self._past if shares else None
-        self._run(programs.prefill, arrays, shared=both, attention=self._attention)
+        self._run(programs.prefill, both, arrays, attention=self._attention)
         self._mark(rows, size)
 
     def extend(self, rows: Sequence[Row], size: int) -> None:
@@ -140,7 +140,7 @@ class Runner:
             now = [tokens[:_MOST_BEHIND] for tokens in rest]
             length_R = _lengths(now, size)
             tokens_RL = _rows_of(now, size, row_length(max(length_R)), 0)
-            self._run(programs.extend, (tokens_RL, length_R, start_R, slot_R))
+            self._run(programs.extend, self._params, (tokens_RL, length_R, start_R, slot_R))
             start_R = start_R + length_R
             rest = [tokens[_MOST_BEHIND:] for tokens in rest]
         copies = [(row.slots[0], b) for row in rows for b in row.slots[1:]]
@@ -153,7 +153,7 @@ class Runner:
         if self._state.seen_BV is not None:
             longest = row_length(max(len(row.tokens) for row in rows))
             whole_RL = _rows_of([row.tokens for row in rows], size, longest, -1)
-            self._run(programs.mark_prompts, (whole_RL, self._slots_of(rows, size)), shared=None)
+            self._run(programs.mark_prompts, None, (whole_RL, self._slots_of(rows, size)))
 
     def _slots_of(self, rows: Sequence[Row], size: int) -> np.ndarray:
         """Where rows go, int32 (R, S), see `kv_cache.insert`."""
@@ -167,15 +167,18 @@ class Runner:
         """Of the cache as it is now."""
         return dataclasses.replace(self._most, slots=self.slots)
 
-    def _run(self, function: Any, arrays: Any, **static: Any) -> Any:
-        """Runs a function of `programs`, compiled once for each set of static arguments."""
-        shared = static.pop("shared", self._params)
+    def _run(self, function: Any, first: Any, arrays: Any, **static: Any) -> Any:
+        """Runs a function of `programs`, compiled once for each set of static arguments.
+
+        Args:
+          first: what it takes before the state.
+        """
         key = function, tuple(static.items()), self.slots, self._state.seen_BV is None
         if key not in self._programs:
             fixed = dict(static, shape=self._shape, **self._static)
             self._programs[key] = self._backend.state_pass(function, self._state, **fixed)
         arrays = self._backend.replicate(arrays)
-        self._state, output = self._programs[key](shared, self._state, arrays)
+        self._state, output = self._programs[key](first, self._state, arrays)
         return output
 
 

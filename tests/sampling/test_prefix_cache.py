@@ -191,6 +191,22 @@ def test_no_numbers_of_one_prompt_do_not_reach_others(broken, quantized):
     assert reasons(engine, *prompts) == (["error", "length", "error"], [0, 0, 0])
 
 
+def test_a_prompt_that_fails_behind_a_good_beginning_fails_once(broken):
+    model, bad = broken
+    engine = engine_of(model, slots=4, prefix_caching=True)
+    engine._resizes = False
+    first = conversations(model, 1)[0] % bad
+    rest = np.arange(3, 53, dtype=np.int32)  # so that the beginning is copied, and stays
+    [good] = requests_of(model, [np.append(first, rest)], logit_bias={bad: -100.0})
+    [failing] = requests_of(model, [np.append(first, [bad, 5])], logit_bias={bad: -100.0})
+    assert run(engine, [good])["p0"].finish_reason == "length"
+    engine.add(failing)
+    updates = [update for _ in range(4) for update in engine.step()]
+    assert [u.response.finish_reason for u in updates if u.response] == ["error"]
+    assert not engine.running and not engine.waiting
+    assert run(engine, [good])["p0"].cached_tokens > 90
+
+
 def test_what_was_not_read_is_not_held(model, monkeypatch):
     engine = engine_of(model, prefix_caching=True)
     (request,) = requests_of(model, conversations(model, 1))
